@@ -1,0 +1,75 @@
+"""Single-prompt image jobs on Celery, generated in full-device batches on a TPU host.
+
+The whole public API of the client side. Names are imported on first use, so that `import sdtpu_worker` costs next
+to nothing and neither Celery's machinery nor JAX is loaded before it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sdtpu_worker.errors import (
+        BrokerUnavailable,
+        ConfigurationError,
+        EngineUnavailable,
+        GenerationFailed,
+        InvalidCheckpoint,
+        InvalidRequest,
+        SdtpuError,
+        StorageError,
+    )
+    from sdtpu_worker.images import image_grid
+    from sdtpu_worker.plugin import install
+    from sdtpu_worker.request import GenerationRequest
+    from sdtpu_worker.result import GenerationResult
+    from sdtpu_worker.storage import open_image
+    from sdtpu_worker.task import generate
+
+_HOMES = {
+    "generate": "task",
+    "install": "plugin",
+    "open_image": "storage",
+    "image_grid": "images",
+    "GenerationRequest": "request",
+    "GenerationResult": "result",
+    "BrokerUnavailable": "errors",
+    "SdtpuError": "errors",
+    "InvalidRequest": "errors",
+    "ConfigurationError": "errors",
+    "InvalidCheckpoint": "errors",
+    "GenerationFailed": "errors",
+    "EngineUnavailable": "errors",
+    "StorageError": "errors",
+}
+__all__ = [
+    "BrokerUnavailable",
+    "ConfigurationError",
+    "EngineUnavailable",
+    "GenerationFailed",
+    "GenerationRequest",
+    "GenerationResult",
+    "InvalidCheckpoint",
+    "InvalidRequest",
+    "SdtpuError",
+    "StorageError",
+    "generate",
+    "image_grid",
+    "install",
+    "open_image",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Who runs when: the pure policy (`plan`) and the thread that executes it on the engine (`loop`)."""

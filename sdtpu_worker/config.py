@@ -1,0 +1,157 @@
+"""Every `sdtpu_*` setting, in one table: name, default, unit and a line of documentation.
+
+A setting stands in the Celery app's configuration, in lower case, or in the environment, in upper case; the
+environment wins, so that one image of a container can be configured where it runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdtpu_worker.errors import ConfigurationError
+from sdtpu_worker.request import MAX_SIDE, SIDE_MULTIPLE
+
+DEFAULT_QUEUE = "sdtpu"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting; `parse` takes a string from the environment or a value from the app's configuration."""
+
+    name: str
+    default: Any
+    parse: Callable[[Any], Any]
+    doc: str
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("a non-empty string")
+    return value.strip()
+
+
+def _choice(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return value
+
+    return parse
+
+
+def _integer(low: int, high: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        if isinstance(value, bool) or not str(value).strip().lstrip("-").isdigit() or not low <= int(value) <= high:
+            raise ValueError(f"an integer from {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[Any], float]:
+    def parse(value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = -1.0
+        if not low <= number <= high:
+            raise ValueError(f"seconds from {low} to {high}")
+        return number
+
+    return parse
+
+
+def _resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
+    """Parse "512x512,768x512" (height x width), or a sequence of pairs; empty or None for the checkpoint's own."""
+    wanted = f"heights x widths in multiples of {SIDE_MULTIPLE}, like '512x512,768x512' or [(512, 512)]"
+    if value is None or value == "":
+        return None
+    try:
+        pairs = [part.lower().split("x") for part in value.split(",")] if isinstance(value, str) else value
+        sizes = tuple((int(height), int(width)) for height, width in pairs)
+    except (TypeError, ValueError):
+        raise ValueError(wanted) from None
+    if not sizes or any(not 0 < side <= MAX_SIDE or side % SIDE_MULTIPLE for size in sizes for side in size):
+        raise ValueError(wanted)
+    return sizes
+
+
+SETTINGS = (
+    Setting(
+        "sdtpu_model", "embedded", _text,
+        "checkpoint: a folder or a hub name in the diffusers layout with Flax weights; `embedded` is the shipped one",
+    ),
+    Setting("sdtpu_revision", "main", _text, "branch, tag or commit of a hub checkpoint (many keep Flax weights in `bf16`)"),
+    Setting(
+        "sdtpu_platform", "auto", _choice("auto", "tpu", "gpu", "cpu"),
+        "devices to run on; `auto` takes what is there and says so, the others refuse to start without it",
+    ),
+    Setting("sdtpu_cpu_devices", 8, _integer(1, 64), "how many devices to simulate when running on the CPU"),
+    Setting("sdtpu_dtype", "auto", _choice("auto", "bfloat16", "float32"),
+            "computation; `auto` is bfloat16 on an accelerator and float32 on the CPU"),
+    Setting("sdtpu_slots_per_device", 1, _integer(1, 64), "jobs that one device denoises at the same time"),
+    Setting("sdtpu_resolutions", None, _resolutions,
+            "sizes to serve, height x width in pixels, like `512x512,768x512`; default: the checkpoint's own"),
+    Setting("sdtpu_tick_s", 0.1, _seconds(0.001, 60), "seconds of device work per dispatch; jobs join and leave in between"),
+    Setting("sdtpu_queue", DEFAULT_QUEUE, _text, "queue of the task `sdtpu.generate`"),
+    Setting(
+        "sdtpu_image_store", "redis", _text,
+        "where images go: `redis` is the result backend's Redis, with the result's expiry; else a `redis://` URL"
+        " or any fsspec URL (`file:///…`, `gs://…`, `s3://…`)",
+    ),
+    Setting("sdtpu_compile_cache", "auto", _text,
+            "folder of JAX's persistent compilation cache; `auto` is `~/.cache/sdtpu_worker/xla`, `off` for none"),
+)  # fmt: skip
+_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings' values, one attribute each, without the `sdtpu_` prefix."""
+
+    model: str
+    revision: str
+    platform: str
+    cpu_devices: int
+    dtype: str
+    slots_per_device: int
+    resolutions: tuple[tuple[int, int], ...] | None
+    tick_s: float
+    queue: str
+    image_store: str
+    compile_cache: str
+
+
+def read_setting(name: str, conf: Mapping[str, Any]) -> Any:
+    """Return one setting's value from the environment, the app's configuration or the default.
+
+    Raises:
+        ConfigurationError: the value is not allowed.
+    """
+    setting = _BY_NAME[name]
+    variable = name.upper()
+    raw, source = (os.environ[variable], variable) if variable in os.environ else (conf.get(name), name)
+    if raw is None:
+        return setting.default
+    try:
+        return setting.parse(raw)
+    except ValueError as exc:
+        raise ConfigurationError(f"{source} must be {exc}, got {raw!r}") from exc
+
+
+def read_config(conf: Mapping[str, Any]) -> Config:
+    """Return all settings.
+
+    Args:
+        conf: a Celery app's `conf`, or any mapping with `sdtpu_*` keys.
+
+    Raises:
+        ConfigurationError: a value is not allowed, or a key that starts with `sdtpu_` is not a setting.
+    """
+    unknown = sorted(str(key) for key in conf if str(key).lower().startswith("sdtpu_") and str(key).lower() not in _BY_NAME)
+    if unknown:
+        raise ConfigurationError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(_BY_NAME)}")
+    return Config(**{name.removeprefix("sdtpu_"): read_setting(name, conf) for name in _BY_NAME})

@@ -1,0 +1,1 @@
+"""The shipped tiny checkpoint, the scripts that made it, and `sdtpu demo`."""

@@ -1,0 +1,211 @@
+"""`sdtpu demo`: prompts through a private Redis, a worker on simulated devices, and back as pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdtpu_worker.demo.processes import (
+    StartFailed,
+    private_redis,
+    running,
+    wait_for_line,
+    worker_command,
+    worker_env,
+)
+
+PROMPTS = (
+    "a red circle on a blue background",
+    "a yellow star on a purple background",
+    "a white heart on a red background",
+    "a green triangle on a white background",
+    "a blue square on a yellow background",
+    "an orange ring on a black background",
+    "a small white star on a blue background",
+    "a large black heart on an orange background",
+    "a purple circle on the left of a yellow background",
+    "a red triangle on the right of a white background",
+    "a yellow square at the top of a green background",
+    "a white ring at the bottom of a purple background",
+    "a large green circle on a black background",
+    "a small red heart on a white background",
+    "a blue star on an orange background",
+    "a black square on a red background",
+    "a large yellow triangle on a blue background",
+    "a small orange square on a purple background",
+    "a white circle on the right of a black background",
+    "a purple heart at the top of a white background",
+    "a green ring on a yellow background",
+    "a blue triangle at the bottom of an orange background",
+    "a large red star on a yellow background",
+    "a black ring on the left of a green background",
+)
+START_TIMEOUT_S = 180.0
+JOB_TIMEOUT_S = 600.0
+
+
+class DemoFailed(Exception):
+    """The demo could not be run to its end; the text says why."""
+
+
+def run_demo(out: Path, prompts: list[str], steps: int, seed: int, devices: int, slots_per_device: int) -> None:
+    """Run the demo and print what it measured; everything it started has stopped when it returns or raises.
+
+    Raises:
+        DemoFailed: a process did not start, or a job failed.
+    """
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "worker.log"
+    log.unlink(missing_ok=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            click.echo("starting a private Redis …")
+            redis_url = stack.enter_context(private_redis())
+            click.echo(f"starting a worker on {devices} simulated devices (log: {log}) …")
+            process = stack.enter_context(_worker(redis_url, log, devices, slots_per_device))
+            click.echo(re.sub(r".*?: (?=ready:)", "", wait_for_line(process, log, "ready: ", START_TIMEOUT_S)))
+            wait_for_line(process, log, " ready.", START_TIMEOUT_S)
+            report = _produce(redis_url, prompts or list(PROMPTS), steps, seed, out)
+    except StartFailed as exc:
+        raise DemoFailed(str(exc)) from exc
+    compiled = re.search(r"compiled .*", log.read_text(errors="replace"))
+    _print_report(report, compiled.group() if compiled else "", time.monotonic() - started, out)
+
+
+@contextlib.contextmanager
+def _worker(redis_url: str, log: Path, devices: int, slots_per_device: int) -> Iterator[Any]:
+    env = worker_env(
+        redis_url,
+        SDTPU_PLATFORM="cpu",
+        SDTPU_CPU_DEVICES=str(devices),
+        SDTPU_SLOTS_PER_DEVICE=str(slots_per_device),
+    )
+    with tempfile.TemporaryDirectory(prefix="sdtpu-worker-") as folder:
+        command = worker_command("sdtpu_worker.app", "--without-gossip", "--without-mingle")
+        with running(command, log, env=env, cwd=Path(folder)) as process:
+            yield process
+
+
+def _produce(redis_url: str, prompts: Sequence[str], steps: int, seed: int, out: Path) -> dict[str, Any]:
+    """Be the web app: enqueue every prompt as a task of its own, wait for the results, save the pictures."""
+    from celery import Celery
+
+    from sdtpu_worker import generate, install, open_image
+    from sdtpu_worker.errors import InvalidRequest
+
+    app = install(Celery("demo-producer", broker=redis_url, backend=redis_url))
+    app.set_current()
+    app.set_default()
+    before = _loop_stats(app)
+    began = time.monotonic()
+    try:
+        jobs = [
+            generate.delay(prompt, seed=seed + i, num_inference_steps=steps) for i, prompt in enumerate(prompts)
+        ]
+    except InvalidRequest as exc:
+        raise DemoFailed(f"InvalidRequest: {exc}") from exc
+    results: dict[int, dict[str, Any]] = {}
+    with click.progressbar(length=len(jobs), label=f"{len(jobs)} tasks", show_pos=True) as bar:
+        while len(results) < len(jobs):
+            if time.monotonic() - began > JOB_TIMEOUT_S:
+                raise DemoFailed(f"{len(jobs) - len(results)} tasks are not done after {JOB_TIMEOUT_S:.0f} s")
+            for i, job in enumerate(jobs):
+                if i not in results and job.ready():
+                    if job.failed():
+                        raise DemoFailed(f"task {job.id} ({prompts[i]!r}) failed: {job.result!r}")
+                    results[i] = job.result
+                    bar.update(1)
+            time.sleep(0.05)
+    wall_s = time.monotonic() - began
+    ordered = [results[i] for i in range(len(jobs))]
+    images = [open_image(result, app) for result in ordered]
+    for old in out.glob("[0-9][0-9][0-9]-*.png"):
+        old.unlink()
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+        image.save(out / f"{i:03d}-{slug}.png", pnginfo=_chunks(image))
+    labelled_grid(images, prompts).save(out / "grid.png")
+    summary = _summarise(before, _loop_stats(app), wall_s, len(jobs))
+    (out / "results.json").write_text(json.dumps({"summary": summary, "results": ordered}, indent=2) + "\n")
+    app.close()
+    return summary
+
+
+def labelled_grid(images: Sequence[Any], labels: Sequence[str], columns: int = 6, side: int = 160) -> Any:
+    """Return a contact sheet: each image, enlarged to `side` pixels, with its label below."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    from sdtpu_worker.images import image_grid
+
+    cells, font = [], ImageFont.load_default(11)
+    for image, label in zip(images, labels, strict=True):
+        cell = Image.new("RGB", (side + 12, side + 48), "white")
+        cell.paste(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (6, 6))
+        draw, lines, line = ImageDraw.Draw(cell), [], ""
+        for word in label.split():
+            if line and draw.textlength(f"{line} {word}", font) > side:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}".strip()
+        draw.multiline_text((8, side + 10), "\n".join([*lines, line][:3]), fill="black", font=font, spacing=1)
+        cells.append(cell)
+    columns = min(columns, len(cells))
+    return image_grid(cells, -(-len(cells) // columns), columns)
+
+
+def _chunks(image: Any) -> Any:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, value in image.text.items():
+        info.add_itxt(name, str(value))
+    return info
+
+
+def _loop_stats(app: Any) -> dict[str, Any]:
+    replies = app.control.inspect(timeout=5).stats() or {}
+    for reply in replies.values():
+        if "sdtpu" in reply.get("pool", {}):
+            return {**reply["pool"]["sdtpu"], **reply["pool"]["sdtpu"]["loop"]}
+    raise DemoFailed("the worker does not answer `inspect stats`")
+
+
+def _summarise(before: dict[str, Any], after: dict[str, Any], wall_s: float, jobs: int) -> dict[str, Any]:
+    busy_s = sum(after["device_busy_s"]) - sum(before["device_busy_s"])
+    active_s = after["active_s"] - before["active_s"]
+    slot_s = after["occupied_slot_s"] - before["occupied_slot_s"]
+    return {
+        "jobs": jobs,
+        "devices": after["devices"],
+        "slots": after["slots"],
+        "wall_s": round(wall_s, 3),
+        "device_seconds_used": round(busy_s, 3),
+        "device_seconds_idle": round(max(0.0, active_s * after["devices"] - busy_s), 3),
+        "slot_occupancy": round(slot_s / max(active_s * after["slots"], 1e-9), 4),
+        "seconds_per_image": round(wall_s / jobs, 4),
+        "compile_s": after["compile_s"],
+        "compile_cache": after["compile_cache"],
+    }
+
+
+def _print_report(report: dict[str, Any], compiled: str, total_s: float, out: Path) -> None:
+    click.echo(f"""
+jobs                 {report["jobs"]}, each a task of its own, in {report["wall_s"]:.1f} s
+device-seconds used  {report["device_seconds_used"]:.1f}
+device-seconds idle  {report["device_seconds_idle"]:.1f}
+slot occupancy       {100 * report["slot_occupancy"]:.0f} % of {report["slots"]} slots on {report["devices"]} devices
+seconds per image    {report["seconds_per_image"]:.2f}
+worker start-up      {compiled}
+whole demo           {total_s:.0f} s
+
+{out / "grid.png"} shows them all; {out / "results.json"} has every result.""")

@@ -1,0 +1,1 @@
+"""The device side: checkpoints, samplers and compiled, sharded programs. Never imports Celery."""

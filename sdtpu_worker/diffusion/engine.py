@@ -1,0 +1,300 @@
+"""Slots on the devices: prepares jobs on the host, executes plans, hands decoded pixels back.
+
+The engine never chooses: a plan says for each device which job to insert, how many steps to take, which slot to
+decode. It never touches Celery.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.errors import FlaxError
+
+from sdtpu_worker.aggregator.plan import Lane, Plan
+from sdtpu_worker.diffusion.cache import CompileCache
+from sdtpu_worker.diffusion.checkpoint import Checkpoint
+from sdtpu_worker.diffusion.programs import Decoded, Geometry, compile_safety_check, compile_tick, tick_params
+from sdtpu_worker.diffusion.samplers import make_table
+from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
+from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint, InvalidRequest
+from sdtpu_worker.request import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """One job, ready to be inserted: everything that the host computes, done before a slot is free.
+
+    Attributes:
+        prompt_ids: `(2, 77) int32`, negative prompt first.
+        key_data: `(2,) uint32`, high and low word of the key.
+        table: `(MAX_STEPS, columns) float32` coefficients.
+        truncated: a prompt had more than 77 tokens.
+    """
+
+    task_id: str
+    lane: Lane
+    sampler: str
+    prompt_ids: np.ndarray
+    key_data: np.ndarray
+    num_inference_steps: int
+    guidance_scale: float
+    init_noise_sigma: float
+    table: np.ndarray
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """One finished job: `pixels` is `(height, width, 3) uint8`; not `finite` means that it is not a picture."""
+
+    task_id: str
+    device: int
+    slot: int
+    pixels: np.ndarray
+    finite: bool
+
+
+class Tick:
+    """A dispatched plan; the devices may still be at it."""
+
+    def __init__(self, plan: Plan, decoded: Decoded) -> None:
+        self.plan, self._decoded = plan, decoded
+        self._wanted = {i: device.decode for i, device in enumerate(plan.devices) if device.decode}
+        if self._wanted:
+            decoded.finite.copy_to_host_async()
+            for shard in self._shards().values():
+                shard.copy_to_host_async()
+
+    def wait(self) -> list[DecodedImage]:
+        """Block until the tick is done and return the images that it decoded.
+
+        Raises:
+            Exception: what the device program raised.
+        """
+        jax.block_until_ready(self._decoded)
+        if not self._wanted:
+            return []
+        finite, shards = np.asarray(self._decoded.finite), self._shards()
+        return [
+            DecodedImage(task_id, device, slot, np.asarray(shards[device])[0], bool(finite[device]))
+            for device, (slot, task_id) in self._wanted.items()
+        ]
+
+    def _shards(self) -> Mapping[int, jax.Array]:
+        shards = self._decoded.pixels.addressable_shards
+        return {shard.index[0].start or 0: shard.data for shard in shards if (shard.index[0].start or 0) in self._wanted}
+
+
+class Engine:
+    """A checkpoint replicated over devices, with compiled programs and slots for each resolution.
+
+    `prepare` may be called from any thread; `execute` from one thread at a time.
+
+    Args:
+        checkpoint: the loaded model.
+        devices: which to use.
+        slots_per_device: rows of each device's batch; fixed for good, since pixels are bitwise equal only within
+            one compiled configuration.
+        resolutions: `(height, width)` pairs in pixels; default: the checkpoint's own.
+
+    Raises:
+        ConfigurationError: a resolution does not fit the model.
+        InvalidCheckpoint: the parameters do not fit the configs.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        devices: list[jax.Device],
+        slots_per_device: int = 1,
+        resolutions: tuple[tuple[int, int], ...] | None = None,
+        compile_cache: CompileCache | None = None,
+    ) -> None:
+        self.checkpoint, self.slots_per_device = checkpoint, slots_per_device
+        self.num_devices, self.device_kind = len(devices), devices[0].device_kind
+        self.platform = devices[0].platform
+        self.resolutions = tuple(dict.fromkeys(resolutions or (checkpoint.default_size,)))
+        self.mesh = make_mesh(devices)
+        self.step_s: dict[Lane, float] = {}
+        multiple = checkpoint.vae_scale_factor * 2 ** (len(checkpoint.unet.config.block_out_channels) - 1)
+        for size in self.resolutions:
+            if any(side % multiple for side in size):
+                raise ConfigurationError(
+                    f"sdtpu_resolutions must be multiples of {multiple} pixels for this checkpoint, got {_size(size)}"
+                )
+        self._geometries = {
+            size: Geometry.of(checkpoint, self.num_devices, slots_per_device, *size) for size in self.resolutions
+        }
+        params = put(tick_params(checkpoint.params), self.mesh, REPLICATED)
+        self._params = params
+        started = time.monotonic()
+        counts = compile_cache.counts() if compile_cache else None
+        try:
+            with ThreadPoolExecutor(len(self.resolutions)) as threads:
+                programs = threads.map(
+                    lambda size: compile_tick(checkpoint, params, self._geometries[size], self.mesh), self.resolutions
+                )
+                self._ticks = dict(zip(self.resolutions, programs, strict=True))
+        except (FlaxError, TypeError, ValueError) as exc:
+            raise InvalidCheckpoint(
+                f"{checkpoint.name}: the parameters do not fit the configs: {_first_line(exc)}"
+            ) from exc
+        self._safety_check = self._safety_params = None
+        if checkpoint.safety_checker is not None:
+            self._safety_params = put(checkpoint.params["safety_checker"], self.mesh, REPLICATED)
+            self._safety_check = compile_safety_check(checkpoint, self._safety_params, self.mesh)
+        self._safety_lock = threading.Lock()
+        self.compile_s = time.monotonic() - started
+        self.cache_hits, self.cache_misses = compile_cache.since(counts) if compile_cache and counts else (0, 0)
+        self.reset()
+        self._warm_up()
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of one resolution over all devices."""
+        return self.num_devices * self.slots_per_device
+
+    def prepare(self, task_id: str, request: GenerationRequest, key_data: np.ndarray | None = None) -> PreparedJob:
+        """Do the host's part of a job: tokenise, make the coefficient table, make the key.
+
+        Args:
+            task_id: names the job in plans.
+            request: with a seed, unless `key_data` is given.
+            key_data: `(2,) uint32`, raw key words (for split keys), instead of the request's seed.
+
+        Raises:
+            InvalidRequest: the size or the sampler is not served here.
+        """
+        height, width = self.checkpoint.default_size
+        size = (request.height or height, request.width or width)
+        if size not in self._geometries:
+            raise InvalidRequest(
+                f"height x width must be one of {', '.join(map(_size, self.resolutions))} (sdtpu_resolutions),"
+                f" got {_size(size)}"
+            )
+        sampler = request.sampler or self.checkpoint.default_sampler
+        table = make_table(sampler, self.checkpoint.schedule, request.num_inference_steps)
+        if key_data is None:
+            if request.seed is None:
+                raise InvalidRequest("seed is missing: pass one, or the key's words")
+            key_data = np.array([request.seed >> 32, request.seed & 0xFFFFFFFF], np.uint32)
+        prompt_ids, truncated = self.tokenise([request.negative_prompt, request.prompt])
+        return PreparedJob(
+            task_id=task_id,
+            lane=size,
+            sampler=sampler,
+            prompt_ids=prompt_ids,
+            key_data=np.asarray(key_data, np.uint32),
+            num_inference_steps=table.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            init_noise_sigma=table.init_noise_sigma,
+            table=table.rows,
+            truncated=truncated,
+        )
+
+    def tokenise(self, prompts: list[str]) -> tuple[np.ndarray, bool]:
+        """Return token ids, `(len(prompts), 77) int32`, and whether any prompt had to be cut."""
+        tokenizer = self.checkpoint.tokenizer
+        length = tokenizer.model_max_length
+        rows, truncated = [], False
+        for prompt in prompts:
+            ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+            truncated |= len(ids) > length
+            if len(ids) > length:
+                ids = [*ids[: length - 1], ids[-1]]
+            rows.append(ids + [tokenizer.pad_token_id] * (length - len(ids)))
+        return np.array(rows, np.int32), truncated
+
+    def execute(self, plan: Plan, jobs: Mapping[str, PreparedJob]) -> Tick:
+        """Dispatch a plan and return without waiting for the devices.
+
+        Args:
+            plan: one instruction per device.
+            jobs: the prepared jobs that the plan inserts, by task id.
+        """
+        todo = self._geometries[plan.lane].no_instructions()
+        for i, device in enumerate(plan.devices):
+            todo.steps[i] = device.steps
+            if device.decode:
+                todo.decode_slot[i] = device.decode[0]
+            if device.insert:
+                todo.insert_slot[i], task_id = device.insert
+                job = jobs[task_id]
+                todo.prompt_ids[i], todo.key_data[i], todo.table[i] = job.prompt_ids, job.key_data, job.table
+                todo.num_steps[i], todo.guidance_scale[i] = job.num_inference_steps, job.guidance_scale
+                todo.init_noise_sigma[i] = job.init_noise_sigma
+        todo = put(todo, self.mesh, SHARDED)
+        self._slots[plan.lane], decoded = self._ticks[plan.lane](self._params, self._slots[plan.lane], todo)
+        return Tick(plan, decoded)
+
+    def reset(self) -> None:
+        """Empty every slot, also after a program failed and took its donated state with it."""
+        self._slots = {size: put(g.empty_slots(), self.mesh, SHARDED) for size, g in self._geometries.items()}
+
+    def check_safety(self, pixels: np.ndarray) -> bool | None:
+        """Run the checkpoint's safety checker on one image; None without one. May be called from any thread.
+
+        Args:
+            pixels: `(height, width, 3) uint8`.
+        """
+        if self._safety_check is None:
+            return None
+        from PIL import Image
+
+        features = self.checkpoint.feature_extractor(Image.fromarray(pixels), return_tensors="np").pixel_values
+        batch = np.zeros((self.num_devices, *features.shape[1:]), np.float32)
+        batch[0] = features[0]
+        wanted = np.arange(self.num_devices) == 0
+        with self._safety_lock:
+            flags = self._safety_check(self._safety_params, *put((batch, wanted), self.mesh, SHARDED))
+        return bool(np.asarray(flags)[0])
+
+    def _warm_up(self) -> None:
+        """Really run every program once, and measure a step of each resolution on all devices."""
+        from sdtpu_worker.aggregator.plan import DeviceInstruction
+
+        request = GenerationRequest("warm-up", seed=0, num_inference_steps=1)
+        for size in self.resolutions:
+            job = self.prepare("warm-up", _with_size(request, size))
+
+            def run(instruction: DeviceInstruction, size: Lane = size, job: PreparedJob = job) -> float:
+                started = time.monotonic()
+                self.execute(Plan(size, (instruction,) * self.num_devices, 0), {"warm-up": job}).wait()
+                jax.block_until_ready(self._slots[size])
+                return time.monotonic() - started
+
+            run(DeviceInstruction(insert=(0, "warm-up"), steps=1, decode=(0, "warm-up")))
+            self.step_s[size] = min(run(DeviceInstruction(steps=4)) for _ in range(2)) / 4
+        self.reset()
+        if self._safety_check is not None:
+            self.check_safety(np.zeros((*self.resolutions[0], 3), np.uint8))
+
+
+def choose_dtype(name: str, platform: str) -> Any:
+    """Return the dtype that `sdtpu_dtype` names; `auto` is bfloat16 on an accelerator and float32 on the CPU."""
+    if name == "auto":
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return {"bfloat16": jnp.bfloat16, "float32": jnp.float32}[name]
+
+
+def _with_size(request: GenerationRequest, size: Lane) -> GenerationRequest:
+    return GenerationRequest(**{**request.to_json(), "height": size[0], "width": size[1]})
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _first_line(exc: BaseException) -> str:
+    return str(exc).strip().split("\n", 1)[0]

@@ -1,0 +1,245 @@
+"""The compiled programs. One fused tick per resolution; inside it every device follows its own instructions.
+
+Shapes below: D devices, S slots per device, N = D * S slots, C latent channels, h x w latents, L = 77 tokens,
+E embedding width. Everything with a leading N or D is sharded over the mesh's one axis; parameters are replicated.
+Nothing crosses devices, so there is no collective and a device with nothing to do costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from sdtpu_worker.diffusion.checkpoint import Checkpoint
+from sdtpu_worker.diffusion.samplers import COLUMNS
+from sdtpu_worker.diffusion.sharding import AXIS, REPLICATED, SHARDED
+from sdtpu_worker.request import MAX_STEPS
+
+NOTHING = -1
+
+
+class Slots(NamedTuple):
+    """The state of all slots; donated to every tick and returned by it."""
+
+    latents: Any  # (N, C, h, w) float32
+    history: Any  # (N, 3, C, h, w) float32, newest first
+    step: Any  # (N,) int32, the next step to take
+    num_steps: Any  # (N,) int32, 0 for a slot that was never used
+    guidance_scale: Any  # (N,) float32
+    context: Any  # (N, 2, L, E) dtype of the model, negative prompt first
+    table: Any  # (N, MAX_STEPS, len(COLUMNS)) float32
+
+
+class Instructions(NamedTuple):
+    """What every device does in one tick: insert, then advance, then decode."""
+
+    insert_slot: Any  # (D,) int32, a slot of the device, or NOTHING
+    prompt_ids: Any  # (D, 2, L) int32, negative prompt first
+    key_data: Any  # (D, 2) uint32, the job's key
+    num_steps: Any  # (D,) int32
+    guidance_scale: Any  # (D,) float32
+    init_noise_sigma: Any  # (D,) float32
+    table: Any  # (D, MAX_STEPS, len(COLUMNS)) float32
+    steps: Any  # (D,) int32, denoising steps to take
+    decode_slot: Any  # (D,) int32, a slot of the device, or NOTHING
+
+
+class Decoded(NamedTuple):
+    """What a tick hands back; only rows of devices that were told to decode mean anything."""
+
+    pixels: Any  # (D, height, width, 3) uint8
+    finite: Any  # (D,) bool, False if the latents or the picture had a NaN or an infinity
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that one tick program is compiled for."""
+
+    num_devices: int
+    slots_per_device: int
+    height: int
+    width: int
+    latent_shape: tuple[int, int, int]  # (C, h, w)
+    prompt_length: int
+    embedding_width: int
+    dtype: Any
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, num_devices: int, slots_per_device: int, height: int, width: int) -> Geometry:
+        """Return the sizes for a checkpoint and a resolution in pixels."""
+        factor = checkpoint.vae_scale_factor
+        return cls(
+            num_devices=num_devices,
+            slots_per_device=slots_per_device,
+            height=height,
+            width=width,
+            latent_shape=(checkpoint.latent_channels, height // factor, width // factor),
+            prompt_length=checkpoint.tokenizer.model_max_length,
+            embedding_width=checkpoint.text_encoder.config.hidden_size,
+            dtype=checkpoint.dtype,
+        )
+
+    def empty_slots(self) -> Slots:
+        """Return the state before any job, as host arrays."""
+        n, length, width = self.num_devices * self.slots_per_device, self.prompt_length, self.embedding_width
+        return Slots(
+            latents=np.zeros((n, *self.latent_shape), np.float32),
+            history=np.zeros((n, 3, *self.latent_shape), np.float32),
+            step=np.zeros(n, np.int32),
+            num_steps=np.zeros(n, np.int32),
+            guidance_scale=np.zeros(n, np.float32),
+            context=np.zeros((n, 2, length, width), self.dtype),
+            table=np.zeros((n, MAX_STEPS, len(COLUMNS)), np.float32),
+        )
+
+    def no_instructions(self) -> Instructions:
+        """Return fresh instructions that do nothing; a dispatch aliases what it is given, so never reuse them."""
+        d = self.num_devices
+        return Instructions(
+            insert_slot=np.full(d, NOTHING, np.int32),
+            prompt_ids=np.zeros((d, 2, self.prompt_length), np.int32),
+            key_data=np.zeros((d, 2), np.uint32),
+            num_steps=np.zeros(d, np.int32),
+            guidance_scale=np.zeros(d, np.float32),
+            init_noise_sigma=np.ones(d, np.float32),
+            table=np.zeros((d, MAX_STEPS, len(COLUMNS)), np.float32),
+            steps=np.zeros(d, np.int32),
+            decode_slot=np.full(d, NOTHING, np.int32),
+        )
+
+
+def tick_params(params: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters that a tick reads: the VAE's encoder stays behind (dispatch cost grows with leaves)."""
+    vae = {name: params["vae"][name] for name in ("decoder", "post_quant_conv") if name in params["vae"]}
+    return {"text_encoder": params["text_encoder"], "unet": params["unet"], "vae": vae}
+
+
+def compile_tick(checkpoint: Checkpoint, params: Any, geometry: Geometry, mesh: Mesh) -> Callable[..., Any]:
+    """Lower and compile the tick, ahead of time.
+
+    Args:
+        params: `tick_params` of the checkpoint on the mesh, replicated (arrays or shapes).
+
+    Returns:
+        `tick(params, slots, instructions) -> (slots, Decoded)`; the slots passed in are donated. A wrong shape,
+        dtype or sharding is an error: this never compiles again.
+    """
+
+    def local_tick(params: Any, slots: Slots, todo: Instructions) -> tuple[Slots, Decoded]:
+        slots = _insert(checkpoint, geometry, params, slots, todo)
+        slots = _advance(checkpoint, geometry, params, slots, todo.steps[0])
+        return slots, _decode(checkpoint, geometry, params, slots, todo.decode_slot[0])
+
+    tick = jax.shard_map(
+        local_tick, mesh=mesh, in_specs=(REPLICATED, SHARDED, SHARDED), out_specs=SHARDED, check_vma=False
+    )
+    sharded = NamedSharding(mesh, SHARDED)
+
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharded), tree)
+
+    lowered = jax.jit(tick, donate_argnums=1).lower(
+        params, shapes(geometry.empty_slots()), shapes(geometry.no_instructions())
+    )
+    return lowered.compile()
+
+
+def compile_safety_check(checkpoint: Checkpoint, params: Any, mesh: Mesh) -> Callable[..., Any]:
+    """Compile the safety checker: `check(params, pixel_values (D, 3, H, W) float32, wanted (D,) bool) -> (D,) bool`."""
+    checker, extractor = checkpoint.safety_checker, checkpoint.feature_extractor
+
+    def local_check(params: Any, pixel_values: jax.Array, wanted: jax.Array) -> jax.Array:
+        def run() -> jax.Array:
+            return checker(pixel_values, params=params)
+
+        return jax.lax.cond(wanted[0], run, lambda: jnp.zeros(1, bool))
+
+    check = jax.shard_map(
+        local_check, mesh=mesh, in_specs=(REPLICATED, SHARDED, SHARDED), out_specs=SHARDED, check_vma=False
+    )
+    sharded, count = NamedSharding(mesh, SHARDED), mesh.shape[AXIS]
+    crop = extractor.crop_size
+    pixel_values = jax.ShapeDtypeStruct((count, 3, crop["height"], crop["width"]), jnp.float32, sharding=sharded)
+    wanted = jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=sharded)
+    return jax.jit(check).lower(params, pixel_values, wanted).compile()
+
+
+def _insert(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slots, todo: Instructions) -> Slots:
+    """Encode the prompt and start the job in its slot; the noise comes from the job's own key alone."""
+    slot = todo.insert_slot[0]
+
+    def start(slots: Slots) -> Slots:
+        key = jax.random.wrap_key_data(todo.key_data[0])
+        noise = jax.random.normal(key, (1, *geometry.latent_shape), jnp.float32)[0]
+        context = checkpoint.text_encoder(todo.prompt_ids[0], params=params["text_encoder"])[0]
+        return Slots(
+            latents=slots.latents.at[slot].set(noise * todo.init_noise_sigma[0]),
+            history=slots.history.at[slot].set(0.0),
+            step=slots.step.at[slot].set(0),
+            num_steps=slots.num_steps.at[slot].set(todo.num_steps[0]),
+            guidance_scale=slots.guidance_scale.at[slot].set(todo.guidance_scale[0]),
+            context=slots.context.at[slot].set(context.astype(geometry.dtype)),
+            table=slots.table.at[slot].set(todo.table[0]),
+        )
+
+    return jax.lax.cond(slot >= 0, start, lambda slots: slots, slots)
+
+
+def _advance(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slots, steps: jax.Array) -> Slots:
+    """Take `steps` denoising steps in all of the device's slots; those that are done keep their values."""
+    rows = jnp.arange(geometry.slots_per_device)
+    # Unconditional halves first, then the conditional ones: (2S, L, E).
+    context = slots.context.swapaxes(0, 1).reshape(-1, *slots.context.shape[2:])
+    guidance_scale = slots.guidance_scale[:, None, None, None]
+
+    def denoise(_: Any, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x, history, step = carry
+        row = slots.table[rows, jnp.minimum(step, MAX_STEPS - 1)]  # (S, len(COLUMNS))
+        column = {name: row[:, i, None, None, None] for i, name in enumerate(COLUMNS)}
+        x_in = jnp.concatenate([x * column["c_in"]] * 2)
+        t = jnp.concatenate([row[:, 0]] * 2)
+        out = checkpoint.unet.apply({"params": params["unet"]}, x_in, t, context).sample.astype(jnp.float32)
+        unconditional, conditional = jnp.split(out, 2)
+        m = unconditional + guidance_scale * (conditional - unconditional)
+        h = column["p"] * x + column["q"] * m
+        x_next = (
+            column["a"] * x
+            + column["b"] * h
+            + column["c"] * history[:, 0]
+            + column["d"] * history[:, 1]
+            + column["e"] * history[:, 2]
+        )
+        pushed = jnp.concatenate([h[:, None], history[:, :2]], axis=1)
+        running = (step < slots.num_steps)[:, None, None, None]
+        push = running & (column["push"] > 0)
+        return (
+            jnp.where(running, x_next, x),
+            jnp.where(push[:, None], pushed, history),
+            step + running[:, 0, 0, 0],
+        )
+
+    x, history, step = jax.lax.fori_loop(0, steps, denoise, (slots.latents, slots.history, slots.step))
+    return slots._replace(latents=x, history=history, step=step)
+
+
+def _decode(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slots, slot: jax.Array) -> Decoded:
+    """Decode one slot to pixels, clipped, rounded and cast on the device: a quarter of the bytes leave it."""
+
+    def run() -> Decoded:
+        latents = jax.lax.dynamic_slice_in_dim(slots.latents, slot, 1) / checkpoint.vae.config.scaling_factor
+        image = checkpoint.vae.apply({"params": params["vae"]}, latents, method=checkpoint.vae.decode).sample
+        image = image.astype(jnp.float32)
+        finite = jnp.isfinite(latents).all() & jnp.isfinite(image).all()
+        unit = jnp.clip(image / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
+        return Decoded(jnp.round(unit * 255).astype(jnp.uint8), finite[None])
+
+    def nothing() -> Decoded:
+        return Decoded(jnp.zeros((1, geometry.height, geometry.width, 3), jnp.uint8), jnp.ones(1, bool))
+
+    return jax.lax.cond(slot >= 0, run, nothing)

@@ -1,0 +1,62 @@
+"""Which devices there are, and the one mesh axis that all state is sharded over."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sdtpu_worker.errors import ConfigurationError
+
+AXIS = "device"
+SHARDED = PartitionSpec(AXIS)
+REPLICATED = PartitionSpec()
+_HOST_COUNT_FLAG = "--xla_force_host_platform_device_count"
+
+
+def find_devices(platform: str, cpu_devices: int) -> list[jax.Device]:
+    """Return this host's devices.
+
+    Must run before anything else starts a JAX backend: the number of simulated CPU devices is fixed by then.
+
+    Args:
+        platform: `auto` for what is there, or tpu, gpu or cpu.
+        cpu_devices: how many devices to simulate on the CPU; XLA_FLAGS' own count goes before it.
+
+    Raises:
+        ConfigurationError: the platform is not there; the text names the found and the wanted kind.
+    """
+    if _HOST_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        _configure("jax_num_cpu_devices", cpu_devices)
+    if platform == "cpu":
+        _configure("jax_platforms", "cpu")
+    devices = jax.local_devices()
+    found = devices[0].platform
+    if platform not in ("auto", found):
+        raise ConfigurationError(
+            f"sdtpu_platform is {platform!r}, but the devices found are {len(devices)} of kind"
+            f" {devices[0].device_kind!r} (platform {found!r}); run on a host that has a {platform.upper()}"
+            f" with the matching jax installed, or set sdtpu_platform to 'auto' or {found!r}"
+        )
+    return devices
+
+
+def make_mesh(devices: list[jax.Device]) -> Mesh:
+    """Return the mesh of all devices on one axis."""
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Place host arrays on the mesh, replicated or split along their first axis."""
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def _configure(option: str, value: Any) -> None:
+    try:
+        jax.config.update(option, value)
+    except RuntimeError:
+        # A backend already runs in this process (an embedding program chose its devices): take those.
+        return

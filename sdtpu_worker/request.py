@@ -1,0 +1,181 @@
+"""One image's parameters: validated at the client and again in the worker, to and from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import secrets
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdtpu_worker.errors import InvalidRequest
+
+MAX_STEPS = 1000
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_SEED = 2**63 - 1
+MAX_GUIDANCE_SCALE = 1000.0
+MAX_SIDE = 4096
+SIDE_MULTIPLE = 8
+SAMPLER_NAMES = ("pndm", "ddim", "euler", "dpmsolver++")
+IMAGE_FORMATS = ("png", "jpeg", "webp")
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """The parameters of one image; names are those of the diffusers pipeline call.
+
+    Attributes:
+        prompt: what the picture shows, 1 to 10,000 characters. Beyond 77 tokens it is truncated and reported.
+        negative_prompt: what it should not show; empty for none.
+        seed: 0 to 2**63 - 1, every bit counts; None lets the client draw one.
+        num_inference_steps: denoising steps, 1 to 1000.
+        guidance_scale: how strongly the prompt steers (classifier-free guidance), -1000 to 1000.
+        height: pixels, a multiple of 8 and one of the worker's sizes; None for the checkpoint's own.
+        width: as `height`.
+        sampler: pndm, ddim, euler or dpmsolver++; None for the checkpoint's own.
+        image_format: png, jpeg or webp.
+
+    Raises:
+        InvalidRequest: a value is not allowed; the text says what was got and what is allowed.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
+    sampler: str | None = None
+    image_format: str = "png"
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
+        object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
+
+    @classmethod
+    def parse(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerationRequest:
+        """Build a request from a task's arguments: the prompt, positional or named, the rest by name.
+
+        Raises:
+            InvalidRequest: an argument is missing, unknown or not allowed.
+        """
+        check_arguments(args, kwargs)
+        if not args and "prompt" not in kwargs:
+            raise InvalidRequest("prompt is missing: pass it as the first argument, a string")
+        given = dict(kwargs)
+        if args:
+            given["prompt"] = args[0]
+        return cls(**given)
+
+    def with_seed(self, task_id: str) -> GenerationRequest:
+        """Return the request with a seed: its own, else one that follows from the task id."""
+        return self if self.seed is not None else dataclasses.replace(self, seed=seed_from_task_id(task_id))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the parameters as a JSON-compatible dict."""
+        return dataclasses.asdict(self)
+
+
+def check_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Check the arguments given so far; what is missing may still come (a partial signature).
+
+    Raises:
+        InvalidRequest: an argument is unknown, given twice or not allowed.
+    """
+    if len(args) > 1:
+        raise InvalidRequest(f"only the prompt is positional, got {len(args)} positional arguments; name the others")
+    if args and "prompt" in kwargs:
+        raise InvalidRequest("prompt was given twice, by position and by name")
+    given = {**kwargs, **({"prompt": args[0]} if args else {})}
+    for name, value in given.items():
+        if name not in _CHECKS:
+            raise InvalidRequest(f"unknown parameter {_short(name)}; the parameters are {', '.join(_CHECKS)}")
+        _CHECKS[name](name, value)
+
+
+def draw_seed() -> int:
+    """Return a random seed."""
+    return secrets.randbits(63)
+
+
+def seed_from_task_id(task_id: str) -> int:
+    """Return the seed of a task that came without one: the same after redelivery and retry."""
+    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:8], "big") >> 1
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} must be a string, got {type(value).__name__}: {_short(value)}")
+    if len(value) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequest(f"{name} must have at most {MAX_PROMPT_CHARACTERS:,} characters, got {len(value):,}")
+    for position, character in enumerate(value):
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
+            raise InvalidRequest(
+                f"{name} must not have control characters, got {character!r} at position {position}; remove it"
+            )
+
+
+def _check_prompt(name: str, value: Any) -> None:
+    _check_text(name, value)
+    if not value.strip():
+        raise InvalidRequest(f"{name} must not be empty, got {_short(value)}")
+
+
+def _check_integer(low: int, high: int, high_text: str, optional: bool = False) -> Any:
+    def check(name: str, value: Any) -> None:
+        if value is None and optional:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise InvalidRequest(f"{name} must be an integer from {low} to {high_text}, got {_short(value)}")
+
+    return check
+
+
+def _check_guidance(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or abs(value) > MAX_GUIDANCE_SCALE:
+        raise InvalidRequest(
+            f"{name} must be a finite number from -{MAX_GUIDANCE_SCALE:.0f} to {MAX_GUIDANCE_SCALE:.0f},"
+            f" got {_short(value)}"
+        )
+
+
+def _check_side(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_SIDE or value % SIDE_MULTIPLE:
+        raise InvalidRequest(
+            f"{name} must be a multiple of {SIDE_MULTIPLE} up to {MAX_SIDE} pixels, got {_short(value)}"
+        )
+
+
+def _check_choice(choices: Sequence[str], optional: bool = False) -> Any:
+    def check(name: str, value: Any) -> None:
+        if (value is None and optional) or (isinstance(value, str) and value in choices):
+            return
+        raise InvalidRequest(f"{name} must be one of {', '.join(choices)}, got {_short(value)}")
+
+    return check
+
+
+_CHECKS: dict[str, Any] = {
+    "prompt": _check_prompt,
+    "negative_prompt": _check_text,
+    "seed": _check_integer(0, MAX_SEED, "2**63 - 1", optional=True),
+    "num_inference_steps": _check_integer(1, MAX_STEPS, str(MAX_STEPS)),
+    "guidance_scale": _check_guidance,
+    "height": _check_side,
+    "width": _check_side,
+    "sampler": _check_choice(SAMPLER_NAMES, optional=True),
+    "image_format": _check_choice(IMAGE_FORMATS),
+}

@@ -1,0 +1,79 @@
+"""The Celery task `sdtpu.generate`: one prompt, one image, one ordinary `AsyncResult`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from celery import Task, current_task, shared_task
+from celery.canvas import Signature
+from kombu.exceptions import OperationalError
+from kombu.utils.url import maybe_sanitize_url
+
+from sdtpu_worker.config import read_setting
+from sdtpu_worker.errors import BrokerUnavailable
+from sdtpu_worker.request import GenerationRequest, check_arguments, draw_seed
+
+TASK_NAME = "sdtpu.generate"
+SENT_AT_HEADER = "sdtpu_sent_at"
+
+
+class GenerateTask(Task):
+    """Checks the parameters and draws a seed where the job is enqueued.
+
+    Inside a worker (a chain's next task, a chord's body) nothing is raised: the preceding task must not fail for a
+    bad parameter of this one, so the job is sent and fails by itself.
+    """
+
+    abstract = True
+    typing = False
+
+    def signature(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Signature:
+        """Build a signature; the parameters given so far are checked at once, so that a group fails as a whole."""
+        if not current_task:
+            check_arguments(args or (), kwargs or {})
+        return super().signature(args, kwargs, *rest, **options)
+
+    subtask = signature
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Any:
+        """Enqueue the job; see `GenerationRequest` for the parameters.
+
+        Raises:
+            InvalidRequest: a parameter is not allowed.
+            BrokerUnavailable: Redis cannot be reached.
+        """
+        args, kwargs = tuple(args or ()), dict(kwargs or {})
+        if not current_task:
+            GenerationRequest.parse(args, kwargs)
+        if kwargs.get("seed") is None:
+            kwargs["seed"] = draw_seed()
+        options.setdefault("queue", read_setting("sdtpu_queue", self.app.conf))
+        options["headers"] = {SENT_AT_HEADER: time.time(), **(options.get("headers") or {})}
+        try:
+            return super().apply_async(args, kwargs, *rest, **options)
+        except (OperationalError, ConnectionError) as exc:
+            raise _unavailable(self.app, exc) from exc
+        except RuntimeError as exc:
+            if "Retry limit exceeded" not in str(exc):
+                raise
+            raise _unavailable(self.app, exc) from exc
+
+
+@shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=True)
+def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Generate one image; parameters as `GenerationRequest`, result as `GenerationResult` in JSON."""
+    from sdtpu_worker.serving import current
+
+    request = GenerationRequest.parse(args, kwargs).with_seed(self.request.id)
+    sent_at = self.request.get(SENT_AT_HEADER)
+    sent_at = sent_at if isinstance(sent_at, int | float) and not isinstance(sent_at, bool) else None
+    return current().run(self.request.id, request, sent_at).to_json()
+
+
+def _unavailable(app: Any, exc: Exception) -> BrokerUnavailable:
+    url = maybe_sanitize_url(app.conf.broker_url or "redis://localhost:6379/0")
+    return BrokerUnavailable(
+        f"the job was not enqueued: Redis at {url} cannot be reached ({' '.join(str(exc).split())}); start it, or correct broker_url"
+        " and result_backend"
+    )

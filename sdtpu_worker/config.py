@@ -84,7 +84,8 @@ SETTINGS = (
         "sdtpu_model", "embedded", _text,
         "checkpoint: a folder or a hub name in the diffusers layout with Flax weights; `embedded` is the shipped one",
     ),
-    Setting("sdtpu_revision", "main", _text, "branch, tag or commit of a hub checkpoint (many keep Flax weights in `bf16`)"),
+    Setting("sdtpu_revision", "main", _text,
+            "branch, tag or commit of a hub checkpoint (many keep Flax weights in `bf16`)"),
     Setting(
         "sdtpu_platform", "auto", _choice("auto", "tpu", "gpu", "cpu"),
         "devices to run on; `auto` takes what is there and says so, the others refuse to start without it",
@@ -95,7 +96,8 @@ SETTINGS = (
     Setting("sdtpu_slots_per_device", 1, _integer(1, 64), "jobs that one device denoises at the same time"),
     Setting("sdtpu_resolutions", None, _resolutions,
             "sizes to serve, height x width in pixels, like `512x512,768x512`; default: the checkpoint's own"),
-    Setting("sdtpu_tick_s", 0.1, _seconds(0.001, 60), "seconds of device work per dispatch; jobs join and leave in between"),
+    Setting("sdtpu_tick_s", 0.1, _seconds(0.001, 60),
+            "seconds of device work per dispatch; jobs join and leave in between"),
     Setting("sdtpu_queue", DEFAULT_QUEUE, _text, "queue of the task `sdtpu.generate`"),
     Setting(
         "sdtpu_image_store", "redis", _text,
@@ -151,7 +153,9 @@ def read_config(conf: Mapping[str, Any]) -> Config:
     Raises:
         ConfigurationError: a value is not allowed, or a key that starts with `sdtpu_` is not a setting.
     """
-    unknown = sorted(str(key) for key in conf if str(key).lower().startswith("sdtpu_") and str(key).lower() not in _BY_NAME)
+    unknown = sorted(
+        str(key) for key in conf if str(key).lower().startswith("sdtpu_") and str(key).lower() not in _BY_NAME
+    )
     if unknown:
         raise ConfigurationError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(_BY_NAME)}")
     return Config(**{name.removeprefix("sdtpu_"): read_setting(name, conf) for name in _BY_NAME})

@@ -1,4 +1,4 @@
-"""One host's serving side: engine, device loop and image store. Runs a request from its parameters to a stored image."""
+"""One host's engine, device loop and image store: runs a request from its parameters to a stored image."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Serving:
         if unsafe:
             pixels = pixels * 0
         height, width = job.lane
-        report = {
+        report: dict[str, Any] = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
             "seed": request.seed,

@@ -115,7 +115,7 @@ def read_image_bytes(result: Mapping[str, Any] | GenerationResult, app: Celery |
 
         try:
             with fsspec.open(image.uri, "rb") as file:
-                return file.read()
+                return bytes(file.read())
         except OSError as exc:
             raise StorageError(f"no image at {image.uri}: {exc}") from exc
     from celery import current_app

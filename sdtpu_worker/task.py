@@ -73,7 +73,8 @@ def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 def _unavailable(app: Any, exc: Exception) -> BrokerUnavailable:
     url = maybe_sanitize_url(app.conf.broker_url or "redis://localhost:6379/0")
+    cause = " ".join(str(exc).split())
     return BrokerUnavailable(
-        f"the job was not enqueued: Redis at {url} cannot be reached ({' '.join(str(exc).split())}); start it, or correct broker_url"
-        " and result_backend"
+        f"the job was not enqueued: Redis at {url} cannot be reached ({cause}); start it, or correct broker_url and"
+        " result_backend"
     )

@@ -28,7 +28,11 @@ STABLE_DIFFUSION_NOISE = {
 
 
 def make_random_checkpoint(
-    folder: Path, *, prediction_type: str = "epsilon", sampler_class: str = "PNDMScheduler", safety_checker: bool = False
+    folder: Path,
+    *,
+    prediction_type: str = "epsilon",
+    sampler_class: str = "PNDMScheduler",
+    safety_checker: bool = False,
 ) -> Path:
     """Write a tiny Stable Diffusion with random weights and the shipped tokenizer; return its folder."""
     index: dict[str, Any] = {
@@ -83,12 +87,12 @@ def make_random_checkpoint(
 
 
 def _write_safety_checker(folder: Path) -> None:
-    from diffusers.pipelines.stable_diffusion.safety_checker_flax import FlaxStableDiffusionSafetyChecker
+    from sdtpu_worker.diffusion.checkpoint import safety_checker_class
 
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 32, "patch_size": 16, "projection_dim": 16}  # fmt: skip
     config = CLIPConfig(vision_config=vision, text_config={"projection_dim": 16}, projection_dim=16)
-    checker = FlaxStableDiffusionSafetyChecker(config, _do_init=False)
+    checker = safety_checker_class()(config, _do_init=False)
     _write(folder / "safety_checker", config.to_dict(), lambda key: checker.init_weights(key, (1, 32, 32, 3)))
     size = {"height": 32, "width": 32}
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder / "feature_extractor")

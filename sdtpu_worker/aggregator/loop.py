@@ -217,7 +217,9 @@ class DeviceLoop:
             if not image.finite:
                 self._leave(
                     image.task_id,
-                    GenerationFailed(f"the model gave NaN or infinite values for this request on device {image.device}"),
+                    GenerationFailed(
+                        f"the model gave NaN or infinite values for this request on device {image.device}"
+                    ),
                 )
                 continue
             self.stats.images += 1

@@ -108,9 +108,7 @@ def _produce(redis_url: str, prompts: Sequence[str], steps: int, seed: int, out:
     before = _loop_stats(app)
     began = time.monotonic()
     try:
-        jobs = [
-            generate.delay(prompt, seed=seed + i, num_inference_steps=steps) for i, prompt in enumerate(prompts)
-        ]
+        jobs = [generate.delay(prompt, seed=seed + i, num_inference_steps=steps) for i, prompt in enumerate(prompts)]
     except InvalidRequest as exc:
         raise DemoFailed(f"InvalidRequest: {exc}") from exc
     results: dict[int, dict[str, Any]] = {}

@@ -5,6 +5,7 @@ Every word of the grammar becomes one token; any other text falls back to shorte
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,8 @@ from sdtpu_worker.demo.scenes import COLOURS, SHAPES
 WORDS = (
     *COLOURS,
     *SHAPES,
-    *"a an and at background big bottom center in large left middle of on picture right small the tiny top".split(),
+    *("a", "an", "and", "at", "background", "big", "bottom", "center", "in", "large", "left", "middle", "of", "on"),
+    *("picture", "right", "small", "the", "tiny", "top"),
 )
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77
@@ -51,7 +53,7 @@ def _learn_merges() -> list[tuple[str, str]]:
     words = [[*word[:-1], word[-1] + "</w>"] for word in WORDS]
     merges = []
     while any(len(word) > 1 for word in words):
-        pairs = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
         for word in words:

@@ -136,8 +136,7 @@ def _find_folder(name: str, revision: str) -> Path:
         return folder
     if name.startswith(("/", ".", "~")) or name.count("/") != 1 or folder.exists():
         raise InvalidCheckpoint(
-            f"sdtpu_model must be a folder, a hub name like 'owner/name', or '{EMBEDDED}';"
-            f" there is no folder {name!r}"
+            f"sdtpu_model must be a folder, a hub name like 'owner/name', or '{EMBEDDED}'; there is no folder {name!r}"
         )
     from huggingface_hub import snapshot_download
 
@@ -167,7 +166,9 @@ def _read_json(path: Path, folder: Path) -> Mapping[str, Any]:
 def _read_weights(folder: Path, part: str, file_name: str, dtype: Any) -> Params:
     path = folder / part / file_name
     if not path.is_file():
-        others = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".safetensors", ".ckpt", ".msgpack"))
+        others = sorted(
+            p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".safetensors", ".ckpt", ".msgpack")
+        )
         raise InvalidCheckpoint(
             f"{folder}: {part}/{file_name} is missing (found {', '.join(others) or 'no weights'}); this worker reads"
             " Flax weights: convert them with diffusers' and transformers' `from_pt=True` and `save_pretrained`"
@@ -192,18 +193,23 @@ def _cast(tree: Any, dtype: Any) -> Any:
 
 
 def _load_safety_checker(folder: Path) -> tuple[Any, Any, Params]:
-    from diffusers.pipelines.stable_diffusion import safety_checker_flax
     from transformers import CLIPConfig, CLIPImageProcessor
 
-    # diffusers' own calls `jnp.clip(a_min=...)`, which this JAX no longer has.
-    safety_checker_flax.jax_cosine_distance = _cosine_similarity
     try:
         config = CLIPConfig.from_dict(dict(_read_json(folder / "safety_checker" / "config.json", folder)))
-        checker = safety_checker_flax.FlaxStableDiffusionSafetyChecker(config, _do_init=False)
+        checker = safety_checker_class()(config, _do_init=False)
         extractor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
     except (TypeError, ValueError, OSError, KeyError) as exc:
         raise InvalidCheckpoint(f"{folder}: the safety checker cannot be used: {exc}") from exc
     return checker, extractor, _read_weights(folder, "safety_checker", "flax_model.msgpack", jnp.float32)
+
+
+def safety_checker_class() -> Any:
+    """Return diffusers' Flax safety checker, mended: its own cosine calls `jnp.clip(a_min=...)`, which JAX dropped."""
+    from diffusers.pipelines.stable_diffusion import safety_checker_flax
+
+    safety_checker_flax.jax_cosine_distance = _cosine_similarity
+    return safety_checker_flax.FlaxStableDiffusionSafetyChecker
 
 
 def _cosine_similarity(a: Any, b: Any, eps: float = 1e-12) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 
-from sdtpu_worker.aggregator.plan import Lane, Plan
+from sdtpu_worker.aggregator.plan import Aggregator, DeviceInstruction, Lane, Plan
 from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.programs import Decoded, Geometry, compile_safety_check, compile_tick, tick_params
@@ -93,7 +94,9 @@ class Tick:
 
     def _shards(self) -> Mapping[int, jax.Array]:
         shards = self._decoded.pixels.addressable_shards
-        return {shard.index[0].start or 0: shard.data for shard in shards if (shard.index[0].start or 0) in self._wanted}
+        return {
+            shard.index[0].start or 0: shard.data for shard in shards if (shard.index[0].start or 0) in self._wanted
+        }
 
 
 class Engine:
@@ -238,6 +241,26 @@ class Engine:
         self._slots[plan.lane], decoded = self._ticks[plan.lane](self._params, self._slots[plan.lane], todo)
         return Tick(plan, decoded)
 
+    def generate(self, jobs: Sequence[PreparedJob], steps_per_tick: int = 8) -> list[DecodedImage]:
+        """Run prepared jobs through the policy, all at once and without a worker; return images in the jobs' order.
+
+        For notebooks, scripts and tests; nothing else may use the engine meanwhile.
+        """
+        aggregator = Aggregator(self.resolutions, self.num_devices, self.slots_per_device, tick_s=1.0)
+        for lane in self.resolutions:
+            aggregator.observe_step(lane, 1.0 / steps_per_tick)
+        by_id = {job.task_id: job for job in jobs}
+        for job in by_id.values():
+            aggregator.add(job.task_id, job.lane, job.num_inference_steps)
+        images: dict[str, DecodedImage] = {}
+        ticks: deque[Tick] = deque()
+        while (plan := aggregator.plan()) or ticks:
+            if plan:
+                ticks.append(self.execute(plan, by_id))
+            if plan is None or len(ticks) == 2:
+                images.update((image.task_id, image) for image in ticks.popleft().wait())
+        return [images[job.task_id] for job in jobs]
+
     def reset(self) -> None:
         """Empty every slot, also after a program failed and took its donated state with it."""
         self._slots = {size: put(g.empty_slots(), self.mesh, SHARDED) for size, g in self._geometries.items()}
@@ -252,7 +275,8 @@ class Engine:
             return None
         from PIL import Image
 
-        features = self.checkpoint.feature_extractor(Image.fromarray(pixels), return_tensors="np").pixel_values
+        extractor: Any = self.checkpoint.feature_extractor
+        features = extractor(Image.fromarray(pixels), return_tensors="np").pixel_values
         batch = np.zeros((self.num_devices, *features.shape[1:]), np.float32)
         batch[0] = features[0]
         wanted = np.arange(self.num_devices) == 0
@@ -262,8 +286,6 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Really run every program once, and measure a step of each resolution on all devices."""
-        from sdtpu_worker.aggregator.plan import DeviceInstruction
-
         request = GenerationRequest("warm-up", seed=0, num_inference_steps=1)
         for size in self.resolutions:
             job = self.prepare("warm-up", _with_size(request, size))

@@ -152,7 +152,8 @@ def compile_tick(checkpoint: Checkpoint, params: Any, geometry: Geometry, mesh: 
 
 def compile_safety_check(checkpoint: Checkpoint, params: Any, mesh: Mesh) -> Callable[..., Any]:
     """Compile the safety checker: `check(params, pixel_values (D, 3, H, W) float32, wanted (D,) bool) -> (D,) bool`."""
-    checker, extractor = checkpoint.safety_checker, checkpoint.feature_extractor
+    checker: Any = checkpoint.safety_checker
+    extractor: Any = checkpoint.feature_extractor
 
     def local_check(params: Any, pixel_values: jax.Array, wanted: jax.Array) -> jax.Array:
         def run() -> jax.Array:

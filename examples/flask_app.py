@@ -22,7 +22,7 @@ from typing import Any
 
 from celery import Celery, states
 from flask import Flask, Response, request, url_for
-from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
 from sdtpu_worker import BrokerUnavailable, InvalidRequest, StorageError, generate, install
 from sdtpu_worker.storage import read_image_bytes
@@ -106,7 +106,7 @@ def image_gone(error: StorageError) -> tuple[dict[str, str], int]:
 
 
 @app.errorhandler(BrokerUnavailable)
-@app.errorhandler(RedisConnectionError)
+@app.errorhandler(RedisError)
 def redis_down(error: Exception) -> tuple[dict[str, str], int]:
     return {"error": str(error)}, 503
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from sdtpu_worker.aggregator.plan import Aggregator, Lane, Outcome, Plan
@@ -172,6 +173,9 @@ class DeviceLoop:
             self._active_since = self._clock()
         for entry in arrivals:
             job = entry.job
+            if job.task_id in self._entries:  # a redelivery of what is running here: it gets the same result
+                self._entries[job.task_id].future.add_done_callback(partial(_copy_end, entry.future))
+                continue
             try:
                 self._aggregator.add(job.task_id, job.lane, job.num_inference_steps)
             except (KeyError, ValueError) as exc:
@@ -255,6 +259,14 @@ class DeviceLoop:
             "tick of %.0f ms: %d slots in use, steps %s",
             1000 * elapsed_s, plan.occupied, [device.steps for device in plan.devices],
         )  # fmt: skip
+
+
+def _copy_end(to: Future[Finished], done: Future[Finished]) -> None:
+    exc = done.exception()
+    if exc is None:
+        to.set_result(done.result())
+    else:
+        to.set_exception(exc)
 
 
 def _fail(entry: _Entry, exc: Exception) -> None:

@@ -10,13 +10,13 @@ from celery.result import AsyncResult
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.urls import reverse
 from django.views.decorators.http import require_GET, require_POST
-from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
 from sdtpu_worker import BrokerUnavailable, InvalidRequest, StorageError, generate
 from sdtpu_worker.storage import read_image_bytes
 
 NUMBERS = {"seed": int, "num_inference_steps": int, "height": int, "width": int, "guidance_scale": float}
-STATUS_OF = {InvalidRequest: 400, StorageError: 404, BrokerUnavailable: 503, RedisConnectionError: 503}
+STATUS_OF = {InvalidRequest: 400, StorageError: 404, BrokerUnavailable: 503, RedisError: 503}
 
 
 def errors_as_json(view: Callable[..., HttpResponse]) -> Callable[..., HttpResponse]:

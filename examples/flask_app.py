@@ -61,7 +61,6 @@ celery_app = install(
         backend=os.environ.get("CELERY_RESULT_BACKEND", REDIS_URL),
     )
 )
-celery_app.set_default()  # Flask answers in threads; without this `generate` belongs to this app only in the main one
 app = Flask(__name__)
 
 

@@ -11,15 +11,16 @@ import importlib.util
 from celery import Celery
 
 from sdtpu_worker.config import DEFAULT_QUEUE
-from sdtpu_worker.plugin import install
+from sdtpu_worker.plugin import install, set_defaults
 
 app = Celery("sdtpu_worker")
-app.add_defaults(
+set_defaults(
+    app,
     {
         "broker_url": "redis://localhost:6379/0",
         "result_backend": "redis://localhost:6379/0",
         "task_default_queue": DEFAULT_QUEUE,
-    }
+    },
 )
 if importlib.util.find_spec("celeryconfig") is not None:
     app.config_from_object("celeryconfig")

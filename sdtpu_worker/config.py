@@ -153,9 +153,11 @@ def read_config(conf: Mapping[str, Any]) -> Config:
     Raises:
         ConfigurationError: a value is not allowed, or a key that starts with `sdtpu_` is not a setting.
     """
-    unknown = sorted(
-        str(key) for key in conf if str(key).lower().startswith("sdtpu_") and str(key).lower() not in _BY_NAME
-    )
-    if unknown:
-        raise ConfigurationError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(_BY_NAME)}")
+    prefix = getattr(conf, "prefix", None) or ""  # CELERY_ with Django's `namespace="CELERY"`
+    for key in map(str, conf):
+        name = key.removeprefix(prefix).lower() if prefix and key.startswith(prefix) else key
+        if name.lower().startswith("sdtpu_") and name not in _BY_NAME:
+            right = f"{prefix}{name.upper()}" if prefix else name.lower()
+            known = f"write {right}" if name.lower() in _BY_NAME else f"the settings are {', '.join(_BY_NAME)}"
+            raise ConfigurationError(f"unknown setting {key} in the app's configuration; {known}")
     return Config(**{name.removeprefix("sdtpu_"): read_setting(name, conf) for name in _BY_NAME})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
-from celery import Celery, bootsteps
+from celery import Celery, _state, bootsteps, signals
+from celery.concurrency import get_implementation
 
 from sdtpu_worker.config import read_setting
 
@@ -26,13 +28,41 @@ def install(app: Celery) -> Celery:
     """Turn a Celery app into one whose worker can serve: the task, the pool, the start-up checks.
 
     Safe to call in the module that web processes and ordinary workers share: it only sets defaults, which the app's
-    own configuration overrides, and imports no JAX. Returns the app.
+    own configuration overrides, and imports no JAX. A worker of the app that names other queues with `-Q` stays an
+    ordinary one. Unless there is a default app already, this one becomes it, so that `generate.delay` finds it from
+    every thread of a web server. Returns the app.
     """
     import sdtpu_worker.task  # noqa: F401  registers the shared task
 
-    app.add_defaults(_DEFAULTS)
+    set_defaults(app, _DEFAULTS)
     app.steps["worker"].add(DeviceWorkerStep)
+    signals.worker_init.connect(_leave_other_workers_alone, dispatch_uid="sdtpu_worker")
+    if _state.default_app is None:
+        app.set_default()
     return app
+
+
+def set_defaults(app: Celery, values: Mapping[str, Any]) -> None:
+    """Put values below the app's own configuration and above Celery's defaults, whenever that configuration loads.
+
+    (Celery's `add_defaults` puts them above the configuration.)
+    """
+
+    def insert(source: Any, **_: Any) -> None:
+        source.maps.insert(len(source.maps) - 1, dict(values))
+
+    if app.configured:
+        insert(app.conf)
+    app.on_after_configure.connect(insert, weak=False)
+
+
+def _leave_other_workers_alone(sender: Any, **_: Any) -> None:
+    """Give a worker that was told to consume other queues only the pool that it would have had."""
+    queues = sender.app.amqp.queues
+    chosen = queues._consume_from  # None unless -Q chose
+    ours = DeviceWorkerStep in sender.app.steps["worker"] and _is_device_pool(sender.pool_cls)
+    if ours and chosen and read_setting("sdtpu_queue", sender.app.conf) not in chosen:
+        sender.pool_cls = get_implementation("prefork")
 
 
 class DeviceWorkerStep(bootsteps.StartStopStep):
@@ -43,7 +73,7 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         queue = read_setting("sdtpu_queue", worker.app.conf)
-        self.serves = _names_device_pool(worker.pool_cls)
+        self.serves = _is_device_pool(worker.pool_cls)
         consumed = worker.app.amqp.queues.consume_from
         if not self.serves:
             if queue in consumed:
@@ -70,10 +100,11 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
             worker.consumer.prefetch_multiplier = 1
 
 
-def _names_device_pool(pool_cls: Any) -> bool:
-    return f"{pool_cls.__module__}:{pool_cls.__qualname__}" == POOL or any(
-        f"{base.__module__}:{base.__qualname__}" == POOL for base in pool_cls.__mro__
-    )
+def _is_device_pool(pool: Any) -> bool:
+    """Whether a pool, a class or its path, is `DevicePool` or made of it; does not import it to find out."""
+    if isinstance(pool, str):
+        return pool == POOL
+    return any(f"{base.__module__}:{base.__qualname__}" == POOL for base in pool.__mro__)
 
 
 def _refuse(reason: str) -> None:

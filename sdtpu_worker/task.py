@@ -53,11 +53,11 @@ class GenerateTask(Task):
         try:
             return super().apply_async(args, kwargs, *rest, **options)
         except (OperationalError, ConnectionError) as exc:
-            raise _unavailable(self.app, exc) from exc
+            raise _unavailable(self.app, str(exc)) from exc
         except RuntimeError as exc:
             if "Retry limit exceeded" not in str(exc):
                 raise
-            raise _unavailable(self.app, exc) from exc
+            raise _unavailable(self.app, "the result backend did not answer") from exc
 
 
 @shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=True)
@@ -71,9 +71,8 @@ def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return current().run(self.request.id, request, sent_at).to_json()
 
 
-def _unavailable(app: Any, exc: Exception) -> BrokerUnavailable:
+def _unavailable(app: Any, cause: str) -> BrokerUnavailable:
     url = maybe_sanitize_url(app.conf.broker_url or "redis://localhost:6379/0")
-    cause = " ".join(str(exc).split())
     return BrokerUnavailable(
         f"the job was not enqueued: Redis at {url} cannot be reached ({cause}); start it, or correct broker_url and"
         " result_backend"

@@ -52,7 +52,9 @@ def mixed_requests(count: int, seed: int) -> list[GenerationRequest]:
     ]
 
 
-@pytest.fixture(scope="module", params=[(1, "float32"), (3, "float32"), (2, "bfloat16")], ids=lambda p: f"{p[0]}x{p[1]}")
+@pytest.fixture(
+    scope="module", params=[(1, "float32"), (3, "float32"), (2, "bfloat16")], ids=lambda p: f"{p[0]}x{p[1]}"
+)
 def any_engine(request, random_checkpoint):
     slots, dtype = request.param
     checkpoint = load_checkpoint(str(random_checkpoint), getattr(jnp, dtype))

@@ -242,7 +242,9 @@ def test_states_and_pool_facts_are_visible_as_for_any_worker(app, worker):
         assert time.monotonic() < deadline, job.state
         time.sleep(0.01)
     job.get(timeout=60)
-    stats = next(s for s in app.control.inspect(timeout=5).stats().values() if s["pool"].get("sdtpu", {}).get("slots") == 8)
+    stats = next(
+        s for s in app.control.inspect(timeout=5).stats().values() if s["pool"].get("sdtpu", {}).get("slots") == 8
+    )
     assert stats["pool"]["max-concurrency"] == 16
     assert stats["prefetch_count"] == 16
     assert stats["pool"]["sdtpu"]["loop"]["images"] >= 1

@@ -91,12 +91,17 @@ def main() -> None:
         pictures = generate(sampler, 1_000)
         scores[sampler] = score(scenes, pictures, generate(sampler, 9_000))
         print(f"{sampler:<12}", *(f"{100 * scores[sampler][column]:>11.1f}%" for column in COLUMNS), flush=True)
-        sheet += [(picture, f"{scene.caption()} [{sampler}]") for picture, scene in list(zip(pictures, scenes))[::17]]
+        sheet += [
+            (picture, f"{scene.caption()} [{sampler}]")
+            for picture, scene in list(zip(pictures, scenes, strict=True))[::17]
+        ]
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         options = {"prompts": args.prompts, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
         (args.out / "scores.json").write_text(json.dumps({**options, "scores": scores}, indent=2) + "\n")
-        labelled_grid([picture for picture, _ in sheet], [label for _, label in sheet], 8).save(args.out / "samples.png")
+        labelled_grid([picture for picture, _ in sheet], [label for _, label in sheet], 8).save(
+            args.out / "samples.png"
+        )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ Weights are read with msgpack alone: no pickle, and no random initialisation fir
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +72,6 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
     Raises:
         InvalidCheckpoint: it is missing, half-written, or not a Stable Diffusion checkpoint with Flax weights.
     """
-    _silence_deprecations()
     folder = _find_folder(name, revision)
     index = _read_json(folder / "model_index.json", folder)
     classes = {part: str((entry or [None, None])[1]).removeprefix("Flax")
@@ -221,10 +218,3 @@ def _cosine_similarity(a: Any, b: Any, eps: float = 1e-12) -> Any:
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def _silence_deprecations() -> None:
-    """Both libraries announce, at every call, that their Flax classes will go; `pyproject.toml` bounds them."""
-    for name in ("diffusers", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*Flax.*deprecated.*")

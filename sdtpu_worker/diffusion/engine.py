@@ -139,8 +139,7 @@ class Engine:
         self._geometries = {
             size: Geometry.of(checkpoint, self.num_devices, slots_per_device, *size) for size in self.resolutions
         }
-        params = put(tick_params(checkpoint.params), self.mesh, REPLICATED)
-        self._params = params
+        self.params = params = put(tick_params(checkpoint.params), self.mesh, REPLICATED)
         started = time.monotonic()
         counts = compile_cache.counts() if compile_cache else None
         try:
@@ -238,7 +237,7 @@ class Engine:
                 todo.num_steps[i], todo.guidance_scale[i] = job.num_inference_steps, job.guidance_scale
                 todo.init_noise_sigma[i] = job.init_noise_sigma
         todo = put(todo, self.mesh, SHARDED)
-        self._slots[plan.lane], decoded = self._ticks[plan.lane](self._params, self._slots[plan.lane], todo)
+        self._slots[plan.lane], decoded = self._ticks[plan.lane](self.params, self._slots[plan.lane], todo)
         return Tick(plan, decoded)
 
     def generate(self, jobs: Sequence[PreparedJob], steps_per_tick: int = 8) -> list[DecodedImage]:

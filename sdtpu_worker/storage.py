@@ -127,7 +127,7 @@ def read_image_bytes(result: Mapping[str, Any] | GenerationResult, app: Celery |
     store = make_image_store(app, read_setting("sdtpu_image_store", app.conf))
     client = store.client if isinstance(store, RedisImageStore) else _backend_client(app)
     try:
-        data = client.get(image.uri.removeprefix(REDIS_URI_PREFIX))
+        data: Any = client.get(image.uri.removeprefix(REDIS_URI_PREFIX))
     except RedisError as exc:
         raise StorageError(f"Redis could not be read for {image.uri}: {exc}") from exc
     if data is None:

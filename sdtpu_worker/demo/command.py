@@ -63,6 +63,8 @@ def run_demo(out: Path, prompts: list[str], steps: int, seed: int, devices: int,
         DemoFailed: a process did not start, or a job failed.
     """
     started = time.monotonic()
+    prompts = prompts or list(PROMPTS)
+    _check(prompts, steps, seed)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "worker.log"
     log.unlink(missing_ok=True)
@@ -74,11 +76,22 @@ def run_demo(out: Path, prompts: list[str], steps: int, seed: int, devices: int,
             process = stack.enter_context(_worker(redis_url, log, devices, slots_per_device))
             click.echo(re.sub(r".*?: (?=ready:)", "", wait_for_line(process, log, "ready: ", START_TIMEOUT_S)))
             wait_for_line(process, log, " ready.", START_TIMEOUT_S)
-            report = _produce(redis_url, prompts or list(PROMPTS), steps, seed, out)
+            report = _produce(redis_url, prompts, steps, seed, out)
     except StartFailed as exc:
         raise DemoFailed(str(exc)) from exc
     compiled = re.search(r"compiled .*", log.read_text(errors="replace"))
     _print_report(report, compiled.group() if compiled else "", time.monotonic() - started, out)
+
+
+def _check(prompts: Sequence[str], steps: int, seed: int) -> None:
+    """Find a bad parameter before anything is started."""
+    from sdtpu_worker import GenerationRequest, InvalidRequest
+
+    try:
+        for i, prompt in enumerate(prompts):
+            GenerationRequest(prompt, seed=seed + i, num_inference_steps=steps)
+    except InvalidRequest as exc:
+        raise DemoFailed(f"InvalidRequest: {exc}") from exc
 
 
 @contextlib.contextmanager
@@ -100,17 +113,13 @@ def _produce(redis_url: str, prompts: Sequence[str], steps: int, seed: int, out:
     from celery import Celery
 
     from sdtpu_worker import generate, install, open_image
-    from sdtpu_worker.errors import InvalidRequest
 
     app = install(Celery("demo-producer", broker=redis_url, backend=redis_url))
     app.set_current()
     app.set_default()
     before = _loop_stats(app)
     began = time.monotonic()
-    try:
-        jobs = [generate.delay(prompt, seed=seed + i, num_inference_steps=steps) for i, prompt in enumerate(prompts)]
-    except InvalidRequest as exc:
-        raise DemoFailed(f"InvalidRequest: {exc}") from exc
+    jobs = [generate.delay(prompt, seed=seed + i, num_inference_steps=steps) for i, prompt in enumerate(prompts)]
     results: dict[int, dict[str, Any]] = {}
     with click.progressbar(length=len(jobs), label=f"{len(jobs)} tasks", show_pos=True) as bar:
         while len(results) < len(jobs):

@@ -8,6 +8,7 @@ from typing import Any
 
 from celery.concurrency.thread import TaskPool
 from celery.platforms import EX_FAILURE
+from celery.worker import state
 
 from sdtpu_worker.config import read_config
 from sdtpu_worker.errors import SdtpuError
@@ -30,7 +31,7 @@ class DevicePool(TaskPool):
         """Make the engine ready; a `ConfigurationError` ends the worker with one line and a failure code."""
         try:
             config = read_config(self.app.conf)
-            self.serving = start_serving(config, make_image_store(self.app, config.image_store))
+            self.serving = start_serving(config, make_image_store(self.app, config.image_store), _stop_worker)
         except SdtpuError as exc:
             logger.critical("%s: %s", type(exc).__name__, exc)
             raise SystemExit(EX_FAILURE) from exc
@@ -56,3 +57,8 @@ class DevicePool(TaskPool):
                 "loop": self.serving.loop.stats.to_json(),
             }
         return info
+
+
+def _stop_worker() -> None:
+    """End the worker with a failure code, for its supervisor to start it anew on a healthy device."""
+    state.should_stop = EX_FAILURE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.aggregator.loop import DeviceLoop
@@ -24,12 +25,14 @@ logger = logging.getLogger(__name__)
 class Serving:
     """A warm engine with its loop and store; `run` may be called from many threads at a time."""
 
-    def __init__(self, engine: Engine, store: ImageStore, tick_s: float) -> None:
+    def __init__(
+        self, engine: Engine, store: ImageStore, tick_s: float, on_death: Callable[[], None] = lambda: None
+    ) -> None:
         self.engine, self.store = engine, store
         aggregator = Aggregator(engine.resolutions, engine.num_devices, engine.slots_per_device, tick_s)
         for lane, step_s in engine.step_s.items():
             aggregator.observe_step(lane, step_s)
-        self.loop = DeviceLoop(engine, aggregator)
+        self.loop = DeviceLoop(engine, aggregator, on_death)
         self.loop.start()
 
     @property
@@ -98,8 +101,13 @@ class Serving:
 _current: Serving | None = None
 
 
-def start_serving(config: Config, store: ImageStore) -> Serving:
+def start_serving(config: Config, store: ImageStore, on_death: Callable[[], None] = lambda: None) -> Serving:
     """Find the devices, load the checkpoint, compile and really run every program; make the result `current()`.
+
+    Args:
+        config: the settings.
+        store: where images go.
+        on_death: called when the device loop cannot go on.
 
     Raises:
         ConfigurationError: a device, a checkpoint or a size that is configured is not there.
@@ -126,7 +134,7 @@ def start_serving(config: Config, store: ImageStore) -> Serving:
         "compiled %d programs in %.1f s (compile cache: %d hits, %d misses)",
         len(engine.resolutions), engine.compile_s, engine.cache_hits, engine.cache_misses,
     )  # fmt: skip
-    _current = Serving(engine, store, config.tick_s)
+    _current = Serving(engine, store, config.tick_s, on_death)
     sizes = ", ".join(f"{height}x{width} ({1000 * s:.1f} ms a step)" for (height, width), s in engine.step_s.items())
     logger.info(
         "ready: %d devices of kind %s, %d slots, %s, %s, sampler %s by default, after %.1f s",

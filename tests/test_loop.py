@@ -91,6 +91,24 @@ def test_a_resolution_that_has_no_lane_fails_its_job_alone(make_loop):
     assert good.result(10).pixels == 5
 
 
+def test_an_engine_that_cannot_be_reset_ends_the_loop_and_says_so():
+    class BrokenEngine(FakeEngine):
+        def reset(self) -> None:
+            raise RuntimeError("the device is lost")
+
+    died = threading.Event()
+    aggregator = Aggregator([LANE], 1, 1, tick_s=1.0)
+    loop = DeviceLoop(BrokenEngine(fail_at=(0,)), aggregator, on_death=died.set)
+    futures = [loop.submit(FakeJob(str(i), 5)) for i in range(3)]
+    loop.start()
+    for future, error in zip(futures, (GenerationFailed, EngineUnavailable, EngineUnavailable), strict=True):
+        with pytest.raises(error):
+            future.result(10)
+    assert died.wait(10)
+    with pytest.raises(EngineUnavailable):
+        loop.submit(FakeJob("late", 1))
+
+
 def test_closing_fails_what_is_still_here_and_refuses_more(make_loop):
     gate = threading.Event()
     loop = make_loop(FakeEngine(gate=gate), devices=1, slots=1)

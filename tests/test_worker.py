@@ -250,6 +250,18 @@ def test_states_and_pool_facts_are_visible_as_for_any_worker(app, worker):
     assert stats["pool"]["sdtpu"]["loop"]["images"] >= 1
 
 
+def test_sigterm_finishes_the_jobs_in_hand_and_exits_with_zero(redis_url, app, tmp_path, random_checkpoint):
+    settings = {"SDTPU_QUEUE": "drained", "SDTPU_CPU_DEVICES": "2", "SDTPU_SLOTS_PER_DEVICE": "2"}
+    settings["SDTPU_MODEL"] = str(random_checkpoint)
+    with start_worker(redis_url, tmp_path, "-Q", "drained", **settings) as (process, _):
+        jobs = [generate.apply_async(("a",), {"num_inference_steps": 500}, queue="drained") for _ in range(8)]
+        while app.backend.client.llen("drained") or jobs[0].state != "STARTED":
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == 0
+    assert {job.get(timeout=1)["num_inference_steps"] for job in jobs} == {500}
+
+
 def test_a_failure_crosses_the_result_backend_with_its_own_class(app):
     app.backend.store_result("failed-one", GenerationFailed("device 3 gave NaN"), "FAILURE")
     with pytest.raises(GenerationFailed, match="device 3 gave NaN"):

@@ -94,11 +94,23 @@ class _Entry:
 
 
 class DeviceLoop:
-    """Runs plans until it is closed. `submit`, `cancel` and `close` may be called from any thread."""
+    """Runs plans until it is closed. `submit`, `cancel` and `close` may be called from any thread.
+
+    Args:
+        engine: who executes the plans.
+        aggregator: who makes them; owned by this loop's thread from now on.
+        on_death: called when the loop cannot go on (the engine could not even be reset).
+        clock: monotonic seconds.
+    """
 
     def __init__(
-        self, engine: DeviceEngine, aggregator: Aggregator, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: DeviceEngine,
+        aggregator: Aggregator,
+        on_death: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._on_death = on_death
         self._engine, self._aggregator, self._clock = engine, aggregator, clock
         self._wake = threading.Condition()
         self._arrivals: deque[_Entry] = deque()
@@ -155,6 +167,7 @@ class DeviceLoop:
             logger.critical("the device loop died: %r", exc, exc_info=True)
             with self._wake:
                 self._closing = True
+            self._on_death()
         finally:
             for entry in [*self._entries.values(), *self._arrivals]:
                 _fail(entry, EngineUnavailable("the worker stopped before this job was done"))

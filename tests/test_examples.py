@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import subprocess
 import sys
 import uuid
@@ -14,14 +13,12 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from PIL import Image
 from redis import Redis
 
 from sdtpu_worker import GenerationFailed
 from sdtpu_worker.demo.processes import free_port, private_redis, worker_env
 from sdtpu_worker.result import BatchPlace, GenerationResult, StoredImage, Timings
 from sdtpu_worker.storage import make_image_store
-from tests.conftest import XLA_CACHE
 
 ROOT = Path(__file__).parent.parent
 FLASK = """
@@ -217,24 +214,3 @@ def test_a_redis_that_is_down_is_503(framework: str) -> None:
     answers = visit(framework, nobody, post({"prompt": "a fox"}), get(f"/images/{uuid.uuid4()}"))
     assert [status for status, _, _ in answers] == [503, 503]
     assert "cannot be reached" in json.loads(answers[0][2])["error"]
-
-
-@pytest.mark.slow
-def test_the_walkthrough_runs_to_its_end_and_writes_its_grids(tmp_path, random_checkpoint):
-    command = [sys.executable, str(ROOT / "examples" / "walkthrough.py"), "--out", str(tmp_path), "--steps", "2"]
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": XLA_CACHE, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [*command, "--model", str(random_checkpoint)],
-        env=environment, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "1. 8 devices of kind cpu" in done.stdout
-    assert "deprecated" not in done.stderr
-    grids = {path.stem: Image.open(path).size for path in tmp_path.glob("*.png")}
-    assert grids == {
-        "one-prompt": (64, 8),
-        "two-prompts": (32, 16),
-        "eight-prompts": (32, 16),
-        "two-per-device": (64, 16),
-        "mixed": (64, 16),
-    }

@@ -1,6 +1,6 @@
 """Calibrate the shipped checkpoint's guidance, so that 7.5 is right under every sampler.
 
-    python -m sdtpu_worker.demo.calibrate --work DIR [--strength 2.0]
+    python -m sdtpu_worker.demo.calibrate --work DIR [--strength 2.4]
 
 A model of this little world is sure of itself: at a guidance scale of 7.5 it overshoots, and PNDM, which extrapolates
 from earlier outputs, then diverges. Its pictures are best at a scale of about 2. So this trains a copy to give at 7.5
@@ -8,6 +8,7 @@ what the trained model gives at `--strength`: conditional outputs move towards t
 targets are the trained model's own outputs, without noise, so a quarter of an hour on two cores is enough.
 
 Reads and rewrites `DIR/checkpoint` (see train_diffusion.py); the model as it was trained is kept in `DIR/uncalibrated`.
+A second run goes on from where the first one ended.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main() -> None:
     """Train, log, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder with the trained checkpoint")
-    parser.add_argument("--strength", type=float, default=2.0, help="guidance scale of the trained model to reproduce")
+    parser.add_argument("--strength", type=float, default=2.4, help="guidance scale of the trained model to reproduce")
     parser.add_argument("--scenes", type=int, default=12_000, help="drawn training scenes")
     parser.add_argument("--steps", type=int, default=900, help="optimiser steps of 32 scenes")
     args = parser.parse_args()
@@ -110,7 +111,9 @@ def main() -> None:
         return params, average, state, loss
 
     fixed = {name: jax.tree.map(jnp.asarray, teacher.params[name]) for name in ("text_encoder", "unet")}
-    params, average = jax.tree.map(jnp.copy, fixed), jax.tree.map(jnp.copy, fixed)
+    student = load_checkpoint(str(args.work / "checkpoint")).params
+    params = {name: jax.tree.map(jnp.asarray, student[name]) for name in fixed}
+    average = jax.tree.map(jnp.copy, params)
     state = optimiser.init(params)
     draw, started, losses = np.random.default_rng(6), time.monotonic(), []
     for i in range(args.steps):

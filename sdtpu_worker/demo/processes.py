@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
 class StartFailed(RuntimeError):
@@ -67,16 +68,23 @@ def private_redis(*options: str) -> Iterator[str]:
             port = free_port()
             command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder, *options]
             with running(command, Path(folder) / "redis.log") as process:
-                client = redis.Redis(port=port)
-                deadline = time.monotonic() + 10
-                while process.poll() is None and time.monotonic() < deadline:
-                    with contextlib.suppress(redis.ConnectionError, redis.BusyLoadingError):
-                        client.ping()
-                        client.close()
-                        yield f"redis://127.0.0.1:{port}/0"
-                        return
-                    time.sleep(0.05)
+                if _answers(process, redis.Redis(port=port)):
+                    yield f"redis://127.0.0.1:{port}/0"
+                    return
         raise StartFailed(f"redis-server did not start: {(Path(folder) / 'redis.log').read_text()[-500:]}")
+
+
+def _answers(process: subprocess.Popen[bytes], client: Any, timeout_s: float = 10) -> bool:
+    """Wait for a Redis to answer; False when its process ends or the time is over."""
+    from redis.exceptions import RedisError
+
+    deadline = time.monotonic() + timeout_s
+    with contextlib.closing(client):
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(RedisError):
+                return bool(client.ping())
+            time.sleep(0.05)
+    return False
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ Needs Pillow and NumPy only; the training script draws with it, the scoring scri
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -18,7 +19,7 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 IMAGE_SIZE = 64
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -166,7 +167,7 @@ class Verdict:
 
 
 def judge(image: Image.Image) -> Verdict:
-    """Read a picture: colours by the nearest palette entry, the shape by overlap with drawn masks.
+    """Read a picture: colours by the nearest palette entry, the shape by drawing each one and comparing.
 
     Args:
         image: any size and mode; it is read at 64 x 64 RGB.
@@ -179,39 +180,55 @@ def judge(image: Image.Image) -> Verdict:
                             pixels[:, -2:].reshape(-1, 3)])  # fmt: skip
     background_rgb = np.median(frame, axis=0)
     distance = np.linalg.norm(pixels - background_rgb, axis=-1)
-    core = distance > 0.75 * np.quantile(distance, 0.97)
-    object_rgb = np.median(pixels[core], axis=0) if core.any() else background_rgb
+    core = distance >= np.quantile(distance, 0.99)
+    object_rgb = np.median(pixels[core], axis=0)
     axis = object_rgb - background_rgb
     coverage = np.clip(((pixels - background_rgb) @ axis) / max(float(axis @ axis), 1.0), 0, 1)
+    colour, background = _nearest_colour(object_rgb), _nearest_colour(background_rgb)
     mask = coverage > 0.5
-    if mask.sum() < 12:
-        return Verdict(_nearest_colour(object_rgb), "nothing", _nearest_colour(background_rgb), 0.0, 0.0, 0.0)
     rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
+    if float(axis @ axis) < 1000 or not len(rows) or not len(columns):
+        return Verdict(colour, "nothing", background, 0.0, 0.0, 0.0)
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    crop = Image.fromarray((coverage[top:bottom, left:right] * 255).astype(np.uint8)).resize((32, 32))
-    seen = np.asarray(crop, np.float32) / 255
-    overlaps = {}
-    for shape, template in _templates().items():
-        overlaps[shape] = float(np.minimum(seen, template).sum() / np.maximum(seen, template).sum())
     return Verdict(
-        colour=_nearest_colour(object_rgb),
-        shape=max(overlaps, key=lambda shape: overlaps[shape]),
-        background=_nearest_colour(background_rgb),
+        colour=colour,
+        shape=_best_shape(coverage),
+        background=background,
         radius=float(max(bottom - top, right - left)) / 2,
         x=float(left + right - IMAGE_SIZE) / 2,
         y=float(top + bottom - IMAGE_SIZE) / 2,
     )
 
 
-def _templates() -> dict[str, np.ndarray]:
-    if not _TEMPLATES:
-        for shape in SHAPES:
-            mask = draw_mask(shape, 64, 64, 50, size=128)
-            _TEMPLATES[shape] = np.asarray(mask.crop(mask.getbbox()).resize((32, 32)), np.float32) / 255
-    return _TEMPLATES
+def _best_shape(coverage: np.ndarray) -> str:
+    """Return the shape whose drawing, as large as the area says and as soft, differs least from the coverage."""
+    coverage = np.where(coverage < 0.1, 0, coverage)  # ripples of the background are not part of the object
+    area, grid = coverage.sum(), np.arange(IMAGE_SIZE) + 0.5
+    x, y = float((coverage.sum(0) * grid).sum() / area), float((coverage.sum(1) * grid).sum() / area)
+    errors = {}
+    for shape, (unit_area, dx, dy) in _moments().items():
+        for scale in (0.9, 1.0, 1.1):
+            radius = scale * math.sqrt(area / unit_area)
+            drawn = draw_mask(shape, x - dx * radius, y - dy * radius, radius)
+            for softness in (0.0, 1.0, 2.0):
+                template = np.asarray(drawn.filter(ImageFilter.GaussianBlur(softness)), np.float32) / 255
+                errors[shape, scale, softness] = float(((coverage - template) ** 2).sum())
+    return min(errors, key=lambda key: errors[key])[0]
 
 
-_TEMPLATES: dict[str, np.ndarray] = {}
+@functools.cache
+def _moments() -> dict[str, tuple[float, float, float]]:
+    """Return each shape's area and centre of mass at radius 1, measured on a large drawing."""
+    found = {}
+    grid = (np.arange(128) + 0.5 - 64) / 50
+    for shape in SHAPES:
+        mask = np.asarray(draw_mask(shape, 64, 64, 50, size=128), np.float32) / 255
+        found[shape] = (
+            float(mask.sum()) / 50**2,
+            float((mask.sum(0) * grid).sum() / mask.sum()),
+            float((mask.sum(1) * grid).sum() / mask.sum()),
+        )
+    return found
 
 
 def _nearest_colour(rgb: np.ndarray) -> str:

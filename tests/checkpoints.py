@@ -92,7 +92,7 @@ def _write_safety_checker(folder: Path) -> None:
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 32, "patch_size": 16, "projection_dim": 16}  # fmt: skip
     config = CLIPConfig(vision_config=vision, text_config={"projection_dim": 16}, projection_dim=16)
-    checker = safety_checker_class()(config, _do_init=False)
+    checker = safety_checker_class()(config, input_shape=(1, 32, 32, 3), _do_init=False)
     _write(folder / "safety_checker", config.to_dict(), lambda key: checker.init_weights(key, (1, 32, 32, 3)))
     size = {"height": 32, "width": 32}
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder / "feature_extractor")

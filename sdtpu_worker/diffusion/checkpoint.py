@@ -194,7 +194,8 @@ def _load_safety_checker(folder: Path) -> tuple[Any, Any, Params]:
 
     try:
         config = CLIPConfig.from_dict(dict(_read_json(folder / "safety_checker" / "config.json", folder)))
-        checker = safety_checker_class()(config, _do_init=False)
+        side = config.vision_config.image_size
+        checker = safety_checker_class()(config, input_shape=(1, side, side, 3), _do_init=False)
         extractor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
     except (TypeError, ValueError, OSError, KeyError) as exc:
         raise InvalidCheckpoint(f"{folder}: the safety checker cannot be used: {exc}") from exc

@@ -52,6 +52,7 @@ class DevicePool(TaskPool):
                 "device_kind": engine.device_kind,
                 "slots": engine.num_slots,
                 "model": engine.checkpoint.name,
+                "trace_s": round(engine.trace_s, 3),
                 "compile_s": round(engine.compile_s, 3),
                 "compile_cache": {"hits": engine.cache_hits, "misses": engine.cache_misses},
                 "loop": self.serving.loop.stats.to_json(),

@@ -131,8 +131,8 @@ def start_serving(config: Config, store: ImageStore, on_death: Callable[[], None
     logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
     engine = Engine(checkpoint, devices, config.slots_per_device, config.resolutions, cache)
     logger.info(
-        "compiled %d programs in %.1f s (compile cache: %d hits, %d misses)",
-        len(engine.resolutions), engine.compile_s, engine.cache_hits, engine.cache_misses,
+        "traced %d programs in %.2f s, compiled in %.2f s (compile cache: %d hits, %d misses)",
+        len(engine.resolutions), engine.trace_s, engine.compile_s, engine.cache_hits, engine.cache_misses,
     )  # fmt: skip
     _current = Serving(engine, store, config.tick_s, on_death)
     sizes = ", ".join(f"{height}x{width} ({1000 * s:.1f} ms a step)" for (height, width), s in engine.step_s.items())

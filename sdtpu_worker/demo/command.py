@@ -79,7 +79,7 @@ def run_demo(out: Path, prompts: list[str], steps: int, seed: int, devices: int,
             report = _produce(redis_url, prompts, steps, seed, out)
     except StartFailed as exc:
         raise DemoFailed(str(exc)) from exc
-    compiled = re.search(r"compiled .*", log.read_text(errors="replace"))
+    compiled = re.search(r"traced \d+ programs .*", log.read_text(errors="replace"))
     _print_report(report, compiled.group() if compiled else "", time.monotonic() - started, out)
 
 

@@ -6,7 +6,6 @@ decode. It never touches Celery.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -23,13 +22,13 @@ from flax.errors import FlaxError
 from sdtpu_worker.aggregator.plan import Aggregator, DeviceInstruction, Lane, Plan
 from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
-from sdtpu_worker.diffusion.programs import Decoded, Geometry, compile_safety_check, compile_tick, tick_params
+from sdtpu_worker.diffusion.programs import Decoded, Geometry, lower_safety_check, lower_tick, tick_params
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint, InvalidRequest
 from sdtpu_worker.request import GenerationRequest
 
-logger = logging.getLogger(__name__)
+_SAFETY = "safety check"
 
 
 @dataclass(frozen=True)
@@ -140,25 +139,27 @@ class Engine:
             size: Geometry.of(checkpoint, self.num_devices, slots_per_device, *size) for size in self.resolutions
         }
         self.params = params = put(tick_params(checkpoint.params), self.mesh, REPLICATED)
+        self._safety_params: Any = None
         started = time.monotonic()
-        counts = compile_cache.counts() if compile_cache else None
         try:
-            with ThreadPoolExecutor(len(self.resolutions)) as threads:
-                programs = threads.map(
-                    lambda size: compile_tick(checkpoint, params, self._geometries[size], self.mesh), self.resolutions
-                )
-                self._ticks = dict(zip(self.resolutions, programs, strict=True))
+            lowered = {size: lower_tick(checkpoint, params, g, self.mesh) for size, g in self._geometries.items()}
         except (FlaxError, TypeError, ValueError) as exc:
             raise InvalidCheckpoint(
                 f"{checkpoint.name}: the parameters do not fit the configs: {_first_line(exc)}"
             ) from exc
-        self._safety_check = self._safety_params = None
+        programs: dict[Any, Any] = dict(lowered)
         if checkpoint.safety_checker is not None:
             self._safety_params = put(checkpoint.params["safety_checker"], self.mesh, REPLICATED)
-            self._safety_check = compile_safety_check(checkpoint, self._safety_params, self.mesh)
+            programs[_SAFETY] = lower_safety_check(checkpoint, self._safety_params, self.mesh)
+        traced = time.monotonic()
+        counts = compile_cache.counts() if compile_cache else (0, 0)
+        with ThreadPoolExecutor(len(programs)) as threads:
+            compiled = dict(zip(programs, threads.map(lambda p: p.compile(), programs.values()), strict=True))
+        self.trace_s, self.compile_s = traced - started, time.monotonic() - traced
+        self.cache_hits, self.cache_misses = compile_cache.since(counts) if compile_cache else (0, 0)
+        self._safety_check = compiled.pop(_SAFETY, None)
         self._safety_lock = threading.Lock()
-        self.compile_s = time.monotonic() - started
-        self.cache_hits, self.cache_misses = compile_cache.since(counts) if compile_cache and counts else (0, 0)
+        self._ticks = compiled
         self.reset()
         self._warm_up()
 

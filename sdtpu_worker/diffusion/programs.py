@@ -7,7 +7,6 @@ Nothing crosses devices, so there is no collective and a device with nothing to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,15 +119,15 @@ def tick_params(params: dict[str, Any]) -> dict[str, Any]:
     return {"text_encoder": params["text_encoder"], "unet": params["unet"], "vae": vae}
 
 
-def compile_tick(checkpoint: Checkpoint, params: Any, geometry: Geometry, mesh: Mesh) -> Callable[..., Any]:
-    """Lower and compile the tick, ahead of time.
+def lower_tick(checkpoint: Checkpoint, params: Any, geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:
+    """Trace and lower the tick, ahead of time.
 
     Args:
         params: `tick_params` of the checkpoint on the mesh, replicated (arrays or shapes).
 
     Returns:
-        `tick(params, slots, instructions) -> (slots, Decoded)`; the slots passed in are donated. A wrong shape,
-        dtype or sharding is an error: this never compiles again.
+        What `.compile()` makes `tick(params, slots, instructions) -> (slots, Decoded)` of; the slots passed in are
+        donated. A wrong shape, dtype or sharding is an error: the result never compiles again.
     """
 
     def local_tick(params: Any, slots: Slots, todo: Instructions) -> tuple[Slots, Decoded]:
@@ -144,14 +143,13 @@ def compile_tick(checkpoint: Checkpoint, params: Any, geometry: Geometry, mesh: 
     def shapes(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharded), tree)
 
-    lowered = jax.jit(tick, donate_argnums=1).lower(
+    return jax.jit(tick, donate_argnums=1).lower(
         params, shapes(geometry.empty_slots()), shapes(geometry.no_instructions())
     )
-    return lowered.compile()
 
 
-def compile_safety_check(checkpoint: Checkpoint, params: Any, mesh: Mesh) -> Callable[..., Any]:
-    """Compile the safety checker: `check(params, pixel_values (D, 3, H, W) float32, wanted (D,) bool) -> (D,) bool`."""
+def lower_safety_check(checkpoint: Checkpoint, params: Any, mesh: Mesh) -> jax.stages.Lowered:
+    """Trace and lower the safety checker: `check(params, pixel_values (D, 3, H, W) float32, wanted (D,) bool) -> (D,) bool`."""
     checker: Any = checkpoint.safety_checker
     extractor: Any = checkpoint.feature_extractor
 
@@ -168,7 +166,7 @@ def compile_safety_check(checkpoint: Checkpoint, params: Any, mesh: Mesh) -> Cal
     crop = extractor.crop_size
     pixel_values = jax.ShapeDtypeStruct((count, 3, crop["height"], crop["width"]), jnp.float32, sharding=sharded)
     wanted = jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=sharded)
-    return jax.jit(check).lower(params, pixel_values, wanted).compile()
+    return jax.jit(check).lower(params, pixel_values, wanted)
 
 
 def _insert(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slots, todo: Instructions) -> Slots:

@@ -142,12 +142,13 @@ class Engine:
         self._safety_params: Any = None
         started = time.monotonic()
         try:
-            lowered = {size: lower_tick(checkpoint, params, g, self.mesh) for size, g in self._geometries.items()}
+            programs: dict[Any, Any] = {
+                size: lower_tick(checkpoint, params, geometry, self.mesh) for size, geometry in self._geometries.items()
+            }
         except (FlaxError, TypeError, ValueError) as exc:
             raise InvalidCheckpoint(
                 f"{checkpoint.name}: the parameters do not fit the configs: {_first_line(exc)}"
             ) from exc
-        programs: dict[Any, Any] = dict(lowered)
         if checkpoint.safety_checker is not None:
             self._safety_params = put(checkpoint.params["safety_checker"], self.mesh, REPLICATED)
             programs[_SAFETY] = lower_safety_check(checkpoint, self._safety_params, self.mesh)

@@ -149,7 +149,11 @@ def lower_tick(checkpoint: Checkpoint, params: Any, geometry: Geometry, mesh: Me
 
 
 def lower_safety_check(checkpoint: Checkpoint, params: Any, mesh: Mesh) -> jax.stages.Lowered:
-    """Trace and lower the safety checker: `check(params, pixel_values (D, 3, H, W) float32, wanted (D,) bool) -> (D,) bool`."""
+    """Trace and lower the safety checker.
+
+    Returns:
+        What `.compile()` makes `check(params, pixel_values (D, 3, H, W) float32, wanted (D,) bool) -> (D,) bool` of.
+    """
     checker: Any = checkpoint.safety_checker
     extractor: Any = checkpoint.feature_extractor
 

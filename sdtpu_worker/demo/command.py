@@ -74,7 +74,7 @@ def run_demo(out: Path, prompts: list[str], steps: int, seed: int, devices: int,
             redis_url = stack.enter_context(private_redis())
             click.echo(f"starting a worker on {devices} simulated devices (log: {log}) …")
             process = stack.enter_context(_worker(redis_url, log, devices, slots_per_device))
-            click.echo(re.sub(r".*?: (?=ready:)", "", wait_for_line(process, log, "ready: ", START_TIMEOUT_S)))
+            click.echo(re.sub(r"^.*(?=ready:)", "", wait_for_line(process, log, "ready: ", START_TIMEOUT_S)))
             wait_for_line(process, log, " ready.", START_TIMEOUT_S)
             report = _produce(redis_url, prompts, steps, seed, out)
     except StartFailed as exc:

@@ -94,11 +94,6 @@ class Aggregator:
         self._turn = deque(lanes)
         self._step_s: dict[Lane, float] = dict.fromkeys(lanes, tick_s)
 
-    @property
-    def lanes(self) -> tuple[Lane, ...]:
-        """The lanes that jobs can ask for."""
-        return tuple(self._lanes)
-
     def add(self, task_id: str, lane: Lane, num_steps: int) -> None:
         """Queue a job behind those that came before it."""
         if any(task_id in state.waiting or self._find(state, task_id) for state in self._lanes.values()):

@@ -18,19 +18,19 @@ import json
 import random
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from sdtpu_worker.demo.train_diffusion import (
     CAPTIONS_PER_SCENE,
     MAX_LENGTH,
     encode_all,
+    make_step,
     save,
     tokenise,
 )
@@ -94,21 +94,7 @@ def main() -> None:
     schedule = optax.warmup_cosine_decay_schedule(1e-5, 6e-4, 50, args.steps, 1e-6)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
-    @partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(params, average, state, fixed, x0, ids, key):
-        def local(params, fixed, x0, ids, key):
-            key = jax.random.fold_in(key, jax.lax.axis_index("batch"))
-            (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, fixed, x0, ids, key)
-            return jax.lax.pmean((loss, grads), "batch")
-
-        whole, split = PartitionSpec(), PartitionSpec("batch")
-        loss, grads = jax.shard_map(
-            local, mesh=mesh, in_specs=(whole, whole, split, split, whole), out_specs=whole, check_vma=False
-        )(params, fixed, x0, ids, key)
-        updates, state = optimiser.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        average = jax.tree.map(lambda old, new: EMA_DECAY * old + (1 - EMA_DECAY) * new, average, params)
-        return params, average, state, loss
+    step = make_step(loss_fn, optimiser, mesh, EMA_DECAY)
 
     fixed = {name: jax.tree.map(jnp.asarray, teacher.params[name]) for name in ("text_encoder", "unet")}
     student = load_checkpoint(str(args.work / "checkpoint")).params
@@ -120,7 +106,7 @@ def main() -> None:
         chosen = draw.integers(len(latents), size=BATCH)
         batch_ids = ids[chosen, draw.integers(CAPTIONS_PER_SCENE, size=BATCH)]
         params, average, state, loss = step(
-            params, average, state, fixed, latents[chosen], batch_ids, jax.random.key(i)
+            params, average, state, fixed, (latents[chosen], batch_ids), jax.random.key(i)
         )
         losses.append(loss)
         if (i + 1) % 25 == 0:

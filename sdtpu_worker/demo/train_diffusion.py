@@ -19,6 +19,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,7 @@ def main() -> None:
     }
     signal = jnp.asarray(NoiseSchedule.from_config(SCHEDULER_CONFIG).alphas_cumprod, jnp.float32)
 
-    def loss_fn(params, x0, ids, words, key):
+    def loss_fn(params, _, x0, ids, words, key):
         count = x0.shape[0]
         key_t, key_noise = jax.random.split(key)
         t = ((jnp.arange(count) + jax.random.uniform(key_t, (count,))) / count * len(signal)).astype(jnp.int32)
@@ -125,22 +126,7 @@ def main() -> None:
     schedule = optax.warmup_cosine_decay_schedule(1e-5, 1e-3, 300, args.steps, 1e-5)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
-    @partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(params, average, state, x0, ids, words, key):
-        def local(params, x0, ids, words, key):
-            key = jax.random.fold_in(key, jax.lax.axis_index("batch"))
-            (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, x0, ids, words, key)
-            return jax.lax.pmean((loss, grads), "batch")
-
-        whole, split = PartitionSpec(), PartitionSpec("batch")
-        loss, grads = jax.shard_map(
-            local, mesh=mesh, in_specs=(whole, split, split, split, whole), out_specs=whole, check_vma=False
-        )(params, x0, ids, words, key)
-        updates, state = optimiser.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        average = jax.tree.map(lambda old, new: EMA_DECAY * old + (1 - EMA_DECAY) * new, average, params)
-        return params, average, state, loss
-
+    step = make_step(loss_fn, optimiser, mesh, EMA_DECAY)
     print(f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(params)):,}", flush=True)
     average, state = jax.tree.map(jnp.copy, params), optimiser.init(params)
     draw, started, losses = np.random.default_rng(3), time.monotonic(), []
@@ -149,7 +135,7 @@ def main() -> None:
         batch_ids = ids[chosen, draw.integers(CAPTIONS_PER_SCENE, size=BATCH)]
         batch_ids = np.where(draw.random((BATCH, 1)) < EMPTY_CAPTIONS, empty_ids, batch_ids)
         params, average, state, loss = step(
-            params, average, state, latents[chosen], batch_ids, words[chosen], jax.random.key(i)
+            params, average, state, None, (latents[chosen], batch_ids, words[chosen]), jax.random.key(i)
         )
         losses.append(loss)
         if (i + 1) % 100 == 0:
@@ -157,6 +143,36 @@ def main() -> None:
             print(f"{i + 1}/{args.steps} loss {mean:.4f} {time.monotonic() - started:.0f} s", flush=True)
         if (i + 1) % 1_000 == 0 or i + 1 == args.steps:
             save(average, text_encoder, args.work, out)
+
+
+def make_step(loss_fn: Any, optimiser: optax.GradientTransformation, mesh: Mesh, ema_decay: float) -> Any:
+    """Return the compiled, data-parallel training step with an average of the parameters.
+
+    Args:
+        loss_fn: `loss_fn(params, fixed, *batch, key) -> (loss, the part of it to log)`.
+
+    Returns:
+        `step(params, average, state, fixed, batch, key) -> (params, average, state, logged)`; the first three are
+        donated, every array of `batch` is split over the mesh.
+    """
+
+    @partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params, average, state, fixed, batch, key):
+        def local(params, fixed, batch, key):
+            key = jax.random.fold_in(key, jax.lax.axis_index("batch"))
+            (_, logged), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, fixed, *batch, key)
+            return jax.lax.pmean((logged, grads), "batch")
+
+        whole, split = PartitionSpec(), PartitionSpec("batch")
+        logged, grads = jax.shard_map(
+            local, mesh=mesh, in_specs=(whole, whole, split, whole), out_specs=whole, check_vma=False
+        )(params, fixed, batch, key)
+        updates, state = optimiser.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, average, params)
+        return params, average, state, logged
+
+    return step
 
 
 def encode_all(folder: Path, config: dict, images: np.ndarray) -> np.ndarray:

@@ -44,7 +44,7 @@ BATCH = 16
 KL_WEIGHT = 1e-3
 EDGE_WEIGHT = 4.0
 LATENT_NOISE = 0.12
-_WHERE_IS_THE_REST = PartitionSpec()
+_REPLICATED = PartitionSpec()
 _SPLIT = PartitionSpec("batch")
 
 
@@ -117,10 +117,10 @@ def main() -> None:
                 x = x.astype(jnp.float32) / 127.5 - 1
                 return jax.lax.pmean(jax.value_and_grad(loss_fn)(params, x, key), "batch")
 
-            specs = (_WHERE_IS_THE_REST, _SPLIT, _WHERE_IS_THE_REST)
-            loss, grads = jax.shard_map(
-                local, mesh=mesh, in_specs=specs, out_specs=_WHERE_IS_THE_REST, check_vma=False
-            )(params, x, key)
+            specs = (_REPLICATED, _SPLIT, _REPLICATED)
+            loss, grads = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_REPLICATED, check_vma=False)(
+                params, x, key
+            )
             updates, state = optimiser.update(grads, state, params)
             return optax.apply_updates(params, updates), state, loss
 

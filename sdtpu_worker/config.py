@@ -51,6 +51,18 @@ def _integer(low: int, high: int) -> Callable[[Any], int]:
     return parse
 
 
+def _slots(value: Any) -> int | str:
+    return "auto" if value == "auto" else _integer(1, 64)(value)
+
+
+def _switch(value: Any) -> bool:
+    """Parse a bool from the app's configuration, or a word from the environment."""
+    words = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
+    if isinstance(value, bool) or str(value).lower() in words:
+        return value if isinstance(value, bool) else words[str(value).lower()]
+    raise ValueError("on or off")
+
+
 def _seconds(low: float, high: float) -> Callable[[Any], float]:
     def parse(value: Any) -> float:
         try:
@@ -93,11 +105,20 @@ SETTINGS = (
     Setting("sdtpu_cpu_devices", 8, _integer(1, 64), "how many devices to simulate when running on the CPU"),
     Setting("sdtpu_dtype", "auto", _choice("auto", "bfloat16", "float32"),
             "computation; `auto` is bfloat16 on an accelerator and float32 on the CPU"),
-    Setting("sdtpu_slots_per_device", 1, _integer(1, 64), "jobs that one device denoises at the same time"),
+    Setting("sdtpu_slots_per_device", 1, _slots,
+            "jobs that one device denoises at the same time; `auto` measures 1, 2, 4 and 8 once and keeps the best"),
     Setting("sdtpu_resolutions", None, _resolutions,
             "sizes to serve, height x width in pixels, like `512x512,768x512`; default: the checkpoint's own"),
     Setting("sdtpu_tick_s", 0.1, _seconds(0.001, 60),
             "seconds of device work per dispatch; jobs join and leave in between"),
+    Setting("sdtpu_preemption", True, _switch,
+            "on: a job may take the slot of one of lower priority, which resumes later where it was"),
+    Setting("sdtpu_progress_s", 0.5, _seconds(0, 3600),
+            "seconds between two PROGRESS states of a job; 0 for none"),
+    Setting("sdtpu_preview_every", 0, _integer(0, 1000),
+            "steps between two small previews in the PROGRESS state; 0 for none"),
+    Setting("sdtpu_trace", None, _text,
+            "file for a timeline of the run, in Chrome's trace format (Perfetto opens it)"),
     Setting("sdtpu_queue", DEFAULT_QUEUE, _text, "queue of the task `sdtpu.generate`"),
     Setting(
         "sdtpu_image_store", "redis", _text,
@@ -119,9 +140,13 @@ class Config:
     platform: str
     cpu_devices: int
     dtype: str
-    slots_per_device: int
+    slots_per_device: int | str
     resolutions: tuple[tuple[int, int], ...] | None
     tick_s: float
+    preemption: bool
+    progress_s: float
+    preview_every: int
+    trace: str | None
     queue: str
     image_store: str
     compile_cache: str

@@ -5,6 +5,7 @@
     ├── ConfigurationError               the operator's mistake: a setting, a pool, a platform that is not there
     │   └── InvalidCheckpoint            the checkpoint is missing, half-written or of another kind
     ├── GenerationFailed                 the device could not make this image; carries the cause
+    ├── SnapshotMismatch                 a parked job's state does not fit this engine; the job starts anew
     ├── EngineUnavailable                the worker's engine has stopped or never started
     ├── BrokerUnavailable (ConnectionError)   Redis cannot be reached; nothing was enqueued
     └── StorageError                     an image could not be stored or is not there any more
@@ -31,6 +32,10 @@ class InvalidCheckpoint(ConfigurationError):
 
 class GenerationFailed(SdtpuError):
     """The device failed on this job."""
+
+
+class SnapshotMismatch(SdtpuError):
+    """A parked job's state was made by another configuration, or is none."""
 
 
 class EngineUnavailable(SdtpuError):

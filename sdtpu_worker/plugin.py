@@ -36,6 +36,7 @@ def install(app: Celery) -> Celery:
 
     set_defaults(app, _DEFAULTS)
     app.steps["worker"].add(DeviceWorkerStep)
+    app.steps["consumer"].add("sdtpu_worker.prefetch:UrgentPrefetchStep")
     signals.worker_init.connect(_leave_other_workers_alone, dispatch_uid="sdtpu_worker")
     if _state.default_app is None:
         app.set_default()

@@ -19,6 +19,8 @@ MAX_SEED = 2**63 - 1
 MAX_GUIDANCE_SCALE = 1000.0
 MAX_SIDE = 4096
 SIDE_MULTIPLE = 8
+DEFAULT_PRIORITY = 6
+"""Of a job whose client names none: in the middle, so that there is room above and below; lower goes first."""
 SAMPLER_NAMES = ("pndm", "ddim", "euler", "dpmsolver++")
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 

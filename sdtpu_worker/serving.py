@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtpu_worker.aggregator.loop import DeviceLoop
-from sdtpu_worker.aggregator.plan import Aggregator
+from sdtpu_worker.aggregator.loop import DeviceLoop, Finished, Progress, Submission
+from sdtpu_worker.aggregator.policy import Aggregator, Terms
+from sdtpu_worker.aggregator.trace import NoTrace, Trace
 from sdtpu_worker.config import Config
-from sdtpu_worker.errors import EngineUnavailable
+from sdtpu_worker.errors import ConfigurationError, EngineUnavailable
 from sdtpu_worker.images import encode_image
 from sdtpu_worker.request import GenerationRequest
 from sdtpu_worker.result import BatchPlace, GenerationResult, StoredImage, Timings
@@ -22,17 +25,50 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_LOOK_EVERY_S = 0.1
+PolicyMaker = Callable[["Engine", Config], Any]
+
+
+@dataclass(frozen=True)
+class JobControl:
+    """What a job's caller wants besides the picture.
+
+    Attributes:
+        terms: priority, deadline and limits.
+        may_start: asked until the job has its slot, in the device loop's thread.
+        report: told how far the job is, in the caller's thread.
+    """
+
+    terms: Terms = field(default_factory=Terms)
+    may_start: Callable[[], bool] = lambda: True
+    report: Callable[[Progress], None] | None = None
+
+
+def make_aggregator(engine: Engine, config: Config) -> Aggregator:
+    """Return the policy for an engine."""
+    return Aggregator(engine.costs, engine.slots_per_device, engine.phases_per_tick, config.tick_s, config.preemption)
+
+
 class Serving:
     """A warm engine with its loop and store; `run` may be called from many threads at a time."""
 
     def __init__(
-        self, engine: Engine, store: ImageStore, tick_s: float, on_death: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        store: ImageStore,
+        config: Config,
+        on_death: Callable[[], None] = lambda: None,
+        make_policy: PolicyMaker | None = None,
     ) -> None:
-        self.engine, self.store = engine, store
-        aggregator = Aggregator(engine.resolutions, engine.num_devices, engine.slots_per_device, tick_s)
-        for lane, step_s in engine.step_s.items():
-            aggregator.observe_step(lane, step_s)
-        self.loop = DeviceLoop(engine, aggregator, on_death)
+        self.engine, self.store, self._progress_s = engine, store, config.progress_s
+        self.trace: Trace = NoTrace()
+        if config.trace:
+            try:
+                costs = {lane: costs.cost for lane, costs in engine.costs.items()}
+                self.trace = Trace(Path(config.trace), costs, engine.num_devices)
+            except OSError as exc:
+                raise ConfigurationError(f"sdtpu_trace must be a file that can be written: {exc}") from exc
+        self.loop = DeviceLoop(engine, (make_policy or make_aggregator)(engine, config), on_death, self.trace)
         self.loop.start()
 
     @property
@@ -40,25 +76,36 @@ class Serving:
         """Jobs to hold at a time: two batches, so that one gathers and is encoded while the other is denoised."""
         return 2 * self.engine.num_slots
 
-    def run(self, task_id: str, request: GenerationRequest, sent_at: float | None = None) -> GenerationResult:
+    def run(
+        self,
+        task_id: str,
+        request: GenerationRequest,
+        sent_at: float | None = None,
+        control: JobControl | None = None,
+    ) -> GenerationResult:
         """Generate and store one image; blocks until it is stored.
 
         Args:
             task_id: names the job and its image.
             request: with a seed.
             sent_at: `time.time()` when the client sent it, if known; timings count from there.
+            control: priority and limits, and who hears of the progress.
 
         Raises:
             InvalidRequest: this worker cannot serve these parameters.
             GenerationFailed: the device failed on it.
             StorageError: the image could not be stored.
+            JobCancelled, JobOverdue: see `DeviceLoop.submit`.
         """
+        control = control or JobControl()
         received = time.monotonic()
         waited_s = max(0.0, time.time() - sent_at) if sent_at is not None else 0.0
-        job = self.engine.prepare(task_id, request)
-        finished = self.loop.submit(job).result()
+        with self.trace.span("prepare", task_id):
+            job = self.engine.prepare(task_id, request)
+        finished = self._wait(self.loop.submit(job, control.terms, control.may_start), control.report)
         pixels = finished.pixels
-        unsafe = self.engine.check_safety(pixels)
+        with self.trace.span("check safety", task_id):
+            unsafe = self.engine.check_safety(pixels)
         if unsafe:
             pixels = pixels * 0
         height, width = job.lane
@@ -71,8 +118,10 @@ class Serving:
             "sampler": job.sampler,
             "model": self.engine.checkpoint.name,
         }
-        data = encode_image(pixels, request.image_format, report)
-        uri = self.store.put(task_id, request.image_format, data)
+        with self.trace.span("encode", task_id):
+            data = encode_image(pixels, request.image_format, report)
+        with self.trace.span("store", task_id):
+            uri = self.store.put(task_id, request.image_format, data)
         total_s = waited_s + time.monotonic() - received
         logger.info(
             "task %s: %d steps in %.2f s on device %d slot %d, %d of %d slots in use",
@@ -93,6 +142,21 @@ class Serving:
             batch=BatchPlace(finished.device, finished.slot, finished.occupied, self.engine.num_slots),
         )
 
+    def _wait(self, submission: Submission, report: Callable[[Progress], None] | None) -> Finished:
+        """Wait for the picture; say how far it is as soon as it has a slot, and then now and then."""
+        said, next_at = submission.progress, time.monotonic() + self._progress_s
+        while True:
+            try:
+                return submission.future.result(_LOOK_EVERY_S if report and self._progress_s else None)
+            except TimeoutError:
+                if submission.future.done():
+                    raise
+            now, progress = time.monotonic(), submission.progress
+            got_its_slot = said.pending and not progress.pending
+            if report and progress is not said and (now >= next_at or got_its_slot):
+                said, next_at = progress, now + self._progress_s
+                report(progress)
+
     def close(self) -> None:
         """Stop the device loop."""
         self.loop.close()
@@ -101,13 +165,19 @@ class Serving:
 _current: Serving | None = None
 
 
-def start_serving(config: Config, store: ImageStore, on_death: Callable[[], None] = lambda: None) -> Serving:
+def start_serving(
+    config: Config,
+    store: ImageStore,
+    on_death: Callable[[], None] = lambda: None,
+    make_policy: PolicyMaker | None = None,
+) -> Serving:
     """Find the devices, load the checkpoint, compile and really run every program; make the result `current()`.
 
     Args:
         config: the settings.
         store: where images go.
         on_death: called when the device loop cannot go on.
+        make_policy: makes another policy than `Aggregator`.
 
     Raises:
         ConfigurationError: a device, a checkpoint or a size that is configured is not there.
@@ -125,17 +195,29 @@ def start_serving(config: Config, store: ImageStore, on_death: Callable[[], None
     cache = CompileCache(config.compile_cache)
     from sdtpu_worker.diffusion.checkpoint import load_checkpoint
     from sdtpu_worker.diffusion.engine import Engine, choose_dtype
+    from sdtpu_worker.diffusion.slots import choose_slots_per_device, memory_file
 
     dtype: Any = choose_dtype(config.dtype, devices[0].platform)
     checkpoint = load_checkpoint(config.model, dtype, config.revision)
     logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
-    engine = Engine(checkpoint, devices, config.slots_per_device, config.resolutions, cache)
+
+    def make_engine(slots_per_device: int) -> Engine:
+        return Engine(checkpoint, devices, slots_per_device, config.resolutions, cache)
+
+    if isinstance(config.slots_per_device, int):
+        engine = make_engine(config.slots_per_device)
+    else:
+        memory = memory_file(cache.path, checkpoint, devices[0], config.resolutions)
+        engine = choose_slots_per_device(make_engine, memory)
     logger.info(
         "traced %d programs in %.2f s, compiled in %.2f s (compile cache: %d hits, %d misses)",
         len(engine.resolutions), engine.trace_s, engine.compile_s, engine.cache_hits, engine.cache_misses,
     )  # fmt: skip
-    _current = Serving(engine, store, config.tick_s, on_death)
-    sizes = ", ".join(f"{height}x{width} ({1000 * s:.1f} ms a step)" for (height, width), s in engine.step_s.items())
+    _current = Serving(engine, store, config, on_death, make_policy)
+    sizes = ", ".join(
+        f"{height}x{width} ({1000 * costs.step_s(engine.num_devices):.1f} ms a step)"
+        for (height, width), costs in engine.costs.items()
+    )
     logger.info(
         "ready: %d devices of kind %s, %d slots, %s, %s, sampler %s by default, after %.1f s",
         engine.num_devices, engine.device_kind, engine.num_slots, dtype.__name__, sizes, checkpoint.default_sampler,

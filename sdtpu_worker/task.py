@@ -12,7 +12,7 @@ from kombu.utils.url import maybe_sanitize_url
 
 from sdtpu_worker.config import read_setting
 from sdtpu_worker.errors import BrokerUnavailable
-from sdtpu_worker.request import GenerationRequest, check_arguments, draw_seed
+from sdtpu_worker.request import DEFAULT_PRIORITY, GenerationRequest, check_arguments, draw_seed
 
 TASK_NAME = "sdtpu.generate"
 SENT_AT_HEADER = "sdtpu_sent_at"
@@ -49,6 +49,9 @@ class GenerateTask(Task):
         if kwargs.get("seed") is None:
             kwargs["seed"] = draw_seed()
         options.setdefault("queue", read_setting("sdtpu_queue", self.app.conf))
+        if options.get("priority") is None:
+            default = self.app.conf.task_default_priority
+            options["priority"] = DEFAULT_PRIORITY if default is None else default
         options["headers"] = {SENT_AT_HEADER: time.time(), **(options.get("headers") or {})}
         try:
             return super().apply_async(args, kwargs, *rest, **options)
@@ -63,12 +66,18 @@ class GenerateTask(Task):
 @shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=True)
 def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Generate one image; parameters as `GenerationRequest`, result as `GenerationResult` in JSON."""
-    from sdtpu_worker.serving import current
+    from sdtpu_worker.job import current_job
+    from sdtpu_worker.serving import JobControl, current
 
     request = GenerationRequest.parse(args, kwargs).with_seed(self.request.id)
     sent_at = self.request.get(SENT_AT_HEADER)
     sent_at = sent_at if isinstance(sent_at, int | float) and not isinstance(sent_at, bool) else None
-    return current().run(self.request.id, request, sent_at).to_json()
+    serving, job = current(), current_job()
+    if job is None:
+        return serving.run(self.request.id, request, sent_at).to_json()
+    control = JobControl(job.terms(), job.may_start, lambda progress: job.report(self, progress))
+    with job.in_celerys_words():
+        return serving.run(self.request.id, request, sent_at, control).to_json()
 
 
 def _unavailable(app: Any, cause: str) -> BrokerUnavailable:

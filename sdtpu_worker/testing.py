@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Plan
 
 
@@ -31,54 +33,93 @@ class FakeImage:
     finite: bool = True
 
 
+@dataclass(frozen=True)
+class FakeSnapshot:
+    """A parked job of a `FakeEngine`."""
+
+    task_id: str
+    value: int
+    step: int
+    steps_left: int
+
+
 class FakeEngine:
     """An engine whose arithmetic can be checked by hand: inserting puts `value` into the slot, a step adds 1.
 
-    A job of value 100 and 7 steps is decoded as 107, whatever device and slot it had. Like the real engine, it steps
-    all of a device's slots, but none further than its number of steps.
+    A job of value 100 and 7 steps is decoded as 107, whatever device and slot it had, and however often it was
+    parked. Like the real engine, it steps all of a device's slots, but none further than its number of steps.
 
     Args:
         fail_at: numbers of `execute` calls, from 0, that raise instead.
         gate: when given, every tick's `wait` blocks until it is set.
+        costs: when given, a tick takes as long as these say, in real time, one tick after the other.
     """
 
-    def __init__(self, fail_at: tuple[int, ...] = (), gate: threading.Event | None = None) -> None:
-        self.fail_at, self.gate = fail_at, gate
+    def __init__(
+        self,
+        fail_at: tuple[int, ...] = (),
+        gate: threading.Event | None = None,
+        costs: Mapping[Lane, TickCosts] | None = None,
+    ) -> None:
+        self.fail_at, self.gate, self.costs = fail_at, gate, costs
         self.calls = 0
-        self.slots: dict[tuple[Lane, int, int], list[Any]] = {}  # (lane, device, slot) -> [task_id, value, steps left]
+        self.slots: dict[tuple[Lane, int, int], FakeSnapshot] = {}  # by (lane, device, slot)
+        self._free_at = 0.0
 
-    def execute(self, plan: Plan, jobs: Mapping[str, FakeJob]) -> _FakeTick:
+    def execute(
+        self, plan: Plan, jobs: Mapping[str, FakeJob], snapshots: Mapping[str, FakeSnapshot] | None = None
+    ) -> FakeTick:
         """Follow a plan."""
         self.calls += 1
         if self.calls - 1 in self.fail_at:
             raise RuntimeError("the fake device failed, as it was told to")
+        parked = {p.task_id: self.slots.pop((plan.lane, p.device, p.slot)) for p in plan.parked}
+        for place in plan.resumed:
+            self.slots[plan.lane, place.device, place.slot] = (snapshots or {})[place.task_id]
         images = []
-        for d, device in enumerate(plan.devices):
-            if device.insert:
-                slot, task_id = device.insert
-                job = jobs[task_id]
-                self.slots[plan.lane, d, slot] = [task_id, job.value, job.num_inference_steps]
-            for place, state in self.slots.items():
-                if place[:2] == (plan.lane, d):
-                    taken = min(device.steps, state[2])
-                    state[1] += taken
-                    state[2] -= taken
-            if device.decode:
-                slot, task_id = device.decode
-                held, value, _ = self.slots.pop((plan.lane, d, slot))
-                images.append(FakeImage(held, d, slot, value))
-        return _FakeTick(images, self.gate)
+        for d, phases in enumerate(plan.devices):
+            for phase in phases:
+                if phase.decode:
+                    held = self.slots.pop((plan.lane, d, phase.decode[0]))
+                    images.append(FakeImage(held.task_id, d, phase.decode[0], held.value))
+                if phase.insert:
+                    job = jobs[phase.insert[1]]
+                    state = FakeSnapshot(job.task_id, job.value, 0, job.num_inference_steps)
+                    self.slots[plan.lane, d, phase.insert[0]] = state
+                self._advance(plan.lane, d, phase.steps)
+        if self.costs:
+            self._free_at = max(self._free_at, time.monotonic()) + self.costs[plan.lane].tick_s(plan)
+        return FakeTick(images, parked, self.gate, self._free_at)
 
     def reset(self) -> None:
         """Empty every slot."""
         self.slots.clear()
 
+    def _advance(self, lane: Lane, device: int, steps: int) -> None:
+        for place, state in self.slots.items():
+            if place[:2] == (lane, device):
+                taken = min(steps, state.steps_left)
+                self.slots[place] = FakeSnapshot(
+                    state.task_id, state.value + taken, state.step + taken, state.steps_left - taken
+                )
 
-class _FakeTick:
-    def __init__(self, images: list[FakeImage], gate: threading.Event | None) -> None:
-        self._images, self._gate = images, gate
+
+class FakeTick:
+    """A plan that a `FakeEngine` followed."""
+
+    def __init__(
+        self,
+        images: list[FakeImage],
+        parked: Mapping[str, FakeSnapshot],
+        gate: threading.Event | None,
+        done_at: float,
+    ) -> None:
+        self.parked, self.previews = parked, dict[str, Any]()
+        self._images, self._gate, self._done_at = images, gate, done_at
 
     def wait(self) -> list[FakeImage]:
+        """Return the images, when the gate is open and the time has come."""
         if self._gate is not None and not self._gate.wait(30):
             raise TimeoutError("the gate of a FakeEngine was not opened within 30 s")
+        time.sleep(max(0.0, self._done_at - time.monotonic()))
         return self._images

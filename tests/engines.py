@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sdtpu_worker.aggregator.plan import DeviceInstruction, Plan
+from sdtpu_worker.aggregator.plan import Phase, Plan
 from sdtpu_worker.request import GenerationRequest
 
 
@@ -17,13 +17,16 @@ def generate_all(engine: Any, requests: Sequence[GenerationRequest], steps_per_t
 def run_alone(engine: Any, job: Any, device: int, slot: int, portions: Iterable[int]) -> Any:
     """Run one job at a place of one's choosing, in portions of steps; other slots keep what they hold."""
 
-    def tick(**instruction: Any) -> list[Any]:
-        devices = [DeviceInstruction()] * engine.num_devices
-        devices[device] = DeviceInstruction(**instruction)
-        return engine.execute(Plan(job.lane, tuple(devices), 1), {job.task_id: job}).wait()
+    def tick(**phase: Any) -> list[Any]:
+        return engine.execute(on_one_device(engine, job.lane, device, Phase(**phase)), {job.task_id: job}).wait()
 
     tick(insert=(slot, job.task_id))
     for steps in portions:
         tick(steps=steps)
     (image,) = tick(decode=(slot, job.task_id))
     return image
+
+
+def on_one_device(engine: Any, lane: Any, device: int, *phases: Phase) -> Plan:
+    """Return a plan for one device; the others have nothing to do."""
+    return Plan(lane, tuple(phases if d == device else () for d in range(engine.num_devices)))

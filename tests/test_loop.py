@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
+from collections import Counter
 
 import pytest
 
-from sdtpu_worker.aggregator.loop import DeviceLoop, JobCancelled
-from sdtpu_worker.aggregator.plan import Aggregator
+from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.aggregator.loop import DeviceLoop, JobCancelled, JobOverdue
+from sdtpu_worker.aggregator.policy import Aggregator, Overdue, Terms
+from sdtpu_worker.aggregator.trace import Trace
 from sdtpu_worker.errors import EngineUnavailable, GenerationFailed
-from sdtpu_worker.testing import FakeEngine, FakeJob
+from sdtpu_worker.testing import FakeEngine, FakeJob, FakeSnapshot
 
 LANE = (64, 64)
+
+
+def make_policy(devices: int = 1, slots: int = 1, step_s: float = 0.02, tick_s: float = 0.08) -> Aggregator:
+    return Aggregator({LANE: TickCosts(devices, Cost(step_s))}, slots, slots + 1, tick_s)
 
 
 @pytest.fixture
 def make_loop():
     loops = []
 
-    def make(engine: FakeEngine, devices: int = 4, slots: int = 2) -> DeviceLoop:
-        aggregator = Aggregator([LANE], devices, slots, tick_s=1.0)
-        aggregator.observe_step(LANE, 0.25)
-        loops.append(DeviceLoop(engine, aggregator))
+    def make(engine: FakeEngine, devices: int = 4, slots: int = 2, **options) -> DeviceLoop:
+        loops.append(DeviceLoop(engine, make_policy(devices, slots), **options))
         loops[-1].start()
         return loops[-1]
 
@@ -36,7 +43,7 @@ def test_every_job_gets_its_own_result_from_many_threads(make_loop):
 
     def produce(start: int) -> None:
         for i in range(start, start + 25):
-            future = loop.submit(FakeJob(str(i), num_inference_steps=1 + i % 13, value=1000 * i))
+            future = loop.submit(FakeJob(str(i), num_inference_steps=1 + i % 13, value=1000 * i)).future
             results[i] = future.result(10).pixels
 
     threads = [threading.Thread(target=produce, args=(start,)) for start in range(0, 200, 25)]
@@ -52,7 +59,7 @@ def test_every_job_gets_its_own_result_from_many_threads(make_loop):
 def test_a_cancelled_job_leaves_and_the_others_finish(make_loop):
     gate = threading.Event()
     loop = make_loop(FakeEngine(gate=gate), devices=1, slots=1)
-    first, second, third = (loop.submit(FakeJob(name, 50)) for name in "abc")
+    first, second, third = (loop.submit(FakeJob(name, 50)).future for name in "abc")
     loop.cancel("a")
     loop.cancel("b")
     loop.cancel("not here")
@@ -66,7 +73,7 @@ def test_a_cancelled_job_leaves_and_the_others_finish(make_loop):
 def test_a_failing_program_fails_the_jobs_that_have_a_slot_and_the_loop_goes_on(make_loop):
     gate = threading.Event()
     loop = make_loop(FakeEngine(fail_at=(1,), gate=gate), devices=1, slots=1)
-    futures = [loop.submit(FakeJob(str(i), 20)) for i in range(3)]
+    futures = [loop.submit(FakeJob(str(i), 20)).future for i in range(3)]
     gate.set()
     with pytest.raises(GenerationFailed, match="RuntimeError: the fake device failed"):
         futures[0].result(10)
@@ -76,7 +83,7 @@ def test_a_failing_program_fails_the_jobs_that_have_a_slot_and_the_loop_goes_on(
 def test_a_redelivery_of_a_running_job_joins_it(make_loop):
     gate = threading.Event()
     loop = make_loop(FakeEngine(gate=gate))
-    first, second = (loop.submit(FakeJob("same", 5)) for _ in range(2))
+    first, second = (loop.submit(FakeJob("same", 5)).future for _ in range(2))
     gate.set()
     assert first.result(10).pixels == 5
     assert second.result(10) is first.result(10)
@@ -85,7 +92,7 @@ def test_a_redelivery_of_a_running_job_joins_it(make_loop):
 
 def test_a_resolution_that_has_no_lane_fails_its_job_alone(make_loop):
     loop = make_loop(FakeEngine())
-    stray, good = loop.submit(FakeJob("stray", 5, lane=(8, 8))), loop.submit(FakeJob("good", 5))
+    stray, good = (loop.submit(job).future for job in (FakeJob("stray", 5, lane=(8, 8)), FakeJob("good", 5)))
     with pytest.raises(GenerationFailed, match="stray"):
         stray.result(10)
     assert good.result(10).pixels == 5
@@ -97,9 +104,8 @@ def test_an_engine_that_cannot_be_reset_ends_the_loop_and_says_so():
             raise RuntimeError("the device is lost")
 
     died = threading.Event()
-    aggregator = Aggregator([LANE], 1, 1, tick_s=1.0)
-    loop = DeviceLoop(BrokenEngine(fail_at=(0,)), aggregator, on_death=died.set)
-    futures = [loop.submit(FakeJob(str(i), 5)) for i in range(3)]
+    loop = DeviceLoop(BrokenEngine(fail_at=(0,)), make_policy(), on_death=died.set)
+    futures = [loop.submit(FakeJob(str(i), 5)).future for i in range(3)]
     loop.start()
     for future, error in zip(futures, (GenerationFailed, EngineUnavailable, EngineUnavailable), strict=True):
         with pytest.raises(error):
@@ -112,7 +118,7 @@ def test_an_engine_that_cannot_be_reset_ends_the_loop_and_says_so():
 def test_closing_fails_what_is_still_here_and_refuses_more(make_loop):
     gate = threading.Event()
     loop = make_loop(FakeEngine(gate=gate), devices=1, slots=1)
-    futures = [loop.submit(FakeJob(str(i), 100)) for i in range(3)]
+    futures = [loop.submit(FakeJob(str(i), 100)).future for i in range(3)]
     threading.Timer(0.2, gate.set).start()
     loop.close()
     for future in futures:
@@ -120,3 +126,107 @@ def test_closing_fails_what_is_still_here_and_refuses_more(make_loop):
             future.result(10)
     with pytest.raises(EngineUnavailable, match="closed"):
         loop.submit(FakeJob("late", 1))
+
+
+def wait_until(condition, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.002)
+
+
+def test_an_urgent_job_parks_another_which_ends_with_the_same_result(make_loop):
+    loop = make_loop(FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))}), devices=1, slots=1)
+    low = loop.submit(FakeJob("low", 300, value=7000), Terms(priority=9))
+    wait_until(lambda: low.progress.current > 20)
+    urgent = loop.submit(FakeJob("urgent", 10), Terms(priority=0))
+    assert urgent.future.result(10).pixels == 10
+    assert not low.future.done()
+    assert low.future.result(10).pixels == 7300
+    assert loop.stats.preemptions == 1
+    assert loop.stats.steps == 310, "no step was repeated"
+
+
+def test_progress_only_grows_and_says_when_a_job_waits(make_loop):
+    loop = make_loop(FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))}), devices=1, slots=1)
+    first, second = loop.submit(FakeJob("first", 200), Terms(priority=9)), loop.submit(FakeJob("second", 40))
+    seen: dict[str, list] = {"first": [], "second": []}
+    while not (first.future.done() and second.future.done()):
+        for submission in (first, second):
+            if submission.progress not in seen[submission.job.task_id][-1:]:
+                seen[submission.job.task_id].append(submission.progress)
+        time.sleep(0.001)
+    for steps in seen.values():
+        assert [progress.current for progress in steps] == sorted(progress.current for progress in steps)
+        assert {progress.total for progress in steps} <= {200, 40}
+    assert seen["second"][0].pending
+    assert seen["second"][0].description == "waiting for a slot"
+    assert any(progress.eta_s for progress in seen["first"])
+    assert {progress.description for progress in seen["first"]} >= {"denoising"}
+
+
+def test_a_job_that_may_not_start_any_more_leaves_at_the_next_tick(make_loop):
+    gate = threading.Event()
+    loop = make_loop(FakeEngine(gate=gate), devices=1, slots=1)
+    wanted = threading.Event()
+    wanted.set()
+    first = loop.submit(FakeJob("first", 50))
+    second = loop.submit(FakeJob("second", 5), may_start=wanted.is_set)
+    third = loop.submit(FakeJob("third", 5))
+    wanted.clear()
+    gate.set()
+    with pytest.raises(JobCancelled):
+        second.future.result(10)
+    assert first.future.result(10).pixels == 50
+    assert third.future.result(10).pixels == 5
+
+
+def test_limits_and_deadlines_end_a_job_with_the_reason(make_loop):
+    loop = make_loop(FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))}), devices=1, slots=1)
+    slow = loop.submit(FakeJob("slow", 100_000), Terms(soft_time_limit_s=0.2))
+    wait_until(lambda: slow.started_at is not None)
+    late = loop.submit(FakeJob("late", 5), Terms(expires_at=time.monotonic() + 0.1))
+    for submission, reason in ((late, Overdue.EXPIRED), (slow, Overdue.SOFT_TIME_LIMIT)):
+        with pytest.raises(JobOverdue) as raised:
+            submission.future.result(10)
+        assert raised.value.reason is reason
+
+
+def test_the_next_tick_is_dispatched_before_the_running_one_ends_and_takes_who_came_meanwhile(make_loop):
+    engine = FakeEngine(costs={LANE: TickCosts(2, Cost(0.02))})
+    loop = make_loop(engine, devices=2, slots=1)
+    first = loop.submit(FakeJob("first", 40))
+    wait_until(lambda: first.progress.current >= 4)
+    asked_at = time.monotonic()
+    second = loop.submit(FakeJob("second", 4))
+    started_at = second.future.result(10).started_at
+    assert started_at - asked_at < 0.15, "within the tick that ran"
+    first.future.result(10)
+    assert sum(loop.stats.device_busy_s) > 0.9 * 44 * 0.02, "the devices never waited for the host"
+
+
+def test_a_trace_shows_every_devices_work_and_the_hosts(make_loop, tmp_path):
+    costs = {LANE: Cost(0.002, 0.001, 0.003)}
+    trace = Trace(tmp_path / "trace.json", costs, 2)
+    loop = make_loop(FakeEngine(), devices=2, slots=1, trace=trace)
+    futures = [loop.submit(FakeJob(str(i), 10)).future for i in range(6)]
+    for future in futures:
+        future.result(10)
+    with trace.span("encode", "0"):
+        pass
+    loop.close()
+    events = [event for event in json.loads((tmp_path / "trace.json").read_text()) if event]
+    names = Counter(event["name"] for event in events if event["ph"] == "X")
+    assert (names["insert"], names["decode"], names["encode"]) == (6, 6, 1)
+    assert {event["tid"] for event in events if event["ph"] == "X" and event["pid"] == 1} == {0, 1}
+    assert sum(event["args"]["steps"] for event in events if event["name"] == "advance") == 60
+    assert any(event["ph"] == "C" and event["args"]["slots in use"] == 2 for event in events)
+
+
+def test_a_job_handed_over_with_its_state_goes_on_where_it_was(make_loop):
+    loop = make_loop(FakeEngine(), devices=1, slots=1)
+    state = FakeSnapshot("moved", value=105, step=5, steps_left=7)
+    submission = loop.submit(FakeJob("moved", 12, value=100), snapshot=state)
+    assert submission.progress.current == 5
+    assert submission.future.result(10).pixels == 112
+    assert loop.stats.steps == 7

@@ -1,7 +1,10 @@
-"""The device thread: collects jobs, asks the policy for plans, keeps two ticks in flight, hands images out.
+"""The device thread: collects jobs, asks the policy for plans, keeps the devices busy, hands images out.
 
-Knows neither Celery nor JAX: the engine is anything with `execute(plan, jobs) -> tick`, `tick.wait() -> images` and
-`reset()` (see `sdtpu_worker.testing.FakeEngine`).
+Knows neither Celery nor JAX: the engine is anything with `execute(plan, jobs, snapshots) -> tick`, `tick.wait() ->
+images` and `reset()` (see `sdtpu_worker.testing.FakeEngine`).
+
+Two ticks are in flight at most. The second is dispatched shortly before the first is expected to end: early enough
+that the devices never wait, late enough that a job which comes now is in it.
 """
 
 from __future__ import annotations
@@ -12,16 +15,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, Protocol
 
-from sdtpu_worker.aggregator.plan import Aggregator, Lane, Outcome, Plan
+from sdtpu_worker.aggregator.plan import Lane, Outcome, Plan
+from sdtpu_worker.aggregator.policy import Overdue, Terms
+from sdtpu_worker.aggregator.trace import NoTrace, Trace
 from sdtpu_worker.errors import EngineUnavailable, GenerationFailed
 
 logger = logging.getLogger(__name__)
 
 TICKS_IN_FLIGHT = 2
+_LEAD_S, _LEAD_SHARE = 0.01, 0.1
+"""The next tick is dispatched this long, and this share of the tick, before the running one is expected to end."""
+_ETA_EVERY_S = 0.2
 
 
 class Job(Protocol):
@@ -36,8 +45,12 @@ class Job(Protocol):
 
 
 class ExecutedTick(Protocol):
-    """A dispatched plan."""
+    """A dispatched plan; `parked` has the states of the jobs that it took off their slots, by task id."""
 
+    @property
+    def parked(self) -> Mapping[str, Any]: ...
+    @property
+    def previews(self) -> Mapping[str, Any]: ...
     def wait(self) -> list[Any]:
         """Block until it is done; return objects with `task_id`, `device`, `slot`, `pixels`, `finite`."""
 
@@ -45,12 +58,57 @@ class ExecutedTick(Protocol):
 class DeviceEngine(Protocol):
     """The device contract: the engine never chooses."""
 
-    def execute(self, plan: Plan, jobs: Mapping[str, Any]) -> ExecutedTick: ...
+    def execute(self, plan: Plan, jobs: Mapping[str, Any], snapshots: Mapping[str, Any]) -> ExecutedTick: ...
     def reset(self) -> None: ...
 
 
+class Policy(Protocol):
+    """Who makes the plans; see `sdtpu_worker.aggregator.policy.Aggregator`."""
+
+    num_devices: int
+
+    def add(
+        self, task_id: str, lane: Lane, num_steps: int, now: float, terms: Terms | None, steps_done: int = 0
+    ) -> None: ...
+    def cancel(self, task_id: str) -> bool: ...
+    def overdue(self, now: float) -> list[tuple[str, Overdue]]: ...
+    def plan(self, now: float) -> Plan | None: ...
+    def expected_s(self, plan: Plan) -> float: ...
+    def update(self, outcome: Outcome) -> None: ...
+    def etas_s(self, now: float) -> Mapping[str, float]: ...
+    def lowest_priority_running(self) -> int | None: ...
+    def counts(self) -> Mapping[str, int]: ...
+
+
 class JobCancelled(Exception):
-    """The job was taken off its slot before it was done."""
+    """The job was taken off its slot before it was done, or was not wanted any more when it should have had one."""
+
+
+class JobOverdue(Exception):
+    """The job's time was over; `reason` says which time."""
+
+    def __init__(self, reason: Overdue) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is.
+
+    Attributes:
+        current, total: denoising steps.
+        pending: it has no slot, not yet or not at the moment.
+        eta_s: seconds until its picture is expected; None until there is an estimate.
+        preview: `(h, w, 3) uint8`, a small picture of the latents, if previews are on.
+    """
+
+    current: int
+    total: int
+    pending: bool
+    description: str
+    eta_s: float | None = None
+    preview: Any = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +135,8 @@ class LoopStats:
 
     ticks: int = 0
     images: int = 0
+    steps: int = 0
+    preemptions: int = 0
     active_s: float = 0.0
     device_busy_s: list[float] = field(default_factory=list)
     occupied_slot_s: float = 0.0
@@ -87,10 +147,25 @@ class LoopStats:
 
 
 @dataclass
-class _Entry:
+class Submission:
+    """A job in the loop's hands: `future` of `Finished`, and how far it is."""
+
     job: Job
-    future: Future[Finished]
+    terms: Terms
+    may_start: Callable[[], bool]
+    snapshot: Any
+    progress: Progress
+    future: Future[Finished] = field(default_factory=Future)
     started_at: float | None = None
+    parked: bool = False
+
+
+@dataclass
+class _InFlight:
+    tick: ExecutedTick
+    plan: Plan
+    expected_s: float
+    started_at: float  # when the devices began, or will have
 
 
 class DeviceLoop:
@@ -98,48 +173,69 @@ class DeviceLoop:
 
     Args:
         engine: who executes the plans.
-        aggregator: who makes them; owned by this loop's thread from now on.
+        policy: who makes them; owned by this loop's thread from now on.
         on_death: called when the loop cannot go on (the engine could not even be reset).
+        trace: where the timeline of the run goes.
         clock: monotonic seconds.
     """
 
     def __init__(
         self,
         engine: DeviceEngine,
-        aggregator: Aggregator,
+        policy: Policy,
         on_death: Callable[[], None] = lambda: None,
+        trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._on_death = on_death
-        self._engine, self._aggregator, self._clock = engine, aggregator, clock
+        self._engine, self._policy, self._clock = engine, policy, clock
+        self._on_death, self._trace = on_death, trace or NoTrace()
         self._wake = threading.Condition()
-        self._arrivals: deque[_Entry] = deque()
+        self._arrivals: deque[Submission] = deque()
         self._cancelled: deque[str] = deque()
+        self._completed: deque[tuple[_InFlight, list[Any] | Exception, float]] = deque()
         self._closing = False
-        self._entries: dict[str, _Entry] = {}
-        self._in_flight: deque[tuple[ExecutedTick, Plan, float]] = deque()
-        self._last_done_at = self._active_since = clock()
-        self.stats = LoopStats(device_busy_s=[0.0] * aggregator.num_devices)
+        self._nothing_to_plan = False
+        self._here: dict[str, Submission] = {}
+        self._in_flight: deque[_InFlight] = deque()
+        self._to_wait_for: SimpleQueue[_InFlight | None] = SimpleQueue()
+        self._counted_until = self._etas_at = clock()
+        self.lowest_priority_running: int | None = None
+        self.stats = LoopStats(device_busy_s=[0.0] * policy.num_devices)
         self._thread = threading.Thread(target=self._run, name="sdtpu-device-loop", daemon=True)
+        self._waiter = threading.Thread(target=self._wait_for_ticks, name="sdtpu-device-wait", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the threads."""
+        self._waiter.start()
         self._thread.start()
 
-    def submit(self, job: Job) -> Future[Finished]:
+    def submit(
+        self,
+        job: Job,
+        terms: Terms | None = None,
+        may_start: Callable[[], bool] = lambda: True,
+        snapshot: Any = None,
+    ) -> Submission:
         """Queue a job.
 
+        Args:
+            job: prepared by the engine.
+            terms: priority, deadline and limits, in this loop's time.
+            may_start: asked again and again, in the loop's thread, until the job has its slot.
+            snapshot: the state to go on from, with its `step`; None to start.
+
         Returns:
-            A future of `Finished`. It raises `GenerationFailed` when the device failed, `JobCancelled` after
-            `cancel`, `EngineUnavailable` when the loop is closed.
+            With a future of `Finished`. It raises `GenerationFailed` when the device failed, `JobCancelled` after
+            `cancel` or a no of `may_start`, `JobOverdue`, `EngineUnavailable` when the loop is closed.
         """
-        entry = _Entry(job, Future())
+        progress = Progress(snapshot.step if snapshot else 0, job.num_inference_steps, True, "waiting for a slot")
+        submission = Submission(job, terms or Terms(), may_start, snapshot, progress)
         with self._wake:
             if self._closing:
                 raise EngineUnavailable("the device loop is closed: the worker is stopping")
-            self._arrivals.append(entry)
+            self._arrivals.append(submission)
             self._wake.notify()
-        return entry.future
+        return submission
 
     def cancel(self, task_id: str) -> None:
         """Take a job off the queue or its slot at the next tick; unknown ids are ignored."""
@@ -148,129 +244,202 @@ class DeviceLoop:
             self._wake.notify()
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Stop the thread; jobs that are still here fail with `EngineUnavailable`."""
+        """Stop the threads; jobs that are still here fail with `EngineUnavailable`."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        for thread in (self._thread, self._waiter):
+            if thread.is_alive():
+                thread.join(timeout_s)
+        self._trace.close()
 
     def _run(self) -> None:
         try:
             while self._take_in():
-                plan = self._aggregator.plan() if len(self._in_flight) < TICKS_IN_FLIGHT else None
-                if plan:
-                    self._dispatch(plan)
-                if self._in_flight and (plan is None or len(self._in_flight) == TICKS_IN_FLIGHT):
-                    self._complete()
+                if self._is_due(self._clock()):
+                    self._dispatch()
         except BaseException as exc:
             logger.critical("the device loop died: %r", exc, exc_info=True)
             with self._wake:
                 self._closing = True
             self._on_death()
         finally:
-            for entry in [*self._entries.values(), *self._arrivals]:
-                _fail(entry, EngineUnavailable("the worker stopped before this job was done"))
+            self._to_wait_for.put(None)
+            for submission in [*self._here.values(), *self._arrivals]:
+                _fail(submission, EngineUnavailable("the worker stopped before this job was done"))
+
+    def _wait_for_ticks(self) -> None:
+        """The second thread: waits for the devices, so that the first can take jobs in meanwhile."""
+        while (item := self._to_wait_for.get()) is not None:
+            try:
+                end: list[Any] | Exception = item.tick.wait()
+            except Exception as exc:
+                end = exc
+            with self._wake:
+                self._completed.append((item, end, self._clock()))
+                self._wake.notify()
 
     def _take_in(self) -> bool:
-        """Wait for something to do and hand arrivals and cancellations to the policy; False when closing."""
+        """Wait for something to do and take in what came; False when closing."""
         with self._wake:
-            while not (self._arrivals or self._cancelled or self._entries or self._in_flight or self._closing):
-                self._wake.wait()
+            while not (self._arrivals or self._cancelled or self._completed or self._closing):
+                wait_s = self._seconds_until_due(self._clock())
+                if wait_s is not None and wait_s <= 0:
+                    break
+                self._wake.wait(wait_s)
             if self._closing:
                 return False
-            arrivals, cancelled = list(self._arrivals), list(self._cancelled)
-            self._arrivals.clear()
-            self._cancelled.clear()
-        if arrivals and not self._entries:
-            self._active_since = self._clock()
-        for entry in arrivals:
-            job = entry.job
-            if job.task_id in self._entries:  # a redelivery of what is running here: it gets the same result
-                self._entries[job.task_id].future.add_done_callback(partial(_copy_end, entry.future))
-                continue
-            try:
-                self._aggregator.add(job.task_id, job.lane, job.num_inference_steps)
-            except (KeyError, ValueError) as exc:
-                _fail(entry, GenerationFailed(f"task {job.task_id} was not taken in: {exc}"))
-                continue
-            self._entries[job.task_id] = entry
+            arrivals, cancelled, completed = list(self._arrivals), list(self._cancelled), list(self._completed)
+            for queue in (self._arrivals, self._cancelled, self._completed):
+                queue.clear()
+        now = self._clock()
+        if self._here:
+            self.stats.active_s += now - self._counted_until
+        self._counted_until = now
+        for item, end, at in completed:
+            self._complete(item, end, at)
+        if arrivals or cancelled or completed:
+            self._nothing_to_plan = False
+        for submission in arrivals:
+            self._admit(submission)
         for task_id in cancelled:
-            self._aggregator.cancel(task_id)
-            if task_id in self._entries:
+            self._policy.cancel(task_id)
+            if task_id in self._here:
                 self._leave(task_id, JobCancelled(task_id))
         return True
 
-    def _dispatch(self, plan: Plan) -> None:
-        now = self._clock()
-        jobs = {}
-        for device in plan.devices:
-            if device.insert:
-                entry = self._entries[device.insert[1]]
-                entry.started_at = now
-                jobs[entry.job.task_id] = entry.job
+    def _admit(self, submission: Submission) -> None:
+        job = submission.job
+        if job.task_id in self._here:  # a redelivery of what is running here: it gets the same result
+            self._here[job.task_id].future.add_done_callback(partial(_copy_end, submission.future))
+            return
+        steps_done = submission.snapshot.step if submission.snapshot else 0
         try:
-            self._in_flight.append((self._engine.execute(plan, jobs), plan, now))
-        except Exception as exc:
-            self._recover(exc)
+            self._policy.add(
+                job.task_id, job.lane, job.num_inference_steps, self._clock(), submission.terms, steps_done
+            )
+        except (KeyError, ValueError) as exc:
+            _fail(submission, GenerationFailed(f"task {job.task_id} was not taken in: {exc}"))
+            return
+        self._here[job.task_id] = submission
 
-    def _complete(self) -> None:
-        """Wait for the oldest tick; deliver its images."""
-        tick, plan, dispatched_at = self._in_flight.popleft()
+    def _seconds_until_due(self, now: float) -> float | None:
+        """Return how long to wait before the next dispatch; None while there is nothing to dispatch."""
+        if self._nothing_to_plan or not self._here or len(self._in_flight) >= TICKS_IN_FLIGHT:
+            return None
+        if not self._in_flight:
+            return 0.0
+        running = self._in_flight[0]
+        return running.started_at + running.expected_s * (1 - _LEAD_SHARE) - _LEAD_S - now
+
+    def _is_due(self, now: float) -> bool:
+        wait_s = self._seconds_until_due(now)
+        return wait_s is not None and wait_s <= 0
+
+    def _dispatch(self) -> None:
+        now = self._clock()
+        for task_id, reason in self._policy.overdue(now):
+            self._leave(task_id, JobOverdue(reason))
+        for task_id, submission in list(self._here.items()):
+            if submission.started_at is None and not submission.may_start():
+                self._policy.cancel(task_id)
+                self._leave(task_id, JobCancelled(task_id))
+        plan = self._policy.plan(now)
+        self.lowest_priority_running = self._policy.lowest_priority_running()
+        if plan is None:
+            self._nothing_to_plan = True
+            return
+        for task_id in [*plan.inserted(), *(place.task_id for place in plan.resumed)]:
+            if self._here[task_id].started_at is None:
+                self._here[task_id].started_at = now
+        jobs = {task_id: self._here[task_id].job for task_id in plan.inserted()}
+        snapshots = {place.task_id: self._here[place.task_id].snapshot for place in plan.resumed}
         try:
-            images = tick.wait()
+            tick = self._engine.execute(plan, jobs, snapshots)
         except Exception as exc:
             self._recover(exc)
             return
-        now = self._clock()
-        elapsed_s = now - max(dispatched_at, self._last_done_at)
-        self._last_done_at = now
-        self._aggregator.update(Outcome(plan, elapsed_s))
+        for place in plan.resumed:
+            self._here[place.task_id].parked = False
+        for task_id, snapshot in tick.parked.items():
+            self._here[task_id].parked, self._here[task_id].snapshot = True, snapshot
+        item = _InFlight(tick, plan, self._policy.expected_s(plan), self._clock())
+        self._in_flight.append(item)
+        self._to_wait_for.put(item)
+
+    def _complete(self, item: _InFlight, end: list[Any] | Exception, now: float) -> None:
+        """Deliver what a tick made; ticks end in the order in which they were dispatched."""
+        if not self._in_flight or self._in_flight[0] is not item:
+            return  # dispatched before a failure that emptied the slots
+        if isinstance(end, Exception):
+            self._recover(end)
+            return
+        self._in_flight.popleft()
+        if self._in_flight:
+            self._in_flight[0].started_at = max(now, self._in_flight[0].started_at)
+        plan, elapsed_s = item.plan, now - item.started_at
+        self._policy.update(Outcome(plan, elapsed_s))
         self._count(plan, elapsed_s)
-        for image in images:
-            entry = self._entries.get(image.task_id)
-            if entry is None or entry.started_at is None:
+        self._trace.tick(plan, item.started_at, now)
+        for image in end:
+            submission = self._here.get(image.task_id)
+            if submission is None or submission.started_at is None:
                 continue  # cancelled while its last tick was in flight
             if not image.finite:
-                self._leave(
-                    image.task_id,
-                    GenerationFailed(
-                        f"the model gave NaN or infinite values for this request on device {image.device}"
-                    ),
-                )
+                reason = f"the model gave NaN or infinite values for this request on device {image.device}"
+                self._leave(image.task_id, GenerationFailed(reason))
                 continue
             self.stats.images += 1
-            finished = Finished(image.pixels, image.device, image.slot, plan.occupied, entry.started_at, now)
+            finished = Finished(image.pixels, image.device, image.slot, plan.occupied, submission.started_at, now)
             self._leave(image.task_id, finished)
-        if not self._entries:
-            self.stats.active_s += now - self._active_since
+        self._report_progress(plan, item.tick.previews, now)
+
+    def _report_progress(self, plan: Plan, previews: Mapping[str, Any], now: float) -> None:
+        """Let everybody know how far they are, from what was planned; nothing is read from the devices for it."""
+        for task_id, steps in plan.steps_done.items():
+            if submission := self._here.get(task_id):
+                old = submission.progress
+                submission.progress = replace(
+                    old,
+                    current=max(steps, old.current),
+                    pending=submission.parked,
+                    description="waiting for a slot again" if submission.parked else "denoising",
+                    preview=previews.get(task_id, old.preview),
+                )
+        if now - self._etas_at >= _ETA_EVERY_S:
+            self._etas_at = now
+            for task_id, eta_s in self._policy.etas_s(now).items():
+                if submission := self._here.get(task_id):
+                    submission.progress = replace(submission.progress, eta_s=eta_s)
 
     def _recover(self, exc: Exception) -> None:
         """A device program failed: jobs that have a slot fail with the cause, the others go on with fresh slots."""
         logger.error("a device program failed: %r", exc, exc_info=True)
         self._in_flight.clear()
-        for task_id, entry in list(self._entries.items()):
-            if entry.started_at is not None:
-                self._aggregator.cancel(task_id)
+        for task_id, submission in list(self._here.items()):
+            if submission.started_at is not None:
+                self._policy.cancel(task_id)
                 self._leave(task_id, GenerationFailed(f"the device program failed: {type(exc).__name__}: {exc}"))
         self._engine.reset()
 
     def _leave(self, task_id: str, end: Finished | Exception) -> None:
-        entry = self._entries.pop(task_id)
+        submission = self._here.pop(task_id)
         if isinstance(end, Exception):
-            _fail(entry, end)
+            _fail(submission, end)
         else:
-            entry.future.set_result(end)
+            submission.future.set_result(end)
 
     def _count(self, plan: Plan, elapsed_s: float) -> None:
-        self.stats.ticks += 1
-        self.stats.occupied_slot_s += plan.occupied * elapsed_s
-        for i, device in enumerate(plan.devices):
-            if not device.idle:
-                self.stats.device_busy_s[i] += elapsed_s
+        stats, longest = self.stats, max(plan.work_s, default=0.0)
+        stats.ticks += 1
+        stats.preemptions += len(plan.parked)
+        stats.steps += sum(phase.steps for phases in plan.devices for phase in phases)
+        stats.occupied_slot_s += plan.occupied * elapsed_s
+        for i, work_s in enumerate(plan.work_s):
+            stats.device_busy_s[i] += elapsed_s * work_s / max(longest, 1e-9)
         logger.debug(
-            "tick of %.0f ms: %d slots in use, steps %s",
-            1000 * elapsed_s, plan.occupied, [device.steps for device in plan.devices],
+            "tick of %.0f ms: %d slots in use, steps %s", 1000 * elapsed_s, plan.occupied,
+            [sum(phase.steps for phase in phases) for phases in plan.devices],
         )  # fmt: skip
 
 
@@ -282,6 +451,6 @@ def _copy_end(to: Future[Finished], done: Future[Finished]) -> None:
         to.set_exception(exc)
 
 
-def _fail(entry: _Entry, exc: Exception) -> None:
-    if not entry.future.done():
-        entry.future.set_exception(exc)
+def _fail(submission: Submission, exc: Exception) -> None:
+    if not submission.future.done():
+        submission.future.set_exception(exc)

@@ -52,3 +52,25 @@ class CompileCache:
     def _on_event(self, event: str, **_: object) -> None:
         if event in self._counts:
             self._counts[event] += 1
+
+
+class TraceCounter:
+    """Counts what JAX traces or compiles in this process from its making on."""
+
+    _events = 0
+    _listens = False
+
+    def __init__(self) -> None:
+        if not TraceCounter._listens:
+            TraceCounter._listens = True
+            jax.monitoring.register_event_duration_secs_listener(TraceCounter._on_event)
+        self._before = TraceCounter._events
+
+    def count(self) -> int:
+        """Return how many events there were."""
+        return TraceCounter._events - self._before
+
+    @staticmethod
+    def _on_event(event: str, _: float, **__: object) -> None:
+        if "jaxpr_trace" in event or "backend_compile" in event:
+            TraceCounter._events += 1

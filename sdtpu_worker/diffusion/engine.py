@@ -1,7 +1,7 @@
 """Slots on the devices: prepares jobs on the host, executes plans, hands decoded pixels back.
 
-The engine never chooses: a plan says for each device which job to insert, how many steps to take, which slot to
-decode. It never touches Celery.
+The engine never chooses: a plan says for each device which slot to decode, which job to insert, how many steps to
+take, and whose state leaves or comes back. It never touches Celery.
 """
 
 from __future__ import annotations
@@ -19,16 +19,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 
-from sdtpu_worker.aggregator.plan import Aggregator, DeviceInstruction, Lane, Plan
-from sdtpu_worker.diffusion.cache import CompileCache
+from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
+from sdtpu_worker.aggregator.policy import Aggregator
+from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
-from sdtpu_worker.diffusion.programs import Decoded, Geometry, lower_safety_check, lower_tick, tick_params
+from sdtpu_worker.diffusion.programs import (
+    NOTHING,
+    Decoded,
+    Geometry,
+    SlotState,
+    lower_restore,
+    lower_safety_check,
+    lower_snapshot,
+    lower_tick,
+    tick_params,
+)
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
+from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint, InvalidRequest
 from sdtpu_worker.request import GenerationRequest
 
-_SAFETY = "safety check"
+_SAFETY, _SNAPSHOT, _RESTORE = "safety check", "snapshot", "restore"
 
 
 @dataclass(frozen=True)
@@ -66,11 +79,16 @@ class DecodedImage:
 
 
 class Tick:
-    """A dispatched plan; the devices may still be at it."""
+    """A dispatched plan; the devices may still be at it.
 
-    def __init__(self, plan: Plan, decoded: Decoded) -> None:
-        self.plan, self._decoded = plan, decoded
-        self._wanted = {i: device.decode for i, device in enumerate(plan.devices) if device.decode}
+    Attributes:
+        parked: the snapshots of the jobs that the plan took off their slots, by task id.
+    """
+
+    def __init__(self, plan: Plan, decoded: Decoded, parked: Mapping[str, JobSnapshot]) -> None:
+        self.plan, self.parked, self._decoded = plan, parked, decoded
+        self.previews: dict[str, np.ndarray] = {}
+        self._wanted = list(plan.decoded())
         if self._wanted:
             decoded.finite.copy_to_host_async()
             for shard in self._shards().values():
@@ -85,17 +103,17 @@ class Tick:
         jax.block_until_ready(self._decoded)
         if not self._wanted:
             return []
-        finite, shards = np.asarray(self._decoded.finite), self._shards()
+        finite = np.asarray(self._decoded.finite)
+        shards = {device: np.asarray(shard) for device, shard in self._shards().items()}
         return [
-            DecodedImage(task_id, device, slot, np.asarray(shards[device])[0], bool(finite[device]))
-            for device, (slot, task_id) in self._wanted.items()
+            DecodedImage(task_id, device, slot, shards[device][0, phase], bool(finite[device, phase]))
+            for device, phase, slot, task_id in self._wanted
         ]
 
     def _shards(self) -> Mapping[int, jax.Array]:
-        shards = self._decoded.pixels.addressable_shards
-        return {
-            shard.index[0].start or 0: shard.data for shard in shards if (shard.index[0].start or 0) in self._wanted
-        }
+        """Return the pixels of the devices that decoded something."""
+        wanted = {device for device, *_ in self._wanted}
+        return {device: shard for device, shard in _by_device(self._decoded.pixels).items() if device in wanted}
 
 
 class Engine:
@@ -128,7 +146,7 @@ class Engine:
         self.platform = devices[0].platform
         self.resolutions = tuple(dict.fromkeys(resolutions or (checkpoint.default_size,)))
         self.mesh = make_mesh(devices)
-        self.step_s: dict[Lane, float] = {}
+        self.costs: dict[Lane, TickCosts] = {}
         multiple = checkpoint.vae_scale_factor * 2 ** (len(checkpoint.unet.config.block_out_channels) - 1)
         for size in self.resolutions:
             if any(side % multiple for side in size):
@@ -138,13 +156,19 @@ class Engine:
         self._geometries = {
             size: Geometry.of(checkpoint, self.num_devices, slots_per_device, *size) for size in self.resolutions
         }
+        self.phases_per_tick = self._geometries[self.resolutions[0]].phases
+        self.fingerprints = {
+            size: fingerprint_of(checkpoint, size, slots_per_device, self.device_kind) for size in self.resolutions
+        }
         self.params = params = put(tick_params(checkpoint.params), self.mesh, REPLICATED)
         self._safety_params: Any = None
         started = time.monotonic()
         try:
-            programs: dict[Any, Any] = {
-                size: lower_tick(checkpoint, params, geometry, self.mesh) for size, geometry in self._geometries.items()
-            }
+            programs: dict[Any, Any] = {}
+            for size, geometry in self._geometries.items():
+                programs[size] = lower_tick(checkpoint, params, geometry, self.mesh)
+                programs[_SNAPSHOT, size] = lower_snapshot(geometry, self.mesh)
+                programs[_RESTORE, size] = lower_restore(geometry, self.mesh)
         except (FlaxError, TypeError, ValueError) as exc:
             raise InvalidCheckpoint(
                 f"{checkpoint.name}: the parameters do not fit the configs: {_first_line(exc)}"
@@ -160,9 +184,15 @@ class Engine:
         self.cache_hits, self.cache_misses = compile_cache.since(counts) if compile_cache else (0, 0)
         self._safety_check = compiled.pop(_SAFETY, None)
         self._safety_lock = threading.Lock()
-        self._ticks = compiled
+        self._programs = compiled
         self.reset()
         self._warm_up()
+        self._traces = TraceCounter()
+
+    @property
+    def traces_since_ready(self) -> int:
+        """How many programs this process traced or compiled since the engine was ready; none, unless others do."""
+        return self._traces.count()
 
     @property
     def num_slots(self) -> int:
@@ -220,42 +250,70 @@ class Engine:
             rows.append(ids + [tokenizer.pad_token_id] * (length - len(ids)))
         return np.array(rows, np.int32), truncated
 
-    def execute(self, plan: Plan, jobs: Mapping[str, PreparedJob]) -> Tick:
+    def execute(
+        self, plan: Plan, jobs: Mapping[str, PreparedJob], snapshots: Mapping[str, JobSnapshot] | None = None
+    ) -> Tick:
         """Dispatch a plan and return without waiting for the devices.
 
         Args:
-            plan: one instruction per device.
+            plan: what to do.
             jobs: the prepared jobs that the plan inserts, by task id.
+            snapshots: the states of the jobs that it resumes, by task id.
+
+        Raises:
+            SnapshotMismatch: a snapshot is of another configuration; nothing was dispatched.
         """
+        snapshots = snapshots or {}
+        for place in plan.resumed:
+            snapshots[place.task_id].check(self.fingerprints[plan.lane])
+        parked = self._take_off(plan.lane, plan.parked)
+        if plan.resumed:
+            self._put_back(plan.lane, {place: snapshots[place.task_id] for place in plan.resumed})
         todo = self._geometries[plan.lane].no_instructions()
-        for i, device in enumerate(plan.devices):
-            todo.steps[i] = device.steps
-            if device.decode:
-                todo.decode_slot[i] = device.decode[0]
-            if device.insert:
-                todo.insert_slot[i], task_id = device.insert
-                job = jobs[task_id]
-                todo.prompt_ids[i], todo.key_data[i], todo.table[i] = job.prompt_ids, job.key_data, job.table
-                todo.num_steps[i], todo.guidance_scale[i] = job.num_inference_steps, job.guidance_scale
-                todo.init_noise_sigma[i] = job.init_noise_sigma
+        row = todo.phases
+        for i, phases in enumerate(plan.devices):
+            todo.num_phases[i] = len(phases)
+            for p, phase in enumerate(phases):
+                row.steps[i, p] = phase.steps
+                if phase.decode:
+                    row.decode_slot[i, p] = phase.decode[0]
+                if phase.insert:
+                    row.insert_slot[i, p], task_id = phase.insert
+                    job = jobs[task_id]
+                    row.prompt_ids[i, p], row.key_data[i, p], row.table[i, p] = job.prompt_ids, job.key_data, job.table
+                    row.num_steps[i, p], row.guidance_scale[i, p] = job.num_inference_steps, job.guidance_scale
+                    row.init_noise_sigma[i, p] = job.init_noise_sigma
         todo = put(todo, self.mesh, SHARDED)
-        self._slots[plan.lane], decoded = self._ticks[plan.lane](self.params, self._slots[plan.lane], todo)
-        return Tick(plan, decoded)
+        self._slots[plan.lane], decoded = self._programs[plan.lane](self.params, self._slots[plan.lane], todo)
+        return Tick(plan, decoded, parked)
+
+    def snapshot(self, lane: Lane, device: int, slot: int) -> JobSnapshot:
+        """Copy a slot's whole state off its device; the slot keeps it. Same threads as `execute`."""
+        (snapshot,) = self._take_off(lane, (Place("", device, slot),)).values()
+        return snapshot
+
+    def restore(self, lane: Lane, device: int, slot: int, snapshot: JobSnapshot) -> None:
+        """Put a state into a slot, to go on there bit for bit. Same threads as `execute`.
+
+        Raises:
+            SnapshotMismatch: it was made by another configuration.
+        """
+        snapshot.check(self.fingerprints[lane])
+        self._put_back(lane, {Place("", device, slot): snapshot})
 
     def generate(self, jobs: Sequence[PreparedJob], steps_per_tick: int = 8) -> list[DecodedImage]:
         """Run prepared jobs through the policy, all at once and without a worker; return images in the jobs' order.
 
         For notebooks, scripts and tests; nothing else may use the engine meanwhile.
         """
-        aggregator = Aggregator(self.resolutions, self.num_devices, self.slots_per_device, tick_s=1.0)
-        for lane in self.resolutions:
-            aggregator.observe_step(lane, 1.0 / steps_per_tick)
+        costs = {lane: TickCosts(self.num_devices, Cost(1.0 / steps_per_tick)) for lane in self.resolutions}
+        aggregator = Aggregator(costs, self.slots_per_device, self.phases_per_tick, tick_s=1.0)
         by_id = {job.task_id: job for job in jobs}
         for job in by_id.values():
-            aggregator.add(job.task_id, job.lane, job.num_inference_steps)
+            aggregator.add(job.task_id, job.lane, job.num_inference_steps, now=0.0)
         images: dict[str, DecodedImage] = {}
         ticks: deque[Tick] = deque()
-        while (plan := aggregator.plan()) or ticks:
+        while (plan := aggregator.plan(now=0.0)) or ticks:
             if plan:
                 ticks.append(self.execute(plan, by_id))
             if plan is None or len(ticks) == 2:
@@ -285,23 +343,71 @@ class Engine:
             flags = self._safety_check(self._safety_params, *put((batch, wanted), self.mesh, SHARDED))
         return bool(np.asarray(flags)[0])
 
+    def _take_off(self, lane: Lane, places: Sequence[Place]) -> dict[str, JobSnapshot]:
+        if not places:
+            return {}
+        slots = np.zeros(self.num_devices, np.int32)
+        for place in places:
+            slots[place.device] = place.slot
+        states = self._programs[_SNAPSHOT, lane](self._slots[lane], put(slots, self.mesh, SHARDED))
+        rows = [_by_device(leaf) for leaf in states]
+        snapshots = {}
+        for place in places:
+            arrays = SlotState(*(leaf[place.device] for leaf in rows))
+            for array in arrays:
+                array.copy_to_host_async()
+            snapshots[place.task_id] = JobSnapshot(self.fingerprints[lane], lane, arrays)
+        return snapshots
+
+    def _put_back(self, lane: Lane, snapshots: Mapping[Place, JobSnapshot]) -> None:
+        slots, states = np.full(self.num_devices, NOTHING, np.int32), self._geometries[lane].empty_states()
+        for place, snapshot in snapshots.items():
+            slots[place.device] = place.slot
+            for leaf, row in zip(states, snapshot.state, strict=True):
+                leaf[place.device] = row[0]
+        restored = self._programs[_RESTORE, lane](self._slots[lane], *put((slots, states), self.mesh, SHARDED))
+        self._slots[lane] = restored
+
     def _warm_up(self) -> None:
-        """Really run every program once, and measure a step of each resolution on all devices."""
+        """Really run every program, and measure what work costs by the number of devices that are busy."""
         request = GenerationRequest("warm-up", seed=0, num_inference_steps=1)
         for size in self.resolutions:
             job = self.prepare("warm-up", _with_size(request, size))
+            self.restore(size, 0, 0, self.snapshot(size, 0, 0))
 
-            def run(instruction: DeviceInstruction, size: Lane = size, job: PreparedJob = job) -> float:
-                started = time.monotonic()
-                self.execute(Plan(size, (instruction,) * self.num_devices, 0), {"warm-up": job}).wait()
-                jax.block_until_ready(self._slots[size])
-                return time.monotonic() - started
+            def seconds(busy: int, phase: Phase, size: Lane = size, job: PreparedJob = job) -> float:
+                """Return the shorter of two runs."""
+                plan = Plan(size, ((phase,),) * busy + ((),) * (self.num_devices - busy))
+                times = []
+                for _ in range(2):
+                    started = time.monotonic()
+                    self.execute(plan, {"warm-up": job}).wait()
+                    jax.block_until_ready(self._slots[size])
+                    times.append(time.monotonic() - started)
+                return min(times)
 
-            run(DeviceInstruction(insert=(0, "warm-up"), steps=1, decode=(0, "warm-up")))
-            self.step_s[size] = min(run(DeviceInstruction(steps=4)) for _ in range(2)) / 4
+            insert, steps, decode = Phase(insert=(0, "warm-up")), Phase(steps=4), Phase(decode=(0, "warm-up"))
+            for phase in (insert, steps, decode):
+                seconds(1, phase)
+            overhead_s = seconds(0, Phase())
+            insert_s, steps_s, decode_s = (
+                max(1e-6, seconds(1, phase) - overhead_s) for phase in (insert, steps, decode)
+            )
+            slowdown = {
+                busy: max(1.0, (seconds(busy, steps) - overhead_s) / steps_s)
+                for busy in (2, self.num_devices // 2, self.num_devices)
+                if 1 < busy <= self.num_devices
+            }
+            cost = Cost(steps_s / 4, insert_s, decode_s)
+            self.costs[size] = TickCosts(self.num_devices, cost, slowdown, overhead_s)
         self.reset()
         if self._safety_check is not None:
             self.check_safety(np.zeros((*self.resolutions[0], 3), np.uint8))
+
+
+def _by_device(array: jax.Array) -> dict[int, jax.Array]:
+    """Return every device's shard of an array with one row per device."""
+    return {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
 
 
 def choose_dtype(name: str, platform: str) -> Any:

@@ -1,8 +1,8 @@
 """The compiled programs. One fused tick per resolution; inside it every device follows its own instructions.
 
-Shapes below: D devices, S slots per device, N = D * S slots, C latent channels, h x w latents, L = 77 tokens,
-E embedding width. Everything with a leading N or D is sharded over the mesh's one axis; parameters are replicated.
-Nothing crosses devices, so there is no collective and a device with nothing to do costs nothing.
+Shapes below: D devices, S slots per device, N = D * S slots, P phases per tick, C latent channels, h x w latents,
+L = 77 tokens, E embedding width. Everything with a leading N or D is sharded over the mesh's one axis; parameters are
+replicated. Nothing crosses devices, so there is no collective and a device with nothing to do costs nothing.
 """
 
 from __future__ import annotations
@@ -35,25 +35,44 @@ class Slots(NamedTuple):
     table: Any  # (N, MAX_STEPS, len(COLUMNS)) float32
 
 
-class Instructions(NamedTuple):
-    """What every device does in one tick: insert, then advance, then decode."""
+class Phases(NamedTuple):
+    """What every device does in each phase of a tick: decode, then insert, then advance."""
 
-    insert_slot: Any  # (D,) int32, a slot of the device, or NOTHING
-    prompt_ids: Any  # (D, 2, L) int32, negative prompt first
-    key_data: Any  # (D, 2) uint32, the job's key
-    num_steps: Any  # (D,) int32
-    guidance_scale: Any  # (D,) float32
-    init_noise_sigma: Any  # (D,) float32
-    table: Any  # (D, MAX_STEPS, len(COLUMNS)) float32
-    steps: Any  # (D,) int32, denoising steps to take
-    decode_slot: Any  # (D,) int32, a slot of the device, or NOTHING
+    decode_slot: Any  # (D, P) int32, a slot of the device, or NOTHING
+    insert_slot: Any  # (D, P) int32, a slot of the device, or NOTHING
+    prompt_ids: Any  # (D, P, 2, L) int32, negative prompt first
+    key_data: Any  # (D, P, 2) uint32, the job's key
+    num_steps: Any  # (D, P) int32
+    guidance_scale: Any  # (D, P) float32
+    init_noise_sigma: Any  # (D, P) float32
+    table: Any  # (D, P, MAX_STEPS, len(COLUMNS)) float32
+    steps: Any  # (D, P) int32, denoising steps to take
+
+
+class Instructions(NamedTuple):
+    """What every device does in one tick."""
+
+    num_phases: Any  # (D,) int32, how many of its phases a device runs
+    phases: Phases
 
 
 class Decoded(NamedTuple):
-    """What a tick hands back; only rows of devices that were told to decode mean anything."""
+    """What a tick hands back; only the phases that were told to decode mean anything."""
 
-    pixels: Any  # (D, height, width, 3) uint8
-    finite: Any  # (D,) bool, False if the latents or the picture had a NaN or an infinity
+    pixels: Any  # (D, P, height, width, 3) uint8
+    finite: Any  # (D, P) bool, False if the latents or the picture had a NaN or an infinity
+
+
+class SlotState(NamedTuple):
+    """One job's whole state, as it leaves a device and comes back; as `Slots` with D instead of N."""
+
+    latents: Any
+    history: Any
+    step: Any
+    num_steps: Any
+    guidance_scale: Any
+    context: Any
+    table: Any
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,7 @@ class Geometry:
 
     num_devices: int
     slots_per_device: int
+    phases: int  # P, the most phases of a tick
     height: int
     width: int
     latent_shape: tuple[int, int, int]  # (C, h, w)
@@ -76,6 +96,7 @@ class Geometry:
         return cls(
             num_devices=num_devices,
             slots_per_device=slots_per_device,
+            phases=phases_per_tick(slots_per_device),
             height=height,
             width=width,
             latent_shape=(checkpoint.latent_channels, height // factor, width // factor),
@@ -97,20 +118,32 @@ class Geometry:
             table=np.zeros((n, MAX_STEPS, len(COLUMNS)), np.float32),
         )
 
+    def empty_states(self) -> SlotState:
+        """Return one state per device, as host arrays of zeros."""
+        rows = [np.zeros((self.num_devices, *leaf.shape[1:]), leaf.dtype) for leaf in self.empty_slots()]
+        return SlotState(*rows)
+
     def no_instructions(self) -> Instructions:
         """Return fresh instructions that do nothing; a dispatch aliases what it is given, so never reuse them."""
         d = self.num_devices
-        return Instructions(
-            insert_slot=np.full(d, NOTHING, np.int32),
-            prompt_ids=np.zeros((d, 2, self.prompt_length), np.int32),
-            key_data=np.zeros((d, 2), np.uint32),
-            num_steps=np.zeros(d, np.int32),
-            guidance_scale=np.zeros(d, np.float32),
-            init_noise_sigma=np.ones(d, np.float32),
-            table=np.zeros((d, MAX_STEPS, len(COLUMNS)), np.float32),
-            steps=np.zeros(d, np.int32),
-            decode_slot=np.full(d, NOTHING, np.int32),
+        dp = d, self.phases
+        phases = Phases(
+            decode_slot=np.full(dp, NOTHING, np.int32),
+            insert_slot=np.full(dp, NOTHING, np.int32),
+            prompt_ids=np.zeros((*dp, 2, self.prompt_length), np.int32),
+            key_data=np.zeros((*dp, 2), np.uint32),
+            num_steps=np.zeros(dp, np.int32),
+            guidance_scale=np.zeros(dp, np.float32),
+            init_noise_sigma=np.ones(dp, np.float32),
+            table=np.zeros((*dp, MAX_STEPS, len(COLUMNS)), np.float32),
+            steps=np.zeros(dp, np.int32),
         )
+        return Instructions(np.zeros(d, np.int32), phases)
+
+
+def phases_per_tick(slots_per_device: int) -> int:
+    """Return P: as many phases as slots can change hands in a tick, and one to go on; more than 4 do not pay."""
+    return min(slots_per_device + 1, 4)
 
 
 def tick_params(params: dict[str, Any]) -> dict[str, Any]:
@@ -131,21 +164,57 @@ def lower_tick(checkpoint: Checkpoint, params: Any, geometry: Geometry, mesh: Me
     """
 
     def local_tick(params: Any, slots: Slots, todo: Instructions) -> tuple[Slots, Decoded]:
-        slots = _insert(checkpoint, geometry, params, slots, todo)
-        slots = _advance(checkpoint, geometry, params, slots, todo.steps[0])
-        return slots, _decode(checkpoint, geometry, params, slots, todo.decode_slot[0])
+        todo = jax.tree.map(lambda leaf: leaf[0], todo)  # this device's own row
+
+        def phase(i: jax.Array, carry: tuple[Slots, Decoded]) -> tuple[Slots, Decoded]:
+            slots, decoded = carry
+            now = jax.tree.map(lambda leaf: leaf[i], todo.phases)
+            image = _decode(checkpoint, geometry, params, slots, now.decode_slot)
+            decoded = jax.tree.map(lambda all_, one: all_.at[0, i].set(one), decoded, image)
+            slots = _insert(checkpoint, geometry, params, slots, now)
+            return _advance(checkpoint, geometry, params, slots, now.steps), decoded
+
+        pixels = jnp.zeros((1, geometry.phases, geometry.height, geometry.width, 3), jnp.uint8)
+        nothing = Decoded(pixels, jnp.ones((1, geometry.phases), bool))
+        return jax.lax.fori_loop(0, todo.num_phases, phase, (slots, nothing))
 
     tick = jax.shard_map(
         local_tick, mesh=mesh, in_specs=(REPLICATED, SHARDED, SHARDED), out_specs=SHARDED, check_vma=False
     )
-    sharded = NamedSharding(mesh, SHARDED)
+    shapes = _sharded_shapes(mesh, (geometry.empty_slots(), geometry.no_instructions()))
+    return jax.jit(tick, donate_argnums=1).lower(params, *shapes)
 
-    def shapes(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharded), tree)
 
-    return jax.jit(tick, donate_argnums=1).lower(
-        params, shapes(geometry.empty_slots()), shapes(geometry.no_instructions())
-    )
+def lower_snapshot(geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:
+    """Trace and lower the program that reads one slot of each device.
+
+    Returns:
+        What `.compile()` makes `snapshot(slots, slot (D,) int32) -> SlotState` of; the slots stay as they are.
+    """
+
+    def local_snapshot(slots: Slots, slot: jax.Array) -> SlotState:
+        return SlotState(*(jax.lax.dynamic_slice_in_dim(leaf, slot[0], 1) for leaf in slots))
+
+    return _lower_sharded(local_snapshot, mesh, geometry.empty_slots(), np.zeros(geometry.num_devices, np.int32))
+
+
+def lower_restore(geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:
+    """Trace and lower the program that writes one slot of each device.
+
+    Returns:
+        What `.compile()` makes `restore(slots, slot (D,) int32, SlotState) -> slots` of; the slots passed in are
+        donated, devices with the slot NOTHING keep theirs.
+    """
+
+    def local_restore(slots: Slots, slot: jax.Array, state: SlotState) -> Slots:
+        def write() -> Slots:
+            put_row = jax.lax.dynamic_update_slice_in_dim
+            return Slots(*(put_row(leaf, row, slot[0], 0) for leaf, row in zip(slots, state, strict=True)))
+
+        return jax.lax.cond(slot[0] >= 0, write, lambda: slots)
+
+    shapes = geometry.empty_slots(), np.zeros(geometry.num_devices, np.int32), geometry.empty_states()
+    return _lower_sharded(local_restore, mesh, *shapes, donate=0)
 
 
 def lower_safety_check(checkpoint: Checkpoint, params: Any, mesh: Mesh) -> jax.stages.Lowered:
@@ -173,22 +242,32 @@ def lower_safety_check(checkpoint: Checkpoint, params: Any, mesh: Mesh) -> jax.s
     return jax.jit(check).lower(params, pixel_values, wanted)
 
 
-def _insert(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slots, todo: Instructions) -> Slots:
+def _sharded_shapes(mesh: Mesh, tree: Any) -> Any:
+    sharding = NamedSharding(mesh, SHARDED)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _lower_sharded(local: Any, mesh: Mesh, *arrays: Any, donate: int | tuple[int, ...] = ()) -> jax.stages.Lowered:
+    program = jax.shard_map(local, mesh=mesh, in_specs=SHARDED, out_specs=SHARDED, check_vma=False)
+    return jax.jit(program, donate_argnums=donate).lower(*_sharded_shapes(mesh, arrays))
+
+
+def _insert(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slots, todo: Phases) -> Slots:
     """Encode the prompt and start the job in its slot; the noise comes from the job's own key alone."""
-    slot = todo.insert_slot[0]
+    slot = todo.insert_slot
 
     def start(slots: Slots) -> Slots:
-        key = jax.random.wrap_key_data(todo.key_data[0])
+        key = jax.random.wrap_key_data(todo.key_data)
         noise = jax.random.normal(key, (1, *geometry.latent_shape), jnp.float32)[0]
-        context = checkpoint.text_encoder(todo.prompt_ids[0], params=params["text_encoder"])[0]
+        context = checkpoint.text_encoder(todo.prompt_ids, params=params["text_encoder"])[0]
         return Slots(
-            latents=slots.latents.at[slot].set(noise * todo.init_noise_sigma[0]),
+            latents=slots.latents.at[slot].set(noise * todo.init_noise_sigma),
             history=slots.history.at[slot].set(0.0),
             step=slots.step.at[slot].set(0),
-            num_steps=slots.num_steps.at[slot].set(todo.num_steps[0]),
-            guidance_scale=slots.guidance_scale.at[slot].set(todo.guidance_scale[0]),
+            num_steps=slots.num_steps.at[slot].set(todo.num_steps),
+            guidance_scale=slots.guidance_scale.at[slot].set(todo.guidance_scale),
             context=slots.context.at[slot].set(context.astype(geometry.dtype)),
-            table=slots.table.at[slot].set(todo.table[0]),
+            table=slots.table.at[slot].set(todo.table),
         )
 
     return jax.lax.cond(slot >= 0, start, lambda slots: slots, slots)
@@ -240,9 +319,9 @@ def _decode(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slot
         image = image.astype(jnp.float32)
         finite = jnp.isfinite(latents).all() & jnp.isfinite(image).all()
         unit = jnp.clip(image / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
-        return Decoded(jnp.round(unit * 255).astype(jnp.uint8), finite[None])
+        return Decoded(jnp.round(unit[0] * 255).astype(jnp.uint8), finite)
 
     def nothing() -> Decoded:
-        return Decoded(jnp.zeros((1, geometry.height, geometry.width, 3), jnp.uint8), jnp.ones(1, bool))
+        return Decoded(jnp.zeros((geometry.height, geometry.width, 3), jnp.uint8), jnp.ones((), bool))
 
     return jax.lax.cond(slot >= 0, run, nothing)

@@ -1,0 +1,47 @@
+"""Our own worker with the policy of `fixed_policy.py`, for comparison.
+
+celery -A benchmarks.fixed_batches:bucketed worker -Q sdtpu
+celery -A benchmarks.fixed_batches:mixed worker -Q sdtpu
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from celery import Celery
+
+from benchmarks.fixed_policy import FixedBatches
+from sdtpu_worker import install
+from sdtpu_worker.config import DEFAULT_QUEUE
+from sdtpu_worker.pool import DevicePool
+
+BATCHES_HELD = 8
+"""More than the two of `DevicePool`, so that buckets of equal step counts fill: to this policy's advantage."""
+
+
+class BucketedPool(DevicePool):
+    bucketed = True
+
+    @classmethod
+    def make_policy(cls, engine: Any, config: Any) -> FixedBatches:
+        return FixedBatches(engine.costs, engine.slots_per_device, engine.phases_per_tick, cls.bucketed)
+
+    def on_start(self) -> None:
+        super().on_start()
+        self.limit = BATCHES_HELD * self.serving.engine.num_slots
+        self.executor = ThreadPoolExecutor(self.limit, thread_name_prefix="sdtpu-job")
+
+
+class MixedPool(BucketedPool):
+    bucketed = False
+
+
+def make_app(name: str, pool: type) -> Celery:
+    app = Celery(name, set_as_current=False)
+    app.conf.update(worker_pool=f"{__name__}:{pool.__name__}", task_default_queue=DEFAULT_QUEUE)
+    return install(app)
+
+
+bucketed = make_app("bucketed", BucketedPool)
+mixed = make_app("mixed", MixedPool)

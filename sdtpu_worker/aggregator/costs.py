@@ -1,0 +1,102 @@
+"""What work costs, in seconds: measured when the engine starts, corrected by every tick. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from sdtpu_worker.aggregator.plan import Phase, Plan
+
+_LEARNING_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds on one device: a denoising step of all its slots, an insert (with the text encoder), a decode."""
+
+    step_s: float
+    insert_s: float = 0.0
+    decode_s: float = 0.0
+
+    def of(self, phases: Iterable[Phase]) -> float:
+        """Return the seconds of one device's phases."""
+        return sum(
+            phase.steps * self.step_s
+            + (phase.insert is not None) * self.insert_s
+            + (phase.decode is not None) * self.decode_s
+            for phase in phases
+        )
+
+
+class TickCosts:
+    """The costs of one lane.
+
+    A tick lasts as long as its busiest device. Real devices do not slow each other down; simulated ones share the
+    cores of a CPU, so `slowdown` says by how much everything takes longer while a number of them is busy.
+
+    Args:
+        num_devices: how many there are.
+        cost: on a device that is alone.
+        slowdown: by number of busy devices, at least one of them; between those given it is interpolated.
+        overhead_s: what a tick takes that has nothing to do.
+    """
+
+    def __init__(
+        self, num_devices: int, cost: Cost, slowdown: Mapping[int, float] | None = None, overhead_s: float = 0.0
+    ) -> None:
+        self.num_devices, self.cost, self.overhead_s = num_devices, cost, overhead_s
+        given = {1: 1.0, **(slowdown or {})}
+        self._slowdown = [_interpolate(given, busy) for busy in range(1, num_devices + 1)]
+
+    def slowdown(self, busy: int) -> float:
+        """Return how many times longer work takes while `busy` devices are busy."""
+        return self._slowdown[min(max(busy, 1), self.num_devices) - 1]
+
+    def step_s(self, busy: int) -> float:
+        """Return the seconds of a step while `busy` devices are busy."""
+        return self.cost.step_s * self.slowdown(busy)
+
+    def tick_s(self, plan: Plan) -> float:
+        """Return how long a tick is expected to take."""
+        return self.overhead_s + sum(seconds for _, seconds in self._parts(plan))
+
+    def learn(self, plan: Plan, elapsed_s: float) -> None:
+        """Take in how long a tick took: correct the slowdowns that it went through, in proportion to their share."""
+        parts = list(self._parts(plan))
+        expected_s = self.overhead_s + sum(seconds for _, seconds in parts)
+        if expected_s <= 0:
+            return
+        error = min(max(elapsed_s / expected_s, 0.5), 2.0) - 1
+        for busy, seconds in parts:
+            self._slowdown[busy - 1] *= 1 + _LEARNING_RATE * error * seconds / expected_s
+
+    def to_json(self) -> dict[str, float | list[float]]:
+        """Return the costs in seconds, and the slowdown for 1, 2, … busy devices."""
+        costs = {name: round(seconds, 6) for name, seconds in vars(self.cost).items()}
+        slowdown = [round(factor, 3) for factor in self._slowdown]
+        return {**costs, "overhead_s": round(self.overhead_s, 6), "slowdown": slowdown}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> TickCosts:
+        """Rebuild what `to_json` gave."""
+        facts: dict = dict(data)
+        slowdown = dict(enumerate(facts.pop("slowdown"), start=1))
+        overhead_s = facts.pop("overhead_s")
+        return cls(len(slowdown), Cost(**facts), slowdown, overhead_s)
+
+    def _parts(self, plan: Plan) -> Iterator[tuple[int, float]]:
+        """Yield `(devices busy, seconds)` of a tick: first all that work in it, at last only the busiest."""
+        works = sorted(self.cost.of(phases) for phases in plan.devices if phases)
+        done = 0.0
+        for i, work in enumerate(works):
+            if work > done:
+                busy = len(works) - i
+                yield busy, (work - done) * self.slowdown(busy)
+                done = work
+
+
+def _interpolate(given: Mapping[int, float], busy: int) -> float:
+    below = max((n for n in given if n <= busy), default=min(given))
+    above = min((n for n in given if n >= busy), default=max(given))
+    share = (busy - below) / (above - below) if above > below else 0.0
+    return given[below] + share * (given[above] - given[below])

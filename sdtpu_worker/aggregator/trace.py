@@ -1,0 +1,123 @@
+"""A timeline of a run in Chrome's trace format: open it in Perfetto (https://ui.perfetto.dev).
+
+One process of the timeline is the devices, a row each, with what every tick did on them; the other is the host, with
+what happened to each job besides. The devices report only when a whole tick is done: the parts of a tick are drawn
+in proportion to what they are expected to cost, the ends of the tick are measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdtpu_worker.aggregator.costs import Cost
+from sdtpu_worker.aggregator.plan import Lane, Phase, Plan
+
+logger = logging.getLogger(__name__)
+
+_DEVICES, _HOST = 1, 2
+_MAX_EVENTS = 2_000_000  # about 300 MB
+
+
+class Trace:
+    """Writes the timeline to a file as it goes; may be used from many threads.
+
+    Args:
+        path: the file; replaced.
+        costs: what work costs, by lane; the shares of a tick's parts follow it.
+    """
+
+    def __init__(self, path: Path, costs: Mapping[Lane, Cost], num_devices: int) -> None:
+        self._costs, self._lock, self._threads, self._events = costs, threading.Lock(), dict[int, int](), 0
+        self._file: Any = path.open("w", encoding="utf-8")
+        self._file.write("[\n")
+        names: list[tuple[int, int | None, str]] = [(_DEVICES, None, "devices"), (_HOST, None, "host")]
+        names += [(_DEVICES, device, f"device {device}") for device in range(num_devices)]
+        for pid, tid, name in names:
+            what = "process_name" if tid is None else "thread_name"
+            self._write(ph="M", name=what, pid=pid, tid=tid or 0, args={"name": name})
+
+    def tick(self, plan: Plan, started_at: float, ended_at: float) -> None:
+        """Draw what a tick did on every device, and the slots in use."""
+        cost, longest_s = self._costs[plan.lane], max(plan.work_s, default=0.0)
+        scale = (ended_at - started_at) / longest_s if longest_s > 0 else 0.0
+        for place, name in [*((p, "park") for p in plan.parked), *((p, "resume") for p in plan.resumed)]:
+            self._write(ph="i", s="t", name=name, ts=_us(started_at), pid=_DEVICES, tid=place.device,
+                        args={"task": place.task_id, "slot": place.slot})  # fmt: skip
+        for device, phases in enumerate(plan.devices):
+            at = started_at
+            for name, seconds, args in (part for phase in phases for part in _parts(phase, cost)):
+                span = {"ts": _us(at), "dur": max(1, round(1e6 * seconds * scale))}
+                self._write(ph="X", name=name, pid=_DEVICES, tid=device, args=args, **span)
+                at += seconds * scale
+        occupancy = {"slots in use": plan.occupied, "devices at work": plan.busy}
+        self._write(ph="C", name="occupancy", ts=_us(started_at), pid=_DEVICES, tid=0, args=occupancy)
+
+    @contextlib.contextmanager
+    def span(self, name: str, task_id: str) -> Iterator[None]:
+        """Draw what the calling thread does for a job meanwhile."""
+        started_at = time.monotonic()
+        try:
+            yield
+        finally:
+            span = {"ts": _us(started_at), "dur": max(1, _us(time.monotonic()) - _us(started_at))}
+            self._write(ph="X", name=name, pid=_HOST, tid=self._thread_number(), args={"task": task_id}, **span)
+
+    def close(self) -> None:
+        """Finish the file."""
+        with self._lock:
+            if self._file is not None:
+                self._file.write("{}]\n")
+                self._file.close()
+                self._file = None
+
+    def _thread_number(self) -> int:
+        ident = threading.get_ident()
+        with self._lock:
+            return self._threads.setdefault(ident, len(self._threads))
+
+    def _write(self, **event: Any) -> None:
+        line = json.dumps(event) + ",\n"
+        with self._lock:
+            self._events += 1
+            if self._file is None or self._events > _MAX_EVENTS:
+                return
+            self._file.write(line)
+            if self._events == _MAX_EVENTS:
+                logger.warning("the trace has %d events: what happens from here on is not in it", _MAX_EVENTS)
+
+
+class NoTrace(Trace):
+    """Draws nothing."""
+
+    def __init__(self) -> None: ...
+
+    def tick(self, plan: Plan, started_at: float, ended_at: float) -> None:
+        """Do nothing."""
+
+    @contextlib.contextmanager
+    def span(self, name: str, task_id: str) -> Iterator[None]:
+        """Do nothing."""
+        yield
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def _parts(phase: Phase, cost: Cost) -> Iterator[tuple[str, float, dict[str, Any]]]:
+    if phase.decode:
+        yield "decode", cost.decode_s, {"slot": phase.decode[0], "task": phase.decode[1]}
+    if phase.insert:
+        yield "insert", cost.insert_s, {"slot": phase.insert[0], "task": phase.insert[1]}
+    if phase.steps:
+        yield "advance", phase.steps * cost.step_s, {"steps": phase.steps}
+
+
+def _us(seconds: float) -> int:
+    return round(1e6 * seconds)

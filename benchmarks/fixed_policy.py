@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Mapping
 
 from sdtpu_worker.aggregator.costs import TickCosts
+from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Plan
-from sdtpu_worker.aggregator.policy import Overdue, Terms
 
 
 class FixedBatches:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from celery.worker import state
 
+from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.aggregator.loop import JobCancelled, JobOverdue, Progress
-from sdtpu_worker.aggregator.policy import Overdue, Terms
 from sdtpu_worker.request import DEFAULT_PRIORITY
 
 if TYPE_CHECKING:

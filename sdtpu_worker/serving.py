@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtpu_worker.aggregator.jobs import Terms
 from sdtpu_worker.aggregator.loop import DeviceLoop, Finished, Progress, Submission
-from sdtpu_worker.aggregator.policy import Aggregator, Terms
+from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.aggregator.trace import NoTrace, Trace
 from sdtpu_worker.config import Config
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable

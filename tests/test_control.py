@@ -141,7 +141,7 @@ def test_time_limits_end_a_running_job_with_celerys_own_exceptions(app, worker):
     assert order(2).get(timeout=10)["num_inference_steps"] == 2
 
 
-def test_an_urgent_job_overtakes_a_full_worker_and_takes_a_slot_even_from_behind_the_prefetch_limit(app, worker, engine):
+def test_an_urgent_job_takes_a_slot_even_from_behind_the_prefetch_limit(app, worker, engine):
     low = [order(250, seed=i, priority=9) for i in range(12)]
     wait_for(low[0], is_denoising)
     wait_for(low[3], lambda job: job.state in ("STARTED", "PROGRESS"))

@@ -16,9 +16,10 @@ from diffusers import (
     FlaxStableDiffusionPipeline,
 )
 
+from sdtpu_worker.aggregator.jobs import Terms
 from sdtpu_worker.aggregator.loop import DeviceLoop
 from sdtpu_worker.aggregator.plan import Phase, Plan
-from sdtpu_worker.aggregator.policy import Aggregator, Terms
+from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import SHARDED, put

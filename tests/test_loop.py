@@ -10,8 +10,9 @@ from collections import Counter
 import pytest
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.aggregator.loop import DeviceLoop, JobCancelled, JobOverdue
-from sdtpu_worker.aggregator.policy import Aggregator, Overdue, Terms
+from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.aggregator.trace import Trace
 from sdtpu_worker.errors import EngineUnavailable, GenerationFailed
 from sdtpu_worker.testing import FakeEngine, FakeJob, FakeSnapshot
@@ -73,11 +74,11 @@ def test_a_cancelled_job_leaves_and_the_others_finish(make_loop):
 def test_a_failing_program_fails_the_jobs_that_have_a_slot_and_the_loop_goes_on(make_loop):
     gate = threading.Event()
     loop = make_loop(FakeEngine(fail_at=(1,), gate=gate), devices=1, slots=1)
-    futures = [loop.submit(FakeJob(str(i), 20)).future for i in range(3)]
+    futures = [loop.submit(FakeJob(str(i), 50)).future for i in range(3)]
     gate.set()
     with pytest.raises(GenerationFailed, match="RuntimeError: the fake device failed"):
         futures[0].result(10)
-    assert [future.result(10).pixels for future in futures[1:]] == [20, 20]
+    assert [future.result(10).pixels for future in futures[1:]] == [50, 50]
 
 
 def test_a_redelivery_of_a_running_job_joins_it(make_loop):
@@ -105,7 +106,7 @@ def test_an_engine_that_cannot_be_reset_ends_the_loop_and_says_so():
 
     died = threading.Event()
     loop = DeviceLoop(BrokenEngine(fail_at=(0,)), make_policy(), on_death=died.set)
-    futures = [loop.submit(FakeJob(str(i), 5)).future for i in range(3)]
+    futures = [loop.submit(FakeJob(str(i), 50)).future for i in range(3)]
     loop.start()
     for future, error in zip(futures, (GenerationFailed, EngineUnavailable, EngineUnavailable), strict=True):
         with pytest.raises(error):

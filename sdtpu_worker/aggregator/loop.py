@@ -20,8 +20,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Plan
-from sdtpu_worker.aggregator.policy import Overdue, Terms
 from sdtpu_worker.aggregator.trace import NoTrace, Trace
 from sdtpu_worker.errors import EngineUnavailable, GenerationFailed
 
@@ -29,8 +29,12 @@ logger = logging.getLogger(__name__)
 
 TICKS_IN_FLIGHT = 2
 _LEAD_S, _LEAD_SHARE = 0.01, 0.1
-"""The next tick is dispatched this long, and this share of the tick, before the running one is expected to end."""
 _ETA_EVERY_S = 0.2
+
+
+def dispatch_lead_s(expected_s: float) -> float:
+    """Return how long before the expected end of a tick of this length the next one is dispatched."""
+    return _LEAD_S + _LEAD_SHARE * expected_s
 
 
 class Job(Protocol):
@@ -330,7 +334,7 @@ class DeviceLoop:
         if not self._in_flight:
             return 0.0
         running = self._in_flight[0]
-        return running.started_at + running.expected_s * (1 - _LEAD_SHARE) - _LEAD_S - now
+        return running.started_at + running.expected_s - dispatch_lead_s(running.expected_s) - now
 
     def _is_due(self, now: float) -> bool:
         wait_s = self._seconds_until_due(now)

@@ -16,74 +16,23 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
-from sdtpu_worker.aggregator.costs import Cost, TickCosts
-from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Place, Plan
-from sdtpu_worker.request import DEFAULT_PRIORITY
-
-AGEING_S = 30.0
-"""A job that waits goes up one priority in this time, so that nothing starves."""
+from sdtpu_worker.aggregator.costs import TickCosts
+from sdtpu_worker.aggregator.jobs import Overdue, QueuedJob, Terms
+from sdtpu_worker.aggregator.plan import Lane, Outcome, Plan
+from sdtpu_worker.aggregator.tick import Slots, TickMaker
 
 _WORTH_WAITING = 0.95  # fewer devices at a time only for a gain that is not measurement noise
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a job's client asked for besides the picture.
-
-    Attributes:
-        priority: lower goes first; only a difference in this number lets a job take another's slot.
-        expires_at: when the job is not wanted any more unless it has a slot, on the clock of `plan(now)`.
-        soft_time_limit_s, time_limit_s: how long it may hold a slot.
-    """
-
-    priority: int = DEFAULT_PRIORITY
-    expires_at: float = math.inf
-    soft_time_limit_s: float = math.inf
-    time_limit_s: float = math.inf
-
-
-class Overdue(Enum):
-    """Why a job had to leave."""
-
-    EXPIRED = "expired before it had a slot"
-    SOFT_TIME_LIMIT = "soft time limit"
-    TIME_LIMIT = "time limit"
-
-
-@dataclass
-class _Job:
-    task_id: str
-    num_steps: int
-    terms: Terms
-    number: int  # order of arrival
-    arrived_at: float
-    remaining: int
-    has_started: bool = False
-    parked: bool = False
-    slot_since: float = 0.0
-    used_s: float = 0.0  # in slots that it lost
-
-    def level(self, now: float) -> int:
-        """Return the priority, improved by the time since it arrived."""
-        return math.floor(self.terms.priority - (now - self.arrived_at) / AGEING_S)
-
-    def order(self, now: float) -> tuple[int, float, int]:
-        return self.level(now), self.terms.expires_at, self.number
-
-
-Slots = list[_Job | None]
 
 
 @dataclass
 class _LaneState:
     costs: TickCosts
     slots: list[Slots]  # [device][slot]
-    waiting: dict[str, _Job] = field(default_factory=dict)
+    waiting: dict[str, QueuedJob] = field(default_factory=dict)
     credit_s: float = 0.0  # deficit round robin
 
-    def running(self) -> Iterator[tuple[int, int, _Job]]:
+    def running(self) -> Iterator[tuple[int, int, QueuedJob]]:
         for device, slots in enumerate(self.slots):
             for i, job in enumerate(slots):
                 if job is not None:
@@ -140,7 +89,7 @@ class Aggregator:
         if any(task_id == job.task_id for job in self._jobs()):
             raise ValueError(f"task {task_id} is already here")
         self._number += 1
-        self._lanes[lane].waiting[task_id] = _Job(
+        self._lanes[lane].waiting[task_id] = QueuedJob(
             task_id, num_steps, terms or Terms(), self._number, now, remaining=num_steps - steps_done,
             has_started=steps_done > 0, parked=steps_done > 0,
         )  # fmt: skip
@@ -215,7 +164,7 @@ class Aggregator:
             free_at = [0.0] * max(1, active * self.slots_per_device)
             for job in running + waiting:
                 start_s = heapq.heappop(free_at)
-                work_s = _work_s(job, state.costs.cost) * state.costs.slowdown(active)
+                work_s = job.work_s(state.costs.cost) * state.costs.slowdown(active)
                 etas[job.task_id] = start_s + busy_lanes * work_s
                 heapq.heappush(free_at, etas[job.task_id])
         return etas
@@ -250,7 +199,7 @@ class Aggregator:
         best = min(range(most, 0, -1), key=mean_s, default=0)
         return best if best == most or mean_s(best) < _WORTH_WAITING * mean_s(most) else most
 
-    def _jobs(self) -> Iterator[_Job]:
+    def _jobs(self) -> Iterator[QueuedJob]:
         for state in self._lanes.values():
             yield from state.waiting.values()
             yield from (job for *_, job in state.running())
@@ -260,160 +209,24 @@ class Aggregator:
         occupied = sum(1 for _ in state.running())
         num_slots = self.num_devices * self.slots_per_device
         active = self._active_devices(state)
-        tick_s = self.tick_s if occupied + len(queue) > num_slots else self.tick_s / 2
-        steps = max(1, round(tick_s / state.costs.step_s(active)))
-        if any(not job.remaining for *_, job in state.running()):  # as long as a decode takes, the others go on
-            steps = max(steps, round(state.costs.cost.decode_s / state.costs.cost.step_s))
-        tick = _Tick(state.slots, queue, active, state.costs.cost, steps, self.phases_per_tick, now)
+        steps = self._tick_steps(state, active, (occupied + len(queue)) / num_slots)
+        tick = TickMaker(state.slots, queue, active, state.costs.cost, steps, self.phases_per_tick, now)
         if self.preemption and occupied == num_slots:
             tick.preempt()
         tick.fill()
         state.waiting = {job.task_id: job for job in queue}
         return tick.to_plan(lane)
 
+    def _tick_steps(self, state: _LaneState, active: int, load: float) -> int:
+        """Return how many steps a device that only denoises takes in the next tick.
 
-class _Tick:
-    """One tick of one lane in the making: devices take jobs in the order in which they have a slot for them."""
-
-    def __init__(
-        self,
-        slots: list[Slots],
-        queue: deque[_Job],
-        active: int,
-        cost: Cost,
-        steps: int,
-        phases_per_tick: int,
-        now: float,
-    ) -> None:
-        self.slots, self.queue, self.cost, self.steps, self.now = slots, queue, cost, steps, now
-        self.num_active = active
-        self.active: set[int] = set()
-        self.phases_per_tick = phases_per_tick
-        self.phases: list[list[Phase]] = [[] for _ in slots]
-        self.elapsed_s = [0.0] * len(slots)
-        self.parked: list[Place] = []
-        self.resumed: list[Place] = []
-        self.touched = {(d, i): job for d, device in enumerate(slots) for i, job in enumerate(device) if job}
-        self.jobs: list[_Job] = list(self.touched.values())
-
-    def preempt(self) -> None:
-        """Let the first of the queue take the slots of running jobs of lower priority, one on each device.
-
-        A job that is done in this tick anyway is left alone, and so is one that has aged to the newcomer's level.
+        About `tick_s`: half of it while a slot is free for whoever comes next, twice as much when another batch waits
+        anyway. Pictures come out when a tick ends, so it is stretched or cut to end with the next decode.
         """
-        newcomers = deque(self.queue)
-        by_weakness = sorted(
-            ((d, i, job) for (d, i), job in self.touched.items() if job.remaining > self.steps),
-            key=lambda place: (place[2].terms.priority, place[2].remaining),
-            reverse=True,
-        )
-        for device, i, victim in by_weakness:
-            if not newcomers:
-                return
-            first, now = newcomers[0], self.now
-            weaker = victim.terms.priority > first.terms.priority and victim.level(now) > first.level(now)
-            if not weaker or any(place.device == device for place in self.parked):
-                continue
-            newcomers.popleft()
-            self.parked.append(Place(victim.task_id, device, i))
-            self.slots[device][i] = None
-            self.jobs.remove(victim)
-            victim.parked, victim.used_s = True, victim.used_s + now - victim.slot_since
-            self.queue.append(victim)  # behind those that it lost its slot to
-
-    def fill(self) -> None:
-        """Give every device its phases; whoever is free first, and has the fewest jobs, takes the next job."""
-        by_oldest = sorted(
-            (min(job.order(self.now) for job in slots if job), d) for d, slots in enumerate(self.slots) if any(slots)
-        )
-        self.active = {d for _, d in by_oldest[: self.num_active]}
-        heap = [(0.0, sum(job is not None for job in slots), d) for d, slots in enumerate(self.slots)]
-        heapq.heapify(heap)
-        while heap:
-            _, _, device = heapq.heappop(heap)
-            if self._add_phase(device) and len(self.phases[device]) < self.phases_per_tick:
-                occupied = sum(job is not None for job in self.slots[device])
-                heapq.heappush(heap, (self.elapsed_s[device], occupied, device))
-
-    def to_plan(self, lane: Lane) -> Plan:
-        return Plan(
-            lane=lane,
-            devices=tuple(map(tuple, self.phases)),
-            parked=tuple(self.parked),
-            resumed=tuple(self.resumed),
-            occupied=len(self.touched),
-            steps_done={job.task_id: job.num_steps - job.remaining for job in self.jobs},
-            work_s=tuple(self.elapsed_s),
-        )
-
-    def _add_phase(self, device: int) -> bool:
-        """Add one phase; False when there was nothing to do in what is left of the tick."""
-        slots, phases, cost = self.slots[device], self.phases[device], self.cost
-        if not phases:
-            self._resume(device)
-        elapsed_s = self.elapsed_s[device]
-        budget_s = (self.steps + 0.25) * cost.step_s  # what the others need at least, and a little
-        decode = next(((i, job) for i, job in enumerate(slots) if job and not job.remaining), None)
-        if phases and decode and elapsed_s + cost.decode_s > budget_s:
-            return False
-        if decode:
-            slots[decode[0]] = None
-            elapsed_s += cost.decode_s
-        insert = None
-        if self.queue and not self.queue[0].parked and None in slots and (not phases or elapsed_s < budget_s):
-            insert = slots.index(None), self.queue.popleft()
-            self._seat(device, *insert)
-            elapsed_s += cost.insert_s
-        steps = 0 if self._more_to_do_first(device) else self._steps(device, budget_s - elapsed_s)
-        for job in slots:
-            if job:
-                job.remaining -= min(steps, job.remaining)
-        if not (decode or insert or steps):
-            return False
-        phases.append(
-            Phase(
-                (decode[0], decode[1].task_id) if decode else None,
-                (insert[0], insert[1].task_id) if insert else None,
-                steps,
-            )
-        )
-        self.elapsed_s[device] = elapsed_s + steps * cost.step_s
-        return True
-
-    def _more_to_do_first(self, device: int) -> bool:
-        """Whether the next phase should decode or insert again before the slots go on."""
-        slots = self.slots[device]
-        takes_another = None in slots and self.queue and not self.queue[0].parked
-        return not self._is_last_phase(device) and bool(
-            takes_another or any(job and not job.remaining for job in slots)
-        )
-
-    def _steps(self, device: int, budget_s: float) -> int:
-        """Go to the first job that gets done, for the next phase to decode it; in the last phase to the end."""
-        left = [job.remaining for job in self.slots[device] if job and job.remaining]
-        if not left or device not in self.active:
-            return 0
-        return min(int(max(0.0, budget_s) / self.cost.step_s), max(left) if self._is_last_phase(device) else min(left))
-
-    def _is_last_phase(self, device: int) -> bool:
-        return len(self.phases[device]) == self.phases_per_tick - 1
-
-    def _resume(self, device: int) -> None:
-        if self.queue and self.queue[0].parked and None in self.slots[device]:
-            job = self.queue.popleft()
-            slot = self.slots[device].index(None)
-            self.resumed.append(Place(job.task_id, device, slot))
-            self._seat(device, slot, job)
-            job.parked = False
-
-    def _seat(self, device: int, slot: int, job: _Job) -> None:
-        self.slots[device][slot] = job
-        job.has_started, job.slot_since = True, self.now
-        self.touched[device, slot] = job
-        self.jobs.append(job)
-        if len(self.active) < self.num_active:
-            self.active.add(device)
-
-
-def _work_s(job: _Job, cost: Cost) -> float:
-    return job.remaining * cost.step_s + cost.decode_s + (0.0 if job.has_started else cost.insert_s)
+        tick_s = self.tick_s * (0.5 if load <= 1 else 1 if load < 2 else 2)
+        steps = max(1, round(tick_s / state.costs.step_s(active)))
+        decode_steps = math.ceil(state.costs.cost.decode_s / state.costs.cost.step_s)
+        ends = [job.remaining + decode_steps for *_, job in state.running()]
+        if decode_steps in ends:  # a decode is due, however long it takes: the others go on meanwhile
+            return max(steps, decode_steps)
+        return min((end for end in ends if steps <= 2 * end <= 3 * steps), default=steps)

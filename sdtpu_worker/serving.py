@@ -47,7 +47,14 @@ class JobControl:
 
 def make_aggregator(engine: Engine, config: Config) -> Aggregator:
     """Return the policy for an engine."""
-    return Aggregator(engine.costs, engine.slots_per_device, engine.phases_per_tick, config.tick_s, config.preemption)
+    return Aggregator(
+        engine.costs,
+        engine.slots_per_device,
+        engine.phases_per_tick,
+        config.tick_s,
+        config.preemption,
+        config.preview_every,
+    )
 
 
 class Serving:
@@ -203,7 +210,7 @@ def start_serving(
     logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
 
     def make_engine(slots_per_device: int) -> Engine:
-        return Engine(checkpoint, devices, slots_per_device, config.resolutions, cache)
+        return Engine(checkpoint, devices, slots_per_device, config.resolutions, cache, config.preview_every > 0)
 
     if isinstance(config.slots_per_device, int):
         engine = make_engine(config.slots_per_device)

@@ -30,7 +30,9 @@ def app(redis_url):
 
 def queued(app: Celery) -> list[dict]:
     with app.connection_for_write() as connection:
-        return [json.loads(message) for message in connection.default_channel.client.lrange("sdtpu", 0, -1)]
+        channel = connection.default_channel
+        queues = [channel._q_for_pri("sdtpu", step) for step in channel.priority_steps]
+        return [json.loads(message) for queue in queues for message in channel.client.lrange(queue, 0, -1)]
 
 
 def test_importing_the_package_loads_neither_jax_nor_celery():

@@ -83,7 +83,7 @@ def test_previews_are_small_pictures(app, worker):
     job = order(300)
     wait_for(job, lambda job: job.ready() or (is_denoising(job) and "preview" in job.info))
     preview = job.info["preview"].removeprefix("data:image/png;base64,")
-    assert Image.open(io.BytesIO(base64.b64decode(preview))).size == (16, 16)
+    assert Image.open(io.BytesIO(base64.b64decode(preview))).size == (8, 8), "as large as the latents"
     job.get(timeout=30)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -18,7 +19,7 @@ from diffusers import (
 
 from sdtpu_worker.aggregator.jobs import Terms
 from sdtpu_worker.aggregator.loop import DeviceLoop
-from sdtpu_worker.aggregator.plan import Phase, Plan
+from sdtpu_worker.aggregator.plan import Phase, Place, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
@@ -26,7 +27,7 @@ from sdtpu_worker.diffusion.sharding import SHARDED, put
 from sdtpu_worker.errors import ConfigurationError, InvalidRequest
 from sdtpu_worker.request import GenerationRequest
 from tests.checkpoints import SHIPPED, make_random_checkpoint
-from tests.engines import generate_all, run_alone
+from tests.engines import generate_all, on_one_device, run_alone
 
 PROMPTS = (
     "a red circle on a blue background",
@@ -220,3 +221,22 @@ def test_a_safety_checker_in_the_checkpoint_is_run_and_one_that_is_not_gives_non
         weights["special_care_embeds_weights"] = np.full(3, threshold, np.float32)
         verdicts.append(Engine(checkpoint, pytest.devices[:2]).check_safety(np.full((8, 8, 3), 99, np.uint8)))
     assert verdicts == [False, True]
+
+
+def test_a_preview_shows_the_picture_of_a_slot_and_changes_no_pixel(engine, shipped):
+    previewing = Engine(shipped, pytest.devices, 1, None, pytest.compile_cache, with_previews=True)
+    lane = previewing.resolutions[0]
+    for sampler in ("ddim", "euler"):
+        request = GenerationRequest(
+            "a red circle on a blue background", seed=1, num_inference_steps=20, sampler=sampler
+        )  # fmt: skip
+        job = previewing.prepare("a", request)
+        previewing.execute(on_one_device(previewing, lane, 3, Phase(insert=(0, "a"), steps=19)), {"a": job})
+        plan = on_one_device(previewing, lane, 3, Phase(steps=1))
+        tick = previewing.execute(dataclasses.replace(plan, previews=(Place("a", 3, 0),)), {})
+        assert tick.wait() == []
+        (image,) = previewing.execute(on_one_device(previewing, lane, 3, Phase(decode=(0, "a"))), {}).wait()
+        blocks = image.pixels.reshape(8, 8, 8, 8, 3).mean((1, 3))
+        assert tick.previews["a"].shape == (8, 8, 3)
+        assert np.abs(tick.previews["a"] - blocks).mean() < 40, "as good as a linear map gets"
+        np.testing.assert_array_equal(image.pixels, run_alone(engine, job, 0, 0, [20]).pixels)

@@ -41,6 +41,7 @@ class Plan:
         devices: every device's phases; none for a device that has nothing to do.
         parked: jobs whose state leaves its slot before the first phase, at most one on a device.
         resumed: jobs whose state comes back after that, before the first phase, at most one on a device.
+        previews: jobs whose latents are wanted as a small picture after the last phase, at most one on a device.
         occupied: slots of the lane that hold a job at some time of the tick.
         steps_done: by task id, the steps that a job has taken when the tick is over.
         work_s: every device's expected seconds of work.
@@ -50,6 +51,7 @@ class Plan:
     devices: tuple[tuple[Phase, ...], ...]
     parked: tuple[Place, ...] = ()
     resumed: tuple[Place, ...] = ()
+    previews: tuple[Place, ...] = ()
     occupied: int = 0
     steps_done: Mapping[str, int] = field(default_factory=dict)
     work_s: tuple[float, ...] = ()

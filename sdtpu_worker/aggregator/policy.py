@@ -51,6 +51,7 @@ class Aggregator:
         phases_per_tick: how many phases the compiled tick has.
         tick_s: how long a tick should take, seconds; half of it while a slot is free, for whoever comes next.
         preemption: a job may take the slot of one of lower priority.
+        preview_every: steps between two previews of a job; 0 for none.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class Aggregator:
         phases_per_tick: int,
         tick_s: float,
         preemption: bool = True,
+        preview_every: int = 0,
     ) -> None:
         self.num_devices = next(iter(costs.values())).num_devices
         self.slots_per_device, self.phases_per_tick = slots_per_device, phases_per_tick
-        self.tick_s, self.preemption = tick_s, preemption
+        self.tick_s, self.preemption, self.preview_every = tick_s, preemption, preview_every
         self._lanes = {
             lane: _LaneState(cost, [[None] * slots_per_device for _ in range(self.num_devices)])
             for lane, cost in costs.items()
@@ -210,7 +212,9 @@ class Aggregator:
         num_slots = self.num_devices * self.slots_per_device
         active = self._active_devices(state)
         steps = self._tick_steps(state, active, (occupied + len(queue)) / num_slots)
-        tick = TickMaker(state.slots, queue, active, state.costs.cost, steps, self.phases_per_tick, now)
+        tick = TickMaker(
+            state.slots, queue, active, state.costs.cost, steps, self.phases_per_tick, self.preview_every, now
+        )
         if self.preemption and occupied == num_slots:
             tick.preempt()
         tick.fill()

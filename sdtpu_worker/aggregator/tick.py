@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Iterator
 
 from sdtpu_worker.aggregator.costs import Cost
 from sdtpu_worker.aggregator.jobs import QueuedJob
@@ -22,6 +23,7 @@ class TickMaker:
         cost: what work costs on a device.
         steps: how many steps a device takes that has nothing else to do.
         phases_per_tick: how many phases the compiled tick has.
+        preview_every: steps between two previews of a job; 0 for none.
         now: the time.
     """
 
@@ -33,18 +35,20 @@ class TickMaker:
         cost: Cost,
         steps: int,
         phases_per_tick: int,
+        preview_every: int,
         now: float,
     ) -> None:
         self.slots, self.queue, self.cost, self.steps, self.now = slots, queue, cost, steps, now
         self.num_active = active
         self.active: set[int] = set()
-        self.phases_per_tick = phases_per_tick
+        self.phases_per_tick, self.preview_every = phases_per_tick, preview_every
         self.phases: list[list[Phase]] = [[] for _ in slots]
         self.elapsed_s = [0.0] * len(slots)
         self.parked: list[Place] = []
         self.resumed: list[Place] = []
         self.touched = {(d, i): job for d, device in enumerate(slots) for i, job in enumerate(device) if job}
         self.jobs: list[QueuedJob] = list(self.touched.values())
+        self.previewed = {job.task_id: self._previews_due(job) for job in self.jobs}
 
     def preempt(self) -> None:
         """Let the first of the queue take the slots of running jobs of lower priority, one on each device.
@@ -92,10 +96,22 @@ class TickMaker:
             devices=tuple(map(tuple, self.phases)),
             parked=tuple(self.parked),
             resumed=tuple(self.resumed),
+            previews=tuple(self._previews()),
             occupied=len(self.touched),
             steps_done={job.task_id: job.num_steps - job.remaining for job in self.jobs},
             work_s=tuple(self.elapsed_s),
         )
+
+    def _previews_due(self, job: QueuedJob) -> int:
+        return (job.num_steps - job.remaining) // self.preview_every if self.preview_every else 0
+
+    def _previews(self) -> Iterator[Place]:
+        """Yield one job of each device that came past another `preview_every` steps."""
+        for device, slots in enumerate(self.slots):
+            for i, job in enumerate(slots):
+                if job and self._previews_due(job) > self.previewed.get(job.task_id, 0):
+                    yield Place(job.task_id, device, i)
+                    break
 
     def _add_phase(self, device: int) -> bool:
         """Add one phase; False when there was nothing to do in what is left of the tick."""

@@ -22,6 +22,7 @@ from flax.errors import FlaxError
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
+from sdtpu_worker.diffusion import previews
 from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.programs import (
@@ -29,6 +30,7 @@ from sdtpu_worker.diffusion.programs import (
     Decoded,
     Geometry,
     SlotState,
+    lower_preview,
     lower_restore,
     lower_safety_check,
     lower_snapshot,
@@ -41,7 +43,7 @@ from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint, InvalidRequest
 from sdtpu_worker.request import GenerationRequest
 
-_SAFETY, _SNAPSHOT, _RESTORE = "safety check", "snapshot", "restore"
+_SAFETY, _SNAPSHOT, _RESTORE, _PREVIEW = "safety check", "snapshot", "restore", "preview"
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,17 @@ class Tick:
 
     Attributes:
         parked: the snapshots of the jobs that the plan took off their slots, by task id.
+        previews: small pictures, `(h, w, 3) uint8` of the latents' size, by task id; there after `wait`.
     """
 
-    def __init__(self, plan: Plan, decoded: Decoded, parked: Mapping[str, JobSnapshot]) -> None:
+    def __init__(
+        self, plan: Plan, decoded: Decoded, parked: Mapping[str, JobSnapshot], previews: jax.Array | None = None
+    ) -> None:
         self.plan, self.parked, self._decoded = plan, parked, decoded
         self.previews: dict[str, np.ndarray] = {}
+        self._previews = _by_device(previews) if previews is not None else {}
+        for place in plan.previews:
+            self._previews[place.device].copy_to_host_async()
         self._wanted = list(plan.decoded())
         if self._wanted:
             decoded.finite.copy_to_host_async()
@@ -101,6 +109,7 @@ class Tick:
             Exception: what the device program raised.
         """
         jax.block_until_ready(self._decoded)
+        self.previews = {place.task_id: np.asarray(self._previews[place.device])[0] for place in self.plan.previews}
         if not self._wanted:
             return []
         finite = np.asarray(self._decoded.finite)
@@ -127,6 +136,8 @@ class Engine:
         slots_per_device: rows of each device's batch; fixed for good, since pixels are bitwise equal only within
             one compiled configuration.
         resolutions: `(height, width)` pairs in pixels; default: the checkpoint's own.
+        compile_cache: the persistent one, for its counts.
+        with_previews: make plans with previews possible.
 
     Raises:
         ConfigurationError: a resolution does not fit the model.
@@ -140,6 +151,7 @@ class Engine:
         slots_per_device: int = 1,
         resolutions: tuple[tuple[int, int], ...] | None = None,
         compile_cache: CompileCache | None = None,
+        with_previews: bool = False,
     ) -> None:
         self.checkpoint, self.slots_per_device = checkpoint, slots_per_device
         self.num_devices, self.device_kind = len(devices), devices[0].device_kind
@@ -147,6 +159,7 @@ class Engine:
         self.resolutions = tuple(dict.fromkeys(resolutions or (checkpoint.default_size,)))
         self.mesh = make_mesh(devices)
         self.costs: dict[Lane, TickCosts] = {}
+        self._colours: dict[Lane, jax.Array] = {}
         multiple = checkpoint.vae_scale_factor * 2 ** (len(checkpoint.unet.config.block_out_channels) - 1)
         for size in self.resolutions:
             if any(side % multiple for side in size):
@@ -169,6 +182,8 @@ class Engine:
                 programs[size] = lower_tick(checkpoint, params, geometry, self.mesh)
                 programs[_SNAPSHOT, size] = lower_snapshot(geometry, self.mesh)
                 programs[_RESTORE, size] = lower_restore(geometry, self.mesh)
+                if with_previews:
+                    programs[_PREVIEW, size] = lower_preview(geometry, self.mesh)
         except (FlaxError, TypeError, ValueError) as exc:
             raise InvalidCheckpoint(
                 f"{checkpoint.name}: the parameters do not fit the configs: {_first_line(exc)}"
@@ -285,7 +300,7 @@ class Engine:
                     row.init_noise_sigma[i, p] = job.init_noise_sigma
         todo = put(todo, self.mesh, SHARDED)
         self._slots[plan.lane], decoded = self._programs[plan.lane](self.params, self._slots[plan.lane], todo)
-        return Tick(plan, decoded, parked)
+        return Tick(plan, decoded, parked, self._preview(plan.lane, plan.previews) if plan.previews else None)
 
     def snapshot(self, lane: Lane, device: int, slot: int) -> JobSnapshot:
         """Copy a slot's whole state off its device; the slot keeps it. Same threads as `execute`."""
@@ -359,6 +374,37 @@ class Engine:
             snapshots[place.task_id] = JobSnapshot(self.fingerprints[lane], lane, arrays)
         return snapshots
 
+    def _preview(self, lane: Lane, places: Sequence[Place]) -> jax.Array:
+        slots = np.zeros(self.num_devices, np.int32)
+        for place in places:
+            slots[place.device] = place.slot
+        return self._programs[_PREVIEW, lane](self._colours[lane], self._slots[lane], put(slots, self.mesh, SHARDED))
+
+    def _empty_tick_s(self, lane: Lane, count: int = 8) -> float:
+        """Return the seconds that a tick takes from the next one, two being in flight."""
+        nothing = Plan(lane, ((),) * self.num_devices)
+        started = time.monotonic()
+        ticks = [self.execute(nothing, {})]
+        for _ in range(count):
+            ticks.append(self.execute(nothing, {}))
+            ticks.pop(0).wait()
+        ticks.pop().wait()
+        return (time.monotonic() - started) / (count + 1)
+
+    def _fit_colours(self, lane: Lane) -> jax.Array:
+        """Draw a picture on every device, to learn what the latents' channels look like."""
+        jobs = {}
+        for i in range(self.num_devices):
+            prompt = previews.PROMPTS[i % len(previews.PROMPTS)]
+            request = GenerationRequest(prompt, seed=i, num_inference_steps=previews.STEPS)
+            jobs[str(i)] = self.prepare(str(i), _with_size(request, lane))
+        places = [Place(str(i), i, 0) for i in range(self.num_devices)]
+        self.execute(Plan(lane, tuple((Phase(insert=(0, p.task_id), steps=previews.STEPS),) for p in places)), jobs)
+        latents = [self.snapshot(lane, p.device, p.slot).state.latents[0] for p in places]
+        images = self.execute(Plan(lane, tuple((Phase(decode=(0, p.task_id)),) for p in places)), jobs).wait()
+        pixels = [image.pixels for image in sorted(images, key=lambda image: image.device)]
+        return put(previews.fit_colours(np.stack(latents), np.stack(pixels)), self.mesh, REPLICATED)
+
     def _put_back(self, lane: Lane, snapshots: Mapping[Place, JobSnapshot]) -> None:
         slots, states = np.full(self.num_devices, NOTHING, np.int32), self._geometries[lane].empty_states()
         for place, snapshot in snapshots.items():
@@ -389,7 +435,7 @@ class Engine:
             insert, steps, decode = Phase(insert=(0, "warm-up")), Phase(steps=4), Phase(decode=(0, "warm-up"))
             for phase in (insert, steps, decode):
                 seconds(1, phase)
-            overhead_s = seconds(0, Phase())
+            overhead_s = self._empty_tick_s(size)
             insert_s, steps_s, decode_s = (
                 max(1e-6, seconds(1, phase) - overhead_s) for phase in (insert, steps, decode)
             )
@@ -400,6 +446,8 @@ class Engine:
             }
             cost = Cost(steps_s / 4, insert_s, decode_s)
             self.costs[size] = TickCosts(self.num_devices, cost, slowdown, overhead_s)
+            if (_PREVIEW, size) in self._programs:
+                self._colours[size] = self._fit_colours(size)
         self.reset()
         if self._safety_check is not None:
             self.check_safety(np.zeros((*self.resolutions[0], 3), np.uint8))

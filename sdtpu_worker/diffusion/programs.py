@@ -217,6 +217,31 @@ def lower_restore(geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:
     return _lower_sharded(local_restore, mesh, *shapes, donate=0)
 
 
+def lower_preview(geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:
+    """Trace and lower the program that makes a small picture of one slot of each device.
+
+    Returns:
+        What `.compile()` makes `preview(colours (C + 1, 3) float32, slots, slot (D,) int32) -> (D, h, w, 3) uint8`
+        of: latents, scaled as the model sees them, times the first C rows of `colours`, plus the last.
+    """
+
+    def local_preview(colours: jax.Array, slots: Slots, slot: jax.Array) -> jax.Array:
+        step, num_steps = slots.step[slot[0]], slots.num_steps[slot[0]]
+        c_in = slots.table[slot[0], jnp.clip(step, 0, jnp.maximum(num_steps, 1) - 1), COLUMNS.index("c_in")]
+        latents = jax.lax.dynamic_slice_in_dim(slots.latents, slot[0], 1) * c_in
+        rgb = jnp.einsum("nchw,cd->nhwd", latents, colours[:-1]) + colours[-1]
+        return jnp.round(jnp.clip(rgb, 0, 255)).astype(jnp.uint8)
+
+    preview = jax.shard_map(
+        local_preview, mesh=mesh, in_specs=(REPLICATED, SHARDED, SHARDED), out_specs=SHARDED, check_vma=False
+    )
+    colours = jax.ShapeDtypeStruct(
+        (geometry.latent_shape[0] + 1, 3), jnp.float32, sharding=NamedSharding(mesh, REPLICATED)
+    )
+    shapes = _sharded_shapes(mesh, (geometry.empty_slots(), np.zeros(geometry.num_devices, np.int32)))
+    return jax.jit(preview).lower(colours, *shapes)
+
+
 def lower_safety_check(checkpoint: Checkpoint, params: Any, mesh: Mesh) -> jax.stages.Lowered:
     """Trace and lower the safety checker.
 

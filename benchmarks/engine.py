@@ -1,25 +1,30 @@
 """What a tick costs, by how many devices are busy: is a device with nothing to do free?
 
-    python benchmarks/engine.py [--model embedded] [--slots-per-device 1] [--repeats 9]
+    python benchmarks/engine.py [--model embedded] [--slots-per-device 1] [--repeats 9] [--json costs.json]
 
 Needs `pip install -e '.[worker]'`. Takes about a minute with the shipped checkpoint on two CPU cores, where eight
 devices are simulated: there, half of the devices should cost about half of the time, none almost nothing. On real
-devices the time of a tick should not depend on how many are busy. Prints medians in ms, all from one run.
+devices the time of a tick should not depend on how many are busy. Prints medians in ms, all from one run; `--json`
+keeps them as the costs that `benchmarks/simulate.py` reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 
 from sdtpu_worker import GenerationRequest
-from sdtpu_worker.aggregator.plan import DeviceInstruction, Plan
+from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.aggregator.plan import Phase, Plan
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine, choose_dtype
 from sdtpu_worker.diffusion.sharding import find_devices
 
 STEPS = 10
+INSERT, ADVANCE, DECODE = Phase(insert=(0, "job")), Phase(steps=STEPS), Phase(decode=(0, "job"))
 
 
 def main() -> None:
@@ -27,35 +32,42 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--slots-per-device", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     devices = find_devices("auto", 8)
     dtype = choose_dtype("auto", devices[0].platform)
     engine = Engine(load_checkpoint(args.model, dtype), devices, args.slots_per_device)
-    lane = engine.resolutions[0]
-    job = engine.prepare("job", GenerationRequest("a red circle", seed=0, num_inference_steps=1000))
-    count = engine.num_devices
+    print(f"{len(devices)} devices of kind {engine.device_kind}, {args.slots_per_device} slots each, {dtype.__name__}")
+    costs = measure(engine, args.repeats)
+    if args.json:
+        args.json.write_text(json.dumps(costs.to_json(), indent=1) + "\n")
 
-    def tick_ms(busy: int, **instruction: object) -> float:
-        plan = Plan(
-            lane, tuple(DeviceInstruction(**instruction) if i < busy else DeviceInstruction() for i in range(count)), 0
-        )
+
+def measure(engine: Engine, repeats: int) -> TickCosts:
+    """Measure the first resolution's tick, print a table, return the costs."""
+    lane, count = engine.resolutions[0], engine.num_devices
+    job = engine.prepare("job", GenerationRequest("a red circle", seed=0, num_inference_steps=1000))
+
+    def tick_ms(busy: int, phase: Phase) -> float:
+        plan = Plan(lane, ((phase,),) * busy + ((),) * (count - busy))
         times = []
-        for _ in range(args.repeats):
+        for _ in range(repeats):
             started = time.perf_counter()
             engine.execute(plan, {"job": job}).wait()
             times.append(1000 * (time.perf_counter() - started))
         return statistics.median(times)
 
-    tick_ms(count, insert=(0, "job"))
-    print(f"{count} devices of kind {engine.device_kind}, {args.slots_per_device} slots each, {dtype.__name__}, ms")
+    for phase in (INSERT, ADVANCE, DECODE):
+        tick_ms(count, phase)
     print(f"{'devices busy':<14}{'insert':>9}{f'{STEPS} steps':>10}{'decode':>9}")
-    for busy in dict.fromkeys((count, count // 2, count // 4, 1, 0)):
-        costs = (
-            tick_ms(busy, insert=(0, "job")),
-            tick_ms(busy, steps=STEPS),
-            tick_ms(busy, decode=(0, "job")),
-        )
-        print(f"{busy:<14}{costs[0]:>9.1f}{costs[1]:>10.1f}{costs[2]:>9.1f}")
+    table = {}
+    for busy in range(count, -1, -1):
+        table[busy] = [tick_ms(busy, phase) for phase in (INSERT, ADVANCE, DECODE)]
+        print(f"{busy:<14}" + "{:>9.1f}{:>10.1f}{:>9.1f}".format(*table[busy]))
+    overhead_ms = min(table[0])
+    insert_s, steps_s, decode_s = (max(1e-6, (ms - overhead_ms) / 1000) for ms in table[1])
+    slowdown = {busy: max(1.0, (table[busy][1] - overhead_ms) / 1000 / steps_s) for busy in range(1, count + 1)}
+    return TickCosts(count, Cost(steps_s / STEPS, insert_s, decode_s), slowdown, overhead_ms / 1000)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,10 @@ from typing import Any
 
 from celery import Celery
 
-from benchmarks.fixed_policy import FixedBatches
+from benchmarks.fixed_policy import BATCHES_HELD, FixedBatches
 from sdtpu_worker import install
 from sdtpu_worker.config import DEFAULT_QUEUE
 from sdtpu_worker.pool import DevicePool
-
-BATCHES_HELD = 8
-"""More than the two of `DevicePool`, so that buckets of equal step counts fill: to this policy's advantage."""
 
 
 class BucketedPool(DevicePool):

@@ -16,6 +16,9 @@ from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Plan
 
+BATCHES_HELD = 8
+"""How many batches of jobs its worker holds: more than ours, so that buckets fill; to its advantage."""
+
 
 class FixedBatches:
     """A policy like `sdtpu_worker.aggregator.policy.Aggregator`, for one lane, without priorities and limits."""

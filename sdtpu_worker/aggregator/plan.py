@@ -79,3 +79,8 @@ class Outcome:
 
     plan: Plan
     elapsed_s: float
+
+
+def phases_per_tick(slots_per_device: int) -> int:
+    """Return P: as many phases as slots can change hands in a tick, and one to go on; more than 4 do not pay."""
+    return min(slots_per_device + 1, 4)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from sdtpu_worker.aggregator.plan import phases_per_tick
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.sharding import AXIS, REPLICATED, SHARDED
@@ -139,11 +140,6 @@ class Geometry:
             steps=np.zeros(dp, np.int32),
         )
         return Instructions(np.zeros(d, np.int32), phases)
-
-
-def phases_per_tick(slots_per_device: int) -> int:
-    """Return P: as many phases as slots can change hands in a tick, and one to go on; more than 4 do not pay."""
-    return min(slots_per_device + 1, 4)
 
 
 def tick_params(params: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,183 @@
+"""All jobs at once: how much of the engine's own limit is left when the policy, the loop, Celery and Redis come on top.
+
+    python benchmarks/limit.py [--jobs 192] [--repeats 3]
+
+Three ways to run the same jobs with the same compiled programs, in turn, in one run:
+
+* bare: a loop that knows all jobs beforehand, hands them to the devices longest first, dispatches long ticks two ahead
+  and throws the pictures away; of several tick lengths the fastest;
+* loop: `DeviceLoop` with the step-level policy, which learns of each job as it comes;
+* worker: a Celery worker with a real Redis, from the first message sent to the last result stored, with PNG encoding,
+  progress and everything else that a user gets.
+
+Prints medians in images per second and their ratios to the bare loop. Needs `pip install -e '.[demo]'`; about ten
+minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import heapq
+import random
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sdtpu_worker import GenerationRequest, install
+from sdtpu_worker.aggregator.costs import Cost
+from sdtpu_worker.aggregator.loop import DeviceLoop
+from sdtpu_worker.aggregator.plan import Phase, Plan
+from sdtpu_worker.aggregator.policy import Aggregator
+from sdtpu_worker.demo.processes import private_redis, running, wait_for_line, worker_command, worker_env
+from sdtpu_worker.diffusion.cache import CompileCache
+from sdtpu_worker.diffusion.checkpoint import load_checkpoint
+from sdtpu_worker.diffusion.engine import Engine, PreparedJob, choose_dtype
+from sdtpu_worker.diffusion.sharding import find_devices
+
+MIXES = {"all 30 steps": (30,), "10, 20, 30, 50 steps mixed": (10, 20, 30, 50)}
+BARE_TICKS_S = (0.1, 0.2, 0.4, 0.8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=192)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    devices = find_devices("auto", 8)
+    cache = CompileCache("auto")
+    engine = Engine(load_checkpoint("embedded", choose_dtype("auto", devices[0].platform)), devices, 1, None, cache)
+    print(f"{engine.num_devices} devices of kind {engine.device_kind}, {args.jobs} jobs, {args.repeats} repeats")
+    with celery_worker() as app:
+        for name, mix in MIXES.items():
+            requests = make_requests(args.jobs, mix)
+            jobs = [engine.prepare(str(i), request) for i, request in enumerate(requests)]
+            tick_s = max(BARE_TICKS_S, key=lambda tick_s: bare(engine, jobs, tick_s))
+            rates: dict[str, list[float]] = {"bare": [], "loop": [], "worker": []}
+            for _ in range(args.repeats):
+                rates["bare"].append(bare(engine, jobs, tick_s))
+                rates["loop"].append(loop(engine, jobs))
+                rates["worker"].append(worker(app, requests))
+            print(f"\n{name} (bare: ticks of {tick_s} s)\n{'':<8}{'images/s':>10}{'of bare':>9}")
+            for system, measured in rates.items():
+                ratio = statistics.median(a / b for a, b in zip(measured, rates["bare"], strict=True))
+                spread = ", ".join(f"{rate:.2f}" for rate in measured)
+                print(f"{system:<8}{statistics.median(measured):>10.2f}{ratio:>9.1%}   ({spread})", flush=True)
+    print(f"\nprograms traced since the engine was ready: {engine.traces_since_ready}")
+
+
+def make_requests(count: int, mix: Sequence[int]) -> list[GenerationRequest]:
+    """Draw jobs; the last ones too are of all lengths, so some devices end early: part of the price."""
+    draw = random.Random(0)
+    return [
+        GenerationRequest(
+            "a red circle on a blue background", seed=i, num_inference_steps=draw.choice(mix), sampler="ddim"
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def bare(engine: Engine, jobs: Sequence[PreparedJob], tick_s: float) -> float:
+    """Return the images per second of plans that were made before the start."""
+    by_id = {job.task_id: job for job in jobs}
+    plans = list(plan_ahead(engine, jobs, tick_s))
+    started = time.perf_counter()
+    ticks = deque([engine.execute(plans[0], by_id)])
+    images = 0
+    for plan in plans[1:]:
+        ticks.append(engine.execute(plan, by_id))
+        images += len(ticks.popleft().wait())
+    images += len(ticks.popleft().wait())
+    assert images == len(jobs)
+    return images / (time.perf_counter() - started)
+
+
+def plan_ahead(engine: Engine, jobs: Sequence[PreparedJob], tick_s: float) -> Iterator[Plan]:
+    """Yield ticks of equal work for devices with one slot each that know their jobs."""
+    (lane,) = engine.resolutions
+    cost = engine.costs[lane].cost
+    work_s = {job.task_id: job.num_inference_steps * cost.step_s + cost.insert_s + cost.decode_s for job in jobs}
+    loads = [(0.0, d) for d in range(engine.num_devices)]
+    queues: list[deque[PreparedJob]] = [deque() for _ in loads]
+    for job in sorted(jobs, key=lambda job: -work_s[job.task_id]):
+        load, d = heapq.heappop(loads)
+        queues[d].append(job)
+        heapq.heappush(loads, (load + work_s[job.task_id], d))
+    running: list[tuple[str, int] | None] = [None] * engine.num_devices  # (task, steps left)
+    while any(queues) or any(running):
+        phases = [
+            _phases(queues[d], running, d, cost, tick_s, engine.phases_per_tick) for d in range(engine.num_devices)
+        ]
+        yield Plan(lane, tuple(map(tuple, phases)))
+
+
+def _phases(
+    queue: deque[PreparedJob], running: list[tuple[str, int] | None], d: int, cost: Cost, tick_s: float, most: int
+) -> list[Phase]:
+    phases: list[Phase] = []
+    while len(phases) < most and tick_s > 0:
+        decode = insert = None
+        held = running[d]
+        if held and not held[1]:
+            decode, held = (0, held[0]), None
+        if held is None and queue:
+            job = queue.popleft()
+            insert, held = (0, job.task_id), (job.task_id, job.num_inference_steps)
+        tick_s -= (decode is not None) * cost.decode_s + (insert is not None) * cost.insert_s
+        steps = min(held[1], max(1, round(tick_s / cost.step_s))) if held else 0
+        tick_s -= steps * cost.step_s
+        running[d] = (held[0], held[1] - steps) if held else None
+        if not (decode or insert or steps):
+            break
+        phases.append(Phase(decode, insert, steps))
+    return phases
+
+
+def loop(engine: Engine, jobs: Sequence[PreparedJob]) -> float:
+    """Return the images per second of the device loop with the step-level policy."""
+    policy = Aggregator(engine.costs, engine.slots_per_device, engine.phases_per_tick, tick_s=0.1)
+    device_loop = DeviceLoop(engine, policy)
+    started = time.perf_counter()
+    submissions = [device_loop.submit(job) for job in jobs]
+    device_loop.start()
+    for submission in submissions:
+        submission.future.result(600)
+    elapsed_s = time.perf_counter() - started
+    device_loop.close()
+    return len(jobs) / elapsed_s
+
+
+def worker(app: object, requests: Sequence[GenerationRequest]) -> float:
+    """Return the images per second of a Celery worker."""
+    from sdtpu_worker import generate
+
+    started = time.perf_counter()
+    results = [
+        generate.delay(r.prompt, seed=r.seed, num_inference_steps=r.num_inference_steps, sampler=r.sampler)
+        for r in requests
+    ]  # fmt: skip
+    for result in results:
+        result.get(timeout=600)
+    return len(requests) / (time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def celery_worker() -> Iterator[object]:
+    """Run a Redis and a worker on eight devices; yield the client's app."""
+    from celery import Celery
+
+    with tempfile.TemporaryDirectory() as folder, private_redis() as url:
+        log = Path(folder) / "worker.log"
+        with running(worker_command("sdtpu_worker.app"), log, worker_env(url, SDTPU_CPU_DEVICES="8")) as process:
+            wait_for_line(process, log, "ready:", 600)
+            app = install(Celery(broker=url, backend=url))
+            app.set_default()
+            yield app
+            app.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -43,7 +43,8 @@ PAGE = """<!doctype html>
   const form = document.querySelector("form"), line = document.querySelector("p"), image = document.querySelector("img")
   const show = async (url, options) => {
     const job = await (await fetch(url, options)).json()
-    line.textContent = job.error || job.state || "sent"
+    const progress = job.progress ? `${job.progress.description}, ${job.progress.percent} %` : job.state
+    line.textContent = job.error || progress || "sent"
     if (job.image_url) image.src = job.image_url
     else if (!job.error) setTimeout(show, 500, job.status_url)
   }
@@ -77,12 +78,14 @@ def create_image() -> tuple[dict[str, Any], int]:
 
 @app.get("/images/<task_id>")
 def image_status(task_id: str) -> dict[str, Any]:
-    job = celery_app.AsyncResult(task_id)
-    status = {"task_id": task_id, "state": job.state, "status_url": url_for("image_status", task_id=task_id)}
-    if status["state"] == states.SUCCESS:
-        return {**status, "image_url": url_for("image", task_id=task_id), "result": job.result}
-    if status["state"] in states.EXCEPTION_STATES:
-        status["error"] = str(job.result)
+    job = celery_app.backend.get_task_meta(task_id)  # state and result of one moment
+    status = {"task_id": task_id, "state": job["status"], "status_url": url_for("image_status", task_id=task_id)}
+    if job["status"] == states.SUCCESS:
+        return {**status, "image_url": url_for("image", task_id=task_id), "result": job["result"]}
+    if job["status"] == "PROGRESS":
+        status["progress"] = job["result"]
+    elif job["status"] in states.EXCEPTION_STATES:
+        status["error"] = str(job["result"])
     return status
 
 

@@ -51,6 +51,7 @@ class FakeEngine:
 
     Args:
         fail_at: numbers of `execute` calls, from 0, that raise instead.
+        fail_late_at: numbers of `execute` calls whose tick raises in `wait`, as a device that fails while it works.
         gate: when given, every tick's `wait` blocks until it is set.
         costs: when given, a tick takes as long as these say, in real time, one tick after the other.
     """
@@ -60,8 +61,9 @@ class FakeEngine:
         fail_at: tuple[int, ...] = (),
         gate: threading.Event | None = None,
         costs: Mapping[Lane, TickCosts] | None = None,
+        fail_late_at: tuple[int, ...] = (),
     ) -> None:
-        self.fail_at, self.gate, self.costs = fail_at, gate, costs
+        self.fail_at, self.fail_late_at, self.gate, self.costs = fail_at, fail_late_at, gate, costs
         self.calls = 0
         self.slots: dict[tuple[Lane, int, int], FakeSnapshot] = {}  # by (lane, device, slot)
         self._free_at = 0.0
@@ -89,7 +91,7 @@ class FakeEngine:
                 self._advance(plan.lane, d, phase.steps)
         if self.costs:
             self._free_at = max(self._free_at, time.monotonic()) + self.costs[plan.lane].tick_s(plan)
-        return FakeTick(images, parked, self.gate, self._free_at)
+        return FakeTick(images, parked, self.gate, self._free_at, self.calls - 1 in self.fail_late_at)
 
     def reset(self) -> None:
         """Empty every slot."""
@@ -113,13 +115,16 @@ class FakeTick:
         parked: Mapping[str, FakeSnapshot],
         gate: threading.Event | None,
         done_at: float,
+        fails: bool = False,
     ) -> None:
         self.parked, self.previews = parked, dict[str, Any]()
-        self._images, self._gate, self._done_at = images, gate, done_at
+        self._images, self._gate, self._done_at, self._fails = images, gate, done_at, fails
 
     def wait(self) -> list[FakeImage]:
         """Return the images, when the gate is open and the time has come."""
         if self._gate is not None and not self._gate.wait(30):
             raise TimeoutError("the gate of a FakeEngine was not opened within 30 s")
         time.sleep(max(0.0, self._done_at - time.monotonic()))
+        if self._fails:
+            raise RuntimeError("the fake device failed at work, as it was told to")
         return self._images

@@ -105,7 +105,7 @@ def get(path: str) -> dict[str, str]:
 
 def queued(redis_url: str) -> list[dict[str, Any]]:
     with Redis.from_url(redis_url) as client:
-        return [json.loads(message) for message in client.lrange("sdtpu", 0, -1)]
+        return [json.loads(message) for key in client.keys("sdtpu*") for message in client.lrange(key, 0, -1)]
 
 
 def arguments(message: dict[str, Any]) -> dict[str, Any]:
@@ -197,6 +197,15 @@ def test_a_finished_job_shows_its_image_until_it_expires(framework: str, own_red
     assert image == (200, "image/png", b"\x89PNG")
     assert expired[0] == 404
     assert "expired" in json.loads(expired[2])["error"]
+
+
+def test_a_running_job_shows_its_progress(framework: str, own_redis_url: str) -> None:
+    task_id, progress = str(uuid.uuid4()), {"current": 12, "total": 30, "percent": 40, "pending": False}
+    with Celery(broker=own_redis_url, backend=own_redis_url, set_as_current=False) as app:
+        app.backend.store_result(task_id, progress, "PROGRESS")
+    ((status, _, body),) = visit(framework, own_redis_url, get(f"/images/{task_id}"))
+    assert status == 200
+    assert json.loads(body)["progress"] == progress
 
 
 def test_a_failed_job_shows_why(framework: str, own_redis_url: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
@@ -231,3 +234,47 @@ def test_a_job_handed_over_with_its_state_goes_on_where_it_was(make_loop):
     assert submission.progress.current == 5
     assert submission.future.result(10).pixels == 112
     assert loop.stats.steps == 7
+
+
+wishes = st.lists(
+    st.tuples(
+        st.sampled_from((LANE, (64, 128))),
+        st.integers(1, 60),  # steps
+        st.integers(0, 9),  # priority
+        st.booleans(),  # an earlier one is cancelled
+        st.sampled_from((math.inf, math.inf, math.inf, 0.0)),  # seconds until it expires
+    ),
+    min_size=1,
+    max_size=40,
+)
+faults = st.sets(st.integers(0, 12), max_size=3).map(tuple)
+
+
+@settings(max_examples=60, deadline=None)
+@given(wishes, st.integers(1, 4), st.integers(1, 3), faults, faults)
+def test_every_job_ends_once_with_its_own_result_whatever_comes_is_cancelled_or_fails(
+    wishes, devices, slots, fail_at, fail_late_at
+):
+    costs = {lane: TickCosts(devices, Cost(0.02, 0.005, 0.03)) for lane in (LANE, (64, 128))}
+    engine = FakeEngine(fail_at=fail_at, fail_late_at=fail_late_at)
+    loop = DeviceLoop(engine, Aggregator(costs, slots, slots + 1, 0.1))
+    loop.start()
+    submissions, cancelled = [], set()
+    for i, (lane, steps, priority, cancels, expires_s) in enumerate(wishes):
+        terms = Terms(priority, time.monotonic() + expires_s)
+        submissions.append(loop.submit(FakeJob(str(i), steps, lane, 1000 * i), terms))
+        if cancels:
+            cancelled.add(str(i // 2))
+            loop.cancel(str(i // 2))
+    for i, (submission, (_, steps, _, _, expires_s)) in enumerate(zip(submissions, wishes, strict=True)):
+        error = submission.future.exception(10)
+        if error is None:
+            assert submission.future.result().pixels == 1000 * i + steps
+        else:
+            assert isinstance(error, JobCancelled | JobOverdue | GenerationFailed)
+            assert not isinstance(error, JobCancelled) or str(i) in cancelled
+            assert not isinstance(error, JobOverdue) or expires_s == 0.0
+            assert not isinstance(error, GenerationFailed) or fail_at or fail_late_at
+    wait_until(lambda: not any(engine.slots.values()) or cancelled or fail_at or fail_late_at)
+    assert loop.stats.images == sum(submission.future.exception() is None for submission in submissions)
+    loop.close()

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from celery import states
+from celery import current_app, states
 from celery.result import AsyncResult
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.urls import reverse
@@ -43,12 +43,14 @@ def create_image(request: HttpRequest) -> HttpResponse:
 @require_GET
 @errors_as_json
 def image_status(request: HttpRequest, task_id: str) -> HttpResponse:
-    job = AsyncResult(task_id)
-    status = {"task_id": task_id, "state": job.state, "status_url": reverse("image_status", args=[task_id])}
-    if status["state"] == states.SUCCESS:
-        status |= {"image_url": reverse("image", args=[task_id]), "result": job.result}
-    elif status["state"] in states.EXCEPTION_STATES:
-        status["error"] = str(job.result)
+    job = current_app.backend.get_task_meta(task_id)  # state and result of one moment
+    status = {"task_id": task_id, "state": job["status"], "status_url": reverse("image_status", args=[task_id])}
+    if job["status"] == states.SUCCESS:
+        status |= {"image_url": reverse("image", args=[task_id]), "result": job["result"]}
+    elif job["status"] == "PROGRESS":
+        status["progress"] = job["result"]
+    elif job["status"] in states.EXCEPTION_STATES:
+        status["error"] = str(job["result"])
     return JsonResponse(status)
 
 

@@ -118,6 +118,7 @@ class FakeTick:
         fails: bool = False,
     ) -> None:
         self.parked, self.previews = parked, dict[str, Any]()
+        self.done_at: float | None = None
         self._images, self._gate, self._done_at, self._fails = images, gate, done_at, fails
 
     def wait(self) -> list[FakeImage]:

@@ -175,4 +175,6 @@ def test_the_trace_opens_as_json_and_shows_devices_and_host(app, worker):
     text = (worker / "trace.json").read_text()
     events = [json.loads(line.rstrip(",")) for line in text.splitlines()[1:-1] if line.endswith("},")]
     names = Counter(event["name"] for event in events)
-    assert all(names[name] for name in ("insert", "advance", "decode", "prepare", "encode", "store", "occupancy"))
+    assert all(
+        names[name] for name in ("insert", "advance", "decode", "prepare", "transfer", "encode", "store", "occupancy")
+    )

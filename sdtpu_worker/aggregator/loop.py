@@ -49,12 +49,18 @@ class Job(Protocol):
 
 
 class ExecutedTick(Protocol):
-    """A dispatched plan; `parked` has the states of the jobs that it took off their slots, by task id."""
+    """A dispatched plan.
+
+    `parked` has the states of the jobs that it took off their slots, by task id; after `wait`, `previews` has the
+    small pictures that were asked for, and `done_at` the time when the devices were done, if that is known.
+    """
 
     @property
     def parked(self) -> Mapping[str, Any]: ...
     @property
     def previews(self) -> Mapping[str, Any]: ...
+    @property
+    def done_at(self) -> float | None: ...
     def wait(self) -> list[Any]:
         """Block until it is done; return objects with `task_id`, `device`, `slot`, `pixels`, `finite`."""
 
@@ -279,8 +285,11 @@ class DeviceLoop:
                 end: list[Any] | Exception = item.tick.wait()
             except Exception as exc:
                 end = exc
+            now = self._clock()
+            done_at = item.tick.done_at or now
+            self._trace.transfer(item.plan, done_at, now)
             with self._wake:
-                self._completed.append((item, end, self._clock()))
+                self._completed.append((item, end, done_at))
                 self._wake.notify()
 
     def _take_in(self) -> bool:

@@ -59,6 +59,12 @@ class Trace:
         occupancy = {"slots in use": plan.occupied, "devices at work": plan.busy}
         self._write(ph="C", name="occupancy", ts=_us(started_at), pid=_DEVICES, tid=0, args=occupancy)
 
+    def transfer(self, plan: Plan, started_at: float, ended_at: float) -> None:
+        """Draw how the calling thread brought the pictures of a tick from the devices to the host."""
+        tasks = [task_id for *_, task_id in plan.decoded()]
+        if tasks:
+            self._draw("transfer", started_at, ended_at, {"tasks": tasks})
+
     @contextlib.contextmanager
     def span(self, name: str, task_id: str) -> Iterator[None]:
         """Draw what the calling thread does for a job meanwhile."""
@@ -66,8 +72,7 @@ class Trace:
         try:
             yield
         finally:
-            span = {"ts": _us(started_at), "dur": max(1, _us(time.monotonic()) - _us(started_at))}
-            self._write(ph="X", name=name, pid=_HOST, tid=self._thread_number(), args={"task": task_id}, **span)
+            self._draw(name, started_at, time.monotonic(), {"task": task_id})
 
     def close(self) -> None:
         """Finish the file."""
@@ -76,6 +81,10 @@ class Trace:
                 self._file.write("{}]\n")
                 self._file.close()
                 self._file = None
+
+    def _draw(self, name: str, started_at: float, ended_at: float, args: dict[str, Any]) -> None:
+        span = {"ts": _us(started_at), "dur": max(1, _us(ended_at) - _us(started_at))}
+        self._write(ph="X", name=name, pid=_HOST, tid=self._thread_number(), args=args, **span)
 
     def _thread_number(self) -> int:
         ident = threading.get_ident()
@@ -99,6 +108,9 @@ class NoTrace(Trace):
     def __init__(self) -> None: ...
 
     def tick(self, plan: Plan, started_at: float, ended_at: float) -> None:
+        """Do nothing."""
+
+    def transfer(self, plan: Plan, started_at: float, ended_at: float) -> None:
         """Do nothing."""
 
     @contextlib.contextmanager

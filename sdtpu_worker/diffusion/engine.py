@@ -86,6 +86,7 @@ class Tick:
     Attributes:
         parked: the snapshots of the jobs that the plan took off their slots, by task id.
         previews: small pictures, `(h, w, 3) uint8` of the latents' size, by task id; there after `wait`.
+        done_at: `time.monotonic()` when the devices were done; there after `wait`.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Tick:
     ) -> None:
         self.plan, self.parked, self._decoded = plan, parked, decoded
         self.previews: dict[str, np.ndarray] = {}
+        self.done_at: float | None = None
         self._previews = _by_device(previews) if previews is not None else {}
         for place in plan.previews:
             self._previews[place.device].copy_to_host_async()
@@ -109,6 +111,7 @@ class Tick:
             Exception: what the device program raised.
         """
         jax.block_until_ready(self._decoded)
+        self.done_at = time.monotonic()
         self.previews = {place.task_id: np.asarray(self._previews[place.device])[0] for place in self.plan.previews}
         if not self._wanted:
             return []

@@ -115,7 +115,10 @@ def main() -> None:
         if path.exists() and not (args.resume or args.quick):
             raise SystemExit(f"{path} exists: give --resume to go on with it, or another --out")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        _measure_all(args, results)
+        try:
+            _measure_all(args, results)
+        except StartFailed as exc:
+            raise SystemExit(str(exc)) from exc
     write_report(results.runs, results.about, results.config, results.limits(), args.out)
 
 
@@ -213,7 +216,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--mixes", nargs="+", choices=list(MIXES), default=list(MIXES))
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--step-ms", type=float, default=0.0, help="of devices of constant speed; 0: as it comes (0)")
-    parser.add_argument("--flush-interval", type=float, default=2.0, help="of celery-batches, seconds (2)")
+    parser.add_argument("--flush-interval", type=float, default=3.0, help="of celery-batches, seconds (3)")
     parser.add_argument("--seed", default="serving", help="any word; of the schedules")
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/serving)")
     parser.add_argument("--peers-venv", type=Path, default=ROOT / ".venv-peers", help="folder (.venv-peers)")

@@ -1,6 +1,6 @@
 """All jobs at once: how much of the engine's own limit is left when the policy, the loop, Celery and Redis come on top.
 
-    python benchmarks/limit.py [--jobs 192] [--repeats 3]
+    python benchmarks/limit.py [--jobs 384] [--repeats 3] [--step-ms 30]
 
 Three ways to run the same jobs with the same compiled programs, in turn, in one run:
 
@@ -10,8 +10,12 @@ Three ways to run the same jobs with the same compiled programs, in turn, in one
 * worker: a Celery worker with a real Redis, from the first message sent to the last result stored, with PNG encoding,
   progress and everything else that a user gets.
 
-Prints medians in images per second and their ratios to the bare loop. Needs `pip install -e '.[demo]'`; about ten
+Prints medians in images per second and their ratios to the bare loop. Needs `pip install -e '.[demo]'`; about twenty
 minutes on two CPU cores.
+
+Simulated devices run on the same cores as Celery, Redis and the client, so whatever those need is taken from the
+devices. With `--step-ms` the devices have a constant speed that leaves the CPU some time (`serving_constant_speed.py`),
+as real ones do: what is lost then is what did not overlap with the devices' work.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import heapq
+import os
 import random
 import statistics
 import tempfile
@@ -27,6 +32,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.serving_constant_speed import hold_speed
 from sdtpu_worker import GenerationRequest, install
 from sdtpu_worker.aggregator.costs import Cost
 from sdtpu_worker.aggregator.loop import DeviceLoop
@@ -40,22 +46,28 @@ from sdtpu_worker.diffusion.sharding import find_devices
 
 MIXES = {"all 30 steps": (30,), "10, 20, 30, 50 steps mixed": (10, 20, 30, 50)}
 BARE_TICKS_S = (0.1, 0.2, 0.4, 0.8)
+TRIAL_JOBS = 64
+"""So many of the jobs choose the tick of the bare loop."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=192)
+    parser.add_argument("--jobs", type=int, default=384)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--step-ms", type=float, default=0.0, help="of devices of constant speed; 0: as it comes (0)")
     args = parser.parse_args()
+    os.environ["BENCHMARK_STEP_S"] = str(args.step_ms / 1000)
     devices = find_devices("auto", 8)
     cache = CompileCache("auto")
     engine = Engine(load_checkpoint("embedded", choose_dtype("auto", devices[0].platform)), devices, 1, None, cache)
+    if args.step_ms:
+        hold_speed(engine)
     print(f"{engine.num_devices} devices of kind {engine.device_kind}, {args.jobs} jobs, {args.repeats} repeats")
-    with celery_worker() as app:
+    with celery_worker("benchmarks.serving_constant_speed:ours" if args.step_ms else "sdtpu_worker.app") as app:
         for name, mix in MIXES.items():
             requests = make_requests(args.jobs, mix)
             jobs = [engine.prepare(str(i), request) for i, request in enumerate(requests)]
-            tick_s = max(BARE_TICKS_S, key=lambda tick_s: bare(engine, jobs, tick_s))
+            tick_s = max(BARE_TICKS_S, key=lambda tick_s: bare(engine, jobs[:TRIAL_JOBS], tick_s))
             rates: dict[str, list[float]] = {"bare": [], "loop": [], "worker": []}
             for _ in range(args.repeats):
                 rates["bare"].append(bare(engine, jobs, tick_s))
@@ -165,13 +177,13 @@ def worker(app: object, requests: Sequence[GenerationRequest]) -> float:
 
 
 @contextlib.contextmanager
-def celery_worker() -> Iterator[object]:
+def celery_worker(worker_app: str) -> Iterator[object]:
     """Run a Redis and a worker on eight devices; yield the client's app."""
     from celery import Celery
 
     with tempfile.TemporaryDirectory() as folder, private_redis() as url:
         log = Path(folder) / "worker.log"
-        with running(worker_command("sdtpu_worker.app"), log, worker_env(url, SDTPU_CPU_DEVICES="8")) as process:
+        with running(worker_command(worker_app), log, worker_env(url, SDTPU_CPU_DEVICES="8")) as process:
             wait_for_line(process, log, "ready:", 600)
             app = install(Celery(broker=url, backend=url))
             app.set_default()

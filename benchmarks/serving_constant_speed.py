@@ -48,7 +48,7 @@ class HeldTick:
 
     @property
     def done_at(self) -> float:
-        return self.ends_at
+        return max(self.ends_at, self.tick.done_at or 0.0)
 
     def wait(self) -> list[Any]:
         images = self.tick.wait()

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.serving_run import Run
+from benchmarks.serving_simulated import simulated_lines
 from benchmarks.serving_systems import SYSTEMS
 
 FIXED = ("fixed-bucketed", "fixed-mixed")
@@ -83,6 +84,8 @@ def write_report(
         *_tables(cells, limits),
         *_target_lines(cells),
         *_losses(cells),
+        "",
+        *simulated_lines(runs, config),
     ]
     (out / "table.md").write_text("\n".join(lines) + "\n")
     _plot(cells, limits, out / "serving.png")

@@ -41,6 +41,7 @@ class FakeSnapshot:
     value: int
     step: int
     steps_left: int
+    fingerprint: str = "fake"
 
 
 class FakeEngine:
@@ -92,6 +93,10 @@ class FakeEngine:
         if self.costs:
             self._free_at = max(self._free_at, time.monotonic()) + self.costs[plan.lane].tick_s(plan)
         return FakeTick(images, parked, self.gate, self._free_at, self.calls - 1 in self.fail_late_at)
+
+    def accepts(self, snapshot: FakeSnapshot) -> bool:
+        """Whether it was made by a `FakeEngine`."""
+        return snapshot.fingerprint == "fake"
 
     def reset(self) -> None:
         """Empty every slot."""

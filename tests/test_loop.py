@@ -236,6 +236,28 @@ def test_a_job_handed_over_with_its_state_goes_on_where_it_was(make_loop):
     assert loop.stats.steps == 7
 
 
+def test_a_state_of_another_configuration_is_dropped_and_the_job_starts_anew(make_loop, caplog):
+    loop = make_loop(FakeEngine(), devices=1, slots=1)
+    state = FakeSnapshot("moved", value=105, step=5, steps_left=7, fingerprint="another")
+    submission = loop.submit(FakeJob("moved", 12, value=100), snapshot=state)
+    assert submission.future.result(10).pixels == 112
+    assert loop.stats.steps == 12
+    assert "starts anew" in caplog.text
+
+
+def test_a_parked_job_survives_a_failure_of_the_devices(make_loop):
+    engine = FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))})
+    loop = make_loop(engine, devices=1, slots=1)
+    low = loop.submit(FakeJob("low", 300, value=7000), Terms(priority=9))
+    wait_until(lambda: low.progress.current > 20)
+    urgent = loop.submit(FakeJob("urgent", 500), Terms(priority=0))
+    wait_until(lambda: low.parked)
+    engine.fail_late_at = (engine.calls,)
+    with pytest.raises(GenerationFailed):
+        urgent.future.result(10)
+    assert low.future.result(10).pixels == 7300
+
+
 wishes = st.lists(
     st.tuples(
         st.sampled_from((LANE, (64, 128))),

@@ -105,6 +105,8 @@ def test_a_snapshot_of_another_configuration_is_refused(engine, shipped):
     lane = engine.resolutions[0]
     snapshot = engine.snapshot(lane, 0, 0)
     stranger = JobSnapshot("0123", snapshot.lane, snapshot.arrays)
+    assert engine.accepts(snapshot)
+    assert not engine.accepts(stranger)
     with pytest.raises(SnapshotMismatch, match=r"made by another configuration .*start the job anew"):
         engine.restore(lane, 0, 0, stranger)
     other = Engine(engine.checkpoint, pytest.devices[:2], 1, None, pytest.compile_cache)

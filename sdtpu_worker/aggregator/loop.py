@@ -18,10 +18,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
-from sdtpu_worker.aggregator.plan import Lane, Outcome, Plan
+from sdtpu_worker.aggregator.plan import Outcome, Plan
+from sdtpu_worker.aggregator.protocols import DeviceEngine, ExecutedTick, Job, Policy
 from sdtpu_worker.aggregator.trace import NoTrace, Trace
 from sdtpu_worker.errors import EngineUnavailable, GenerationFailed
 
@@ -35,59 +36,6 @@ _ETA_EVERY_S = 0.2
 def dispatch_lead_s(expected_s: float) -> float:
     """Return how long before the expected end of a tick of this length the next one is dispatched."""
     return _LEAD_S + _LEAD_SHARE * expected_s
-
-
-class Job(Protocol):
-    """What the loop reads of a prepared job; the rest is between the host's preparation and the engine."""
-
-    @property
-    def task_id(self) -> str: ...
-    @property
-    def lane(self) -> Lane: ...
-    @property
-    def num_inference_steps(self) -> int: ...
-
-
-class ExecutedTick(Protocol):
-    """A dispatched plan.
-
-    `parked` has the states of the jobs that it took off their slots, by task id; after `wait`, `previews` has the
-    small pictures that were asked for, and `done_at` the time when the devices were done, if that is known.
-    """
-
-    @property
-    def parked(self) -> Mapping[str, Any]: ...
-    @property
-    def previews(self) -> Mapping[str, Any]: ...
-    @property
-    def done_at(self) -> float | None: ...
-    def wait(self) -> list[Any]:
-        """Block until it is done; return objects with `task_id`, `device`, `slot`, `pixels`, `finite`."""
-
-
-class DeviceEngine(Protocol):
-    """The device contract: the engine never chooses."""
-
-    def execute(self, plan: Plan, jobs: Mapping[str, Any], snapshots: Mapping[str, Any]) -> ExecutedTick: ...
-    def reset(self) -> None: ...
-
-
-class Policy(Protocol):
-    """Who makes the plans; see `sdtpu_worker.aggregator.policy.Aggregator`."""
-
-    num_devices: int
-
-    def add(
-        self, task_id: str, lane: Lane, num_steps: int, now: float, terms: Terms | None, steps_done: int = 0
-    ) -> None: ...
-    def cancel(self, task_id: str) -> bool: ...
-    def overdue(self, now: float) -> list[tuple[str, Overdue]]: ...
-    def plan(self, now: float) -> Plan | None: ...
-    def expected_s(self, plan: Plan) -> float: ...
-    def update(self, outcome: Outcome) -> None: ...
-    def etas_s(self, now: float) -> Mapping[str, float]: ...
-    def lowest_priority_running(self) -> int | None: ...
-    def counts(self) -> Mapping[str, int]: ...
 
 
 class JobCancelled(Exception):
@@ -232,12 +180,16 @@ class DeviceLoop:
             job: prepared by the engine.
             terms: priority, deadline and limits, in this loop's time.
             may_start: asked again and again, in the loop's thread, until the job has its slot.
-            snapshot: the state to go on from, with its `step`; None to start.
+            snapshot: the state to go on from, with its `step`; None to start. One of another configuration is
+                dropped, and the job starts anew.
 
         Returns:
             With a future of `Finished`. It raises `GenerationFailed` when the device failed, `JobCancelled` after
             `cancel` or a no of `may_start`, `JobOverdue`, `EngineUnavailable` when the loop is closed.
         """
+        if snapshot is not None and not self._engine.accepts(snapshot):
+            logger.warning("task %s starts anew: its state was made by another configuration", job.task_id)
+            snapshot = None
         progress = Progress(snapshot.step if snapshot else 0, job.num_inference_steps, True, "waiting for a slot")
         submission = Submission(job, terms or Terms(), may_start, snapshot, progress)
         with self._wake:
@@ -426,14 +378,29 @@ class DeviceLoop:
                     submission.progress = replace(submission.progress, eta_s=eta_s)
 
     def _recover(self, exc: Exception) -> None:
-        """A device program failed: jobs that have a slot fail with the cause, the others go on with fresh slots."""
+        """A device program failed: jobs that have a slot fail with the cause, the others go on with fresh slots.
+
+        Parked ones are among the others: their state is on the host.
+        """
         logger.error("a device program failed: %r", exc, exc_info=True)
         self._in_flight.clear()
         for task_id, submission in list(self._here.items()):
             if submission.started_at is not None:
                 self._policy.cancel(task_id)
-                self._leave(task_id, GenerationFailed(f"the device program failed: {type(exc).__name__}: {exc}"))
+                if not (submission.parked and self._queue_again(submission)):
+                    reason = f"the device program failed: {type(exc).__name__}: {exc}"
+                    self._leave(task_id, GenerationFailed(reason))
         self._engine.reset()
+
+    def _queue_again(self, submission: Submission) -> bool:
+        """Queue a parked job with its state; False if the failure took that too."""
+        job = submission.job
+        try:
+            steps_done = submission.snapshot.step
+        except Exception:
+            return False
+        self._policy.add(job.task_id, job.lane, job.num_inference_steps, self._clock(), submission.terms, steps_done)
+        return True
 
     def _leave(self, task_id: str, end: Finished | Exception) -> None:
         submission = self._here.pop(task_id)

@@ -305,6 +305,10 @@ class Engine:
         self._slots[plan.lane], decoded = self._programs[plan.lane](self.params, self._slots[plan.lane], todo)
         return Tick(plan, decoded, parked, self._preview(plan.lane, plan.previews) if plan.previews else None)
 
+    def accepts(self, snapshot: JobSnapshot) -> bool:
+        """Whether a job can go on from a snapshot here, bit for bit."""
+        return self.fingerprints.get(snapshot.lane) == snapshot.fingerprint
+
     def snapshot(self, lane: Lane, device: int, slot: int) -> JobSnapshot:
         """Copy a slot's whole state off its device; the slot keeps it. Same threads as `execute`."""
         (snapshot,) = self._take_off(lane, (Place("", device, slot),)).values()

@@ -4,7 +4,7 @@
     python -m benchmarks.serving --step-ms 25     # on devices of constant speed
     python -m benchmarks.serving --quick          # a smoke run: one repeat, one load, 24 jobs
 
-Needs `pip install -e '.[demo]' matplotlib`. Every system has a worker and a private Redis of its own, the shipped
+Needs `pip install -e '.[bench]'`. Every system has a worker and a private Redis of its own, the shipped
 checkpoint, eight simulated CPU devices, DDIM and guidance 7.5, and ends each job with a PNG in Redis and a result
 under its task id. All workers are up all the time, and take turns: an idle one needs less than 0.5 % of a core.
 
@@ -37,7 +37,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -104,8 +104,8 @@ class Results:
         return [run for run in self.runs if (run.system, run.mix, run.load) == (system, mix, None)]
 
 
-def main() -> None:
-    args = _parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parse(argv)
     path = args.out / "results.json"
     config = {name: getattr(args, name) for name in CONFIG}
     results = Results.load(path) if path.exists() and (args.resume or args.plot_only) else Results(path, config)
@@ -114,7 +114,6 @@ def main() -> None:
             raise SystemExit(f"{path} was measured with {results.config}, got {config}: give the same or another --out")
         if path.exists() and not (args.resume or args.quick):
             raise SystemExit(f"{path} exists: give --resume to go on with it, or another --out")
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             _measure_all(args, results)
         except StartFailed as exc:
@@ -126,9 +125,10 @@ def _measure_all(args: argparse.Namespace, results: Results) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [run for run in _runs(args) if not results.has(*run)]
     _say_how_long(args, wanted, dict.fromkeys(args.mixes, GUESSED_LIMIT))
-    peers_python = make_peers_python(args.peers_venv)
-    environment = Environment(args.out, args.compile_cache, peers_python, args.flush_interval, args.step_ms / 1000)
     needed = {name for name, *_ in wanted}
+    has_peers = any(SYSTEMS[name].is_peer for name in needed)
+    peers_python = make_peers_python(args.peers_venv) if has_peers else Path(sys.executable)
+    environment = Environment(args.out, args.compile_cache, peers_python, args.flush_interval, args.step_ms / 1000)
     workers = {name: Worker(SYSTEMS[name], environment) for name in args.systems if name in needed}
     with contextlib.ExitStack() as stack:
         for name, worker in workers.items():  # one after another: they measure what work costs as they start
@@ -207,7 +207,7 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in (*SAME_VERSIONS, "celery")}
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=150, help="arrivals in a run (150)")
     parser.add_argument("--limit-jobs", type=int, default=96, help="jobs all at once (96)")
@@ -224,7 +224,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one repeat, one load, 24 jobs; replaces what --out has")
     parser.add_argument("--resume", action="store_true", help="skip the runs that --out has")
     parser.add_argument("--plot-only", action="store_true", help="only draw the table and the plot from --out")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if "ours" not in args.systems:
         parser.error("--systems must have ours: it sets the limit")
     if args.quick:
@@ -236,4 +236,5 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # for the workers to be ended
     main()

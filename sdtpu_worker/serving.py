@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
-_LOOK_EVERY_S = 0.1
 PolicyMaker = Callable[["Engine", Config], Any]
 
 
@@ -153,17 +151,19 @@ class Serving:
     def _wait(self, submission: Submission, report: Callable[[Progress], None] | None) -> Finished:
         """Wait for the picture; say how far it is as soon as it has a slot, and then now and then."""
         said, next_at = submission.progress, time.monotonic() + self._progress_s
-        while True:
-            try:
-                return submission.future.result(_LOOK_EVERY_S if report and self._progress_s else None)
-            except TimeoutError:
-                if submission.future.done():
-                    raise
+        while report and self._progress_s:
+            submission.moved.wait(max(0.0, next_at - time.monotonic()))
+            submission.moved.clear()
+            if submission.future.done():
+                break
             now, progress = time.monotonic(), submission.progress
             got_its_slot = said.pending and not progress.pending
-            if report and progress is not said and (now >= next_at or got_its_slot):
-                said, next_at = progress, now + self._progress_s
-                report(progress)
+            if now >= next_at or got_its_slot:
+                next_at = now + self._progress_s
+                if progress is not said:
+                    said = progress
+                    report(progress)
+        return submission.future.result()
 
     def close(self) -> None:
         """Stop the device loop."""

@@ -106,7 +106,10 @@ class LoopStats:
 
 @dataclass
 class Submission:
-    """A job in the loop's hands: `future` of `Finished`, and how far it is."""
+    """A job in the loop's hands: `future` of `Finished`, and how far it is.
+
+    `moved` is set when it gets a slot, loses it or ends; whoever waits for that clears it.
+    """
 
     job: Job
     terms: Terms
@@ -114,6 +117,7 @@ class Submission:
     snapshot: Any
     progress: Progress
     future: Future[Finished] = field(default_factory=Future)
+    moved: threading.Event = field(default_factory=threading.Event)
     started_at: float | None = None
     parked: bool = False
 
@@ -192,6 +196,7 @@ class DeviceLoop:
             snapshot = None
         progress = Progress(snapshot.step if snapshot else 0, job.num_inference_steps, True, "waiting for a slot")
         submission = Submission(job, terms or Terms(), may_start, snapshot, progress)
+        submission.future.add_done_callback(lambda _: submission.moved.set())
         with self._wake:
             if self._closing:
                 raise EngineUnavailable("the device loop is closed: the worker is stopping")
@@ -371,6 +376,8 @@ class DeviceLoop:
                     description="waiting for a slot again" if submission.parked else "denoising",
                     preview=previews.get(task_id, old.preview),
                 )
+                if submission.progress.pending != old.pending:
+                    submission.moved.set()
         if now - self._etas_at >= _ETA_EVERY_S:
             self._etas_at = now
             for task_id, eta_s in self._policy.etas_s(now).items():

@@ -22,8 +22,6 @@ from sdtpu_worker.aggregator.jobs import Overdue, QueuedJob, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Plan
 from sdtpu_worker.aggregator.tick import Slots, TickMaker
 
-_WORTH_WAITING = 0.95  # fewer devices at a time only for a gain that is not measurement noise
-
 
 @dataclass
 class _LaneState:
@@ -162,12 +160,11 @@ class Aggregator:
         for state in self._lanes.values():
             running = sorted((job for *_, job in state.running()), key=lambda job: job.order(now))
             waiting = sorted(state.waiting.values(), key=lambda job: job.order(now))
-            active = self._active_devices(state)
-            free_at = [0.0] * max(1, active * self.slots_per_device)
+            free_at = [0.0] * (self.num_devices * self.slots_per_device)
+            slowdown = state.costs.slowdown(self._busy_devices(state))
             for job in running + waiting:
                 start_s = heapq.heappop(free_at)
-                work_s = job.work_s(state.costs.cost) * state.costs.slowdown(active)
-                etas[job.task_id] = start_s + busy_lanes * work_s
+                etas[job.task_id] = start_s + busy_lanes * slowdown * job.work_s(state.costs.cost)
                 heapq.heappush(free_at, etas[job.task_id])
         return etas
 
@@ -183,23 +180,9 @@ class Aggregator:
             "running": sum(1 for state in self._lanes.values() for _ in state.running()),
         }
 
-    def _active_devices(self, state: _LaneState) -> int:
-        """Return how many devices should denoise at a time to get the jobs here done soonest, on average.
-
-        All that have work, unless they slow each other down by sharing something, as simulated devices share the
-        cores of a CPU: running k at a time until n devices' work is done takes a job about slowdown(k) * (n / k + 1).
-        With a batch or more waiting only the rate k / slowdown(k) counts.
-        """
-        jobs = len(state.waiting) + sum(1 for _ in state.running())
-        devices_of_work = math.ceil(jobs / self.slots_per_device)
-        most = min(self.num_devices, devices_of_work)
-        overload = devices_of_work >= 2 * self.num_devices
-
-        def mean_s(active: int) -> float:
-            return state.costs.slowdown(active) * (devices_of_work / active + (not overload))
-
-        best = min(range(most, 0, -1), key=mean_s, default=0)
-        return best if best == most or mean_s(best) < _WORTH_WAITING * mean_s(most) else most
+    def _busy_devices(self, state: _LaneState) -> int:
+        """Return how many devices the jobs here keep busy: they spread over all before they share one."""
+        return min(self.num_devices, len(state.waiting) + sum(1 for _ in state.running()))
 
     def _jobs(self) -> Iterator[QueuedJob]:
         for state in self._lanes.values():
@@ -210,25 +193,22 @@ class Aggregator:
         queue = deque(sorted(state.waiting.values(), key=lambda job: job.order(now)))
         occupied = sum(1 for _ in state.running())
         num_slots = self.num_devices * self.slots_per_device
-        active = self._active_devices(state)
-        steps = self._tick_steps(state, active, (occupied + len(queue)) / num_slots)
-        tick = TickMaker(
-            state.slots, queue, active, state.costs.cost, steps, self.phases_per_tick, self.preview_every, now
-        )
+        steps = self._tick_steps(state, (occupied + len(queue)) / num_slots)
+        tick = TickMaker(state.slots, queue, state.costs.cost, steps, self.phases_per_tick, self.preview_every, now)
         if self.preemption and occupied == num_slots:
             tick.preempt()
         tick.fill()
         state.waiting = {job.task_id: job for job in queue}
         return tick.to_plan(lane)
 
-    def _tick_steps(self, state: _LaneState, active: int, load: float) -> int:
+    def _tick_steps(self, state: _LaneState, load: float) -> int:
         """Return how many steps a device that only denoises takes in the next tick.
 
         About `tick_s`: half of it while a slot is free for whoever comes next, twice as much when another batch waits
         anyway. Pictures come out when a tick ends, so it is stretched or cut to end with the next decode.
         """
         tick_s = self.tick_s * (0.5 if load <= 1 else 1 if load < 2 else 2)
-        steps = max(1, round(tick_s / state.costs.step_s(active)))
+        steps = max(1, round(tick_s / state.costs.step_s(self._busy_devices(state))))
         decode_steps = math.ceil(state.costs.cost.decode_s / state.costs.cost.step_s)
         ends = [job.remaining + decode_steps for *_, job in state.running()]
         if decode_steps in ends:  # a decode is due, however long it takes: the others go on meanwhile

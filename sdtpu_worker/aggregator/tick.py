@@ -19,7 +19,6 @@ class TickMaker:
     Args:
         slots: who is where, `[device][slot]`; changed as the plan goes.
         queue: who waits, in order; those who get a slot leave it, those who lose theirs are added.
-        active: how many devices may denoise.
         cost: what work costs on a device.
         steps: how many steps a device takes that has nothing else to do.
         phases_per_tick: how many phases the compiled tick has.
@@ -31,7 +30,6 @@ class TickMaker:
         self,
         slots: list[Slots],
         queue: deque[QueuedJob],
-        active: int,
         cost: Cost,
         steps: int,
         phases_per_tick: int,
@@ -39,8 +37,6 @@ class TickMaker:
         now: float,
     ) -> None:
         self.slots, self.queue, self.cost, self.steps, self.now = slots, queue, cost, steps, now
-        self.num_active = active
-        self.active: set[int] = set()
         self.phases_per_tick, self.preview_every = phases_per_tick, preview_every
         self.phases: list[list[Phase]] = [[] for _ in slots]
         self.elapsed_s = [0.0] * len(slots)
@@ -77,10 +73,6 @@ class TickMaker:
 
     def fill(self) -> None:
         """Give every device its phases; whoever is free first, and has the fewest jobs, takes the next job."""
-        by_oldest = sorted(
-            (min(job.order(self.now) for job in slots if job), d) for d, slots in enumerate(self.slots) if any(slots)
-        )
-        self.active = {d for _, d in by_oldest[: self.num_active]}
         heap = [(0.0, sum(job is not None for job in slots), d) for d, slots in enumerate(self.slots)]
         heapq.heapify(heap)
         while heap:
@@ -163,7 +155,7 @@ class TickMaker:
     def _steps(self, device: int, budget_s: float) -> int:
         """Go to the first job that gets done, for the next phase to decode it; in the last phase to the end."""
         left = [job.remaining for job in self.slots[device] if job and job.remaining]
-        if not left or device not in self.active:
+        if not left:
             return 0
         return min(int(max(0.0, budget_s) / self.cost.step_s), max(left) if self._is_last_phase(device) else min(left))
 
@@ -183,5 +175,3 @@ class TickMaker:
         job.has_started, job.slot_since = True, self.now
         self.touched[device, slot] = job
         self.jobs.append(job)
-        if len(self.active) < self.num_active:
-            self.active.add(device)

@@ -77,7 +77,9 @@ def test_progress_grows_to_the_end_and_has_the_shape_that_celery_progress_reads(
     assert {info["total"] for info in seen} == {300}
     assert all(info["percent"] == info["current"] // 3 for info in seen)
     assert seen[-1]["description"] == "denoising"
-    assert seen[-1]["eta_s"] < seen[1]["eta_s"]
+    etas = [info["eta_s"] for info in seen if info["eta_s"] is not None]
+    assert len(etas) > 3
+    assert etas[-1] < etas[0]
 
 
 def test_previews_are_small_pictures(app, worker):

@@ -378,7 +378,8 @@ class DeviceLoop:
                 )
                 if submission.progress.pending != old.pending:
                     submission.moved.set()
-        if now - self._etas_at >= _ETA_EVERY_S:
+        is_new = any(submission.progress.eta_s is None for submission in self._here.values())
+        if is_new or now - self._etas_at >= _ETA_EVERY_S:
             self._etas_at = now
             for task_id, eta_s in self._policy.etas_s(now).items():
                 if submission := self._here.get(task_id):

@@ -3,8 +3,7 @@
 A batch forms from what waits when the devices are free (there is no linger time), runs to its end, and nobody joins or
 leaves before: what serving frameworks call dynamic batching. `bucketed` puts only jobs of equal step counts together,
 the bucket with the oldest job first; `mixed` takes the oldest jobs whatever their steps, and waits for the longest.
-`fixed_batches.py` is the
-worker that runs it.
+`fixed_batches.py` is the worker that runs it.
 """
 
 from __future__ import annotations

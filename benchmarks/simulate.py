@@ -130,11 +130,7 @@ HEADER = f"{'':<28}{'mean':>8}{'p50':>8}{'p95':>8}{'p99':>8}  s"
 
 
 def _row(name: str, done: Outcomes, priority: int | None = None) -> str:
-    chosen = [
-        latency
-        for arrival, latency in zip(done.arrivals, done.latencies_s, strict=True)
-        if priority is None or arrival.priority == priority
-    ]
+    chosen = done.of_priority(priority)
     figures = [sum(chosen) / len(chosen), *(done.percentile_s(p, priority) for p in (50, 95, 99))]
     return f"{name:<28}" + "".join(f"{figure:>8.3f}" for figure in figures)
 

@@ -63,13 +63,17 @@ class Outcomes:
         """The mean latency."""
         return sum(self.latencies_s) / len(self.latencies_s)
 
-    def percentile_s(self, percent: float, priority: int | None = None) -> float:
-        """Return a percentile of the latencies (of one priority), by nearest rank."""
-        chosen = sorted(
+    def of_priority(self, priority: int | None) -> list[float]:
+        """Return the latencies of one priority, or all."""
+        return [
             latency
             for arrival, latency in zip(self.arrivals, self.latencies_s, strict=True)
             if priority is None or arrival.priority == priority
-        )
+        ]
+
+    def percentile_s(self, percent: float, priority: int | None = None) -> float:
+        """Return a percentile of the latencies (of one priority), by nearest rank."""
+        chosen = sorted(self.of_priority(priority))
         return chosen[max(0, math.ceil(len(chosen) * percent / 100) - 1)]
 
 

@@ -9,6 +9,7 @@ that the devices never wait, late enough that a job which comes now is in it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -283,15 +284,18 @@ class DeviceLoop:
         if job.task_id in self._here:  # a redelivery of what is running here: it gets the same result
             self._here[job.task_id].future.add_done_callback(partial(_copy_end, submission.future))
             return
-        steps_done = submission.snapshot.step if submission.snapshot else 0
         try:
-            self._policy.add(
-                job.task_id, job.lane, job.num_inference_steps, self._clock(), submission.terms, steps_done
-            )
+            self._queue(submission)
         except (KeyError, ValueError) as exc:
             _fail(submission, GenerationFailed(f"task {job.task_id} was not taken in: {exc}"))
             return
         self._here[job.task_id] = submission
+
+    def _queue(self, submission: Submission) -> None:
+        """Give a job to the policy, to start or to go on from its state."""
+        job, snapshot = submission.job, submission.snapshot
+        steps_done = snapshot.step if snapshot else 0
+        self._policy.add(job.task_id, job.lane, job.num_inference_steps, self._clock(), submission.terms, steps_done)
 
     def _seconds_until_due(self, now: float) -> float | None:
         """Return how long to wait before the next dispatch; None while there is nothing to dispatch."""
@@ -395,20 +399,12 @@ class DeviceLoop:
         for task_id, submission in list(self._here.items()):
             if submission.started_at is not None:
                 self._policy.cancel(task_id)
-                if not (submission.parked and self._queue_again(submission)):
-                    reason = f"the device program failed: {type(exc).__name__}: {exc}"
-                    self._leave(task_id, GenerationFailed(reason))
+                if submission.parked:
+                    with contextlib.suppress(Exception):  # unless the failure took its state too
+                        self._queue(submission)
+                        continue
+                self._leave(task_id, GenerationFailed(f"the device program failed: {type(exc).__name__}: {exc}"))
         self._engine.reset()
-
-    def _queue_again(self, submission: Submission) -> bool:
-        """Queue a parked job with its state; False if the failure took that too."""
-        job = submission.job
-        try:
-            steps_done = submission.snapshot.step
-        except Exception:
-            return False
-        self._policy.add(job.task_id, job.lane, job.num_inference_steps, self._clock(), submission.terms, steps_done)
-        return True
 
     def _leave(self, task_id: str, end: Finished | Exception) -> None:
         submission = self._here.pop(task_id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -368,10 +368,8 @@ class Engine:
     def _take_off(self, lane: Lane, places: Sequence[Place]) -> dict[str, JobSnapshot]:
         if not places:
             return {}
-        slots = np.zeros(self.num_devices, np.int32)
-        for place in places:
-            slots[place.device] = place.slot
-        states = self._programs[_SNAPSHOT, lane](self._slots[lane], put(slots, self.mesh, SHARDED))
+        slots = put(self._slot_of_each_device(places), self.mesh, SHARDED)
+        states = self._programs[_SNAPSHOT, lane](self._slots[lane], slots)
         rows = [_by_device(leaf) for leaf in states]
         snapshots = {}
         for place in places:
@@ -382,10 +380,15 @@ class Engine:
         return snapshots
 
     def _preview(self, lane: Lane, places: Sequence[Place]) -> jax.Array:
-        slots = np.zeros(self.num_devices, np.int32)
+        slots = put(self._slot_of_each_device(places), self.mesh, SHARDED)
+        return self._programs[_PREVIEW, lane](self._colours[lane], self._slots[lane], slots)
+
+    def _slot_of_each_device(self, places: Iterable[Place], otherwise: int = 0) -> np.ndarray:
+        """Return `(D,) int32`."""
+        slots = np.full(self.num_devices, otherwise, np.int32)
         for place in places:
             slots[place.device] = place.slot
-        return self._programs[_PREVIEW, lane](self._colours[lane], self._slots[lane], put(slots, self.mesh, SHARDED))
+        return slots
 
     def _empty_tick_s(self, lane: Lane, count: int = 8) -> float:
         """Return the seconds that a tick takes from the next one, two being in flight."""
@@ -413,9 +416,8 @@ class Engine:
         return put(previews.fit_colours(np.stack(latents), np.stack(pixels)), self.mesh, REPLICATED)
 
     def _put_back(self, lane: Lane, snapshots: Mapping[Place, JobSnapshot]) -> None:
-        slots, states = np.full(self.num_devices, NOTHING, np.int32), self._geometries[lane].empty_states()
+        slots, states = self._slot_of_each_device(snapshots, NOTHING), self._geometries[lane].empty_states()
         for place, snapshot in snapshots.items():
-            slots[place.device] = place.slot
             for leaf, row in zip(states, snapshot.state, strict=True):
                 leaf[place.device] = row[0]
         restored = self._programs[_RESTORE, lane](self._slots[lane], *put((slots, states), self.mesh, SHARDED))

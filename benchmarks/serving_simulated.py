@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.fixed_policy import BATCHES_HELD, FixedBatches
 from benchmarks.serving_load import draw_arrivals
 from benchmarks.serving_run import Run
 from benchmarks.serving_systems import DECODE_STEPS, DEVICES, INSERT_STEPS, SYSTEMS
-from benchmarks.simulation import LANE, Arrival, Outcomes, simulate
+from benchmarks.simulate import COSTS, POLICIES, Pool
+from benchmarks.simulation import Arrival, Outcomes
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
-from sdtpu_worker.aggregator.plan import phases_per_tick
-from sdtpu_worker.aggregator.policy import Aggregator
 
-OVERHEAD_S = 0.02
-"""Client, Redis, PNG and store, each job."""
-_POLICIES: Mapping[str, Callable[[TickCosts], Any]] = {
-    "ours": lambda costs: Aggregator({LANE: costs}, 1, phases_per_tick(1), tick_s=0.1),
-    "fixed-bucketed": lambda costs: FixedBatches({LANE: costs}, 1, phases_per_tick(1), bucketed=True),
-    "fixed-mixed": lambda costs: FixedBatches({LANE: costs}, 1, phases_per_tick(1), bucketed=False),
-}
+_POLICIES = dict(zip(("ours", "fixed-bucketed", "fixed-mixed"), POLICIES, strict=True))
 
 
 def simulated_lines(runs: Sequence[Run], config: Mapping[str, Any]) -> Iterator[str]:
@@ -53,13 +44,12 @@ def again(run: Run, config: Mapping[str, Any], costs: TickCosts) -> Outcomes:
     """Simulate a run."""
     orders = draw_arrivals(f"{config['seed']}-{run.mix}-{run.load}-{run.repeat}", run.mix, run.jobs, run.rate)
     arrivals = [Arrival(order.at_s, order.num_inference_steps) for order in orders]
-    held = 2 if run.system == "ours" else BATCHES_HELD
-    return simulate(arrivals, _POLICIES[run.system], costs, batches_held=held, overhead_s=OVERHEAD_S)
+    return Pool(costs, _POLICIES[run.system]).serve(arrivals)
 
 
 def costs_of(step_ms: float) -> TickCosts:
     """Return the costs of devices of constant speed, or those that `benchmarks/engine.py` measured (0)."""
     if not step_ms:
-        return TickCosts.from_json(json.loads(Path(__file__).with_name("costs.json").read_text()))
+        return TickCosts.from_json(json.loads(COSTS.read_text()))
     step_s = step_ms / 1000
     return TickCosts(DEVICES, Cost(step_s, INSERT_STEPS * step_s, DECODE_STEPS * step_s))

@@ -33,15 +33,35 @@ COSTS = Path(__file__).with_name("costs.json")
 LOADS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 MIXES = {"all 30 steps": (30,), "10, 20, 30, 50 steps mixed": (10, 20, 30, 50)}
 MOST_HOSTS = 1000
+OVERHEAD_S = 0.02
 POLICIES = ("step-level", "fixed, bucketed", "fixed, mixed")
 
 
 class Pool:
-    """Hosts of one kind under one policy; `serve` runs jobs through them."""
+    """Hosts of one kind under one policy; `serve` runs jobs through them.
 
-    def __init__(self, args: argparse.Namespace, policy: str = "step-level") -> None:
-        self.costs, self.slots, self.overhead_s = args.costs, args.slots_per_device, args.overhead
-        self.tick_s, self.policy = args.tick, policy
+    Args:
+        costs: what ticks take.
+        policy: one of `POLICIES`.
+        slots: of each device.
+        tick_s: `sdtpu_tick_s`.
+        overhead_s: client, Redis, PNG and store, each job.
+    """
+
+    def __init__(
+        self,
+        costs: TickCosts,
+        policy: str = POLICIES[0],
+        slots: int = 1,
+        tick_s: float = 0.1,
+        overhead_s: float = OVERHEAD_S,
+    ) -> None:
+        self.costs, self.policy, self.slots, self.tick_s, self.overhead_s = costs, policy, slots, tick_s, overhead_s
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, policy: str = POLICIES[0]) -> Pool:
+        """Return what the command line describes."""
+        return cls(args.costs, policy, args.slots_per_device, args.tick, args.overhead)
 
     def serve(self, arrivals: Sequence[Arrival], hosts: int = 1) -> Outcomes:
         """Simulate."""
@@ -62,7 +82,7 @@ class Pool:
 
 def run(args: argparse.Namespace) -> None:
     """Show one case."""
-    pool = Pool(args, args.policy)
+    pool = Pool.of(args, args.policy)
     limit = pool.limit(args.mix)
     rate = args.rate or limit * args.load * args.hosts
     done = pool.serve(make_arrivals(args.arrivals, rate, args.jobs, args.mix, args.priorities, args.seed), args.hosts)
@@ -79,14 +99,14 @@ def curves(args: argparse.Namespace) -> None:
     """Compare the policies over the load."""
     results: dict[str, dict[str, list[Outcomes]]] = {}
     for name, mix in MIXES.items():
-        limit = Pool(args).limit(mix)
+        limit = Pool.of(args).limit(mix)
         policies = POLICIES if len(mix) > 1 else POLICIES[:2]  # bucketed and mixed are the same for one length
         print(f"{name}; the limit is {limit:.2f} images/s\n{HEADER}")
         results[name] = {policy: [] for policy in policies}
         for load in LOADS:
             arrivals = make_arrivals("poisson", load * limit, args.jobs, mix, seed=args.seed)
             for policy in policies:
-                done = Pool(args, policy).serve(arrivals)
+                done = Pool.of(args, policy).serve(arrivals)
                 results[name][policy].append(done)
                 print(_row(f"{load:.0%} {policy}", done))
     if args.plot:
@@ -95,7 +115,7 @@ def curves(args: argparse.Namespace) -> None:
 
 def hosts(args: argparse.Namespace) -> None:
     """Find the fewest hosts for a rate and a 99th percentile."""
-    pool = Pool(args)
+    pool = Pool.of(args)
     arrivals = make_arrivals(args.arrivals, args.rate, args.jobs, args.mix, args.priorities, args.seed)
     seen: dict[int, float] = {}
 
@@ -189,7 +209,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         sub.add_argument("--independent", action="store_true", help="devices do not slow each other down")
         sub.add_argument("--slots-per-device", type=int, default=1)
         sub.add_argument("--tick", type=float, default=0.1, help="sdtpu_tick_s")
-        sub.add_argument("--overhead", type=float, default=0.02, help="seconds of client, Redis, PNG and store a job")
+        sub.add_argument(
+            "--overhead", type=float, default=OVERHEAD_S, help="client, Redis, PNG and store, seconds a job"
+        )
         sub.add_argument("--jobs", type=int, default=2000)
         sub.add_argument("--seed", type=int, default=0)
         if command is not run:

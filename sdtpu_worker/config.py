@@ -76,6 +76,14 @@ def _seconds(low: float, high: float) -> Callable[[Any], float]:
     return parse
 
 
+def _address(value: Any) -> tuple[str, int]:
+    """Parse "127.0.0.1:8080", ":8080" (every interface) or "[::1]:8080"."""
+    host, separator, port = str(value).strip().rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65_535:
+        raise ValueError("host:port, like 127.0.0.1:8080")
+    return host.strip("[]"), int(port)
+
+
 def _resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
     """Parse "512x512,768x512" (height x width), or a sequence of pairs; empty or None for the checkpoint's own."""
     wanted = f"heights x widths in multiples of {SIDE_MULTIPLE}, like '512x512,768x512' or [(512, 512)]"
@@ -120,6 +128,23 @@ SETTINGS = (
     Setting("sdtpu_trace", None, _text,
             "file for a timeline of the run, in Chrome's trace format (Perfetto opens it)"),
     Setting("sdtpu_queue", DEFAULT_QUEUE, _text, "queue of the task `sdtpu.generate`"),
+    Setting("sdtpu_tenant_shards", 16, _integer(0, 256),
+            "queues that jobs with a `tenant` are spread over, served in turn; 0 for one queue for all"),
+    Setting("sdtpu_max_queue", 0, _integer(0, 10**9),
+            "jobs that may wait in a queue before `delay()` raises QueueFull; 0 for no limit"),
+    Setting("sdtpu_max_message_bytes", 262_144, _integer(4096, 2**27),
+            "size of a task message, checked before it is parsed; a larger one is put aside"),
+    Setting("sdtpu_lease_s", 30.0, _seconds(1, 86_400),
+            "seconds after which the jobs of a worker that died go to another one"),
+    Setting("sdtpu_stall_s", 60.0, _seconds(1, 86_400),
+            "seconds that a tick may be late before the device counts as hung: its jobs go to another worker"),
+    Setting("sdtpu_grace_s", 25.0, _seconds(0, 86_400),
+            "seconds after SIGTERM to finish jobs in; the others are handed over where they are"),
+    Setting("sdtpu_max_deliveries", 3, _integer(1, 1000),
+            "workers that may die with a job on their devices before it fails with DeliveryLimitExceeded"),
+    Setting("sdtpu_health_address", None, _address,
+            "`host:port` that answers `/livez` and `/readyz`; default: none"),
+    Setting("sdtpu_log_prompts", False, _switch, "on: logs may hold prompts; off: only at level DEBUG"),
     Setting(
         "sdtpu_image_store", "redis", _text,
         "where images go: `redis` is the result backend's Redis, with the result's expiry; else a `redis://` URL"
@@ -148,6 +173,15 @@ class Config:
     preview_every: int
     trace: str | None
     queue: str
+    tenant_shards: int
+    max_queue: int
+    max_message_bytes: int
+    lease_s: float
+    stall_s: float
+    grace_s: float
+    max_deliveries: int
+    health_address: tuple[str, int] | None
+    log_prompts: bool
     image_store: str
     compile_cache: str
 

@@ -2,9 +2,14 @@
 
     SdtpuError
     ├── InvalidRequest (ValueError)      the client's mistake: a parameter, found at `delay()` or in the worker
+    │   └── InvalidMessage               the task message itself: its size, its JSON, its headers
+    ├── Overloaded                       refused at `delay()`; carries when the job would have been done
+    │   ├── QueueFull                    more jobs wait than `sdtpu_max_queue` allows
+    │   └── DeadlineUnreachable          its deadline would have passed before it was done
     ├── ConfigurationError               the operator's mistake: a setting, a pool, a platform that is not there
     │   └── InvalidCheckpoint            the checkpoint is missing, half-written or of another kind
     ├── GenerationFailed                 the device could not make this image; carries the cause
+    ├── DeliveryLimitExceeded            the job was on the devices of too many workers that died; names them
     ├── SnapshotMismatch                 a parked job's state does not fit this engine; the job starts anew
     ├── EngineUnavailable                the worker's engine has stopped or never started
     ├── BrokerUnavailable (ConnectionError)   Redis cannot be reached; nothing was enqueued
@@ -22,6 +27,34 @@ class InvalidRequest(SdtpuError, ValueError):
     """A parameter of a request is not allowed; the text says what was got and what is allowed."""
 
 
+class InvalidMessage(InvalidRequest):
+    """A task message is too large, is not JSON or has not the shape of Celery's protocol; it was not run."""
+
+
+class Overloaded(SdtpuError):
+    """The job was refused where it was enqueued; nothing was sent.
+
+    Args:
+        text: what was found, what is allowed and what to do.
+        eta_s: seconds until the job would have been done, as far as it is known.
+    """
+
+    def __init__(self, text: str, eta_s: float | None = None) -> None:
+        super().__init__(text, eta_s)
+        self.eta_s = eta_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class QueueFull(Overloaded):
+    """More jobs wait in the queue than `sdtpu_max_queue` allows."""
+
+
+class DeadlineUnreachable(Overloaded):
+    """The job could not be done before it expires."""
+
+
 class ConfigurationError(SdtpuError):
     """A setting or the environment is wrong; the text says which and what to do."""
 
@@ -32,6 +65,10 @@ class InvalidCheckpoint(ConfigurationError):
 
 class GenerationFailed(SdtpuError):
     """The device failed on this job."""
+
+
+class DeliveryLimitExceeded(SdtpuError):
+    """The job had a slot on more than `sdtpu_max_deliveries` workers that died; the text names them."""
 
 
 class SnapshotMismatch(SdtpuError):

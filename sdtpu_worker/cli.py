@@ -40,3 +40,28 @@ def settings() -> None:
     for setting in SETTINGS:
         default = "not set" if setting.default is None else setting.default
         click.echo(f"{setting.name}  (default: {default}; environment: {setting.name.upper()})\n    {setting.doc}")
+
+
+@sdtpu.command()
+@click.option("--ready", is_flag=True, help="Ask whether it takes jobs, not only whether it lives.")
+@click.option("--address", metavar="HOST:PORT", envvar="SDTPU_HEALTH_ADDRESS", show_envvar=True,
+              help="Where the worker answers (sdtpu_health_address).")  # fmt: skip
+def health(ready: bool, address: str | None) -> None:
+    """Ask the worker on this machine how it is: one check a line, exit code 0 or 1."""
+    from sdtpu_worker.config import SETTINGS
+    from sdtpu_worker.health_http import ask_health
+
+    if not address:
+        raise click.ClickException(
+            "no address to ask: give --address, or set SDTPU_HEALTH_ADDRESS as the worker has it"
+        )
+    parse = next(setting.parse for setting in SETTINGS if setting.name == "sdtpu_health_address")
+    try:
+        ok, checks = ask_health(parse(address), "/readyz" if ready else "/livez")
+    except ValueError as exc:
+        raise click.ClickException(f"--address must be {exc}, got {address!r}") from exc
+    except ConnectionError as exc:
+        raise click.ClickException(str(exc)) from exc
+    for check in checks:
+        click.echo(f"{'ok' if check.ok else 'FAILING'}  {check.name}: {check.detail}")
+    raise SystemExit(0 if ok else 1)

@@ -1,0 +1,118 @@
+"""Whether this worker lives and whether it serves: the verdicts, from what its threads report.
+
+Live fails when only a new process helps; ready fails whenever the worker takes no jobs. `health_http` tells both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at, and what was found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class WorkerHealth:
+    """Both verdicts, from what the worker's threads report; any thread may report and ask.
+
+    Args:
+        lease_s: seconds without an answer from Redis after which the worker counts as dead.
+        stall_s: seconds that a tick may be late.
+        clock: monotonic seconds.
+
+    Attributes:
+        started: whether the worker ever consumed; before, it compiles or waits for Redis.
+        draining: whether it stops, and finishes its jobs.
+    """
+
+    BEAT_READY_S, BEAT_LIVE_S = 5.0, 15.0
+    CONTACT_READY_S = 5.0
+
+    def __init__(self, lease_s: float, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lease_s, self._stall_s, self._clock = lease_s, stall_s, clock
+        self._device: tuple[Callable[[], bool], Callable[[], float]] | None = None
+        self._beat_at = self._contact_at = 0.0
+        self._connected = False
+        self.started = self.draining = False
+
+    def watch_device(self, is_alive: Callable[[], bool], stalled_s: Callable[[], float]) -> None:
+        """Say how to find out whether the device loop runs, and for how many seconds its tick has been late."""
+        self._device = is_alive, stalled_s
+
+    def beat(self) -> None:
+        """Report that the main loop turns; at least once a second."""
+        self._beat_at = self._clock()
+
+    def contact(self) -> None:
+        """Report that Redis answered a claim or a renewal of leases while the queue was consumed."""
+        self._contact_at = self._clock()
+
+    def on_consume(self) -> None:
+        """Report that the consumer starts, for the first time or after a lost connection."""
+        self.beat()
+        if not self.started:
+            self.contact()
+        self.started = self._connected = True
+
+    def on_disconnect(self) -> None:
+        """Report that the connection is lost: Celery's main loop does not turn until Redis is back."""
+        self._connected = False
+
+    def drain(self) -> None:
+        """Report that the worker stops: its main thread waits for the jobs from now on."""
+        self.draining = True
+
+    def live(self) -> list[Check]:
+        """Return what decides whether this process should go on."""
+        if self.draining:
+            return [Check("serving", True, "stopping: it finishes its jobs")]
+        if not self.started:
+            return [Check("serving", True, "starting"), self._check_device()]
+        return [
+            self._check_device(),
+            self._check_event_loop(self.BEAT_LIVE_S),
+            self._check_redis(max(self._lease_s, self.CONTACT_READY_S)),
+        ]
+
+    def ready(self) -> list[Check]:
+        """Return what decides whether this worker takes jobs."""
+        if self.draining:
+            return [Check("serving", False, "stopping: it finishes its jobs and takes no more")]
+        if not self.started:
+            return [Check("serving", False, "starting: it has not consumed yet"), self._check_device()]
+        return [
+            Check("serving", True, "started"),
+            self._check_device(),
+            self._check_event_loop(self.BEAT_READY_S),
+            self._check_redis(self.CONTACT_READY_S),
+        ]
+
+    def _check_device(self) -> Check:
+        if self._device is None:
+            return Check("device", not self.started, "no device loop yet")
+        is_alive, stalled_s = self._device
+        if not is_alive():
+            return Check("device", False, "the device loop has ended")
+        late_s = stalled_s()
+        if late_s > self._stall_s:
+            return Check("device", False, f"the device is stuck: a tick is {late_s:.0f} s late (sdtpu_stall_s)")
+        return Check("device", True, f"a tick is {late_s:.0f} s late" if late_s >= 1 else "on time")
+
+    def _check_event_loop(self, limit_s: float) -> Check:
+        age_s = self._clock() - self._beat_at
+        if not self._connected:
+            return Check("event_loop", True, "waiting for Redis")  # which has a check of its own
+        return Check("event_loop", age_s <= limit_s, f"its last turn was {age_s:.0f} s ago")
+
+    def _check_redis(self, limit_s: float) -> Check:
+        age_s = self._clock() - self._contact_at
+        if age_s > limit_s:
+            return Check("redis", False, f"not consuming: no answer from Redis for {age_s:.0f} s")
+        return Check("redis", True, f"answered {age_s:.0f} s ago")

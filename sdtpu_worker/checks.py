@@ -1,0 +1,143 @@
+"""Start-up checks of a Redis server: what its configuration can do to jobs, and the remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import ResponseError
+
+from sdtpu_worker.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+OLDEST_REDIS = (5, 0)
+"""Scripts write after they asked for the time: an error in older ones."""
+_TRACKING_SINCE, _OLDEST_TESTED = (6, 0), (6, 2)
+_LITTLE_ROOM = 0.1  # of maxmemory
+
+
+def redis_warnings(
+    client: Redis, *, lease_s: float, visibility_timeout: float | None = None, images_in_redis: bool = True
+) -> list[str]:
+    """Return what is wrong with a server: each a consequence and a remedy that names Redis' directive.
+
+    Asks INFO, and CONFIG GET where it is permitted. What a managed service or an ACL forbids to ask cannot be known,
+    and nothing is said about it.
+
+    Args:
+        client: of the broker, or of the result backend.
+        lease_s: `sdtpu_lease_s`.
+        visibility_timeout: the one in `broker_transport_options`; None when it is not there.
+        images_in_redis: whether this server holds the images.
+
+    Raises:
+        ConfigurationError: the server is too old for this worker.
+        redis.exceptions.ConnectionError: it cannot be reached.
+    """
+    try:
+        info: Mapping[str, Any] = client.info()
+    except ResponseError:
+        info = {}
+    kept = ["jobs", "leases", "results", *(["images"] if images_in_redis else [])]
+    return [
+        *_version(info),
+        *_role(info),
+        *_eviction(info, kept),
+        *_room(info, kept),
+        *_persistence(client, info),
+        *_visibility(lease_s, visibility_timeout),
+    ]
+
+
+def _version(info: Mapping[str, Any]) -> Iterator[str]:
+    text = str(info.get("redis_version", ""))
+    match = re.match(r"(\d+)\.(\d+)", text)
+    if not match:
+        return
+    version = (int(match[1]), int(match[2]))
+    if version < OLDEST_REDIS:
+        raise ConfigurationError(
+            f"the Redis server is {text}, but the worker's scripts need {_dotted(OLDEST_REDIS)} or newer, better"
+            f" {_dotted(_OLDEST_TESTED)}; upgrade it"
+        )
+    if version < _TRACKING_SINCE:
+        yield (
+            f"the Redis server is {text}, which has no CLIENT TRACKING: an idle worker finds new jobs by polling, a"
+            f" little later. Upgrade it to {_dotted(_OLDEST_TESTED)} or newer."
+        )
+    elif version < _OLDEST_TESTED:
+        yield (
+            f"the Redis server is {text}; this worker is tested with {_dotted(_OLDEST_TESTED)} and newer. Upgrade it."
+        )
+
+
+def _role(info: Mapping[str, Any]) -> Iterator[str]:
+    if info.get("role") == "slave":
+        master = f"{info.get('master_host', '?')}:{info.get('master_port', '?')}"
+        yield (
+            "connected to a Redis replica: every write fails (replica-read-only) or is lost at its next"
+            f" synchronisation, so no job is taken. Connect to its master {master}, or through Sentinel"
+            " (broker_url = 'sentinel://…'), or end the replication (replicaof no one)."
+        )
+
+
+def _eviction(info: Mapping[str, Any], kept: list[str]) -> Iterator[str]:
+    policy = info.get("maxmemory_policy", "noeviction")
+    if info.get("maxmemory") == 0:  # no limit, so nothing is evicted
+        return
+    if policy.startswith("allkeys-"):
+        yield (
+            f"Redis' maxmemory-policy is {policy}: when its memory is full it drops anything, so {_all_of(kept)} may"
+            " vanish without an error. Set maxmemory-policy noeviction."
+        )
+    elif policy.startswith("volatile-"):
+        expiring = [name for name in kept if name in ("results", "images")]
+        yield (
+            f"Redis' maxmemory-policy is {policy}: when its memory is full it drops what expires, so"
+            f" {_all_of(expiring)} may vanish before result_expires. Set maxmemory-policy noeviction."
+        )
+
+
+def _room(info: Mapping[str, Any], kept: list[str]) -> Iterator[str]:
+    limit, used = info.get("maxmemory", 0), info.get("used_memory", 0)
+    if limit and used > (1 - _LITTLE_ROOM) * limit:
+        elsewhere = ", or let images go elsewhere (sdtpu_image_store)" if "images" in kept else ""
+        yield (
+            f"Redis uses {used / 2**20:,.0f} of {limit / 2**20:,.0f} MiB (maxmemory): once it is full, what is new is"
+            f" refused or what is old is dropped: {_all_of(kept)}. Raise maxmemory, or let results expire sooner"
+            f" (result_expires){elsewhere}."
+        )
+
+
+def _persistence(client: Redis, info: Mapping[str, Any]) -> Iterator[str]:
+    if info.get("aof_enabled", 1):
+        return
+    try:
+        snapshots = client.config_get("save")
+    except ResponseError:
+        return
+    if snapshots.get("save") == "":
+        yield (
+            "Redis persists nothing (appendonly no, save ''): a restart of it loses every job that waits or runs, and"
+            " every result. Set appendonly yes."
+        )
+
+
+def _visibility(lease_s: float, visibility_timeout: float | None) -> Iterator[str]:
+    if visibility_timeout is not None and visibility_timeout < lease_s:
+        yield (
+            f"visibility_timeout in broker_transport_options is {visibility_timeout:g} s, shorter than sdtpu_lease_s"
+            f" ({lease_s:g} s): whoever consumes with it gives jobs to another worker that the first one still holds,"
+            " and they run twice. Leave visibility_timeout out, or make it at least as long."
+        )
+
+
+def _all_of(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

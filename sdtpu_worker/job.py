@@ -1,10 +1,13 @@
-"""One Celery task in a device worker: its terms, its cancellation, its progress, and its end in Celery's own words."""
+"""One Celery task in a device worker: its terms, its history, its progress, and its end in Celery's own words."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import io
+import json
+import logging
 import math
 import threading
 import time
@@ -12,18 +15,44 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from celery.exceptions import Ignore, SoftTimeLimitExceeded
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from celery.states import READY_STATES
+from celery.utils.functional import maybe_list
 from celery.worker import state
+from celery.worker.request import Request
+from redis.exceptions import RedisError
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
-from sdtpu_worker.aggregator.loop import JobCancelled, JobOverdue, Progress
-from sdtpu_worker.request import DEFAULT_PRIORITY
+from sdtpu_worker.aggregator.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
+from sdtpu_worker.deliveries import Deliveries, JobFacts
+from sdtpu_worker.errors import DeliveryLimitExceeded
+from sdtpu_worker.request import DEFAULT_PRIORITY, GenerationRequest
+from sdtpu_worker.transport import ClaimingChannel
 
 if TYPE_CHECKING:
     from celery import Task
 
+logger = logging.getLogger(__name__)
+
 _ANNOUNCEMENT_TIMEOUT_S = 10.0
 _current = threading.local()
+
+
+CRASHES_TO_RUN_ALONE = 2
+"""A job that was on the devices of this many workers when they died shares the devices with no other."""
+
+
+class DeviceRequest(Request):
+    """Celery's request, for a job on the devices: what it tells Redis, it tells from its own thread."""
+
+    def __init__(self, message: Any, on_ack: Any = None, on_reject: Any = None, **options: Any) -> None:
+        if isinstance(message.channel, ClaimingChannel):
+            on_ack, on_reject = message.ack_log_error, message.reject_log_error
+        super().__init__(message, on_ack=on_ack, on_reject=on_reject, **options)
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """A cold shutdown wants the job to go back to its queue: it goes with its state."""
+        pool.hand_over()
 
 
 class DeviceJob:
@@ -34,6 +63,8 @@ class DeviceJob:
         soft_time_limit_s, time_limit_s: from the time when the job has its slot; None for none.
         on_time_limit: Celery's own handling of a hard time limit.
         cancel: takes the job off the devices, by task id.
+        deliveries: what the worker holds, if its broker is Redis.
+        max_deliveries: after how many crashes with this job on the devices it fails.
     """
 
     def __init__(
@@ -43,11 +74,15 @@ class DeviceJob:
         time_limit_s: float | None,
         on_time_limit: Callable[[bool, float], None] | None,
         cancel: Callable[[str], None],
+        deliveries: Deliveries | None = None,
+        max_deliveries: int = 1,
     ) -> None:
         self.request = request
         self.soft_time_limit_s, self.time_limit_s = soft_time_limit_s, time_limit_s
         self._on_time_limit, self._cancel = on_time_limit, cancel
+        self._deliveries, self._max_deliveries = deliveries, max_deliveries
         self._reporting = threading.Lock()
+        self._digest = b""
         self.terminated = False
 
     @property
@@ -69,7 +104,7 @@ class DeviceJob:
 
     def may_start(self) -> bool:
         """Whether the job is still wanted; asked until it has its slot. Any thread."""
-        return not self.terminated and self.task_id not in state.revoked
+        return not (self.terminated or self.task_id in state.revoked or _has_revoked_stamp(self.request))
 
     def terminate(self) -> None:
         """Take the job off its slot at the next tick; no state of its own is stored from now on. Any thread."""
@@ -77,9 +112,50 @@ class DeviceJob:
             self.terminated = True
         self._cancel(self.task_id)
 
-    def was_cancelled(self) -> bool:
-        """Whether the worker gives the job back to the queue (a cold shutdown): it must not be acknowledged."""
-        return bool(self.request._already_cancelled)
+    def recall(self, task: Task, parameters: GenerationRequest) -> JobFacts:
+        """Return what earlier workers left of the job, if there were any.
+
+        Raises:
+            Ignore: it is done already, and was only not acknowledged.
+            DeliveryLimitExceeded: too many workers died with it on their devices.
+            Reject: Redis cannot be asked; the job goes back to its queue.
+        """
+        self._digest = hashlib.sha256(json.dumps(parameters.to_json(), sort_keys=True).encode()).digest()
+        if self._deliveries is None or not self.request.delivery_info.get("redelivered"):
+            return JobFacts()
+        try:
+            self._end_if_done(task)
+            facts = self._deliveries.job_facts(self.task_id)
+        except (OSError, RedisError) as exc:
+            raise Reject(f"its history could not be read: {exc}", requeue=True) from exc
+        if len(facts.died_on) >= self._max_deliveries:
+            raise DeliveryLimitExceeded(
+                f"the job was on the devices of {len(facts.died_on)} workers when they died"
+                f" ({', '.join(facts.died_on)}); sdtpu_max_deliveries allows {self._max_deliveries}"
+            )
+        state_of_it = facts.snapshot or b""
+        is_ours = state_of_it.startswith(self._digest)
+        return JobFacts(facts.died_on, state_of_it[len(self._digest) :] if is_ours else None)
+
+    def _end_if_done(self, task: Task) -> None:
+        """Leave it at a stored result: the worker died between storing it and acknowledging."""
+        if task.request.ignore_result:
+            return
+        meta = task.backend.get_task_meta(self.task_id, cache=False)
+        if meta["status"] not in READY_STATES:
+            return
+        logger.info("task %s is done already (%s): acknowledged without running again", self.task_id, meta["status"])
+        if task.request.chord:  # counted by its index, so once
+            task.backend.on_chord_part_return(task.request, meta["status"], meta["result"])
+        raise Ignore
+
+    def let_go(self) -> None:
+        """Make sure that the message of a job that has ended is not held for ever.
+
+        It is acknowledged or given back by now, unless that failed: then it comes again when its lease ends.
+        """
+        if self._deliveries is not None and isinstance(self.request, DeviceRequest):
+            self._deliveries.let_go(self.request.message.delivery_tag)
 
     def report(self, task: Task, progress: Progress) -> None:
         """Store the state PROGRESS, unless the job was terminated."""
@@ -95,13 +171,21 @@ class DeviceJob:
             meta["preview"] = _data_uri(progress.preview)
         with self._reporting:
             if not self.terminated and not task.request.ignore_result:
-                task.update_state(state="PROGRESS", meta=meta)
+                try:
+                    task.update_state(state="PROGRESS", meta=meta)
+                except Exception as exc:  # each result backend has errors of its own; the picture does not depend on it
+                    logger.debug("the progress of task %s was not stored: %s", self.task_id, exc)
 
     @contextlib.contextmanager
     def in_celerys_words(self) -> Iterator[None]:
         """Turn what the device loop raises for this job into what Celery does for any task."""
         try:
             yield
+        except JobHandedOver as exc:
+            if self.terminated:
+                raise self._leave_to_the_announcement() from None
+            self._save(exc.snapshot)
+            raise Reject("another worker goes on with it", requeue=True) from None
         except (JobCancelled, JobOverdue) as exc:
             reason = exc.reason if isinstance(exc, JobOverdue) else None
             if self.terminated:
@@ -119,11 +203,20 @@ class DeviceJob:
             raise self._leave_to_the_announcement()
 
     def _leave_to_the_announcement(self) -> Ignore:
-        """Wait until the main thread has said what becomes of the job: revoked, or back to the queue."""
+        """Wait until the main thread has announced that the job is revoked."""
         deadline = time.monotonic() + _ANNOUNCEMENT_TIMEOUT_S
-        while not (self.request._already_revoked or self.was_cancelled()) and time.monotonic() < deadline:
+        while not self.request._already_revoked and time.monotonic() < deadline:
             time.sleep(0.005)
         return Ignore()
+
+    def _save(self, snapshot: Any) -> None:
+        """Keep a state for the next worker; without it the job starts anew there."""
+        if snapshot is None or self._deliveries is None:
+            return
+        try:
+            self._deliveries.save_snapshot(self.task_id, self._digest + snapshot.to_bytes())
+        except (OSError, RedisError) as exc:
+            logger.warning("the state of task %s could not be kept, it starts anew: %s", self.task_id, exc)
 
     @contextlib.contextmanager
     def in_this_thread(self) -> Iterator[None]:
@@ -138,6 +231,15 @@ class DeviceJob:
 def current_job() -> DeviceJob | None:
     """Return the job that the calling thread runs, if a `DevicePool` started it."""
     return getattr(_current, "job", None)
+
+
+def _has_revoked_stamp(request: Any) -> bool:
+    """Whether the job bears a stamp by which jobs were revoked."""
+    return any(
+        stamp in state.revoked_stamps
+        and not set(maybe_list(state.revoked_stamps[stamp])).isdisjoint(maybe_list(value) or ())
+        for stamp, value in request.stamps.items()
+    )
 
 
 def _data_uri(pixels: Any) -> str:

@@ -9,7 +9,10 @@ from typing import Any
 from celery import Celery, _state, bootsteps, signals
 from celery.concurrency import get_implementation
 
-from sdtpu_worker.config import read_setting
+from sdtpu_worker.config import read_config, read_setting
+from sdtpu_worker.errors import ConfigurationError
+from sdtpu_worker.logs import install_prompt_guard
+from sdtpu_worker.tenants import shard_queues
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ def install(app: Celery) -> Celery:
     set_defaults(app, _DEFAULTS)
     app.steps["worker"].add(DeviceWorkerStep)
     app.steps["consumer"].add("sdtpu_worker.prefetch:UrgentPrefetchStep")
+    app.steps["consumer"].add(DeliveryStep)
     signals.worker_init.connect(_leave_other_workers_alone, dispatch_uid="sdtpu_worker")
     if _state.default_app is None:
         app.set_default()
@@ -90,15 +94,57 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
         accepted = set(worker.app.conf.accept_content)
         if not accepted <= {"json", "application/json"}:
             _refuse(f"accept_content must be ['json'] for a worker of the queue {queue!r}, got {sorted(accepted)}")
+        try:
+            config = read_config(worker.app.conf)
+        except ConfigurationError as exc:
+            _refuse(str(exc))
+        for name in shard_queues(queue, config.tenant_shards):
+            if name not in consumed:
+                worker.app.amqp.queues.select_add(name)
         if queue not in consumed:
-            worker.app.amqp.queues.select_add(queue)
             logger.info("consuming the queue %s too", queue)
+        if worker.app.conf.worker_cancel_long_running_tasks_on_connection_loss:
+            logger.info("jobs go on while Redis is away: worker_cancel_long_running_tasks_on_connection_loss is ignored")
+            worker.app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
+        worker.app.conf.worker_enable_prefetch_count_reduction = False  # what is held is counted, also after a reconnect
+        install_prompt_guard(worker.app)
+        from sdtpu_worker.worker import DeviceWorker, set_current
+
+        set_current(DeviceWorker(worker.app, worker.hostname, config))
 
     def start(self, worker: Any) -> None:
         """Runs after the pool is warm and before the first message is taken."""
         if self.serves:
             worker.concurrency = worker.consumer.initial_prefetch_count = worker.pool.limit
             worker.consumer.prefetch_multiplier = 1
+
+
+class DeliveryStep(bootsteps.StartStopStep):
+    """Tells a device worker when it consumes, and when its connection is gone."""
+
+    requires = frozenset({"celery.worker.consumer.tasks:Tasks"})
+
+    def include_if(self, consumer: Any) -> bool:
+        """Whether this worker holds devices."""
+        return _is_device_pool(type(consumer.pool))
+
+    def start(self, consumer: Any) -> None:
+        """Runs at every connection, before the first message is taken from it."""
+        _worker().on_consume(consumer)
+
+    def stop(self, consumer: Any) -> None:
+        """Runs at every loss of a connection, and when the worker stops."""
+        _worker().health.on_disconnect()
+
+    def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
+        """Say that the event loop turns."""
+        hub.call_repeatedly(1.0, _worker().health.beat)
+
+
+def _worker() -> Any:
+    from sdtpu_worker.worker import current
+
+    return current()
 
 
 def _is_device_pool(pool: Any) -> bool:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from celery.concurrency.base import apply_target
 from celery.concurrency.thread import ApplyResult, TaskPool
 from celery.platforms import EX_FAILURE
+from celery.signals import worker_shutting_down
 from celery.worker import state
 
-from sdtpu_worker.config import read_config
+from sdtpu_worker import worker
+from sdtpu_worker.config import Config, read_config
 from sdtpu_worker.errors import SdtpuError
 from sdtpu_worker.job import DeviceJob
 from sdtpu_worker.prefetch import UrgentPrefetch
@@ -21,6 +24,11 @@ from sdtpu_worker.serving import Serving, start_serving, stop_serving
 from sdtpu_worker.storage import make_image_store
 
 logger = logging.getLogger(__name__)
+
+_HAND_OVER_SHARE, _HAND_OVER_S = 0.3, 2.0
+"""How much of the grace period is kept for writing states to Redis: a share, and at most so many seconds."""
+_STORE_S = 10.0
+"""How long jobs that left the devices may take to encode, store and end."""
 
 
 class DeviceApplyResult(ApplyResult):
@@ -36,7 +44,7 @@ class DeviceApplyResult(ApplyResult):
 
 
 class DevicePool(TaskPool):
-    """Starts and warms the engine before the worker consumes; drains its jobs when the worker stops.
+    """Starts and warms the engine before the worker consumes; finishes or hands over its jobs when it stops.
 
     The number of threads is two batches (twice the slots), whatever `--concurrency` says, so that the next batch
     gathers and the last one is encoded and stored while the devices work; and a batch more for urgent jobs that are
@@ -45,22 +53,34 @@ class DevicePool(TaskPool):
 
     make_policy: Callable[..., Any] | None = None
     """Makes another policy than `Aggregator`, of the engine and the configuration; for comparisons."""
+    start_serving = staticmethod(start_serving)
+    """Makes what serves, of the configuration; for tests with another engine."""
     serving: Serving | None = None
     urgent: UrgentPrefetch | None = None
+    _drain_until: float | None = None
+    _is_stopping = False
 
     def on_start(self) -> None:
         """Make the engine ready; a `ConfigurationError` ends the worker with one line and a failure code."""
+        self._worker = worker.current()
+        self._futures: set[Future[None]] = set()
+        self._jobs: dict[int, DeviceJob] = {}  # by the native id of the thread that runs it
+        self._results: dict[DeviceJob, DeviceApplyResult] = {}
+        self._signals = 0
         try:
-            config = read_config(self.app.conf)
-            store = make_image_store(self.app, config.image_store)
-            self.serving = start_serving(config, store, _stop_worker, self.make_policy)
+            self.config: Config = read_config(self.app.conf)
+            store = make_image_store(self.app, self.config.image_store)
+            on_start = self._worker.record_starts if self._worker else lambda _: None
+            self.serving = self.start_serving(self.config, store, _stop_worker, self.make_policy, on_start)
+            if self._worker is not None:
+                self._worker.health.watch_device(lambda: self.serving.loop.alive, lambda: self.serving.loop.stalled_s)
+                self._worker.start()
         except SdtpuError as exc:
             logger.critical("%s: %s", type(exc).__name__, exc)
             raise SystemExit(EX_FAILURE) from exc
         self.limit = self.serving.capacity
         self.executor = ThreadPoolExecutor(self.limit + self.serving.engine.num_slots, thread_name_prefix="sdtpu-job")
-        self._jobs: dict[int, DeviceJob] = {}  # by the native id of the thread that runs it
-        self._results: dict[DeviceJob, DeviceApplyResult] = {}
+        worker_shutting_down.connect(self._on_shutdown_signal)
 
     def on_apply(
         self,
@@ -78,30 +98,87 @@ class DevicePool(TaskPool):
         request = getattr(accept_callback, "__self__", None)
         if request is None or self.serving is None:
             return super().on_apply(target, args, kwargs, callback, accept_callback)
+        deliveries = self._worker.deliveries if self._worker else None
+        if deliveries is not None:
+            deliveries.run(request.message.delivery_tag)
         job = DeviceJob(
             request,
             soft_timeout or self.options.get("soft_timeout"),
             timeout or self.options.get("timeout"),
             timeout_callback,
             self.serving.loop.cancel,
+            deliveries,
+            self.config.max_deliveries,
         )
         future = self.executor.submit(self._run, job, target, args, kwargs, callback, accept_callback)
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
         self._results[job] = result = DeviceApplyResult(future, job)
         future.add_done_callback(lambda _: self._results.pop(job, None))
         return result
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:
-        """Take the job that a thread runs off its slot: `revoke(terminate=True)`, and a cold shutdown.
+        """Take the job that a thread runs off its slot: `revoke(terminate=True)`.
 
         Called before the job's new state is announced, so that the job stores none of its own afterwards.
         """
         if job := self._jobs.get(pid):
             job.terminate()
 
+    def on_close(self) -> None:
+        """The worker stops: jobs that can be done within the grace period are finished, the others are handed over."""
+        if self.serving is None or self._drain_until is not None:
+            return
+        grace_s = self.config.grace_s
+        margin_s = min(_HAND_OVER_SHARE * grace_s, _HAND_OVER_S)
+        self._drain_until = time.monotonic() + grace_s
+        if self._worker is not None:
+            self._worker.health.drain()
+        self.serving.loop.drain(grace_s - margin_s)
+
+    def hand_over(self) -> None:
+        """Hand every job over now; also from a signal handler."""
+        if self.serving is not None:
+            self._drain_until = time.monotonic()
+            self.serving.loop.drain(0.0)
+
     def on_stop(self) -> None:
-        """Finish the jobs in flight, then stop the engine."""
-        super().on_stop()
+        """Wait for the jobs in flight, then stop the engine; again, from a signal handler, is a wish for haste."""
+        if self._is_stopping:
+            self.hand_over()
+            return
+        self._is_stopping = True
+        if state.should_terminate:
+            self.hand_over()
+        self.on_close()
+        late = self._wait_for_jobs()
+        self.executor.shutdown(wait=not late, cancel_futures=True)
+        worker_shutting_down.disconnect(self._on_shutdown_signal)
         stop_serving()
+        if self._worker is not None:
+            self._worker.stop(is_stuck=late)
+
+    def on_terminate(self) -> None:
+        """A cold shutdown."""
+        self.hand_over()
+        self.on_stop()
+
+    def _wait_for_jobs(self) -> bool:
+        """Wait until every job has ended; return whether some do not."""
+        until = self._drain_until or time.monotonic()
+        while self._futures and time.monotonic() < (self._drain_until or until) + _STORE_S:
+            wait(self._futures.copy(), 0.2)
+        if not self._futures:
+            return False
+        if self._worker is not None:
+            self._worker.stopping.set()  # whoever waits for Redis gives up
+        return bool(wait(self._futures.copy(), _STORE_S).not_done)
+
+    def _on_shutdown_signal(self, sig: str = "", how: str = "", **_: Any) -> None:
+        """Count the signals: the second one means at once."""
+        self._signals += 1
+        if self._signals > 1:
+            self.hand_over()
 
     def _run(
         self,
@@ -113,10 +190,10 @@ class DevicePool(TaskPool):
         accept_callback: Any,
     ) -> None:
         def end(result: Any) -> None:
-            """Let Celery store and acknowledge, unless the job goes back to the queue."""
+            """Let Celery store and acknowledge."""
             if self.urgent is not None:
                 self.urgent.on_job_end()
-            if callback is not None and not job.was_cancelled():
+            if callback is not None:
                 callback(result)
 
         thread = threading.get_native_id()
@@ -124,8 +201,11 @@ class DevicePool(TaskPool):
         try:
             with job.in_this_thread():
                 apply_target(target, args, kwargs, end, accept_callback, pid=thread)
+        except Exception:
+            logger.exception("task %s could not be brought to an end", job.task_id)
         finally:
             self._jobs.pop(thread, None)
+            job.let_go()
 
     def _get_info(self) -> dict[str, Any]:
         info = dict(super()._get_info())
@@ -142,10 +222,11 @@ class DevicePool(TaskPool):
                 "traces_since_ready": engine.traces_since_ready,
                 "costs": {f"{h}x{w}": costs.to_json() for (h, w), costs in engine.costs.items()},
                 "loop": self.serving.loop.stats.to_json(),
+                "deliveries": self._worker.to_json() if self._worker else {},
             }
         return info
 
 
 def _stop_worker() -> None:
-    """End the worker with a failure code, for its supervisor to start it anew on a healthy device."""
-    state.should_stop = EX_FAILURE
+    """End the worker with a code of its own, for its supervisor to start it anew on a healthy device."""
+    state.should_stop = worker.EX_ENGINE_LOST

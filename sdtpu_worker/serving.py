@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.aggregator.jobs import Terms
-from sdtpu_worker.aggregator.loop import DeviceLoop, Finished, Progress, Submission
+from sdtpu_worker.aggregator.loop import DeviceLoop
 from sdtpu_worker.aggregator.policy import Aggregator
+from sdtpu_worker.aggregator.submission import Finished, Progress, Submission
 from sdtpu_worker.aggregator.trace import NoTrace, Trace
 from sdtpu_worker.config import Config
-from sdtpu_worker.errors import ConfigurationError, EngineUnavailable
+from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, SnapshotMismatch
 from sdtpu_worker.images import encode_image
+from sdtpu_worker.load import WorkerLoad
 from sdtpu_worker.request import GenerationRequest
 from sdtpu_worker.result import BatchPlace, GenerationResult, StoredImage, Timings
 from sdtpu_worker.storage import ImageStore
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_STEPS_OF_A_JOB, _LEARNING_RATE = 50, 0.1
 PolicyMaker = Callable[["Engine", Config], Any]
 
 
@@ -36,11 +40,15 @@ class JobControl:
         terms: priority, deadline and limits.
         may_start: asked until the job has its slot, in the device loop's thread.
         report: told how far the job is, in the caller's thread.
+        snapshot: the bytes of a state to go on from.
+        alone: the job shares the devices with no other.
     """
 
     terms: Terms = field(default_factory=Terms)
     may_start: Callable[[], bool] = lambda: True
     report: Callable[[Progress], None] | None = None
+    snapshot: bytes | None = None
+    alone: bool = False
 
 
 def make_aggregator(engine: Engine, config: Config) -> Aggregator:
@@ -65,8 +73,11 @@ class Serving:
         config: Config,
         on_death: Callable[[], None] = lambda: None,
         make_policy: PolicyMaker | None = None,
+        on_start: Callable[[Sequence[str]], None] = lambda _: None,
     ) -> None:
         self.engine, self.store, self._progress_s = engine, store, config.progress_s
+        self._here: dict[Submission, int] = {}  # with its priority
+        self._mean_job_s: float | None = None
         self.trace: Trace = NoTrace()
         if config.trace:
             try:
@@ -74,7 +85,7 @@ class Serving:
                 self.trace = Trace(Path(config.trace), costs, engine.num_devices)
             except OSError as exc:
                 raise ConfigurationError(f"sdtpu_trace must be a file that can be written: {exc}") from exc
-        self.loop = DeviceLoop(engine, (make_policy or make_aggregator)(engine, config), on_death, self.trace)
+        self.loop = DeviceLoop(engine, (make_policy or make_aggregator)(engine, config), on_death, self.trace, on_start=on_start)
         self.loop.start()
 
     @property
@@ -101,14 +112,22 @@ class Serving:
             InvalidRequest: this worker cannot serve these parameters.
             GenerationFailed: the device failed on it.
             StorageError: the image could not be stored.
-            JobCancelled, JobOverdue: see `DeviceLoop.submit`.
+            JobCancelled, JobOverdue, JobHandedOver: see `DeviceLoop.submit`.
         """
         control = control or JobControl()
         received = time.monotonic()
         waited_s = max(0.0, time.time() - sent_at) if sent_at is not None else 0.0
         with self.trace.span("prepare", task_id):
             job = self.engine.prepare(task_id, request)
-        finished = self._wait(self.loop.submit(job, control.terms, control.may_start), control.report)
+        submission = self.loop.submit(
+            job, control.terms, control.may_start, self._read_snapshot(task_id, control.snapshot), control.alone
+        )
+        self._here[submission] = control.terms.priority
+        try:
+            finished = self._wait(submission, control.report)
+        finally:
+            del self._here[submission]
+        self._learn(finished.finished_at - finished.started_at)
         pixels = finished.pixels
         with self.trace.span("check safety", task_id):
             unsafe = self.engine.check_safety(pixels)
@@ -148,6 +167,35 @@ class Serving:
             batch=BatchPlace(finished.device, finished.slot, finished.occupied, self.engine.num_slots),
         )
 
+    def load(self, host: str) -> WorkerLoad:
+        """Return what this host can do at the moment. Any thread."""
+        here = self._here.copy()
+        held = Counter(here.values())
+        etas = [submission.progress.eta_s for submission in here]
+        lanes = {f"{height}x{width}": costs for (height, width), costs in self.engine.costs.items()}
+        steps_s = {size: costs.step_s(self.engine.num_devices) for size, costs in lanes.items()}
+        return WorkerLoad(
+            host=host,
+            num_slots=self.engine.num_slots,
+            step_s=steps_s,
+            mean_job_s=self._mean_job_s or _STEPS_OF_A_JOB * next(iter(steps_s.values())),
+            held=held,
+            next_free_s=0.0 if len(here) < self.engine.num_slots else min((eta for eta in etas if eta), default=0.0),
+        )
+
+    def _learn(self, job_s: float) -> None:
+        mean_s = self._mean_job_s
+        self._mean_job_s = max(1e-3, job_s if mean_s is None else mean_s + _LEARNING_RATE * (job_s - mean_s))
+
+    def _read_snapshot(self, task_id: str, data: bytes | None) -> Any:
+        if data is None:
+            return None
+        try:
+            return self.engine.read_snapshot(data)
+        except SnapshotMismatch as exc:
+            logger.warning("task %s starts anew: %s", task_id, exc)
+            return None
+
     def _wait(self, submission: Submission, report: Callable[[Progress], None] | None) -> Finished:
         """Wait for the picture; say how far it is as soon as it has a slot, and then now and then."""
         said, next_at = submission.progress, time.monotonic() + self._progress_s
@@ -178,6 +226,7 @@ def start_serving(
     store: ImageStore,
     on_death: Callable[[], None] = lambda: None,
     make_policy: PolicyMaker | None = None,
+    on_start: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> Serving:
     """Find the devices, load the checkpoint, compile and really run every program; make the result `current()`.
 
@@ -186,6 +235,7 @@ def start_serving(
         store: where images go.
         on_death: called when the device loop cannot go on.
         make_policy: makes another policy than `Aggregator`.
+        on_start: told, in the device loop's thread, who is about to get a slot.
 
     Raises:
         ConfigurationError: a device, a checkpoint or a size that is configured is not there.
@@ -221,7 +271,7 @@ def start_serving(
         "traced %d programs in %.2f s, compiled in %.2f s (compile cache: %d hits, %d misses)",
         len(engine.resolutions), engine.trace_s, engine.compile_s, engine.cache_hits, engine.cache_misses,
     )  # fmt: skip
-    _current = Serving(engine, store, config, on_death, make_policy)
+    _current = Serving(engine, store, config, on_death, make_policy, on_start)
     sizes = ", ".join(
         f"{height}x{width} ({1000 * costs.step_s(engine.num_devices):.1f} ms a step)"
         for (height, width), costs in engine.costs.items()
@@ -240,6 +290,16 @@ def stop_serving() -> None:
     if _current is not None:
         _current.close()
         _current = None
+
+
+def is_well(stall_s: float) -> bool:
+    """Whether this process's devices make progress: no tick is later than this; True while there are none yet."""
+    return _current is None or _current.loop.stalled_s <= stall_s
+
+
+def load(host: str) -> WorkerLoad | None:
+    """Return what this process's engine can do at the moment, if there is one."""
+    return _current.load(host) if _current is not None else None
 
 
 def current() -> Serving:

@@ -27,6 +27,7 @@ class GenerateTask(Task):
 
     abstract = True
     typing = False
+    Request = "sdtpu_worker.job:DeviceRequest"
 
     def signature(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Signature:
         """Build a signature; the parameters given so far are checked at once, so that a group fails as a whole."""
@@ -66,7 +67,7 @@ class GenerateTask(Task):
 @shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=True)
 def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Generate one image; parameters as `GenerationRequest`, result as `GenerationResult` in JSON."""
-    from sdtpu_worker.job import current_job
+    from sdtpu_worker.job import CRASHES_TO_RUN_ALONE, current_job
     from sdtpu_worker.serving import JobControl, current
 
     request = GenerationRequest.parse(args, kwargs).with_seed(self.request.id)
@@ -75,8 +76,15 @@ def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
     serving, job = current(), current_job()
     if job is None:
         return serving.run(self.request.id, request, sent_at).to_json()
-    control = JobControl(job.terms(), job.may_start, lambda progress: job.report(self, progress))
     with job.in_celerys_words():
+        facts = job.recall(self, request)
+        control = JobControl(
+            job.terms(),
+            job.may_start,
+            lambda progress: job.report(self, progress),
+            facts.snapshot,
+            alone=len(facts.died_on) >= CRASHES_TO_RUN_ALONE,
+        )
         return serving.run(self.request.id, request, sent_at, control).to_json()
 
 

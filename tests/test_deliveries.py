@@ -1,0 +1,294 @@
+"""What a worker holds, on a real Redis: every move is atomic, and nothing is in two places or in none."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+import redis
+
+from sdtpu_worker.deliveries import CLAIM, MAX_DEAD_LETTERS, Deliveries, Keys
+from sdtpu_worker.demo.processes import private_redis
+from sdtpu_worker.lease import Lease
+
+
+@pytest.fixture(scope="module")
+def server():
+    with private_redis() as url, redis.Redis.from_url(url) as client:
+        yield client
+
+
+@pytest.fixture
+def client(server):
+    server.flushall()
+    return server
+
+
+@pytest.fixture
+def make(client):
+    made = []
+
+    def deliveries(lease_s: float = 30.0, host: str = "host", prefix: str = "") -> Deliveries:
+        url = client.connection_pool.connection_kwargs
+        made.append(Deliveries(lambda: redis.Redis(port=url["port"], socket_timeout=5), Keys(prefix), lease_s, host))
+        return made[-1]
+
+    yield deliveries
+    for each in made:
+        each.close()
+
+
+def claim(deliveries: Deliveries, tag: str, *lists: str, max_bytes: int = 1000):
+    keys = [deliveries.keys.held, deliveries.keys.leases, *lists]
+    reply = deliveries.client.eval(CLAIM, len(keys), *keys, tag, deliveries.lease_s, max_bytes, 10)
+    if reply is not None:
+        deliveries.hold(tag, f"task-{tag}")
+    return reply
+
+
+def places(client, deliveries: Deliveries, *lists: str) -> tuple[list[bytes], int, int]:
+    """Return the waiting messages, and how many are held and leased."""
+    waiting = [message for name in lists for message in client.lrange(name, 0, -1)]
+    return waiting, client.hlen(deliveries.keys.held), client.zcard(deliveries.keys.leases)
+
+
+def test_a_claim_takes_the_first_message_of_the_first_list_that_has_one(client, make):
+    ours = make()
+    for message in (b"first", b"second"):
+        client.lpush("b", message)
+    client.lpush("c", b"third")
+    assert claim(ours, "1", "a", "b", "c") == [1, b"first"]
+    assert claim(ours, "2", "a", "b", "c") == [1, b"second"]
+    assert claim(ours, "3", "a", "b", "c") == [2, b"third"]
+    assert claim(ours, "4", "a", "b", "c") is None
+    assert places(client, ours, "a", "b", "c") == ([], 3, 3)
+    assert len(ours) == 3
+
+
+def test_a_message_that_is_too_large_is_claimed_but_not_read_whole(client, make):
+    ours = make()
+    client.lpush("q", b"a" * 500 + b"b" * 501)
+    assert claim(ours, "1", "q") == [0, 1001, b"a" * 10, b"b" * 10]
+    assert places(client, ours, "q") == ([], 1, 1)
+    ours.release("1")
+    assert client.lrange("q", 0, -1) == [b" " + b"a" * 500 + b"b" * 501]
+
+
+def test_an_acknowledged_message_is_nowhere_and_its_jobs_facts_are_gone(client, make):
+    ours = make()
+    client.lpush("q", b"{}")
+    claim(ours, "1", "q")
+    ours.record_starts(["task-1"])
+    ours.save_snapshot("task-1", b"state")
+    ours.ack("1")
+    assert places(client, ours, "q") == ([], 0, 0)
+    assert client.keys("sdtpu:*") == []
+    ours.ack("1")
+    ours.release("1")
+    assert places(client, ours, "q") == ([], 0, 0), "what is not held any more is left alone"
+
+
+def test_a_released_message_goes_to_the_front_and_bears_one_mark_however_often(client, make):
+    ours = make()
+    client.lpush("q", b"first\nline", b"second")
+    for tag in "123":
+        assert claim(ours, tag, "q")[1].strip() == b"first\nline"
+        ours.release(tag)
+    assert client.lrange("q", 0, -1) == [b"second", b" first\nline"]
+
+
+def test_a_released_job_keeps_its_state_but_no_count_of_crashes(client, make):
+    ours = make()
+    client.lpush("q", b"{}")
+    claim(ours, "1", "q")
+    ours.record_starts(["task-1"])
+    ours.save_snapshot("task-1", b"state")
+    ours.release("1")
+    facts = ours.job_facts("task-1")
+    assert (facts.died_on, facts.snapshot) == ([], b"state")
+
+
+def test_starts_name_their_hosts_and_expire(client, make):
+    for host in ("a", "b", "a"):
+        make(host=host).record_starts(["job", "other"])
+    assert make().job_facts("job").died_on == ["a", "b", "a"]
+    assert 0 < client.ttl("sdtpu:starts:job") <= 24 * 3600
+
+
+def test_only_a_lease_that_ended_is_swept_and_its_crash_count_stays(client, make):
+    dead, alive = make(lease_s=0.2, host="dead"), make(lease_s=30)
+    client.lpush("q", b"lost", b"kept")
+    claim(dead, "1", "q")
+    claim(alive, "2", "q")
+    dead.record_starts(["task-1"])
+    assert alive.sweep() == 0
+    time.sleep(0.25)
+    assert alive.sweep() == 1
+    assert places(client, alive, "q") == ([b" lost"], 1, 1)
+    assert alive.job_facts("task-1").died_on == ["dead"]
+    assert dead.renew() == ["1"], "it hears that the message is not its own any more"
+    dead.ack("1")
+    assert places(client, alive, "q") == ([b" lost"], 1, 1), "and cannot take it away from the next"
+
+
+def test_renewing_makes_a_short_lease_last(client, make):
+    ours, other = make(lease_s=0.3), make()
+    client.lpush("q", b"long")
+    claim(ours, "1", "q")
+    for _ in range(6):
+        time.sleep(0.1)
+        assert ours.renew() == []
+        assert other.sweep() == 0
+
+
+def test_what_redis_cannot_be_told_is_told_later(client, make, monkeypatch):
+    ours = make()
+    client.lpush("q", b"done", b"back")
+    claim(ours, "1", "q")
+    claim(ours, "2", "q")
+    working, away = ours.client, redis.Redis(port=1)
+    freed = []
+    ours.on_free = lambda: freed.append(True)
+    ours._client = away
+    ours.ack("1")
+    ours.release("2")
+    assert (len(ours), len(freed)) == (0, 2)
+    with pytest.raises(redis.exceptions.ConnectionError):
+        ours.flush()
+    ours._client = working
+    assert places(client, ours, "q") == ([], 2, 2)
+    ours.flush()
+    assert places(client, ours, "q") == ([b" back"], 0, 0)
+
+
+def test_waiting_messages_go_back_when_a_connection_ends_and_running_ones_stay(client, make):
+    ours = make()
+    client.lpush("q", b"waits", b"runs")
+    claim(ours, "1", "q")
+    claim(ours, "2", "q")
+    ours.run("2")
+    ours.release_waiting()
+    assert places(client, ours, "q") == ([b" waits"], 1, 1)
+    ours.release_all()
+    assert client.llen("q") == 2
+
+
+def test_a_job_that_could_not_be_ended_comes_again_when_its_lease_ends(client, make):
+    ours = make(lease_s=0.2)
+    client.lpush("q", b"stuck")
+    claim(ours, "1", "q")
+    ours.let_go("1")
+    assert (len(ours), ours.renew()) == (0, [])
+    time.sleep(0.25)
+    assert make().sweep() == 1
+    assert client.lrange("q", 0, -1) == [b" stuck"]
+
+
+def test_buried_messages_are_counted_by_kind_and_the_last_ones_kept(client, make):
+    ours = make()
+    for i in range(5):
+        client.lpush("q", b"\xff bad %d" % i)
+        _, message = claim(ours, str(i), "q")
+        ours.bury(str(i), "InvalidMessage", "q", "it is no JSON", len(message), message)
+    assert places(client, ours, "q")[1:] == (0, 0)
+    assert client.hgetall("sdtpu:dead:counts") == {b"InvalidMessage": b"5"}
+    letter = json.loads(client.lindex("sdtpu:dead", 0))
+    assert (letter["queue"], letter["reason"], letter["bytes"]) == ("q", "it is no JSON", 7)
+    assert letter["message"] == "\\xff bad 4"
+    client.lpush("sdtpu:dead", *range(2 * MAX_DEAD_LETTERS))
+    ours.bury("x", "InvalidMessage", "q", "", 0, b"")
+    assert client.llen("sdtpu:dead") == MAX_DEAD_LETTERS
+
+
+def test_every_key_bears_the_prefix(client, make):
+    ours = make(prefix="shop:")
+    client.lpush("shop:q", b"{}", b"{}")
+    claim(ours, "1", "shop:q")
+    claim(ours, "2", "shop:q")
+    ours.record_starts(["task-1"])
+    ours.save_snapshot("task-1", b"state")
+    ours.bury("2", "kind", "q", "reason", 0, b"")
+    assert all(key.startswith(b"shop:") for key in client.keys("*"))
+
+
+def test_a_full_redis_still_takes_acknowledgements_and_gives_messages(client, make):
+    ours = make()
+    client.lpush("q", b"one", b"two")
+    claim(ours, "1", "q")
+    client.config_set("maxmemory", 1)
+    try:
+        ours.ack("1")
+        assert claim(ours, "2", "q")[1] == b"two"
+        ours.release("2")
+        assert client.hlen(ours.keys.held) == 1, "there is no room to give it back: it stays held"
+    finally:
+        client.config_set("maxmemory", 0)
+    ours.flush()
+    assert client.lrange("q", 0, -1) == [b" two"]
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_lease_sweeps_only_after_a_whole_lease_of_unbroken_contact(client, make):
+    dead, ours = make(lease_s=0.05), make(lease_s=30)
+    client.lpush("q", b"lost")
+    claim(dead, "1", "q")
+    time.sleep(0.1)
+    clock = Clock()
+    lease = Lease(ours, lambda: True, clock=clock)
+    lease.pulse()
+    clock.now += 29
+    lease.pulse()
+    working = ours.client
+    ours._client = redis.Redis(port=1)
+    clock.now += 2
+    lease.pulse()
+    ours._client = working
+    for seconds in (1, 15, 14):
+        clock.now += seconds
+        lease.pulse()
+        assert client.llen("q") == 0, "contact was lost: everybody may renew first"
+    clock.now += 16
+    lease.pulse()
+    assert client.lrange("q", 0, -1) == [b" lost"]
+
+
+def test_a_hung_device_loses_its_leases_and_a_mended_one_renews_again(client, make, caplog):
+    ours, other = make(lease_s=0.3), make()
+    client.lpush("q", b"job")
+    claim(ours, "1", "q")
+    clock, well, contacts = Clock(), threading.Event(), []
+    lease = Lease(ours, well.is_set, lambda: contacts.append(True), clock)
+    lease.pulse()
+    assert contacts, "Redis is there, whatever the devices do"
+    time.sleep(0.35)
+    clock.now += 1
+    lease.pulse()
+    assert "no progress" in caplog.text
+    assert other.sweep() == 1
+    well.set()
+    client.lpush("q", b"another")
+    claim(ours, "2", "q")
+    clock.now += 1
+    lease.pulse()
+    assert "gone to another worker as well" in caplog.text
+
+
+def test_a_lease_thread_starts_renews_and_stops(client, make):
+    ours, other = make(lease_s=0.6), make()
+    client.lpush("q", b"job")
+    claim(ours, "1", "q")
+    lease = Lease(ours, lambda: True)
+    lease.start()
+    for _ in range(5):
+        time.sleep(0.25)
+        assert other.sweep() == 0
+    lease.stop()
+    assert "sdtpu-lease" not in {thread.name for thread in threading.enumerate()}

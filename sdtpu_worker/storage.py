@@ -1,4 +1,9 @@
-"""Image bytes by task id: in Redis, with the result's expiry, or at any fsspec URL."""
+"""Image bytes by task id: in Redis, with the result's expiry, or at any fsspec URL.
+
+A name in a store is made of the task id alone and cannot leave the store's own prefix. A result names its image by
+URI; since whoever can write to the result backend can write any URI, only one that the configured store would have
+given is ever read.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,14 @@ import hashlib
 import io
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sdtpu_worker.errors import ConfigurationError, StorageError
+from sdtpu_worker.logs import sanitize_url
 from sdtpu_worker.result import GenerationResult
+from sdtpu_worker.retrying import PUT_BUDGET_S, never, store_patiently
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -20,119 +27,187 @@ if TYPE_CHECKING:
 
 REDIS_URI_PREFIX = "redis:"
 _KEY_PREFIX = "sdtpu:image:"
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_CONNECT_TIMEOUT_S, _REPLY_TIMEOUT_S = 5.0, 10.0
+_SAFE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")  # no capitals: file systems may take "A" for "a"
+_STORED_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # no separator, no "..", no hidden name
 
 
 class ImageStore(Protocol):
     """Where a worker puts image bytes."""
 
-    def put(self, task_id: str, image_format: str, data: bytes) -> str:
+    def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = ...) -> str:
         """Store the bytes and return their URI; storing the same id again replaces them.
+
+        A store that does not answer, or is full, is tried again for `PUT_BUDGET_S`; what cannot pass by itself
+        (no permission, a wrong password) is not.
+
+        Args:
+            task_id: names the image.
+            image_format: its file name's extension.
+            data: the encoded image.
+            give_up: asked while waiting, several times a second; True ends the waiting.
 
         Raises:
             StorageError: the store refused them.
         """
 
+    def read(self, uri: str) -> bytes:
+        """Return the bytes at a URI that `put` gave.
+
+        Raises:
+            StorageError: it is none of this store's, nothing is there any more, or the store cannot be read.
+        """
+
 
 class RedisImageStore:
-    """Images under `sdtpu:image:{task_id}`, expiring with the results."""
+    """Images under `sdtpu:image:{name}`, expiring with the results.
 
-    def __init__(self, client: Redis, expires_s: int | None) -> None:
-        self.client, self.expires_s = client, expires_s
+    One attempt takes as long as the client lets it: of the result backend's client that is Celery's
+    `redis_socket_timeout` (120 s by default), and it does not try again by itself.
+    """
 
-    def put(self, task_id: str, image_format: str, data: bytes) -> str:
+    def __init__(self, client: Redis, expires_s: int | None, budget_s: float = PUT_BUDGET_S) -> None:
+        self.client, self.expires_s, self.budget_s = client, expires_s, budget_s
+
+    def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = never) -> str:
         """Store the bytes; see `ImageStore`."""
+        from redis.exceptions import (
+            AuthenticationError,
+            AuthorizationError,
+            DataError,
+            NoPermissionError,
+            RedisError,
+        )
+
+        key = _KEY_PREFIX + stored_name(task_id)
+        lasting = (AuthenticationError, AuthorizationError, NoPermissionError, DataError)
+        store_patiently(
+            lambda: self.client.set(key, data, ex=self.expires_s),
+            f"Redis did not take the image of task {task_id!r} ({len(data):,} bytes)",
+            lambda exc: isinstance(exc, RedisError | OSError) and not isinstance(exc, lasting),
+            self.budget_s,
+            give_up,
+        )
+        return REDIS_URI_PREFIX + key
+
+    def read(self, uri: str) -> bytes:
+        """Return the bytes; see `ImageStore`."""
         from redis.exceptions import RedisError
 
-        key = _KEY_PREFIX + task_id
+        key = uri.removeprefix(REDIS_URI_PREFIX)
+        if key == uri or not key.startswith(_KEY_PREFIX):
+            raise _foreign(uri, f"{REDIS_URI_PREFIX}{_KEY_PREFIX}…")
         try:
-            self.client.set(key, data, ex=self.expires_s)
+            data: Any = self.client.get(key)
         except RedisError as exc:
-            raise StorageError(f"Redis did not take the image of task {task_id} ({len(data):,} bytes): {exc}") from exc
-        return REDIS_URI_PREFIX + key
+            raise StorageError(f"Redis could not be read for {uri}: {sanitize_url(str(exc))}") from exc
+        if data is None:
+            raise StorageError(f"no image at {uri}: it expired (result_expires) or was deleted")
+        return data
 
 
 class FileImageStore:
-    """Images as `{task_id}.{format}` below an fsspec URL."""
+    """Images as `{name}.{format}` below an fsspec URL."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, budget_s: float = PUT_BUDGET_S) -> None:
         import fsspec
 
+        self.budget_s = budget_s
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(url)
+            fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError, OSError) as exc:
+            raise _unusable(url, exc) from None
+        self.fs, self.root = fs, root.rstrip("/")
+        self._prefix: str = fs.unstrip_protocol(f"{self.root}/_").removesuffix("_")
+
+    def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = never) -> str:
+        """Store the bytes; see `ImageStore`."""
+        name = f"{stored_name(task_id)}.{image_format}"
+        store_patiently(
+            lambda: self._write(f"{self.root}/{name}", data),
+            f"the image of task {task_id!r} could not be written to {sanitize_url(self._prefix + name)}",
+            lambda exc: not isinstance(exc, PermissionError | NotADirectoryError | IsADirectoryError),
+            self.budget_s,
+            give_up,
+        )
+        return self._prefix + name
+
+    def read(self, uri: str) -> bytes:
+        """Return the bytes; see `ImageStore`."""
+        name = uri.removeprefix(self._prefix)
+        if name == uri or not _STORED_NAME.fullmatch(name):
+            raise _foreign(uri, f"{self._prefix}…")
+        try:
+            return bytes(self.fs.cat_file(f"{self.root}/{name}"))
+        except Exception as exc:  # every file system of fsspec has its own errors
+            raise StorageError(f"no image at {sanitize_url(uri)}: {sanitize_url(str(exc))}") from exc
+
+    def prepare(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ConfigurationError: it cannot be made.
+        """
+        try:
             self.fs.makedirs(self.root, exist_ok=True)
         except (ImportError, ValueError, OSError) as exc:
-            raise ConfigurationError(
-                f"sdtpu_image_store must be redis, a redis:// URL or a writable fsspec URL, got {url!r}: {exc}"
-            ) from exc
+            raise _unusable(self._prefix, exc) from None
 
-    def put(self, task_id: str, image_format: str, data: bytes) -> str:
-        """Store the bytes; see `ImageStore`."""
-        safe = _SAFE_NAME.fullmatch(task_id) is not None
-        name = task_id if safe else hashlib.sha256(task_id.encode(errors="surrogatepass")).hexdigest()
-        path = f"{self.root.rstrip('/')}/{name}.{image_format}"
+    def _write(self, path: str, data: bytes) -> None:
         try:
             if "file" in self.fs.protocol:
                 _write_local_atomically(path, data)
             else:  # object stores show an object only when it is complete
-                with self.fs.open(path, "wb") as file:
-                    file.write(data)
-        except OSError as exc:
-            raise StorageError(f"the image of task {task_id} could not be written to {path}: {exc}") from exc
-        return self.fs.unstrip_protocol(path)
+                self.fs.pipe_file(path, data)
+        except FileNotFoundError:  # someone removed the folder
+            self.fs.makedirs(self.root, exist_ok=True)
+            raise
+
+
+def stored_name(task_id: str) -> str:
+    """Return the name of a task's image in a store: the id if it is harmless everywhere, else its hash.
+
+    No two ids have the same name: a hash starts with a character that no harmless id has.
+    """
+    if _SAFE_ID.fullmatch(task_id):
+        return task_id
+    return "_" + hashlib.sha256(task_id.encode(errors="surrogatepass")).hexdigest()
 
 
 def make_image_store(app: Celery, url: str) -> ImageStore:
-    """Return the store that `sdtpu_image_store` names.
+    """Return the store that `sdtpu_image_store` names, ready to be written to.
 
     Raises:
         ConfigurationError: the URL cannot be used, or `redis` was asked for and the result backend is not Redis.
     """
-    expires = app.conf.result_expires
-    expires_s = int(getattr(expires, "total_seconds", lambda: expires or 0)()) or None
-    if url == "redis":
-        return RedisImageStore(_backend_client(app), expires_s)
-    if url.startswith(("redis://", "rediss://", "unix://")):
-        from redis import Redis
-
-        return RedisImageStore(Redis.from_url(url), expires_s)
-    return FileImageStore(url)
+    store = _find_store(app, url)
+    if isinstance(store, FileImageStore):
+        store.prepare()
+    return store
 
 
 def read_image_bytes(result: Mapping[str, Any] | GenerationResult, app: Celery | None = None) -> bytes:
-    """Return the stored bytes of a result's image.
+    """Return the stored bytes of a result's image, from the store that `sdtpu_image_store` names.
 
     Args:
         result: what `AsyncResult.get()` returned, or a `GenerationResult`.
-        app: whose Redis to read; default: the current Celery app.
+        app: whose settings and Redis to use; default: the current Celery app.
 
     Raises:
-        StorageError: the image is not there any more, or the store cannot be read.
+        StorageError: the image is not there any more, is not in the configured store, or the store cannot be read.
     """
-    image = (result if isinstance(result, GenerationResult) else GenerationResult.from_json(result)).image
-    if not image.uri.startswith(REDIS_URI_PREFIX):
-        import fsspec
-
-        try:
-            with fsspec.open(image.uri, "rb") as file:
-                return bytes(file.read())
-        except OSError as exc:
-            raise StorageError(f"no image at {image.uri}: {exc}") from exc
     from celery import current_app
-    from redis.exceptions import RedisError
 
     from sdtpu_worker.config import read_setting
 
-    app = app or current_app._get_current_object()
-    store = make_image_store(app, read_setting("sdtpu_image_store", app.conf))
-    client = store.client if isinstance(store, RedisImageStore) else _backend_client(app)
     try:
-        data: Any = client.get(image.uri.removeprefix(REDIS_URI_PREFIX))
-    except RedisError as exc:
-        raise StorageError(f"Redis could not be read for {image.uri}: {exc}") from exc
-    if data is None:
-        raise StorageError(f"no image at {image.uri}: it expired (result_expires) or was deleted")
-    return data
+        uri = (result if isinstance(result, GenerationResult) else GenerationResult.from_json(result)).image.uri
+    except (TypeError, AttributeError) as exc:
+        raise StorageError(
+            f"not a result of sdtpu.generate, which alone has an image: {type(result).__name__}"
+        ) from exc
+    app = app or current_app._get_current_object()
+    return _find_store(app, read_setting("sdtpu_image_store", app.conf)).read(str(uri))
 
 
 def open_image(result: Mapping[str, Any] | GenerationResult, app: Celery | None = None) -> Image:
@@ -142,6 +217,29 @@ def open_image(result: Mapping[str, Any] | GenerationResult, app: Celery | None 
     image = Image.open(io.BytesIO(read_image_bytes(result, app)))
     image.load()
     return image
+
+
+def _find_store(app: Celery, url: str) -> RedisImageStore | FileImageStore:
+    expires = app.conf.result_expires
+    expires_s = int(getattr(expires, "total_seconds", lambda: expires or 0)()) or None
+    if url == "redis":
+        return RedisImageStore(_backend_client(app), expires_s)
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        return FileImageStore(url)
+    from redis import Redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    try:  # by itself it would try ten times, without asking whether to give up
+        client = Redis.from_url(
+            url,
+            retry=Retry(NoBackoff(), 1),
+            socket_connect_timeout=_CONNECT_TIMEOUT_S,
+            socket_timeout=_REPLY_TIMEOUT_S,
+        )
+    except ValueError as exc:
+        raise _unusable(url, exc) from None
+    return RedisImageStore(client, expires_s)
 
 
 def _write_local_atomically(path: str, data: bytes) -> None:
@@ -159,12 +257,28 @@ def _write_local_atomically(path: str, data: bytes) -> None:
             raise
 
 
+def _foreign(uri: str, wanted: str) -> StorageError:
+    return StorageError(
+        f"the image at {sanitize_url(uri)!r} is not in the configured store, which has {sanitize_url(wanted)}; set"
+        " sdtpu_image_store to what the worker has"
+    )
+
+
+def _unusable(url: str, exc: Exception) -> ConfigurationError:
+    """Say that a URL cannot be used; an error of parsing may quote a part of a password."""
+    cause = type(exc).__name__ + ("" if "@" in url else f": {exc}")
+    return ConfigurationError(
+        f"sdtpu_image_store must be redis, a redis:// URL or a writable fsspec URL, got {sanitize_url(url)!r} ({cause})"
+    )
+
+
 def _backend_client(app: Celery) -> Redis:
     from celery.backends.redis import RedisBackend
 
     if not isinstance(app.backend, RedisBackend):
         raise ConfigurationError(
-            f"sdtpu_image_store = 'redis' needs a Redis result backend, got {app.conf.result_backend!r};"
-            " set result_backend to redis://…, or sdtpu_image_store to a redis:// or fsspec URL"
+            "sdtpu_image_store = 'redis' needs a Redis result backend, got"
+            f" {sanitize_url(repr(app.conf.result_backend))}; set result_backend to redis://…, or sdtpu_image_store to"
+            " a redis:// or fsspec URL"
         )
     return app.backend.client

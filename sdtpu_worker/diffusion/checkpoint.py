@@ -1,6 +1,6 @@
-"""Load a Stable Diffusion checkpoint: any folder or hub name in the diffusers layout with Flax weights.
+"""Load a Stable Diffusion checkpoint: any folder or hub name in the diffusers layout.
 
-Weights are read with msgpack alone: no pickle, and no random initialisation first.
+Weights are Flax's msgpack or safetensors, see `weights.py`: no pickle, and no random initialisation first.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
-from flax.serialization import msgpack_restore
 from transformers import CLIPTextConfig, CLIPTokenizer, FlaxCLIPTextModel
 
 from sdtpu_worker.diffusion.samplers import NoiseSchedule, default_sampler
+from sdtpu_worker.diffusion.weights import Params, find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
 
 EMBEDDED = "embedded"
 _EMBEDDED_FOLDER = Path(__file__).parent.parent / "demo" / "checkpoint"
-_FILES = ["*.json", "*/*.json", "*/*.msgpack", "tokenizer/*"]
+_FILES = ["*.json", "*/*.json", "tokenizer/*.txt"]
+# One format after the other, until every part has its weights: a hub often has the same weights in several.
+_WEIGHTS = (["*/*.msgpack"], ["*/*model.safetensors", "*/*model-*-of-*.safetensors"], ["*/*fp16*.safetensors"])
 _UNET_CLASS, _VAE_CLASS, _TEXT_CLASS = "UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel"
-
-Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,11 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
         revision: of a hub checkpoint.
 
     Raises:
-        InvalidCheckpoint: it is missing, half-written, or not a Stable Diffusion checkpoint with Flax weights.
+        InvalidCheckpoint: it is missing, half-written, or not a Stable Diffusion checkpoint with msgpack or
+            safetensors weights.
     """
     folder = _find_folder(name, revision)
-    index = _read_json(folder / "model_index.json", folder)
-    classes = {part: str((entry or [None, None])[1]).removeprefix("Flax")
-               for part, entry in index.items() if isinstance(entry, list)}  # fmt: skip
+    classes = _read_classes(folder)
     for part, wanted in (("unet", _UNET_CLASS), ("vae", _VAE_CLASS), ("text_encoder", _TEXT_CLASS)):
         if classes.get(part) != wanted:
             raise InvalidCheckpoint(
@@ -99,12 +98,12 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
             f" {vae.config.latent_channels}; inpainting and image-conditioned checkpoints are not supported"
         )
     params = {
-        "text_encoder": _read_weights(folder, "text_encoder", "flax_model.msgpack", dtype),
-        "unet": _read_weights(folder, "unet", "diffusion_flax_model.msgpack", dtype),
-        "vae": _read_weights(folder, "vae", "diffusion_flax_model.msgpack", dtype),
+        "text_encoder": read_weights(folder, "text_encoder", text_encoder.params_shape_tree, dtype),
+        "unet": read_weights(folder, "unet", _shapes(unet, folder), dtype),
+        "vae": read_weights(folder, "vae", _shapes(vae, folder), dtype),
     }
     safety_checker = feature_extractor = None
-    if classes.get("safety_checker") not in (None, "None"):
+    if "safety_checker" in classes:
         safety_checker, feature_extractor, params["safety_checker"] = _load_safety_checker(folder)
     vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
     side = _pair(unet.config.sample_size)
@@ -131,19 +130,54 @@ def _find_folder(name: str, revision: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise InvalidCheckpoint(
+            f"sdtpu_model must be a folder in the diffusers layout, got the file {name!r}; convert it where it is"
+            " trusted, with diffusers' `from_single_file` and `save_pretrained(safe_serialization=True)`"
+        )
     if name.startswith(("/", ".", "~")) or name.count("/") != 1 or folder.exists():
         raise InvalidCheckpoint(
             f"sdtpu_model must be a folder, a hub name like 'owner/name', or '{EMBEDDED}'; there is no folder {name!r}"
         )
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        return _download(name, revision)
+    except InvalidCheckpoint:
+        raise
     except Exception as exc:  # the hub client raises its own, requests' and OS errors alike
         raise InvalidCheckpoint(
             f"no folder {name!r} here, and the hub did not give a checkpoint of that name at revision"
             f" {revision!r} ({type(exc).__name__}: {exc}); check sdtpu_model and sdtpu_revision"
         ) from exc
+
+
+def _download(name: str, revision: str) -> Path:
+    """Download a hub checkpoint without the formats that it does not need; no pickle is ever downloaded."""
+    from huggingface_hub import snapshot_download
+
+    for patterns in _WEIGHTS:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_FILES, *patterns]))
+        parts = {"unet", "vae", "text_encoder", "safety_checker"} & set(_read_classes(folder))
+        if all(find_weights(folder, part) for part in parts):
+            break
+    return folder
+
+
+def _read_classes(folder: Path) -> dict[str, str]:
+    """Return the class that `model_index.json` names for each part that there is."""
+    index = _read_json(folder / "model_index.json", folder)
+    return {
+        part: str(entry[1]).removeprefix("Flax")
+        for part, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[1]
+    }
+
+
+def _shapes(module: FlaxUNet2DConditionModel | FlaxAutoencoderKL, folder: Path) -> Params:
+    """Return the tree of a module's parameters with their shapes; computes nothing."""
+    try:
+        return jax.eval_shape(module.init_weights, jax.random.key(0))
+    except Exception as exc:  # a config that makes no model fails in as many ways as there are layers
+        raise InvalidCheckpoint(f"{folder}: a config cannot be used: {type(exc).__name__}: {exc}") from exc
 
 
 def _read_json(path: Path, folder: Path) -> Mapping[str, Any]:
@@ -160,35 +194,6 @@ def _read_json(path: Path, folder: Path) -> Mapping[str, Any]:
     return data
 
 
-def _read_weights(folder: Path, part: str, file_name: str, dtype: Any) -> Params:
-    path = folder / part / file_name
-    if not path.is_file():
-        others = sorted(
-            p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".safetensors", ".ckpt", ".msgpack")
-        )
-        raise InvalidCheckpoint(
-            f"{folder}: {part}/{file_name} is missing (found {', '.join(others) or 'no weights'}); this worker reads"
-            " Flax weights: convert them with diffusers' and transformers' `from_pt=True` and `save_pretrained`"
-        )
-    try:
-        params = msgpack_restore(path.read_bytes())
-    except Exception as exc:  # msgpack raises a different error for each way in which a file can be broken
-        raise InvalidCheckpoint(
-            f"{path} is not a complete Flax weights file ({path.stat().st_size:,} bytes):"
-            f" {type(exc).__name__}: {exc}; download or convert it again"
-        ) from exc
-    if not isinstance(params, dict) or not params:
-        raise InvalidCheckpoint(f"{path} holds no parameters")
-    return _cast(params, dtype)
-
-
-def _cast(tree: Any, dtype: Any) -> Any:
-    if isinstance(tree, dict):
-        return {name: _cast(branch, dtype) for name, branch in tree.items()}
-    array = np.asarray(tree)
-    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
-
-
 def _load_safety_checker(folder: Path) -> tuple[Any, Any, Params]:
     from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -199,7 +204,7 @@ def _load_safety_checker(folder: Path) -> tuple[Any, Any, Params]:
         extractor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
     except (TypeError, ValueError, OSError, KeyError) as exc:
         raise InvalidCheckpoint(f"{folder}: the safety checker cannot be used: {exc}") from exc
-    return checker, extractor, _read_weights(folder, "safety_checker", "flax_model.msgpack", jnp.float32)
+    return checker, extractor, read_weights(folder, "safety_checker", checker.params_shape_tree, jnp.float32)
 
 
 def safety_checker_class() -> Any:

@@ -17,6 +17,7 @@ MAX_STEPS = 1000
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE_SCALE = 1000.0
+MAX_TENANT_CHARACTERS = 128
 MAX_SIDE = 4096
 SIDE_MULTIPLE = 8
 DEFAULT_PRIORITY = 6
@@ -63,13 +64,15 @@ class GenerationRequest:
     def parse(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerationRequest:
         """Build a request from a task's arguments: the prompt, positional or named, the rest by name.
 
+        `tenant` says whose share of the workers the job takes; it is checked, but is no parameter of the image.
+
         Raises:
             InvalidRequest: an argument is missing, unknown or not allowed.
         """
         check_arguments(args, kwargs)
         if not args and "prompt" not in kwargs:
             raise InvalidRequest("prompt is missing: pass it as the first argument, a string")
-        given = dict(kwargs)
+        given = {name: value for name, value in kwargs.items() if name in _CHECKS}
         if args:
             given["prompt"] = args[0]
         return cls(**given)
@@ -95,9 +98,9 @@ def check_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         raise InvalidRequest("prompt was given twice, by position and by name")
     given = {**kwargs, **({"prompt": args[0]} if args else {})}
     for name, value in given.items():
-        if name not in _CHECKS:
-            raise InvalidRequest(f"unknown parameter {_short(name)}; the parameters are {', '.join(_CHECKS)}")
-        _CHECKS[name](name, value)
+        if name not in _ARGUMENT_CHECKS:
+            raise InvalidRequest(f"unknown parameter {_short(name)}; the parameters are {', '.join(_ARGUMENT_CHECKS)}")
+        _ARGUMENT_CHECKS[name](name, value)
 
 
 def draw_seed() -> int:
@@ -131,6 +134,15 @@ def _check_prompt(name: str, value: Any) -> None:
     _check_text(name, value)
     if not value.strip():
         raise InvalidRequest(f"{name} must not be empty, got {_short(value)}")
+
+
+def _check_tenant(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str) or not 1 <= len(value) <= MAX_TENANT_CHARACTERS:
+        raise InvalidRequest(f"{name} must be a string of 1 to {MAX_TENANT_CHARACTERS} characters, got {_short(value)}")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise InvalidRequest(f"{name} must not have control characters, got {_short(value)}")
 
 
 def _check_integer(low: int, high: int, high_text: str, optional: bool = False) -> Any:
@@ -181,3 +193,4 @@ _CHECKS: dict[str, Any] = {
     "sampler": _check_choice(SAMPLER_NAMES, optional=True),
     "image_format": _check_choice(IMAGE_FORMATS),
 }
+_ARGUMENT_CHECKS = {**_CHECKS, "tenant": _check_tenant}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from celery import Task, current_task, shared_task
 from celery.canvas import Signature
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
-from kombu.utils.url import maybe_sanitize_url
 
+from sdtpu_worker.admission import admit
+from sdtpu_worker.broker import bounded_wait, unavailable
 from sdtpu_worker.config import read_setting
-from sdtpu_worker.errors import BrokerUnavailable
 from sdtpu_worker.request import DEFAULT_PRIORITY, GenerationRequest, check_arguments, draw_seed
+from sdtpu_worker.tenants import tenant_queue
 
 TASK_NAME = "sdtpu.generate"
 SENT_AT_HEADER = "sdtpu_sent_at"
@@ -40,28 +44,59 @@ class GenerateTask(Task):
     def apply_async(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Any:
         """Enqueue the job; see `GenerationRequest` for the parameters.
 
+        The further parameter `tenant` chooses the job's queue, so that tenants are served in turn.
+
         Raises:
             InvalidRequest: a parameter is not allowed.
-            BrokerUnavailable: Redis cannot be reached.
+            QueueFull: too many jobs wait already (`sdtpu_max_queue`).
+            DeadlineUnreachable: the job clearly could not have a slot before it `expires`.
+            BrokerUnavailable: Redis cannot be reached or refuses the job.
         """
         args, kwargs = tuple(args or ()), dict(kwargs or {})
-        if not current_task:
-            GenerationRequest.parse(args, kwargs)
+        request = None if current_task else GenerationRequest.parse(args, kwargs)
         if kwargs.get("seed") is None:
             kwargs["seed"] = draw_seed()
-        options.setdefault("queue", read_setting("sdtpu_queue", self.app.conf))
         if options.get("priority") is None:
             default = self.app.conf.task_default_priority
             options["priority"] = DEFAULT_PRIORITY if default is None else default
+        self._choose_queue(kwargs.get("tenant"), options)
         options["headers"] = {SENT_AT_HEADER: time.time(), **(options.get("headers") or {})}
+        if request is None or self.app.conf.task_always_eager:
+            return self._send(args, kwargs, *rest, **options)
+        if not options.get("retries"):
+            self._admit(request, rest, options)
+        with bounded_wait(self.app):
+            return self._send(args, kwargs, *rest, **options)
+
+    def _choose_queue(self, tenant: Any, options: dict[str, Any]) -> None:
+        """Send a tenant's job to the tenant's queue; another queue that was asked for, and a retry's, stay."""
+        queue = read_setting("sdtpu_queue", self.app.conf)
+        if options.get("queue") is None:
+            options["queue"] = queue
+        if options["queue"] == queue and not options.get("retries") and isinstance(tenant, str):
+            options["queue"] = tenant_queue(queue, tenant, read_setting("sdtpu_tenant_shards", self.app.conf))
+
+    def _admit(self, request: GenerationRequest, rest: Sequence[Any], options: Mapping[str, Any]) -> None:
+        queue, priority = options["queue"], options["priority"]
+        producer = options.get("producer") or options.get("publisher") or (rest[1] if len(rest) > 1 else None)
+        admit(
+            self.app,
+            request,
+            getattr(queue, "name", queue),
+            priority if isinstance(priority, int) else 0,
+            None if options.get("countdown") or options.get("eta") else _seconds_left(self, options),
+            producer,
+        )
+
+    def _send(self, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         try:
             return super().apply_async(args, kwargs, *rest, **options)
         except (OperationalError, ConnectionError) as exc:
-            raise _unavailable(self.app, str(exc)) from exc
+            raise unavailable(self.app, exc) from exc
         except RuntimeError as exc:
             if "Retry limit exceeded" not in str(exc):
                 raise
-            raise _unavailable(self.app, "the result backend did not answer") from exc
+            raise unavailable(self.app, exc, at_backend=True) from exc
 
 
 @shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=True)
@@ -88,9 +123,14 @@ def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return serving.run(self.request.id, request, sent_at, control).to_json()
 
 
-def _unavailable(app: Any, cause: str) -> BrokerUnavailable:
-    url = maybe_sanitize_url(app.conf.broker_url or "redis://localhost:6379/0")
-    return BrokerUnavailable(
-        f"the job was not enqueued: Redis at {url} cannot be reached ({cause}); start it, or correct broker_url and"
-        " result_backend"
-    )
+def _seconds_left(task: Task, options: Mapping[str, Any]) -> float | None:
+    """Return how long a job is wanted, of any form of `expires` that Celery knows; None for ever or unknown."""
+    expires = options.get("expires", task.expires)
+    try:
+        if isinstance(expires, str):
+            expires = maybe_iso8601(expires)
+        if isinstance(expires, datetime):
+            return (maybe_make_aware(expires) - task.app.now()).total_seconds()
+    except (TypeError, ValueError):
+        return None  # Celery's to refuse
+    return float(expires) if isinstance(expires, int | float) else None

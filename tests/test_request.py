@@ -43,6 +43,11 @@ BAD = [
     (("a",), {"stepz": 3}, "unknown parameter 'stepz'; the parameters are prompt, negative_prompt, seed"),
     (("a", "b"), {}, "only the prompt is positional, got 2"),
     (("a",), {"prompt": "b"}, "given twice"),
+    (("a",), {"tenant": ""}, "tenant must be a string of 1 to 128 characters, got ''"),
+    (("a",), {"tenant": "x" * 129}, "tenant must be a string of 1 to 128 characters, got 'xxx"),
+    (("a",), {"tenant": 7}, "tenant must be a string of 1 to 128 characters, got 7"),
+    (("a",), {"tenant": "a\nb"}, r"tenant must not have control characters, got 'a\\nb'"),
+    (("a",), {"tenant": "a\ud800"}, "tenant must not have control characters"),
 ]
 
 
@@ -71,6 +76,12 @@ def test_the_documented_defaults():
         "sampler": None,
         "image_format": "png",
     }
+
+
+def test_a_tenant_is_checked_but_is_no_parameter_of_the_image():
+    request = GenerationRequest.parse(("a",), {"seed": 3, "tenant": "Ümlaut & Söhne"})
+    assert request == GenerationRequest.parse(("a",), {"seed": 3}) == GenerationRequest.parse((), request.to_json())
+    assert GenerationRequest.parse(("a",), {"seed": 3, "tenant": None}) == request
 
 
 def test_partial_arguments_are_checked_as_far_as_they_go():

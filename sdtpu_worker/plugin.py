@@ -104,9 +104,13 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
         if queue not in consumed:
             logger.info("consuming the queue %s too", queue)
         if worker.app.conf.worker_cancel_long_running_tasks_on_connection_loss:
-            logger.info("jobs go on while Redis is away: worker_cancel_long_running_tasks_on_connection_loss is ignored")
+            logger.info(
+                "jobs go on while Redis is away: worker_cancel_long_running_tasks_on_connection_loss is ignored"
+            )
             worker.app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
-        worker.app.conf.worker_enable_prefetch_count_reduction = False  # what is held is counted, also after a reconnect
+        worker.app.conf.worker_enable_prefetch_count_reduction = (
+            False  # what is held is counted, also after a reconnect
+        )
         install_prompt_guard(worker.app)
         from sdtpu_worker.worker import DeviceWorker, set_current
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
 from celery.concurrency.base import apply_target
@@ -20,7 +21,7 @@ from sdtpu_worker.config import Config, read_config
 from sdtpu_worker.errors import SdtpuError
 from sdtpu_worker.job import DeviceJob
 from sdtpu_worker.prefetch import UrgentPrefetch
-from sdtpu_worker.serving import Serving, start_serving, stop_serving
+from sdtpu_worker.serving import Hooks, Serving, start_serving, stop_serving
 from sdtpu_worker.storage import make_image_store
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,10 @@ class DevicePool(TaskPool):
         try:
             self.config: Config = read_config(self.app.conf)
             store = make_image_store(self.app, self.config.image_store)
-            on_start = self._worker.record_starts if self._worker else lambda _: None
-            self.serving = self.start_serving(self.config, store, _stop_worker, self.make_policy, on_start)
+            hooks = Hooks(on_death=_stop_worker, make_policy=self.make_policy)
+            if self._worker is not None:
+                hooks = replace(hooks, on_start=self._worker.record_starts, give_up=self._worker.stopping.is_set)
+            self.serving = self.start_serving(self.config, store, hooks)
             if self._worker is not None:
                 self._worker.health.watch_device(lambda: self.serving.loop.alive, lambda: self.serving.loop.stalled_s)
                 self._worker.start()

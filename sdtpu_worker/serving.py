@@ -51,6 +51,23 @@ class JobControl:
     alone: bool = False
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What the process around the engine is told, and asked.
+
+    Attributes:
+        on_death: told when the device loop cannot go on.
+        on_start: told, in the device loop's thread, which jobs are about to get a slot.
+        give_up: asked while an image cannot be stored: whether to stop trying.
+        make_policy: makes another policy than `Aggregator`.
+    """
+
+    on_death: Callable[[], None] = lambda: None
+    on_start: Callable[[Sequence[str]], None] = lambda _: None
+    give_up: Callable[[], bool] = lambda: False
+    make_policy: PolicyMaker | None = None
+
+
 def make_aggregator(engine: Engine, config: Config) -> Aggregator:
     """Return the policy for an engine."""
     return Aggregator(
@@ -71,11 +88,10 @@ class Serving:
         engine: Engine,
         store: ImageStore,
         config: Config,
-        on_death: Callable[[], None] = lambda: None,
-        make_policy: PolicyMaker | None = None,
-        on_start: Callable[[Sequence[str]], None] = lambda _: None,
+        hooks: Hooks | None = None,
     ) -> None:
-        self.engine, self.store, self._progress_s = engine, store, config.progress_s
+        hooks = hooks or Hooks()
+        self.engine, self.store, self._progress_s, self._give_up = engine, store, config.progress_s, hooks.give_up
         self._here: dict[Submission, int] = {}  # with its priority
         self._mean_job_s: float | None = None
         self.trace: Trace = NoTrace()
@@ -85,7 +101,8 @@ class Serving:
                 self.trace = Trace(Path(config.trace), costs, engine.num_devices)
             except OSError as exc:
                 raise ConfigurationError(f"sdtpu_trace must be a file that can be written: {exc}") from exc
-        self.loop = DeviceLoop(engine, (make_policy or make_aggregator)(engine, config), on_death, self.trace, on_start=on_start)
+        policy = (hooks.make_policy or make_aggregator)(engine, config)
+        self.loop = DeviceLoop(engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start)
         self.loop.start()
 
     @property
@@ -146,7 +163,7 @@ class Serving:
         with self.trace.span("encode", task_id):
             data = encode_image(pixels, request.image_format, report)
         with self.trace.span("store", task_id):
-            uri = self.store.put(task_id, request.image_format, data)
+            uri = self.store.put(task_id, request.image_format, data, self._give_up)
         total_s = waited_s + time.monotonic() - received
         logger.info(
             "task %s: %d steps in %.2f s on device %d slot %d, %d of %d slots in use",
@@ -224,18 +241,14 @@ _current: Serving | None = None
 def start_serving(
     config: Config,
     store: ImageStore,
-    on_death: Callable[[], None] = lambda: None,
-    make_policy: PolicyMaker | None = None,
-    on_start: Callable[[Sequence[str]], None] = lambda _: None,
+    hooks: Hooks | None = None,
 ) -> Serving:
     """Find the devices, load the checkpoint, compile and really run every program; make the result `current()`.
 
     Args:
         config: the settings.
         store: where images go.
-        on_death: called when the device loop cannot go on.
-        make_policy: makes another policy than `Aggregator`.
-        on_start: told, in the device loop's thread, who is about to get a slot.
+        hooks: what the process around it is told, and asked.
 
     Raises:
         ConfigurationError: a device, a checkpoint or a size that is configured is not there.
@@ -271,7 +284,7 @@ def start_serving(
         "traced %d programs in %.2f s, compiled in %.2f s (compile cache: %d hits, %d misses)",
         len(engine.resolutions), engine.trace_s, engine.compile_s, engine.cache_hits, engine.cache_misses,
     )  # fmt: skip
-    _current = Serving(engine, store, config, on_death, make_policy, on_start)
+    _current = Serving(engine, store, config, hooks)
     sizes = ", ".join(
         f"{height}x{width} ({1000 * costs.step_s(engine.num_devices):.1f} ms a step)"
         for (height, width), costs in engine.costs.items()

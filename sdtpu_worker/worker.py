@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from sdtpu_worker.errors import EngineUnavailable
 from sdtpu_worker.health import WorkerHealth
 from sdtpu_worker.health_http import HealthServer
 from sdtpu_worker.lease import Lease
-from sdtpu_worker.load import WorkerLoad, publish_load, withdraw_load
+from sdtpu_worker.load import publish_load, withdraw_load
 
 if TYPE_CHECKING:
     from redis import Redis

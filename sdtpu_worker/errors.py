@@ -5,14 +5,14 @@
     │   └── InvalidMessage               the task message itself: its size, its JSON, its headers
     ├── Overloaded                       refused at `delay()`; carries when the job would have been done
     │   ├── QueueFull                    more jobs wait than `sdtpu_max_queue` allows
-    │   └── DeadlineUnreachable          its deadline would have passed before it was done
+    │   └── DeadlineUnreachable          it would have expired before it had a slot
     ├── ConfigurationError               the operator's mistake: a setting, a pool, a platform that is not there
     │   └── InvalidCheckpoint            the checkpoint is missing, half-written or of another kind
     ├── GenerationFailed                 the device could not make this image; carries the cause
     ├── DeliveryLimitExceeded            the job was on the devices of too many workers that died; names them
     ├── SnapshotMismatch                 a parked job's state does not fit this engine; the job starts anew
     ├── EngineUnavailable                the worker's engine has stopped or never started
-    ├── BrokerUnavailable (ConnectionError)   Redis cannot be reached; nothing was enqueued
+    ├── BrokerUnavailable (ConnectionError)   Redis cannot be reached or takes no writes; nothing was enqueued
     └── StorageError                     an image could not be stored or is not there any more
 
 Each is built from positional text alone, so that Celery's JSON result backend can rebuild it at the client.
@@ -36,7 +36,7 @@ class Overloaded(SdtpuError):
 
     Args:
         text: what was found, what is allowed and what to do.
-        eta_s: seconds until the job would have been done, as far as it is known.
+        eta_s: seconds until the job would have been done; None when no worker has reported how fast it is.
     """
 
     def __init__(self, text: str, eta_s: float | None = None) -> None:
@@ -52,7 +52,7 @@ class QueueFull(Overloaded):
 
 
 class DeadlineUnreachable(Overloaded):
-    """The job could not be done before it expires."""
+    """The job clearly could not have a slot before it `expires`."""
 
 
 class ConfigurationError(SdtpuError):
@@ -80,7 +80,7 @@ class EngineUnavailable(SdtpuError):
 
 
 class BrokerUnavailable(SdtpuError, ConnectionError):
-    """Redis cannot be reached; nothing was enqueued."""
+    """Redis cannot be reached, or refuses to take a job; nothing was enqueued, and the text says why."""
 
 
 class StorageError(SdtpuError):

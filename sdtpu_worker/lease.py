@@ -85,7 +85,10 @@ class Lease:
 
     def _run(self) -> None:
         while not self._stopping.wait(min(_PULSE_S, self.interval_s)):
-            self.pulse()
+            try:
+                self.pulse()
+            except Exception:  # whatever it is, the leases must go on
+                logger.exception("a pulse of the lease failed")
 
 
 def _log_progress(well: bool) -> None:

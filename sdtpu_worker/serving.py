@@ -187,7 +187,7 @@ class Serving:
     def load(self, host: str) -> WorkerLoad:
         """Return what this host can do at the moment. Any thread."""
         here = self._here.copy()
-        held = Counter(here.values())
+        held = dict(Counter(here.values()))
         etas = [submission.progress.eta_s for submission in here]
         lanes = {f"{height}x{width}": costs for (height, width), costs in self.engine.costs.items()}
         steps_s = {size: costs.step_s(self.engine.num_devices) for size, costs in lanes.items()}
@@ -253,7 +253,6 @@ def start_serving(
     Raises:
         ConfigurationError: a device, a checkpoint or a size that is configured is not there.
     """
-    global _current
     started = time.monotonic()
     from sdtpu_worker.diffusion.cache import CompileCache
     from sdtpu_worker.diffusion.sharding import find_devices
@@ -284,7 +283,7 @@ def start_serving(
         "traced %d programs in %.2f s, compiled in %.2f s (compile cache: %d hits, %d misses)",
         len(engine.resolutions), engine.trace_s, engine.compile_s, engine.cache_hits, engine.cache_misses,
     )  # fmt: skip
-    _current = Serving(engine, store, config, hooks)
+    serving = serve(engine, store, config, hooks)
     sizes = ", ".join(
         f"{height}x{width} ({1000 * costs.step_s(engine.num_devices):.1f} ms a step)"
         for (height, width), costs in engine.costs.items()
@@ -294,6 +293,13 @@ def start_serving(
         engine.num_devices, engine.device_kind, engine.num_slots, dtype.__name__, sizes, checkpoint.default_sampler,
         time.monotonic() - started,
     )  # fmt: skip
+    return serving
+
+
+def serve(engine: Any, store: ImageStore, config: Config, hooks: Hooks | None = None) -> Serving:
+    """Start the device loop on a warm engine; make the result `current()`."""
+    global _current
+    _current = Serving(engine, store, config, hooks)
     return _current
 
 

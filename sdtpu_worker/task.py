@@ -15,6 +15,7 @@ from kombu.exceptions import OperationalError
 from sdtpu_worker.admission import admit
 from sdtpu_worker.broker import bounded_wait, unavailable
 from sdtpu_worker.config import read_setting
+from sdtpu_worker.errors import SdtpuError
 from sdtpu_worker.request import DEFAULT_PRIORITY, GenerationRequest, check_arguments, draw_seed
 from sdtpu_worker.tenants import tenant_queue
 
@@ -99,7 +100,7 @@ class GenerateTask(Task):
             raise unavailable(self.app, exc, at_backend=True) from exc
 
 
-@shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=True)
+@shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=True, throws=(SdtpuError,))
 def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Generate one image; parameters as `GenerationRequest`, result as `GenerationResult` in JSON."""
     from sdtpu_worker.job import CRASHES_TO_RUN_ALONE, current_job

@@ -1,0 +1,125 @@
+"""A Celery app whose worker is real in everything but its devices: `celery -A tests.chaos.fake_worker worker`.
+
+Its engine counts (see `FakeEngine`) and makes pictures of the counts, so that a picture shows whether its job took
+each of its steps once. Some prompts are accidents:
+
+    "raise"   the device program raises while the job has a slot
+    "nan"     the picture is none
+    "kill"    the process dies when the job gets its slot
+    "hang"    the tick in which the job gets its slot does not end
+
+`SDTPU_FAKE_STEP_MS` (default 1) is the time of a step, `SDTPU_CPU_DEVICES` the number of devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.app import app
+from sdtpu_worker.config import Config
+from sdtpu_worker.errors import SnapshotMismatch
+from sdtpu_worker.pool import DevicePool
+from sdtpu_worker.request import GenerationRequest
+from sdtpu_worker.serving import Hooks, Serving, serve
+from sdtpu_worker.storage import ImageStore
+from sdtpu_worker.testing import FakeEngine, FakeJob, FakeSnapshot
+
+LANE = (8, 8)
+__all__ = ["app"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureJob(FakeJob):
+    """A job of the fake engine, with what a worker reads of it."""
+
+    prompt: str = ""
+    sampler: str = "ddim"
+    truncated: bool = False
+
+
+def picture(count: int) -> np.ndarray:
+    """Return a picture of a number, `(8, 8, 3) uint8`."""
+    return np.full((*LANE, 3), [count >> 16 & 255, count >> 8 & 255, count & 255], np.uint8)
+
+
+def expected_count(seed: int, steps: int) -> int:
+    """Return the number that a job's picture should show."""
+    return seed % 1000 * 1000 + steps
+
+
+class PictureEngine(FakeEngine):
+    """A `FakeEngine` that a whole worker can run on."""
+
+    def __init__(self, devices: int, slots_per_device: int, step_s: float) -> None:
+        self.costs_by_lane = {LANE: TickCosts(devices, Cost(step_s))}
+        super().__init__(costs=self.costs_by_lane)
+        self.num_devices, self.slots_per_device, self.phases_per_tick = devices, slots_per_device, slots_per_device + 1
+        self.num_slots = devices * slots_per_device
+        self.device_kind, self.resolutions = "fake", (LANE,)
+        self.checkpoint = SimpleNamespace(name="fake")
+        self.trace_s = self.compile_s = 0.0
+        self.cache_hits = self.cache_misses = self.traces_since_ready = 0
+
+    def prepare(self, task_id: str, request: GenerationRequest) -> PictureJob:
+        """Make a job that counts from its seed on."""
+        count = expected_count(request.seed or 0, 0)
+        if request.prompt in ("raise", "nan"):
+            accident = "poison" if request.prompt == "raise" else "nan"
+            setattr(self, accident, getattr(self, accident) | {task_id})
+        return PictureJob(task_id, request.num_inference_steps, LANE, count, request.prompt)
+
+    def check_safety(self, pixels: np.ndarray) -> None:
+        """Have no safety checker."""
+
+    def read_snapshot(self, data: bytes) -> FakeSnapshot:
+        """Rebuild what `to_bytes` gave."""
+        try:
+            return FakeSnapshot(**json.loads(data))
+        except (TypeError, ValueError) as exc:
+            raise SnapshotMismatch("no snapshot") from exc
+
+    def execute(self, plan: Any, jobs: Any, snapshots: Any = None) -> Any:
+        """Follow a plan; accidents happen."""
+        prompts = {jobs[task_id].prompt for task_id in plan.inserted()}
+        if "kill" in prompts:
+            os.kill(os.getpid(), signal.SIGKILL)
+        tick = _PictureTick(super().execute(plan, jobs, snapshots))
+        self.ticks.clear()
+        if "hang" in prompts:
+            tick.wait = threading.Event().wait  # type: ignore[method-assign, assignment]
+        return tick
+
+
+class _PictureTick:
+    """A tick whose images are pictures."""
+
+    def __init__(self, tick: Any) -> None:
+        self.parked, self.previews, self.done_at = tick.parked, tick.previews, tick.done_at
+        self._tick = tick
+
+    def wait(self) -> list[Any]:
+        return [dataclasses.replace(image, pixels=picture(image.pixels)) for image in self._tick.wait()]
+
+
+class FakeDevicePool(DevicePool):
+    """The device worker's pool, on the fake engine."""
+
+    @staticmethod
+    def start_serving(config: Config, store: ImageStore, hooks: Hooks | None = None) -> Serving:
+        """Start at once: there is nothing to compile."""
+        step_s = float(os.environ.get("SDTPU_FAKE_STEP_MS", "1")) / 1000
+        engine = PictureEngine(config.cpu_devices, int(config.slots_per_device), step_s)
+        print(f"ready: {engine.num_slots} slots of a fake device", flush=True)
+        return serve(engine, store, config, hooks)
+
+
+app.conf.worker_pool = "tests.chaos.fake_worker:FakeDevicePool"

@@ -259,7 +259,7 @@ class DeviceLoop:
         if task_id in self._here:  # a redelivery of what is running here: it gets the same result
             submission.follow(self._here[task_id])
             return
-        if submission.too_late:
+        if submission.too_late or self._parking:
             self._hand_over(submission)
             return
         try:

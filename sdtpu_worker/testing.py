@@ -44,6 +44,10 @@ class FakeSnapshot:
     fingerprint: str = "fake"
 
 
+class FakeDeviceLost(RuntimeError):
+    """What a `FakeEngine` raises when no other try can mend it."""
+
+
 class FakeEngine:
     """An engine whose arithmetic can be checked by hand: inserting puts `value` into the slot, a step adds 1.
 
@@ -53,8 +57,11 @@ class FakeEngine:
     Args:
         fail_at: numbers of `execute` calls, from 0, that raise instead.
         fail_late_at: numbers of `execute` calls whose tick raises in `wait`, as a device that fails while it works.
-        gate: when given, every tick's `wait` blocks until it is set.
+        gate: when given, every tick's `wait` blocks until it is set: a device that hangs.
         costs: when given, a tick takes as long as these say, in real time, one tick after the other.
+        poison: tasks that make every tick of theirs fail late, with whoever is in it.
+        nan: tasks whose images are not finite.
+        fatal_at: numbers of `execute` calls whose tick fails late and for good: `recover` raises from then on.
     """
 
     def __init__(
@@ -63,10 +70,16 @@ class FakeEngine:
         gate: threading.Event | None = None,
         costs: Mapping[Lane, TickCosts] | None = None,
         fail_late_at: tuple[int, ...] = (),
+        poison: frozenset[str] = frozenset(),
+        nan: frozenset[str] = frozenset(),
+        fatal_at: tuple[int, ...] = (),
     ) -> None:
         self.fail_at, self.fail_late_at, self.gate, self.costs = fail_at, fail_late_at, gate, costs
-        self.calls = 0
+        self.poison, self.nan, self.fatal_at = poison, nan, fatal_at
+        self.calls = self.recoveries = 0
+        self.is_lost = False
         self.slots: dict[tuple[Lane, int, int], FakeSnapshot] = {}  # by (lane, device, slot)
+        self.ticks: list[frozenset[str]] = []  # who was in a slot
         self._free_at = 0.0
 
     def execute(
@@ -79,12 +92,15 @@ class FakeEngine:
         parked = {p.task_id: self.slots.pop((plan.lane, p.device, p.slot)) for p in plan.parked}
         for place in plan.resumed:
             self.slots[plan.lane, place.device, place.slot] = (snapshots or {})[place.task_id]
+        there = {state.task_id for place, state in self.slots.items() if place[0] == plan.lane}
+        self.ticks.append(frozenset(there.union(plan.inserted())))
         images = []
         for d, phases in enumerate(plan.devices):
             for phase in phases:
                 if phase.decode:
                     held = self.slots.pop((plan.lane, d, phase.decode[0]))
-                    images.append(FakeImage(held.task_id, d, phase.decode[0], held.value))
+                    finite = held.task_id not in self.nan
+                    images.append(FakeImage(held.task_id, d, phase.decode[0], held.value, finite))
                 if phase.insert:
                     job = jobs[phase.insert[1]]
                     state = FakeSnapshot(job.task_id, job.value, 0, job.num_inference_steps)
@@ -92,7 +108,18 @@ class FakeEngine:
                 self._advance(plan.lane, d, phase.steps)
         if self.costs:
             self._free_at = max(self._free_at, time.monotonic()) + self.costs[plan.lane].tick_s(plan)
-        return FakeTick(images, parked, self.gate, self._free_at, self.calls - 1 in self.fail_late_at)
+        return FakeTick(images, parked, self.gate, self._free_at, self._failure_of(self.calls - 1))
+
+    def is_fatal(self, exc: Exception) -> bool:
+        """Whether the device is lost."""
+        return isinstance(exc, FakeDeviceLost)
+
+    def recover(self) -> None:
+        """Empty every slot, and fail if the device is lost."""
+        self.recoveries += 1
+        if self.is_lost:
+            raise FakeDeviceLost("the fake device is lost")
+        self.reset()
 
     def accepts(self, snapshot: FakeSnapshot) -> bool:
         """Whether it was made by a `FakeEngine`."""
@@ -101,6 +128,16 @@ class FakeEngine:
     def reset(self) -> None:
         """Empty every slot."""
         self.slots.clear()
+
+    def _failure_of(self, call: int) -> Exception | None:
+        if call in self.fatal_at:
+            self.is_lost = True
+            return FakeDeviceLost("the fake device is lost, as it was told to")
+        if bad := self.poison & self.ticks[-1]:
+            return RuntimeError(f"the fake device failed on {', '.join(sorted(bad))}")
+        if call in self.fail_late_at:
+            return RuntimeError("the fake device failed at work, as it was told to")
+        return None
 
     def _advance(self, lane: Lane, device: int, steps: int) -> None:
         for place, state in self.slots.items():
@@ -120,17 +157,17 @@ class FakeTick:
         parked: Mapping[str, FakeSnapshot],
         gate: threading.Event | None,
         done_at: float,
-        fails: bool = False,
+        failure: Exception | None = None,
     ) -> None:
         self.parked, self.previews = parked, dict[str, Any]()
         self.done_at: float | None = None
-        self._images, self._gate, self._done_at, self._fails = images, gate, done_at, fails
+        self._images, self._gate, self._done_at, self._failure = images, gate, done_at, failure
 
     def wait(self) -> list[FakeImage]:
         """Return the images, when the gate is open and the time has come."""
         if self._gate is not None and not self._gate.wait(30):
             raise TimeoutError("the gate of a FakeEngine was not opened within 30 s")
         time.sleep(max(0.0, self._done_at - time.monotonic()))
-        if self._fails:
-            raise RuntimeError("the fake device failed at work, as it was told to")
+        if self._failure is not None:
+            raise self._failure
         return self._images

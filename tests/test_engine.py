@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections import Counter
 
 import jax
@@ -17,14 +18,17 @@ from diffusers import (
     FlaxStableDiffusionPipeline,
 )
 
+from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.jobs import Terms
 from sdtpu_worker.aggregator.loop import DeviceLoop
 from sdtpu_worker.aggregator.plan import Phase, Place, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
+from sdtpu_worker.aggregator.submission import JobHandedOver
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import SHARDED, put
-from sdtpu_worker.errors import ConfigurationError, InvalidRequest
+from sdtpu_worker.diffusion.snapshot import JobSnapshot
+from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidRequest
 from sdtpu_worker.request import GenerationRequest
 from tests.checkpoints import SHIPPED, make_random_checkpoint
 from tests.engines import generate_all, on_one_device, run_alone
@@ -207,6 +211,85 @@ def test_values_that_are_not_finite_are_reported_for_their_job_alone(engine):
     assert [image.finite for image in images] == [i != 3 for i in range(8)]
     for i in (2, 4):
         np.testing.assert_array_equal(images[i].pixels, good[i].pixels)
+
+
+def test_devices_that_work_recover_with_empty_slots_and_compile_nothing(engine):
+    request = GenerationRequest(PROMPTS[0], seed=1, num_inference_steps=3)
+    job = engine.prepare("it", request)
+    (before,) = generate_all(engine, [request])
+    engine.execute(on_one_device(engine, job.lane, 5, Phase(insert=(0, "it"), steps=2)), {"it": job})
+    traces = engine.traces_since_ready
+    for leaf in engine._slots[job.lane]:
+        leaf.delete()  # as a program that failed takes them with it
+    with pytest.raises(RuntimeError, match="deleted"):
+        engine.execute(on_one_device(engine, job.lane, 5, Phase(steps=1)), {})
+    engine.recover()
+    assert engine.traces_since_ready == traces
+    assert not any(np.asarray(leaf).any() for leaf in engine._slots[job.lane])
+    (after,) = generate_all(engine, [request])
+    np.testing.assert_array_equal(after.pixels, before.pixels)
+
+
+def test_devices_that_draw_something_else_than_at_the_start_do_not_recover(engine, monkeypatch):
+    lane = engine.resolutions[0]
+    monkeypatch.setitem(engine._proofs, lane, 255 - engine._proofs[lane])
+    with pytest.raises(EngineUnavailable, match="pixels"):
+        engine.recover()
+
+
+@pytest.mark.parametrize(
+    ("exc", "fatal"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Error allocating device buffer: 2.00G"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: Core halted unexpectedly: INTERNAL: Accelerator device halted"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: the connection to the runtime was closed"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access"), True),
+        (MemoryError("out of memory"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: during context [post-optimization]: something else"), False),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: buffer 3 has another shape"), False),
+        (RuntimeError("Array has been deleted with shape=float32[8,4,8,8]."), False),
+        (ValueError("the prompt says that all work is halted"), False),
+    ],
+)
+def test_lost_devices_and_memory_that_is_full_are_told_from_what_another_try_may_mend(engine, exc, fatal):
+    assert engine.is_fatal(exc) is fatal
+
+
+@pytest.mark.parametrize("any_engine", [(3, "float32"), (2, "bfloat16")], indirect=True, ids=["3", "2"])
+def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engine):
+    costs = {lane: TickCosts(any_engine.num_devices, Cost(0.01)) for lane in any_engine.resolutions}
+    requests = [
+        dataclasses.replace(request, num_inference_steps=40) for request in mixed_requests(any_engine.num_slots + 3, 7)
+    ]
+    wanted = generate_all(any_engine, requests)
+
+    def run(snapshots=None) -> tuple[list, DeviceLoop]:
+        policy = Aggregator(costs, any_engine.slots_per_device, any_engine.phases_per_tick, tick_s=0.02)
+        loop = DeviceLoop(any_engine, policy)
+        loop.start()
+        jobs = [any_engine.prepare(str(i), request) for i, request in enumerate(requests)]
+        snapshots = snapshots or [None] * len(jobs)
+        return [loop.submit(job, snapshot=state) for job, state in zip(jobs, snapshots, strict=True)], loop
+
+    submissions, loop = run()
+    deadline = time.monotonic() + 30
+    while sum(submission.progress.current > 0 for submission in submissions) < any_engine.num_slots:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    loop.drain(0)
+    ends = [submission.future.exception(30) for submission in submissions]
+    steps = loop.stats.job_steps
+    loop.close()
+    assert all(isinstance(end, JobHandedOver) for end in ends)
+    states = [end.snapshot and JobSnapshot.from_bytes(end.snapshot.to_bytes()) for end in ends]
+    assert sum(state is not None for state in states) == any_engine.num_slots
+    any_engine.recover()
+    submissions, loop = run(states)
+    for submission, image in zip(submissions, wanted, strict=True):
+        np.testing.assert_array_equal(submission.future.result(30).pixels, image.pixels)
+    loop.close()
+    total = sum(submission.job.num_inference_steps for submission in submissions)
+    assert steps + loop.stats.job_steps == total, "no step was lost or repeated"
 
 
 def test_a_safety_checker_in_the_checkpoint_is_run_and_one_that_is_not_gives_none(engine, tmp_path):

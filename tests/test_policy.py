@@ -415,3 +415,65 @@ def test_ten_thousand_mixed_jobs_in_fake_time_all_end_once_in_bounded_time():
     assert device.ended == Counter({str(i): 1 for i in range(10_000)})
     ideal_s = sum(steps[i * 7 % 4] * 0.03 + 0.0075 + 0.048 for i in range(10_000)) / 8
     assert ideal_s / device.now > 0.9
+
+
+def test_only_the_admitted_get_slots_and_the_others_keep_their_order():
+    device = Device(make_policy(devices=2))
+    device.add("running", steps=20)
+    device.tick()
+    for task_id, priority in (("second", 6), ("first", 3), ("suspect", 9)):
+        device.add(task_id, steps=4, priority=priority)
+    device.policy.admit_only(frozenset())
+    while device.policy.counts()["running"]:
+        device.tick()
+    assert device.tick() is None
+    device.policy.admit_only(frozenset({"suspect"}))
+    device.run()
+    assert device.started == ["running", "suspect"]
+    assert device.policy.counts() == {"waiting": 2, "running": 0}
+    device.policy.admit_only(None)
+    device.run()
+    assert [task_id for task_id in device.started if task_id in ("first", "second")] == ["first", "second"]
+    assert device.ended == Counter(running=1, suspect=1, first=1, second=1)
+
+
+def test_whoever_is_not_admitted_takes_nobodys_slot_and_still_expires():
+    device = Device(make_policy(devices=1))
+    device.add("low", steps=40, priority=9)
+    device.tick()
+    device.add("urgent", steps=4, priority=0, expires_at=2.0)
+    device.policy.admit_only(frozenset())
+    assert not device.tick().parked
+    device.now = 2.0
+    assert device.overdue() == [("urgent", Overdue.EXPIRED)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(jobs, shapes, tick_seconds, slowdowns, st.floats(0, 4))
+def test_no_tick_lasts_longer_than_it_may_and_nothing_is_planned_if_no_step_fits(
+    arrivals, shape, tick_s, slowdown, most_s
+):
+    policy = make_policy(*shape, lanes=LANES, tick_s=tick_s, slowdown=slowdown)
+    for i, (lane, steps, _, priority, *_) in enumerate(arrivals):
+        policy.add(str(i), lane, steps, 0.0, Terms(priority=priority))
+    taken: dict[str, int] = {}
+    for _ in range(20):
+        plan = policy.plan(0.0, most_s)
+        if plan is None:
+            break
+        costs = policy._lanes[plan.lane].costs
+        slack_s = costs.slowdown(8) * (costs.cost.insert_s + 0.25 * costs.cost.step_s)
+        assert policy.expected_s(plan) <= most_s + slack_s, "but for an insert, which brings its job nearer to its end"
+        assert all(steps >= taken.get(task_id, 0) for task_id, steps in plan.steps_done.items())
+        taken.update(plan.steps_done)
+    assert policy.plan(0.0, 0.0) is None
+    assert policy.counts()["running"] == sum(len(places) for places in policy.places().values())
+
+
+def test_places_say_who_has_a_slot():
+    device = Device(make_policy(devices=2, slots=2))
+    for i in range(3):
+        device.add(str(i), steps=40)
+    device.tick()
+    places = {(lane, p.device, p.slot): p.task_id for lane, of_lane in device.policy.places().items() for p in of_lane}
+    assert places == device.slots

@@ -2,7 +2,8 @@
 threads, no arrays; the time comes in as an argument.
 
 Invariant: every job that was added leaves exactly once: decoded, cancelled or overdue. A slot holds at most one job.
-No slot stays free while a job of its lane waits past one plan for it, and no job waits for ever behind others.
+No slot stays free while a job of its lane waits past one plan for it, and no job waits for ever behind others, unless
+`admit_only` says so.
 
 A lane is one resolution: its own compiled programs and its own slots on every device. Each plan is one tick of one
 lane. Devices run their phases without asking the host, so the policy knows every slot's step from what it planned:
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.jobs import Overdue, QueuedJob, Terms
-from sdtpu_worker.aggregator.plan import Lane, Outcome, Plan
+from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
 from sdtpu_worker.aggregator.tick import Slots, TickMaker
 
 
@@ -36,8 +37,9 @@ class _LaneState:
                 if job is not None:
                     yield device, i, job
 
-    def has_work(self) -> bool:
-        return bool(self.waiting) or any(True for _ in self.running())
+    def has_work(self, admitted: frozenset[str] | None = None) -> bool:
+        waits = bool(self.waiting) if admitted is None else not admitted.isdisjoint(self.waiting)
+        return waits or any(True for _ in self.running())
 
 
 class Aggregator:
@@ -70,6 +72,7 @@ class Aggregator:
         }
         self._turn = deque(costs)
         self._number = 0
+        self._admitted: frozenset[str] | None = None
 
     def add(
         self,
@@ -123,25 +126,39 @@ class Aggregator:
             self.cancel(task_id)
         return gone
 
-    def plan(self, now: float) -> Plan | None:
+    def admit_only(self, task_ids: frozenset[str] | None) -> None:
+        """Give no slot to anybody but these from now on, whatever the order; None for no such limit."""
+        self._admitted = task_ids
+
+    def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
         """Return the next tick, or None when there is nothing to do.
 
         Lanes with work share the devices' seconds by deficit round robin.
+
+        Args:
+            now: the time.
+            most_s: no step and no decode is planned that is expected to end later than this from its start.
         """
         for state in self._lanes.values():
-            if not state.has_work():
+            if not state.has_work(self._admitted):
                 state.credit_s = 0.0
-        if not any(state.has_work() for state in self._lanes.values()):
+        fit = {
+            lane: self._tick_steps(state, most_s)
+            for lane, state in self._lanes.items()
+            if state.has_work(self._admitted)
+        }
+        if not any(fit.values()):
             return None
         while True:
-            state = self._lanes[self._turn[0]]
-            if not state.has_work():
+            lane = self._turn[0]
+            state = self._lanes[lane]
+            if not fit.get(lane):
                 self._turn.rotate(-1)
             elif state.credit_s <= 0:
                 state.credit_s += self.tick_s
                 self._turn.rotate(-1)
             else:
-                plan = self._plan_lane(self._turn[0], state, now)
+                plan = self._plan_lane(lane, state, fit[lane], now)
                 state.credit_s -= state.costs.tick_s(plan)
                 return plan
 
@@ -173,6 +190,13 @@ class Aggregator:
         numbers = [job.terms.priority for state in self._lanes.values() for *_, job in state.running() if job.remaining]
         return max(numbers, default=None)
 
+    def places(self) -> dict[Lane, list[Place]]:
+        """Return who has a slot, by lane."""
+        return {
+            lane: [Place(job.task_id, device, slot) for device, slot, job in state.running()]
+            for lane, state in self._lanes.items()
+        }
+
     def counts(self) -> Mapping[str, int]:
         """Return how many jobs wait and how many have a slot."""
         return {
@@ -189,28 +213,35 @@ class Aggregator:
             yield from state.waiting.values()
             yield from (job for *_, job in state.running())
 
-    def _plan_lane(self, lane: Lane, state: _LaneState, now: float) -> Plan:
-        queue = deque(sorted(state.waiting.values(), key=lambda job: job.order(now)))
+    def _plan_lane(self, lane: Lane, state: _LaneState, steps: int, now: float) -> Plan:
+        queue = deque(sorted(self._admissible(state), key=lambda job: job.order(now)))
+        may = {job.task_id for job in queue}
+        held_back = {task_id: job for task_id, job in state.waiting.items() if task_id not in may}
         occupied = sum(1 for _ in state.running())
-        num_slots = self.num_devices * self.slots_per_device
-        steps = self._tick_steps(state, (occupied + len(queue)) / num_slots)
         tick = TickMaker(state.slots, queue, state.costs.cost, steps, self.phases_per_tick, self.preview_every, now)
-        if self.preemption and occupied == num_slots:
+        if self.preemption and occupied == self.num_devices * self.slots_per_device:
             tick.preempt()
         tick.fill()
-        state.waiting = {job.task_id: job for job in queue}
+        state.waiting = held_back | {job.task_id: job for job in queue}
         return tick.to_plan(lane)
 
-    def _tick_steps(self, state: _LaneState, load: float) -> int:
-        """Return how many steps a device that only denoises takes in the next tick.
+    def _admissible(self, state: _LaneState) -> list[QueuedJob]:
+        return [job for job in state.waiting.values() if self._admitted is None or job.task_id in self._admitted]
+
+    def _tick_steps(self, state: _LaneState, most_s: float) -> int:
+        """Return how many steps a device that only denoises takes in the next tick; 0 if none fits in `most_s`.
 
         About `tick_s`: half of it while a slot is free for whoever comes next, twice as much when another batch waits
         anyway. Pictures come out when a tick ends, so it is stretched or cut to end with the next decode.
         """
+        jobs = len(self._admissible(state)) + sum(1 for _ in state.running())
+        load = jobs / (self.num_devices * self.slots_per_device)
         tick_s = self.tick_s * (0.5 if load <= 1 else 1 if load < 2 else 2)
-        steps = max(1, round(tick_s / state.costs.step_s(self._busy_devices(state))))
-        decode_steps = math.ceil(state.costs.cost.decode_s / state.costs.cost.step_s)
+        cost, step_s = state.costs.cost, state.costs.step_s(self._busy_devices(state))
+        steps = max(1, round(tick_s / step_s))
+        decode_steps = math.ceil(cost.decode_s / cost.step_s)
+        most = math.inf if math.isinf(most_s) else max(0, int((most_s - state.costs.overhead_s) / step_s))
         ends = [job.remaining + decode_steps for *_, job in state.running()]
         if decode_steps in ends:  # a decode is due, however long it takes: the others go on meanwhile
-            return max(steps, decode_steps)
-        return min((end for end in ends if steps <= 2 * end <= 3 * steps), default=steps)
+            return max(int(min(steps, most)), decode_steps) if decode_steps <= most else 0
+        return int(min(most, min((end for end in ends if steps <= 2 * end <= 3 * steps), default=steps)))

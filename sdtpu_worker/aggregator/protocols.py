@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
-from sdtpu_worker.aggregator.plan import Lane, Outcome, Plan
+from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
 
 
 class Job(Protocol):
@@ -23,8 +24,9 @@ class Job(Protocol):
 class ExecutedTick(Protocol):
     """A dispatched plan.
 
-    `parked` has the states of the jobs that it took off their slots, by task id; after `wait`, `previews` has the
-    small pictures that were asked for, and `done_at` the time when the devices were done, if that is known.
+    `parked` has the states of the jobs that it took off their slots, by task id: on the host after `wait`, on their
+    way before. After `wait`, `previews` has the small pictures that were asked for, and `done_at` the time when the
+    devices were done, if that is known.
     """
 
     @property
@@ -44,7 +46,11 @@ class DeviceEngine(Protocol):
     def accepts(self, snapshot: Any) -> bool:
         """Whether a job can go on from a snapshot here, bit for bit."""
 
-    def reset(self) -> None: ...
+    def is_fatal(self, exc: Exception) -> bool:
+        """Whether no other try on these devices can mend what a program raised."""
+
+    def recover(self) -> None:
+        """Empty every slot after a failure and prove with a small tick that the devices still work; raise if not."""
 
 
 class Policy(Protocol):
@@ -57,7 +63,15 @@ class Policy(Protocol):
     ) -> None: ...
     def cancel(self, task_id: str) -> bool: ...
     def overdue(self, now: float) -> list[tuple[str, Overdue]]: ...
-    def plan(self, now: float) -> Plan | None: ...
+    def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
+        """Return the next tick, if possible of no more than `most_s`, or None when there is nothing to do in it."""
+
+    def admit_only(self, task_ids: frozenset[str] | None) -> None:
+        """Give no slot to anybody but these from now on; None for no such limit."""
+
+    def places(self) -> Mapping[Lane, Sequence[Place]]:
+        """Return who has a slot, by lane."""
+
     def expected_s(self, plan: Plan) -> float: ...
     def update(self, outcome: Outcome) -> None: ...
     def etas_s(self, now: float) -> Mapping[str, float]: ...

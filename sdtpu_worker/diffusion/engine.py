@@ -40,10 +40,18 @@ from sdtpu_worker.diffusion.programs import (
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of
-from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint, InvalidRequest
+from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidCheckpoint, InvalidRequest
 from sdtpu_worker.request import GenerationRequest
 
 _SAFETY, _SNAPSHOT, _RESTORE, _PREVIEW = "safety check", "snapshot", "restore", "preview"
+
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
+"""What XLA says when buffers or programs do not fit. Source: openxla/xla docs/errors, E0100 and E0101."""
+_LOST = (
+    "halted",  # a TPU core stopped: "Core halted unexpectedly", "device halted prematurely" (docs/errors, E0200)
+    "UNAVAILABLE:", "ABORTED:", "DATA_LOSS:",  # absl's codes of a connection, a runtime or a memory that is gone
+    "DEVICE_LOST", "device is lost", "CUDA_ERROR_", "hipError",  # errors that stay with a GPU's context
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Tick:
     """A dispatched plan; the devices may still be at it.
 
     Attributes:
-        parked: the snapshots of the jobs that the plan took off their slots, by task id.
+        parked: the snapshots of the jobs that the plan took off their slots, by task id; on the host after `wait`.
         previews: small pictures, `(h, w, 3) uint8` of the latents' size, by task id; there after `wait`.
         done_at: `time.monotonic()` when the devices were done; there after `wait`.
     """
@@ -112,6 +120,8 @@ class Tick:
         """
         jax.block_until_ready(self._decoded)
         self.done_at = time.monotonic()
+        for snapshot in self.parked.values():
+            _ = snapshot.state
         self.previews = {place.task_id: np.asarray(self._previews[place.device])[0] for place in self.plan.previews}
         if not self._wanted:
             return []
@@ -163,6 +173,7 @@ class Engine:
         self.mesh = make_mesh(devices)
         self.costs: dict[Lane, TickCosts] = {}
         self._colours: dict[Lane, jax.Array] = {}
+        self._proofs: dict[Lane, np.ndarray] = {}
         multiple = checkpoint.vae_scale_factor * 2 ** (len(checkpoint.unet.config.block_out_channels) - 1)
         for size in self.resolutions:
             if any(side % multiple for side in size):
@@ -346,6 +357,25 @@ class Engine:
         """Empty every slot, also after a program failed and took its donated state with it."""
         self._slots = {size: put(g.empty_slots(), self.mesh, SHARDED) for size, g in self._geometries.items()}
 
+    def recover(self) -> None:
+        """Empty every slot after a failure and prove that every device works: it draws a picture of the start again.
+
+        Raises:
+            EngineUnavailable: the pixels are others.
+            Exception: what the device program raised.
+        """
+        self.reset()
+        for lane, wanted in self._proofs.items():
+            if not all(np.array_equal(got, wanted) for got in self._prove(lane)):
+                raise EngineUnavailable("a device does not give the pixels any more that it gave at the start")
+        self.reset()
+
+    def is_fatal(self, exc: Exception) -> bool:
+        """Whether no other try on these devices can mend what a program raised: memory or a device is gone."""
+        return isinstance(exc, RuntimeError | MemoryError) and any(
+            text in str(exc) for text in (*OUT_OF_MEMORY, *_LOST)
+        )
+
     def check_safety(self, pixels: np.ndarray) -> bool | None:
         """Run the checkpoint's safety checker on one image; None without one. May be called from any thread.
 
@@ -378,6 +408,13 @@ class Engine:
                 array.copy_to_host_async()
             snapshots[place.task_id] = JobSnapshot(self.fingerprints[lane], lane, arrays)
         return snapshots
+
+    def _prove(self, lane: Lane) -> list[np.ndarray]:
+        """Return the pixels of a picture of one step that every device draws."""
+        job = self.prepare("proof", _with_size(GenerationRequest("proof", seed=0, num_inference_steps=1), lane))
+        phases = Phase(insert=(0, "proof"), steps=job.num_inference_steps), Phase(decode=(0, "proof"))
+        images = self.execute(Plan(lane, (phases,) * self.num_devices), {"proof": job}).wait()
+        return [image.pixels for image in images]
 
     def _preview(self, lane: Lane, places: Sequence[Place]) -> jax.Array:
         slots = put(self._slot_of_each_device(places), self.mesh, SHARDED)
@@ -455,6 +492,7 @@ class Engine:
             }
             cost = Cost(steps_s / 4, insert_s, decode_s)
             self.costs[size] = TickCosts(self.num_devices, cost, slowdown, overhead_s)
+            self._proofs[size] = self._prove(size)[0]
             if (_PREVIEW, size) in self._programs:
                 self._colours[size] = self._fit_colours(size)
         self.reset()

@@ -16,13 +16,12 @@ from typing import Any
 import jax
 
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
-from sdtpu_worker.diffusion.engine import Engine
+from sdtpu_worker.diffusion.engine import OUT_OF_MEMORY, Engine
 
 logger = logging.getLogger(__name__)
 
 CANDIDATES = (1, 2, 4, 8)
 _WORTH_IT = 0.95  # more slots delay every job in them: only for a gain that is not noise
-_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
 
 
 def choose_slots_per_device(make_engine: Callable[[int], Engine], memory: Path | None) -> Engine:
@@ -41,7 +40,7 @@ def choose_slots_per_device(make_engine: Callable[[int], Engine], memory: Path |
         try:
             engine = make_engine(slots)
         except Exception as exc:
-            if not measured or not any(text in str(exc) for text in _OUT_OF_MEMORY):
+            if not measured or not any(text in str(exc) for text in OUT_OF_MEMORY):
                 raise
             logger.info("%d slots per device do not fit the devices' memory", slots)
             break

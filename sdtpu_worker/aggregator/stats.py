@@ -1,0 +1,61 @@
+"""What a device loop has done so far, in numbers."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdtpu_worker.aggregator.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoopStats:
+    """Counters since the start.
+
+    Attributes:
+        ticks: that ended well.
+        images: pictures handed out.
+        steps: denoising steps of devices, whatever was in their slots.
+        job_steps: denoising steps that jobs took in their slots, in ticks that ended well; repeated work is what it
+            exceeds the steps of the pictures by.
+        preemptions: jobs that lost their slot to a more urgent one.
+        failures: device programs that failed.
+        retried: times that a job was put back to be tried again, apart from the others.
+        handed_over: jobs that another worker goes on with.
+        active_s: the time with at least one job here.
+        device_busy_s: of every device.
+        occupied_slot_s: of all slots together.
+    """
+
+    ticks: int = 0
+    images: int = 0
+    steps: int = 0
+    job_steps: int = 0
+    preemptions: int = 0
+    failures: int = 0
+    retried: int = 0
+    handed_over: int = 0
+    active_s: float = 0.0
+    device_busy_s: list[float] = field(default_factory=list)
+    occupied_slot_s: float = 0.0
+
+    def count(self, plan: Plan, elapsed_s: float) -> None:
+        """Add a tick that ended well."""
+        longest = max(plan.work_s, default=0.0)
+        self.ticks += 1
+        self.preemptions += len(plan.parked)
+        self.steps += sum(phase.steps for phases in plan.devices for phase in phases)
+        self.occupied_slot_s += plan.occupied * elapsed_s
+        for i, work_s in enumerate(plan.work_s):
+            self.device_busy_s[i] += elapsed_s * work_s / max(longest, 1e-9)
+        logger.debug(
+            "tick of %.0f ms: %d slots in use, steps %s", 1000 * elapsed_s, plan.occupied,
+            [sum(phase.steps for phase in phases) for phases in plan.devices],
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counters as a JSON-compatible dict."""
+        return {**vars(self), "device_busy_s": list(self.device_busy_s)}

@@ -31,7 +31,8 @@ from kombu.utils import json as kombu_json
 from sdtpu_worker.errors import InvalidMessage
 
 MAX_DEPTH = 64
-MAX_VALUES = 20_000
+MAX_VALUES = 25_000
+"""More than the longest prompts have brackets and commas, since these are what is counted."""
 MAX_PROTOCOL_1_VALUES = 1_000
 """Fewer, because Celery's `saferepr` of protocol 1's arguments takes the square of their number: minutes for 80,000."""
 MAX_ID_CHARACTERS = 255
@@ -78,14 +79,21 @@ def check_envelope(raw: bytes, known_tasks: Container[str], max_bytes: int) -> d
     try:
         if len(raw) > max_bytes:
             raise _Refusal(f"the message must have at most {max_bytes:,} bytes, got {len(raw):,}")
-        message = _parse("the message", raw)
+        message = _load("the message", raw)
         if isinstance(message, dict) and isinstance(message.get("headers"), dict):
             fields.update(message["headers"])
+        _check_plain("the message", message)
         _check_fields("message", message, _MESSAGE)
         _check_fields("properties", message["properties"], _PROPERTIES)
         _check_fields("delivery_info", message["properties"]["delivery_info"], _DELIVERY_INFO)
-        body = _parse("the body", _body_bytes(message, max_bytes))
-        (_check_protocol_2 if "task" in fields else _check_protocol_1)(fields, body, known_tasks)
+        body = _load("the body", _body_bytes(message, max_bytes))
+        values = _check_plain("the body", body)
+        if "task" in fields:
+            _check_protocol_2(fields, body, known_tasks)
+        elif values <= MAX_PROTOCOL_1_VALUES:
+            _check_protocol_1(fields, body, known_tasks)
+        else:
+            raise _Refusal(f"the body of protocol 1 must have at most {MAX_PROTOCOL_1_VALUES:,} values, got {values:,}")
         return message
     except Exception as exc:  # one that is no refusal is a fault of ours, and must not end the worker either
         refusal = exc if isinstance(exc, _Refusal) else _Refusal(f"the message cannot be checked: {_show(exc)}")
@@ -116,6 +124,7 @@ def find_task_id(raw_head: bytes, raw_tail: bytes) -> str | None:
 
 
 _ID_PATTERN = re.compile(rb'"(?:correlation_id|id)"\s*:\s*("(?:[^"\\]|\\.){1,1530}")')
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 _REPR.maxlevel = 2
@@ -152,7 +161,6 @@ def _check_protocol_1(fields: dict[str, Any], body: Any, known_tasks: Container[
     _check_task_fields(fields, known_tasks)
     _check_fields("body", body, _ARGUMENTS)
     _check_fields("body", body, _EMBED)
-    _check_plain("the body of protocol 1", body, MAX_PROTOCOL_1_VALUES)
     _check_signatures({name: body.get(name) for name in _EMBED})
 
 
@@ -164,50 +172,52 @@ def _check_task_fields(fields: Mapping[str, Any], known_tasks: Container[str]) -
         raise _Refusal(f"task must be one of this app's, got {_show(name)}", NotRegistered(name))
 
 
-def _parse(what: str, raw: bytes) -> Any:
-    """Read JSON as kombu does; text, numbers, nesting and number of values within what every later step can bear."""
+def _load(what: str, raw: bytes) -> Any:
+    """Read JSON as kombu does, if it is not so much that reading it takes long."""
+    if sum(map(raw.count, (b"[", b"{", b","))) > MAX_VALUES:
+        raise _Refusal(f"{what} must have at most {MAX_VALUES:,} values, got more")
     try:
-        value = kombu_json.loads(raw, _loads=_load_json)
-        _check_plain(what, value, MAX_VALUES)
+        return kombu_json.loads(raw, _loads=_load_json)
     except _Refusal:
         raise
     except RecursionError:
-        raise _Refusal(f"{what} must be nested at most {MAX_DEPTH} levels deep") from None
+        raise _Refusal(f"{what} must be nested at most {MAX_DEPTH} levels deep, got far more") from None
     except Exception as exc:  # whatever the decoders of `__type__` raise
         raise _Refusal(f"{what} must be JSON text in UTF-8, got {_show(raw)}: {_show(str(exc))}") from exc
-    return value
 
 
-def _refuse_constant(name: str) -> None:
-    raise _Refusal(f"numbers must be finite, got {name}")
+def _refuse_number(text: str) -> None:
+    raise _Refusal(f"numbers must be finite, got {text}")
 
 
-_load_json = partial(json.loads, parse_constant=_refuse_constant)
+_load_json = partial(json.loads, parse_constant=_refuse_number)
 
 
-def _check_plain(what: str, value: Any, max_values: int) -> None:
-    """Go through the levels of a JSON value from the top."""
-    level, seen = [value], 0
+def _check_plain(what: str, value: Any) -> int:
+    """Go through a JSON value level by level: depth, text and numbers must be what every later step can bear.
+
+    Returns:
+        How many values there are in it.
+    """
+    level, values = [value], 0
     for _ in range(MAX_DEPTH):
         if not level:
-            return
-        seen += len(level)
-        if seen > max_values:
-            raise _Refusal(f"{what} must have at most {max_values:,} values, got more")
+            return values
+        values += len(level)
         below: list[Any] = []
         for item in level:
             if isinstance(item, str):
-                if not item.isascii():
-                    item.encode()  # a lone surrogate raises
+                if not item.isascii() and _SURROGATE.search(item):
+                    raise _Refusal(f"{what} must not have half a surrogate pair, got {_show(item)}")
             elif isinstance(item, dict):
                 below += item
                 below += item.values()
             elif isinstance(item, list):
                 below += item
             elif isinstance(item, float) and not math.isfinite(item):
-                _refuse_constant(str(item))
+                _refuse_number(str(item))
         level = below
-    raise _Refusal(f"{what} must be nested at most {MAX_DEPTH} levels deep")
+    raise _Refusal(f"{what} must be nested at most {MAX_DEPTH} levels deep, got more")
 
 
 def _body_bytes(message: dict[str, Any], max_bytes: int) -> bytes:
@@ -327,7 +337,7 @@ def _either(*rules: _Rule) -> _Rule:
 
 
 def _maybe(rule: _Rule) -> _Rule:
-    return _either(rule, _NOTHING)
+    return _Rule(f"{rule.allowed} or null", lambda value: value is None or rule.holds(value))
 
 
 def _required(rule: _Rule) -> _Rule:

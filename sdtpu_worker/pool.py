@@ -76,7 +76,8 @@ class DevicePool(TaskPool):
                 hooks = replace(hooks, on_start=self._worker.record_starts, give_up=self._worker.stopping.is_set)
             self.serving = self.start_serving(self.config, store, hooks)
             if self._worker is not None:
-                self._worker.health.watch_device(lambda: self.serving.loop.alive, lambda: self.serving.loop.stalled_s)
+                loop = self.serving.loop
+                self._worker.health.watch_device(lambda: loop.alive, lambda: loop.stalled_s)
                 self._worker.start()
         except SdtpuError as exc:
             logger.critical("%s: %s", type(exc).__name__, exc)

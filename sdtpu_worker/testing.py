@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Plan
+from sdtpu_worker.errors import SnapshotMismatch
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,22 @@ class FakeSnapshot:
     step: int
     steps_left: int
     fingerprint: str = "fake"
+
+    def to_bytes(self) -> bytes:
+        """Return it as JSON text."""
+        return json.dumps(vars(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> FakeSnapshot:
+        """Rebuild what `to_bytes` gave.
+
+        Raises:
+            SnapshotMismatch: the bytes are not a snapshot.
+        """
+        try:
+            return cls(**json.loads(data))
+        except (TypeError, ValueError) as exc:
+            raise SnapshotMismatch("these bytes are no fake snapshot: start the job anew") from exc
 
 
 class FakeDeviceLost(RuntimeError):

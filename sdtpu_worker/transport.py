@@ -276,7 +276,7 @@ class TransportMixin:
 
     def register_with_event_loop(self: Any, connection: Any, loop: Any) -> None:
         """Join Celery's event loop."""
-        super().register_with_event_loop(connection, loop)
+        super().register_with_event_loop(connection, loop)  # type: ignore[misc]
         self._loop = loop
 
     def wake_up_in(self, seconds: float) -> None:

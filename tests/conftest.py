@@ -12,6 +12,17 @@ import pytest
 XLA_CACHE = os.environ.get("SDTPU_TEST_COMPILE_CACHE") or str(Path(tempfile.gettempdir()) / "sdtpu-worker-test-xla")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the fault tests run in full."""
+    parser.addoption("--long", action="store_true", help="run tests/chaos in its long form: about an hour")
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the fault tests should run in full."""
+    return request.config.getoption("--long")
+
+
 def pytest_configure() -> None:
     """Choose the devices before any test module starts a backend."""
     from sdtpu_worker.diffusion.cache import CompileCache

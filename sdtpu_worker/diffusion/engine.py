@@ -316,6 +316,14 @@ class Engine:
         self._slots[plan.lane], decoded = self._programs[plan.lane](self.params, self._slots[plan.lane], todo)
         return Tick(plan, decoded, parked, self._preview(plan.lane, plan.previews) if plan.previews else None)
 
+    def read_snapshot(self, data: bytes) -> JobSnapshot:
+        """Rebuild a snapshot from its bytes.
+
+        Raises:
+            SnapshotMismatch: the bytes are not a snapshot.
+        """
+        return JobSnapshot.from_bytes(data)
+
     def accepts(self, snapshot: JobSnapshot) -> bool:
         """Whether a job can go on from a snapshot here, bit for bit."""
         return self.fingerprints.get(snapshot.lane) == snapshot.fingerprint

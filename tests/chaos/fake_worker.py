@@ -14,7 +14,6 @@ each of its steps once. Some prompts are accidents:
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import threading
@@ -26,14 +25,13 @@ import numpy as np
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.app import app
 from sdtpu_worker.config import Config
-from sdtpu_worker.errors import SnapshotMismatch
 from sdtpu_worker.pool import DevicePool
 from sdtpu_worker.request import GenerationRequest
 from sdtpu_worker.serving import Hooks, Serving, serve
 from sdtpu_worker.storage import ImageStore
 from sdtpu_worker.testing import FakeEngine, FakeJob, FakeSnapshot
+from tests.chaos.pictures import LANE, expected_count, picture
 
-LANE = (8, 8)
 __all__ = ["app"]
 
 
@@ -44,16 +42,6 @@ class PictureJob(FakeJob):
     prompt: str = ""
     sampler: str = "ddim"
     truncated: bool = False
-
-
-def picture(count: int) -> np.ndarray:
-    """Return a picture of a number, `(8, 8, 3) uint8`."""
-    return np.full((*LANE, 3), [count >> 16 & 255, count >> 8 & 255, count & 255], np.uint8)
-
-
-def expected_count(seed: int, steps: int) -> int:
-    """Return the number that a job's picture should show."""
-    return seed % 1000 * 1000 + steps
 
 
 class PictureEngine(FakeEngine):
@@ -82,10 +70,7 @@ class PictureEngine(FakeEngine):
 
     def read_snapshot(self, data: bytes) -> FakeSnapshot:
         """Rebuild what `to_bytes` gave."""
-        try:
-            return FakeSnapshot(**json.loads(data))
-        except (TypeError, ValueError) as exc:
-            raise SnapshotMismatch("no snapshot") from exc
+        return FakeSnapshot.from_bytes(data)
 
     def execute(self, plan: Any, jobs: Any, snapshots: Any = None) -> Any:
         """Follow a plan; accidents happen."""

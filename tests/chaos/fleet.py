@@ -1,0 +1,172 @@
+"""Real worker processes that a test starts, kills and asks; and a ledger of the jobs that it gave them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+
+from sdtpu_worker import generate, install
+from sdtpu_worker.demo.processes import running, wait_for_line, worker_command, worker_env
+from sdtpu_worker.storage import read_image_bytes
+from tests.chaos.pictures import expected_count, shown_count
+
+ROOT = Path(__file__).parent.parent.parent
+FAKE_APP = "tests.chaos.fake_worker"
+
+
+class WorkerProcess:
+    """A worker: its process and its log."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.name, self.process, self.log = name, process, log
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process runs."""
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self.process.kill()
+        self.process.wait(20)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def stop(self, timeout_s: float = 60.0) -> int:
+        """End it with SIGTERM; return its exit code."""
+        self.process.terminate()
+        return self.process.wait(timeout_s)
+
+    def text(self) -> str:
+        """Return its log."""
+        return self.log.read_text(errors="replace")
+
+    def loop_stats(self) -> dict[str, Any]:
+        """Return the counters that its device loop wrote to the log when it ended."""
+        found = re.findall(r"the device loop is closed: (\{.*\})", self.text())
+        return json.loads(found[-1]) if found else {}
+
+    def memory_kib(self) -> int:
+        """Return how much memory it has in use."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
+
+    def threads(self) -> int:
+        """Return how many threads it has."""
+        return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
+
+
+class Fleet:
+    """Workers of one queue; all are ended with the block.
+
+    Args:
+        redis_url: broker and result backend.
+        folder: for the logs.
+        app: whose worker; the fake one by default.
+        settings: in upper case, for every worker.
+    """
+
+    def __init__(self, redis_url: str, folder: Path, app: str = FAKE_APP, **settings: str) -> None:
+        self.redis_url, self.folder, self.app, self.settings = redis_url, folder, app, settings
+        self.workers: list[WorkerProcess] = []
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for worker in self.workers:
+            if worker.is_running:
+                worker.process.kill()
+        self._stack.close()
+
+    def launch(self, name: str, *options: str, **settings: str) -> WorkerProcess:
+        """Start a worker and return at once."""
+        log = self.folder / f"{len(self.workers)}-{name}.log"
+        settings = {"SDTPU_PLATFORM": "cpu", "SDTPU_PROGRESS_S": "0", **self.settings, **settings}
+        command = worker_command(self.app, "--without-gossip", "--without-mingle", "-n", f"{name}@chaos", *options)
+        env = worker_env(self.redis_url, **settings)
+        process = self._stack.enter_context(running(command, log, env=env, cwd=ROOT))
+        self.workers.append(WorkerProcess(name, process, log))
+        return self.workers[-1]
+
+    def start(self, name: str, *options: str, **settings: str) -> WorkerProcess:
+        """Start a worker and wait until it consumes."""
+        worker = self.launch(name, *options, **settings)
+        wait_for_line(worker.process, worker.log, " ready.", 120)
+        return worker
+
+
+@contextlib.contextmanager
+def client_app(redis_url: str, **conf: Any) -> Iterator[Celery]:
+    """Make a client's app the current one."""
+    app = install(Celery("chaos-client", broker=redis_url, backend=redis_url, set_as_current=True))
+    app.conf.update(conf)
+    app.set_default()
+    try:
+        yield app
+    finally:
+        app.close()
+
+
+@dataclass
+class Ledger:
+    """The jobs that were given to the workers, and what became of them."""
+
+    jobs: dict[str, tuple[Any, int, int]] = field(default_factory=dict)  # by id: result, seed, steps
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)
+
+    def add(self, seed: int, steps: int, prompt: str = "x", **options: Any) -> str:
+        """Enqueue a job; return its id."""
+        kwargs = {"seed": seed, "num_inference_steps": steps}
+        job = generate.apply_async((prompt,), kwargs, **options)
+        self.jobs[job.id] = job, seed, steps
+        return job.id
+
+    def collect(self) -> int:
+        """Take in what is done; return how many jobs are not."""
+        for task_id, (job, _, _) in self.jobs.items():
+            if task_id in self.results or task_id in self.errors:
+                continue
+            meta = job.backend.get_task_meta(task_id, cache=False)
+            if meta["status"] == "SUCCESS":
+                self.results[task_id] = meta["result"]
+            elif meta["status"] in ("FAILURE", "REVOKED"):
+                self.errors[task_id] = meta["result"]
+        return len(self.jobs) - len(self.results) - len(self.errors)
+
+    def wait(self, timeout_s: float, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait until every job is done."""
+        deadline = time.monotonic() + timeout_s
+        while left := self.collect():
+            assert time.monotonic() < deadline, f"{left} of {len(self.jobs)} jobs are not done after {timeout_s:.0f} s"
+            meanwhile()
+            time.sleep(0.1)
+
+    def wrong_pictures(self) -> list[str]:
+        """Return the jobs whose picture does not show that each step was done once (of the fake engine)."""
+        wrong = []
+        for task_id, result in self.results.items():
+            _, seed, steps = self.jobs[task_id]
+            if shown_count(read_image_bytes(result)) != expected_count(seed, steps):
+                wrong.append(task_id)
+        return wrong
+
+
+def keys_left(client: Any) -> list[str]:
+    """Return the keys that should not be there when every job is done: all but results, images and kombu's own."""
+    passing = ("celery-task-meta-", "sdtpu:image:", "sdtpu:load:", "sdtpu:dead", "_kombu")
+    return sorted(key for raw in client.scan_iter() if not (key := raw.decode()).startswith(passing))

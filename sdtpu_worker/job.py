@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from celery.states import READY_STATES
 from celery.utils.functional import maybe_list
 from celery.worker import state
@@ -25,7 +25,7 @@ from redis.exceptions import RedisError
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.aggregator.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
 from sdtpu_worker.deliveries import Deliveries, JobFacts
-from sdtpu_worker.errors import DeliveryLimitExceeded
+from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
 from sdtpu_worker.request import DEFAULT_PRIORITY, GenerationRequest
 from sdtpu_worker.transport import ClaimingChannel
 
@@ -43,16 +43,34 @@ CRASHES_TO_RUN_ALONE = 2
 
 
 class DeviceRequest(Request):
-    """Celery's request, for a job on the devices: what it tells Redis, it tells from its own thread."""
+    """Celery's request, for a job on the devices, which may go back to its queue with its state.
 
-    def __init__(self, message: Any, on_ack: Any = None, on_reject: Any = None, **options: Any) -> None:
-        if isinstance(message.channel, ClaimingChannel):
-            on_ack, on_reject = message.ack_log_error, message.reject_log_error
-        super().__init__(message, on_ack=on_ack, on_reject=on_reject, **options)
+    Attributes:
+        goes_back: when the job's thread has ended, the message is given back instead of acknowledged.
+    """
+
+    goes_back = False
+
+    def acknowledge(self) -> None:
+        """Acknowledge the message, or give it back."""
+        if self.goes_back:
+            self.reject(requeue=True)
+        else:
+            super().acknowledge()
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """A cold shutdown wants the job to go back to its queue: it goes with its state."""
         pool.hand_over()
+
+
+def answer_directly(request: Request) -> None:
+    """Have a request acknowledge from the thread that runs it.
+
+    Celery leaves that to its event loop, which has ended by the time a stopping worker's last jobs do.
+    """
+    message = request.message
+    if isinstance(message.channel, ClaimingChannel):
+        request._on_ack, request._on_reject = message.ack_log_error, message.reject_log_error
 
 
 class DeviceJob:
@@ -116,9 +134,8 @@ class DeviceJob:
         """Return what earlier workers left of the job, if there were any.
 
         Raises:
-            Ignore: it is done already, and was only not acknowledged.
+            Ignore: it is done already, and was only not acknowledged; or Redis cannot be asked, and it goes back.
             DeliveryLimitExceeded: too many workers died with it on their devices.
-            Reject: Redis cannot be asked; the job goes back to its queue.
         """
         self._digest = hashlib.sha256(json.dumps(parameters.to_json(), sort_keys=True).encode()).digest()
         if self._deliveries is None or not self.request.delivery_info.get("redelivered"):
@@ -127,7 +144,8 @@ class DeviceJob:
             self._end_if_done(task)
             facts = self._deliveries.job_facts(self.task_id)
         except (OSError, RedisError) as exc:
-            raise Reject(f"its history could not be read: {exc}", requeue=True) from exc
+            logger.warning("the history of task %s could not be read, it goes back to its queue: %s", self.task_id, exc)
+            raise self._go_back() from exc
         if len(facts.died_on) >= self._max_deliveries:
             raise DeliveryLimitExceeded(
                 f"the job was on the devices of {len(facts.died_on)} workers when they died"
@@ -154,7 +172,7 @@ class DeviceJob:
 
         It is acknowledged or given back by now, unless that failed: then it comes again when its lease ends.
         """
-        if self._deliveries is not None and isinstance(self.request, DeviceRequest):
+        if self._deliveries is not None:
             self._deliveries.let_go(self.request.message.delivery_tag)
 
     def report(self, task: Task, progress: Progress) -> None:
@@ -181,11 +199,12 @@ class DeviceJob:
         """Turn what the device loop raises for this job into what Celery does for any task."""
         try:
             yield
-        except JobHandedOver as exc:
+        except (JobHandedOver, EngineUnavailable) as exc:
             if self.terminated:
                 raise self._leave_to_the_announcement() from None
-            self._save(exc.snapshot)
-            raise Reject("another worker goes on with it", requeue=True) from None
+            self._save(getattr(exc, "snapshot", None))
+            logger.info("task %s goes back to its queue: another worker goes on with it", self.task_id)
+            raise self._go_back() from None
         except (JobCancelled, JobOverdue) as exc:
             reason = exc.reason if isinstance(exc, JobOverdue) else None
             if self.terminated:
@@ -207,6 +226,11 @@ class DeviceJob:
         deadline = time.monotonic() + _ANNOUNCEMENT_TIMEOUT_S
         while not self.request._already_revoked and time.monotonic() < deadline:
             time.sleep(0.005)
+        return Ignore()
+
+    def _go_back(self) -> Ignore:
+        """Have the message given back when the thread has ended."""
+        self.request.goes_back = True
         return Ignore()
 
     def _save(self, snapshot: Any) -> None:

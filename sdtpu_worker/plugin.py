@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,44 +78,47 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
-        queue = read_setting("sdtpu_queue", worker.app.conf)
         self.serves = _is_device_pool(worker.pool_cls)
-        consumed = worker.app.amqp.queues.consume_from
+        self._check(worker)
+        if self.serves:
+            self._configure(worker)
+
+    def _check(self, worker: Any) -> None:
+        """Refuse what cannot work, before anything is loaded."""
+        queue, app = read_setting("sdtpu_queue", worker.app.conf), worker.app
+        accepted = set(app.conf.accept_content)
         if not self.serves:
-            if queue in consumed:
+            if queue in app.amqp.queues.consume_from:
                 _refuse(
                     f"the queue {queue!r} needs the pool {POOL}, but this worker has"
                     f" {worker.pool_cls.__module__}:{worker.pool_cls.__qualname__}; set worker_pool = {POOL!r}"
                     " (sdtpu_worker.install(app) does, unless your configuration or -P says otherwise), or consume"
                     " other queues with -Q"
                 )
-            return
-        if worker.autoscale:
+        elif worker.autoscale:
             _refuse("--autoscale cannot change how many jobs a device holds; leave it out")
-        accepted = set(worker.app.conf.accept_content)
-        if not accepted <= {"json", "application/json"}:
+        elif not accepted <= {"json", "application/json"}:
             _refuse(f"accept_content must be ['json'] for a worker of the queue {queue!r}, got {sorted(accepted)}")
-        try:
-            config = read_config(worker.app.conf)
-        except ConfigurationError as exc:
-            _refuse(str(exc))
-        for name in shard_queues(queue, config.tenant_shards):
-            if name not in consumed:
-                worker.app.amqp.queues.select_add(name)
-        if queue not in consumed:
-            logger.info("consuming the queue %s too", queue)
-        if worker.app.conf.worker_cancel_long_running_tasks_on_connection_loss:
-            logger.info(
-                "jobs go on while Redis is away: worker_cancel_long_running_tasks_on_connection_loss is ignored"
-            )
-            worker.app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
-        worker.app.conf.worker_enable_prefetch_count_reduction = (
-            False  # what is held is counted, also after a reconnect
-        )
-        install_prompt_guard(worker.app)
+
+    def _configure(self, worker: Any) -> None:
+        """Make an ordinary worker a device worker: its queues, its transport, what it logs."""
         from sdtpu_worker.worker import DeviceWorker, set_current
 
-        set_current(DeviceWorker(worker.app, worker.hostname, config))
+        app = worker.app
+        try:
+            config = read_config(app.conf)
+        except ConfigurationError as exc:
+            _refuse(str(exc))
+        for name in shard_queues(config.queue, config.tenant_shards):
+            if name not in app.amqp.queues.consume_from:
+                app.amqp.queues.select_add(name)
+        if app.conf.worker_cancel_long_running_tasks_on_connection_loss:
+            logger.info("worker_cancel_long_running_tasks_on_connection_loss is ignored: jobs go on without Redis")
+            app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
+        warnings.filterwarnings("ignore", r"\s*In Celery 5\.1 we introduced", PendingDeprecationWarning)  # on the same
+        app.conf.worker_enable_prefetch_count_reduction = False  # the transport counts what is held itself
+        install_prompt_guard(app)
+        set_current(DeviceWorker(app, worker.hostname, config))
 
     def start(self, worker: Any) -> None:
         """Runs after the pool is warm and before the first message is taken."""

@@ -19,7 +19,7 @@ from celery.worker import state
 from sdtpu_worker import worker
 from sdtpu_worker.config import Config, read_config
 from sdtpu_worker.errors import SdtpuError
-from sdtpu_worker.job import DeviceJob
+from sdtpu_worker.job import DeviceJob, answer_directly
 from sdtpu_worker.prefetch import UrgentPrefetch
 from sdtpu_worker.serving import Hooks, Serving, start_serving, stop_serving
 from sdtpu_worker.storage import make_image_store
@@ -105,6 +105,7 @@ class DevicePool(TaskPool):
         deliveries = self._worker.deliveries if self._worker else None
         if deliveries is not None:
             deliveries.run(request.message.delivery_tag)
+            answer_directly(request)
         job = DeviceJob(
             request,
             soft_timeout or self.options.get("soft_timeout"),

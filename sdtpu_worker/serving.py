@@ -313,7 +313,7 @@ def stop_serving() -> None:
 
 def is_well(stall_s: float) -> bool:
     """Whether this process's devices make progress: no tick is later than this; True while there are none yet."""
-    return _current is None or _current.loop.stalled_s <= stall_s
+    return _current is None or (_current.loop.alive and _current.loop.stalled_s <= stall_s)
 
 
 def load(host: str) -> WorkerLoad | None:

@@ -76,6 +76,7 @@ class DeviceWorker:
         self._warned_of = options.get("visibility_timeout")
         app.conf.broker_transport_options = {
             "socket_keepalive": True,
+            "socket_timeout": 2 * _BROKER_TIMEOUT_S,
             "socket_connect_timeout": _BROKER_TIMEOUT_S,
             **options,
             "unacked_key": "sdtpu:unacked",

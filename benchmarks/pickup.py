@@ -1,0 +1,87 @@
+"""How long a message lies in Redis before an idle worker has it: this package's transport beside stock kombu's.
+
+    python benchmarks/pickup.py [--messages 200] [--every-ms 20]
+
+Needs `pip install -e '.[demo]'`; about 15 s. A process of its own sends with an ordinary Celery client; the consumer
+runs kombu's event loop, as a worker does. Ours claims and records a message in one script; where Redis does not tell
+of new messages (`--polled`) it looks every 10 ms. Prints median and 99th percentile in ms, from the call that sends to
+the callback that receives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+import redis
+from kombu import Connection, Consumer, Queue
+from kombu.asynchronous import Hub, set_event_loop
+
+from sdtpu_worker import transport
+from sdtpu_worker.deliveries import Deliveries, Keys
+from sdtpu_worker.demo.processes import private_redis
+
+SEND = """
+import sys, time
+from celery import Celery
+url, messages, every_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+app = Celery(broker=url)
+app.send_task("t", queue="pickup", ignore_result=True)
+for _ in range(messages):
+    time.sleep(every_s)
+    app.send_task("t", queue="pickup", ignore_result=True, headers={"sent_at": time.time()})
+"""
+
+
+def use_ours(url: str) -> None:
+    """Make kombu's Redis transport in this process ours."""
+    deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(), 30, "benchmark")
+    ours = transport.Intake(deliveries, {"t"}, 262_144, print, lambda: True, lambda: None)
+    transport.use_in_this_process(ours)
+
+
+def measure(url: str, messages: int, every_s: float) -> list[float]:
+    """Return every message's time on the way in ms."""
+    hub, delays = Hub(), []
+    set_event_loop(hub)
+
+    def on_message(message) -> None:
+        if "sent_at" in message.headers:
+            delays.append(1000 * (time.time() - message.headers["sent_at"]))
+        message.ack()
+
+    sender = subprocess.Popen([sys.executable, "-c", SEND, url, str(messages), str(every_s)])
+    with Connection(url) as connection:
+        connection.transport.register_with_event_loop(connection.connection, hub)
+        consumer = Consumer(connection.default_channel, [Queue("pickup")], on_message=on_message, accept=["json"])
+        with consumer:
+            loop, deadline = hub.create_loop(), time.monotonic() + 60 + 2 * messages * every_s
+            while len(delays) < messages and time.monotonic() < deadline:
+                next(loop)
+    sender.wait()
+    return delays
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--messages", type=int, default=200)
+    parser.add_argument("--every-ms", type=float, default=20)
+    parser.add_argument("--polled", action="store_true", help="as if Redis did not tell of new messages")
+    args = parser.parse_args()
+    if args.polled:
+        transport.ClaimingChannel._start_tracking = lambda self, connection: None
+    for name in ("stock kombu", "ours"):
+        with private_redis() as url:
+            if name == "ours":
+                use_ours(url)
+            delays = sorted(measure(url, args.messages, args.every_ms / 1000))
+        print(
+            f"{name:12} median {statistics.median(delays):5.1f} ms, 99 % within {delays[-len(delays) // 100]:5.1f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,7 @@ for _ in range(messages):
 def use_ours(url: str) -> None:
     """Make kombu's Redis transport in this process ours."""
     deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(), 30, "benchmark")
-    ours = transport.Intake(deliveries, {"t"}, 262_144, print, lambda: True, lambda: None)
+    ours = transport.Intake(deliveries, {"t"}, 262_144, 30, print, lambda: True, lambda: None)
     transport.use_in_this_process(ours)
 
 

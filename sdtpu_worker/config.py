@@ -33,6 +33,13 @@ def _text(value: Any) -> str:
     return value.strip()
 
 
+def _queue(value: Any) -> str:
+    name = _text(value)
+    if not name.isprintable():
+        raise ValueError("a name of printable characters")
+    return name
+
+
 def _choice(*choices: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if value not in choices:
@@ -127,7 +134,7 @@ SETTINGS = (
             "steps between two small previews in the PROGRESS state; 0 for none"),
     Setting("sdtpu_trace", None, _text,
             "file for a timeline of the run, in Chrome's trace format (Perfetto opens it)"),
-    Setting("sdtpu_queue", DEFAULT_QUEUE, _text, "queue of the task `sdtpu.generate`"),
+    Setting("sdtpu_queue", DEFAULT_QUEUE, _queue, "queue of the task `sdtpu.generate`"),
     Setting("sdtpu_tenant_shards", 16, _integer(0, 256),
             "queues that jobs with a `tenant` are spread over, served in turn; 0 for one queue for all"),
     Setting("sdtpu_max_queue", 0, _integer(0, 10**9),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REDELIVERED = b" "
-"""Stands before a message that was held before: JSON ignores the space."""
+"""Stands before a message that was held before, once for every holder that died: JSON ignores spaces."""
 MAX_DEAD_LETTERS = 1000
 DEAD_LETTER_BYTES = 4096
 JOB_FACTS_EXPIRE_S = 24 * 3600
@@ -60,11 +60,11 @@ end
 for i = 3, #KEYS do redis.call('DEL', KEYS[i]) end
 """
 _GIVE_BACK = """
-local function give_back(tag)
+local function give_back(tag, holder_died)
     local record = redis.call('HGET', KEYS[1], tag)
     if record then
         local list, message = string.match(record, '^([^\\n]*)\\n(.*)$')
-        if string.sub(message, 1, 1) ~= ' ' then message = ' ' .. message end
+        if holder_died or string.sub(message, 1, 1) ~= ' ' then message = ' ' .. message end
         redis.call('RPUSH', list, message)
         redis.call('HDEL', KEYS[1], tag)
     end
@@ -72,7 +72,7 @@ local function give_back(tag)
 end
 """
 _RELEASE = f"""{_GIVE_BACK}
-for _, tag in ipairs(ARGV) do give_back(tag) end
+for _, tag in ipairs(ARGV) do give_back(tag, false) end
 for i = 3, #KEYS do redis.call('DEL', KEYS[i]) end
 """
 _RENEW = """
@@ -87,7 +87,7 @@ return gone
 _SWEEP = f"""{_GIVE_BACK}
 local now = redis.call('TIME')
 local tags = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now[1] + now[2] / 1e6, 'LIMIT', 0, ARGV[1])
-for _, tag in ipairs(tags) do give_back(tag) end
+for _, tag in ipairs(tags) do give_back(tag, true) end
 return #tags
 """
 _BURY = """
@@ -215,14 +215,12 @@ class Deliveries:
         self._end(tag, self._releases, self._tell_release)
 
     def release_waiting(self) -> None:
-        """Give back what the pool does not have: its consumer is gone."""
-        for tag in [tag for tag, delivery in self._held.copy().items() if not delivery.running]:
-            self.release(tag)
+        """Have the next `flush` give back what the pool does not have: its consumer is gone."""
+        self._release_later(lambda delivery: not delivery.running)
 
     def release_all(self) -> None:
-        """Give everything back."""
-        for tag in self._held.copy():
-            self.release(tag)
+        """Have the next `flush` give everything back."""
+        self._release_later(lambda _: True)
 
     def let_go(self, tag: str) -> None:
         """Stop renewing a message: another worker gets it when its lease ends."""
@@ -326,6 +324,11 @@ class Deliveries:
             redis.exceptions.RedisError: Redis did not take it.
         """
         self.client.set(self.keys.snapshot(task_id), data, ex=JOB_FACTS_EXPIRE_S)
+
+    def _release_later(self, wanted: Callable[[Delivery], bool]) -> None:
+        with self._lock:
+            for tag in [tag for tag, delivery in self._held.items() if wanted(delivery)]:
+                self._releases[tag] = self._held.pop(tag).task_id
 
     def _end(self, tag: str, untold: dict[str, str], tell: Callable[[str, str], None]) -> None:
         with self._lock:

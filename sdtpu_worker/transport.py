@@ -29,6 +29,7 @@ from redis.exceptions import ResponseError
 
 from sdtpu_worker.deliveries import CLAIM, REDELIVERED, Deliveries
 from sdtpu_worker.envelope import BadEnvelope, check_envelope, find_task_id
+from sdtpu_worker.errors import DeliveryLimitExceeded
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Intake:
         deliveries: what the worker holds.
         known_tasks: names of the tasks that it can run.
         max_message_bytes: a larger message is put aside unread.
+        max_holders: a message whose holder died this often is put aside: it may be why.
         on_bad: told of a message with a usable id that cannot be run: the id and the error to store.
         is_well: whether the worker should take more at all (its devices are not hung).
         on_contact: told whenever Redis answered a claim.
@@ -56,6 +58,7 @@ class Intake:
     deliveries: Deliveries
     known_tasks: Container[str]
     max_message_bytes: int
+    max_holders: int
     on_bad: Callable[[BadEnvelope], None]
     is_well: Callable[[], bool]
     on_contact: Callable[[], None]
@@ -210,6 +213,9 @@ class ClaimingChannel:
                 reason = f"a message must have at most {limit:,} bytes (sdtpu_max_message_bytes), got {size:,}"
                 raise BadEnvelope(reason, {"id": find_task_id(*content[1:])})
             message = check_envelope(raw, intake.known_tasks, limit)
+            if (died := len(raw) - len(raw.lstrip(REDELIVERED))) >= intake.max_holders:
+                reason = f"{died} workers died while they held this message; sdtpu_max_deliveries allows fewer"
+                raise BadEnvelope(reason, message["headers"], DeliveryLimitExceeded(reason))
         except BadEnvelope as exc:
             logger.warning("a message of %d bytes in the queue %s was put aside: %s", size, queue, exc.reason)
             if exc.task_id is not None:

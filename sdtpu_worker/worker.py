@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 EX_ENGINE_LOST = 75
 """Exit code of a worker whose engine cannot go on: its supervisor should start it anew (EX_TEMPFAIL)."""
 _BROKER_TIMEOUT_S = 5.0
+_HOLDERS_PER_DELIVERY = 10
+"""How much more often than on the devices a message may be in the hands of workers that die: most are not its fault."""
 _RECORD_TIMEOUT_S = 0.05
 _REPORT_EVERY_S = 5.0
 _LEAVE_AFTER_S = 5.0
@@ -90,6 +92,7 @@ class DeviceWorker:
                 deliveries=self.deliveries,
                 known_tasks=app.tasks,
                 max_message_bytes=config.max_message_bytes,
+                max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
                 on_bad=self._store_error,
                 is_well=self.is_well,
                 on_contact=self.health.contact,

@@ -170,9 +170,25 @@ def test_waiting_messages_go_back_when_a_connection_ends_and_running_ones_stay(c
     claim(ours, "2", "q")
     ours.run("2")
     ours.release_waiting()
+    assert places(client, ours, "q") == ([], 2, 2), "Redis may be away: it is not asked now"
+    ours.flush()
     assert places(client, ours, "q") == ([b" waits"], 1, 1)
     ours.release_all()
+    ours.flush()
     assert client.llen("q") == 2
+    assert len(ours) == 0
+
+
+def test_a_message_bears_a_mark_for_every_holder_that_died(client, make):
+    dying, alive = make(lease_s=0.05), make()
+    client.lpush("q", b"{}")
+    for tag in "123":
+        claim(dying, tag, "q")
+        time.sleep(0.1)
+        alive.sweep()
+    claim(alive, "4", "q")
+    alive.release("4")
+    assert client.lrange("q", 0, -1) == [b"   {}"]
 
 
 def test_a_job_that_could_not_be_ended_comes_again_when_its_lease_ends(client, make):

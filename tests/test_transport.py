@@ -19,6 +19,7 @@ from kombu.exceptions import OperationalError
 from sdtpu_worker import transport
 from sdtpu_worker.deliveries import Deliveries, Keys
 from sdtpu_worker.demo.processes import private_redis
+from sdtpu_worker.errors import DeliveryLimitExceeded
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ class Worker:
         self.bad, self.got, self.well = [], [], True
         self.contacts = 0
         transport.use_in_this_process(
-            transport.Intake(self.deliveries, {"t"}, 10_000, self.bad.append, lambda: self.well, self._on_contact)
+            transport.Intake(self.deliveries, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_contact)
         )
         self.hub = Hub()
         set_event_loop(self.hub)
@@ -152,6 +153,7 @@ def test_no_more_than_the_prefetch_limit_is_held_also_over_a_reconnect(make_work
     for message in worker.got[:3]:
         worker.deliveries.run(message.delivery_tag)
     worker.connection.close()
+    worker.deliveries.flush()
     assert worker.client.hlen("sdtpu:unacked") == 3, "what waited went back, what runs stays"
     worker.connect()
     assert worker.run(lambda: len(worker.got) == 5)
@@ -195,6 +197,22 @@ def test_what_celery_must_not_see_is_put_aside_and_has_its_error(make_worker, se
     assert [bad.task_id for bad in worker.bad] == ["bad"]
     assert worker.client.hgetall("sdtpu:dead:counts") == {b"InvalidMessage": b"5"}
     assert len(worker.deliveries) == 1
+
+
+def test_a_message_whose_holders_keep_dying_is_put_aside_with_its_error(make_worker, send):
+    send("deadly")
+    client = redis.Redis.from_url(make_worker().url)
+    raw = client.rpop("q") or next(iter(client.hvals("sdtpu:unacked"))).split(b"\n", 1)[1]
+    client.flushall()
+    worker = make_worker()
+    worker.client.lpush("q", b" " * 4 + raw)
+    assert worker.run(lambda: worker.got), "four times is not often enough"
+    worker.got[0].ack()
+    worker.client.lpush("q", b" " * 5 + raw)
+    assert worker.run(lambda: worker.bad)
+    assert worker.bad[0].task_id == "deadly"
+    assert isinstance(worker.bad[0].error, DeliveryLimitExceeded)
+    assert worker.client.hgetall("sdtpu:dead:counts") == {b"DeliveryLimitExceeded": b"1"}
 
 
 def test_a_lost_connection_is_an_error_of_the_loop_and_nothing_is_lost(make_worker, send):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import random
 import time
 import uuid
 import warnings
+import zlib
 from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -132,8 +134,6 @@ def refuse(raw: bytes, known=KNOWN, max_bytes: int = MAX_BYTES) -> BadEnvelope:
 
 
 def draft() -> Draft:
-    import random
-
     return Draft(random.Random(0))
 
 
@@ -177,6 +177,11 @@ def send_everything(app: Celery) -> None:
         {"serializer": "json", "content_type": None},
     ):
         probe.apply_async((1, now.date(), uuid.uuid4(), b"\xff\x00"), {"x": [now]}, **{"queue": QUEUE, **options})
+    several = [probe.s(1), group(probe.s(), probe.s()), chain(probe.s(), probe.s())]
+    for errbacks in ([probe.si()], several, [chord([sub], sub)]):
+        probe.apply_async(kwargs={"fail": True}, link_error=errbacks)
+        chain(probe.s(fail=True).set(link_error=errbacks), probe.s(), group(probe.s(), sub), sub).apply_async()
+        chord([probe.s(fail=True), probe.s()], probe.s().set(link_error=errbacks)).apply_async()
     chain(probe.s(1), probe.s(2), generate.s(num_inference_steps=2)).apply_async()
     chain(generate.s("a circle"), group(probe.s(1), chain(probe.s(2), probe.s(3))), probe.s(4)).apply_async()
     group(generate.s("a circle"), generate.s("a square").set(priority=1)).apply_async()
@@ -240,23 +245,29 @@ def test_a_message_that_kombu_restored_is_accepted(app, consumer, take, client):
 # What Celery does with what is accepted.
 
 
-def wait_state(app: Celery, task_id: str) -> str:
-    return app.AsyncResult(task_id).state
-
-
 def test_a_sound_message_runs(app, consumer):
     sound = draft()
     consumer.deliver(check_envelope(sound.encode(), KNOWN, MAX_BYTES))
     assert isinstance(app.AsyncResult(sound.task_id).result, EngineUnavailable)  # no engine in this process
 
 
-def test_every_hostile_message_ends_as_it_was_made_to(app, consumer):
-    """What passes runs in Celery and fails as InvalidRequest; what is refused is known by its id, if it has one."""
-    wrong, seen, started = [], Counter(), time.monotonic()
-    for message in hostile_messages(seed=3, count=20_000):
-        seen[message.kind] += 1
+@pytest.mark.parametrize("encoding", ["utf-8", None])
+def test_a_body_may_stand_there_as_it_is(app, consumer, encoding):
+    sound = draft()
+    sound.properties["body_encoding"] = encoding
+    sound.message["body"] = json.dumps(sound.body)
+    sound.headers["id"] = task_id = str(uuid.uuid4())
+    consumer.deliver(check_envelope(sound.encode(), KNOWN, MAX_BYTES))
+    assert isinstance(app.AsyncResult(task_id).result, EngineUnavailable)
+
+
+def test_every_hostile_message_is_refused_or_fails_as_it_was_made_to():
+    """What is refused is known by its id, if it has one; what passes has a parameter that is not allowed."""
+    messages = list(hostile_messages(seed=3, count=20_000))
+    wrong, started = [], time.monotonic()
+    for message in messages:
         try:
-            envelope = check_envelope(message.raw, KNOWN, MAX_BYTES)
+            check_envelope(message.raw, KNOWN, MAX_BYTES)
         except BadEnvelope as exc:
             typed = isinstance(exc.error, InvalidMessage | NotRegistered) and "\n" not in exc.reason
             if message.kind.startswith(REQUEST) or exc.task_id != message.task_id or not typed:
@@ -264,15 +275,18 @@ def test_every_hostile_message_ends_as_it_was_made_to(app, consumer):
         else:
             if not message.kind.startswith(REQUEST):
                 wrong.append((message.kind, "was accepted", message.raw[:300]))
-            elif seen[message.kind] <= 20:
-                consumer.deliver(envelope)
-                result = app.AsyncResult(message.task_id).result
-                if not isinstance(result, InvalidRequest) or isinstance(result, InvalidMessage):
-                    wrong.append((message.kind, result))
     assert wrong == []
-    assert seen.keys() == {kind.name for kind in KINDS}
-    assert len(seen) > 100
-    assert time.monotonic() - started < 30
+    assert {message.kind for message in messages} == {kind.name for kind in KINDS}
+    assert time.monotonic() - started < 20  # 3 s on two idle cores
+
+
+def test_a_parameter_that_is_not_allowed_passes_the_envelope_and_fails_in_the_task(app, consumer):
+    messages = [message for message in hostile_messages(seed=4, count=1500) if message.kind.startswith(REQUEST)]
+    assert len(messages) > 100
+    for message in messages:
+        consumer.deliver(check_envelope(message.raw, KNOWN, MAX_BYTES))
+        result = app.AsyncResult(message.task_id).result
+        assert type(result) is InvalidRequest, message.kind
     assert consumer.unacknowledged() == 0
 
 
@@ -314,7 +328,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_whatever_is_accepted_becomes_a_request_and_ends(app, consumer, take, client_messages, data):
     raw = data.draw(st.sampled_from(client_messages))
@@ -384,8 +398,6 @@ def test_a_client_that_wants_no_result_is_known():
 
 
 def test_an_inflated_body_is_bounded():
-    import zlib
-
     sound = draft()
     sound.headers["compression"] = "application/x-gzip"
     body = json.dumps(sound.body).encode()
@@ -424,11 +436,9 @@ def test_nothing_but_bad_envelope_is_ever_raised(raw):
     find_task_id(raw[:100], raw[-100:])
 
 
-@pytest.mark.parametrize(
-    "raw", [b"[" * MAX_BYTES, b"[1," * 87_000, b'{"a":' * 50_000, b"1" * MAX_BYTES, b'"id":"' * 40_000]
-)
-def test_the_largest_messages_are_refused_quickly(raw):
-    best = min(_seconds(raw) for _ in range(5))
+@pytest.mark.parametrize("part", [b"[", b"[1,", b"{},", b'{"a":', b"1", b'"id":"', b'"', b"\\", b"\xff"])
+def test_the_largest_messages_are_refused_quickly(part):
+    best = min(_seconds(part * (MAX_BYTES // len(part))) for _ in range(5))
     assert best < 0.02
 
 

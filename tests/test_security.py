@@ -313,6 +313,15 @@ def test_a_warning_about_an_error_outside_of_a_task(guard):
     assert SECRET not in all_of(guard)
 
 
+def test_why_a_message_was_put_aside_is_logged_without_what_was_got(guard):
+    reason = f"the body must be [args, kwargs, embed], got [{SECRET!r}]"
+    logging.getLogger("sdtpu_worker.transport").warning(
+        "a message of %d bytes in the queue %s was put aside: %s", 70, "sdtpu", reason
+    )
+    assert "in the queue sdtpu was put aside: the body must be [args, kwargs, embed], got [not logged" in guard.text
+    assert SECRET not in all_of(guard)
+
+
 def test_debug_and_other_loggers_are_left_alone(guard):
     guard.set_level(logging.DEBUG)
     logging.getLogger("celery.pool").debug("TaskPool: Apply %s (args:%s kwargs:%s)", "f", f"0 {SECRET}", {})

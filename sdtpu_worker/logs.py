@@ -27,6 +27,7 @@ _SECRET_OPTION = re.compile(
 _MASK = "**"
 
 _LIBRARIES = ("celery", "kombu", "py")  # py.warnings: Celery also warns with the text of an exception
+_INTAKE = "sdtpu_worker.transport"  # says why a message was put aside, and what was got instead
 _CONTEXTS = ("celery.app.trace", "celery.worker.strategy")  # their records have a dict of all about a task
 _CONTENT = ("args", "kwargs", "argsrepr", "kwargsrepr", "body", "payload", "result", "return_value", "traceback", "exc")
 _PLAIN = (str, bool, int, float, type(None))
@@ -67,7 +68,7 @@ def install_prompt_guard(app: Celery) -> None:
 
 
 class PromptGuard:
-    """A factory of log records that cleans those of Celery and kombu; any thread.
+    """A factory of log records that cleans those of Celery, kombu and the worker's own intake; any thread.
 
     Args:
         make_record: the factory that makes them.
@@ -79,7 +80,8 @@ class PromptGuard:
     def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
         """Make a record without prompts; one that cannot be cleaned loses its text."""
         record = self.make_record(*args, **kwargs)
-        if record.levelno > logging.DEBUG and record.name.partition(".")[0] in _LIBRARIES:
+        guarded = record.name == _INTAKE or record.name.partition(".")[0] in _LIBRARIES
+        if guarded and record.levelno > logging.DEBUG:
             try:
                 _clean(record)
             except Exception as exc:  # whatever a message holds must not end the thread that logs it
@@ -98,12 +100,15 @@ def describe(exc: BaseException | None) -> str:
         cause = getattr(exc, "exc", None)
         return f"Retry in {getattr(exc, 'when', None)} s: {describe(cause) if cause else 'asked for by the task'}"
     if isinstance(exc, InvalidRequest) or kind.__name__ == "InvalidTaskError":
-        text = _QUOTED_VALUE.sub(lambda match: match[1] + NOT_LOGGED, str(exc))
-        return f"{kind.__name__}({text!r})"
+        return f"{kind.__name__}({_without_quotes(str(exc))!r})"
     ours = kind.__module__.partition(".")[0] in _TRUSTED_PACKAGES or kind.__name__ in _TRUSTED_OF_CELERY
     if ours or isinstance(exc, OSError | MemoryError):
         return f"{kind.__name__}({sanitize_url(str(exc))!r})"
     return f"{kind.__name__}({NOT_LOGGED})"
+
+
+def _without_quotes(text: str) -> str:
+    return _QUOTED_VALUE.sub(lambda match: match[1] + NOT_LOGGED, text)
 
 
 class _Words(str):
@@ -122,6 +127,8 @@ def _clean(record: logging.LogRecord) -> None:
     elif record.args:
         dump = _clean_dump(str(record.msg), record.args, exc_info[1] if exc_info else None)
         record.args = dump or tuple(_clean_value(value) for value in record.args)
+        if record.name == _INTAKE:
+            record.args = tuple(_without_quotes(value) if isinstance(value, str) else value for value in record.args)
     if exc_info:
         record.exc_text = _format_exception(exc_info[1], exc_info[2])
         record.exc_info = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,12 @@ def read_stages() -> dict[str, list[tuple[str, str]]]:
 
 def last(stage: str, name: str) -> str:
     """Return the arguments of an instruction that count in a stage: the last ones."""
-    return [arguments for instruction, arguments in read_stages()[stage] if instruction == name][-1]
+    return all_of(stage, name)[-1]
+
+
+def all_of(stage: str, name: str) -> list[str]:
+    """Return the arguments of every such instruction of a stage."""
+    return [arguments for instruction, arguments in read_stages()[stage] if instruction == name]
 
 
 def run_tool(*command: str | Path) -> None:
@@ -75,9 +82,64 @@ def test_an_image_starts_its_command_without_a_shell(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", WORKERS)
-def test_a_worker_image_pings_itself_and_stops_on_sigterm(target: str) -> None:
-    assert "inspect ping -d celery@$HOSTNAME" in last(target, "HEALTHCHECK")
+def test_a_worker_image_stops_on_sigterm(target: str) -> None:
     assert last(target, "STOPSIGNAL") == "SIGTERM"
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    """Answers `GET /livez` like a worker whose status the server holds."""
+
+    def do_GET(self) -> None:
+        self.send_response(self.server.status if self.path == "/livez" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("target", WORKERS)
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (None, 1)])
+@pytest.mark.parametrize("host", ["127.0.0.1", ""])
+def test_a_worker_image_is_healthy_as_long_as_it_says_that_it_lives(
+    target: str, status: int | None, code: int, host: str
+) -> None:
+    """Runs the check itself, against a server that answers 200 or 503 and against none."""
+    python, *arguments = yaml.safe_load(last(target, "HEALTHCHECK").partition("CMD")[2])
+    assert python == "python"
+    with http.server.HTTPServer(("127.0.0.1", 0), Health) as server:
+        server.status = status
+        if status is None:
+            server.server_close()
+        else:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = {**os.environ, "SDTPU_HEALTH_ADDRESS": f"{host}:{server.server_port}"}
+        check = subprocess.run([sys.executable, *arguments], capture_output=True, env=env, timeout=30)
+        if status is not None:
+            server.shutdown()
+    assert check.returncode == code
+
+
+@pytest.mark.parametrize("target", WORKERS)
+def test_the_health_address_of_a_worker_image_is_one_and_stays_inside(target: str) -> None:
+    variables = dict(pair.split("=", 1) for line in all_of(target, "ENV") for pair in line.split())
+    setting = next(setting for setting in SETTINGS if setting.name == "sdtpu_health_address")
+    assert setting.parse(variables["SDTPU_HEALTH_ADDRESS"]) == ("127.0.0.1", 8080)
+
+
+def test_no_layer_holds_a_secret() -> None:
+    used = {(name, arguments) for instructions in read_stages().values() for name, arguments in instructions}
+    assert not [name for name, _ in used if name in ("ARG", "COPY")]
+    variables = [pair.partition("=")[0] for name, arguments in used if name == "ENV" for pair in arguments.split()]
+    assert not [name for name in variables if re.search("TOKEN|PASSWORD|SECRET|KEY|URL", name)]
+    allowed = re.findall(r"^!(.+)$", (DOCKER / "Dockerfile.dockerignore").read_text(), flags=re.MULTILINE)
+    assert not [name for name in allowed if ".env" in name or name in (".", "*", "docker", ".git")]
+
+
+def test_a_worker_has_time_to_finish_its_jobs_and_hand_the_others_over() -> None:
+    grace_s = next(setting.default for setting in SETTINGS if setting.name == "sdtpu_grace_s")
+    stop = yaml.safe_load(COMPOSE.read_text())["services"]["worker"]["stop_grace_period"]
+    minutes, seconds = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", stop).groups(default="0")
+    assert 60 * int(minutes) + int(seconds) >= grace_s + 30
 
 
 def test_the_client_image_has_neither_the_worker_nor_a_health_check() -> None:
@@ -101,7 +163,8 @@ def test_what_the_worker_writes_to_is_a_volume() -> None:
     (volume,) = yaml.safe_load(COMPOSE.read_text())["services"]["worker"]["volumes"]
     folder = volume.partition(":")[2]
     assert last("worker", "VOLUME") == folder
-    paths = [pair.partition("=")[2] for pair in last("worker", "ENV").split()]
+    paths = [pair.partition("=")[2] for line in all_of("worker", "ENV") for pair in line.split() if "=/" in pair]
+    assert len(paths) == 2
     assert all(path.startswith(f"{folder}/") for path in paths)
 
 
@@ -115,6 +178,7 @@ def test_every_service_is_confined() -> None:
     for service in yaml.safe_load(COMPOSE.read_text())["services"].values():
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
 
 

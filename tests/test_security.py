@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import re
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ from celery.app.trace import build_tracer
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import Reject
 from kombu import Exchange
+from redis import Redis, exceptions
 
 from sdtpu_worker import GenerationFailed, InvalidRequest
+from sdtpu_worker.demo.processes import private_redis
 from sdtpu_worker.logs import NOT_LOGGED, PromptGuard, describe, install_prompt_guard
 from sdtpu_worker.request import GenerationRequest
 
@@ -244,6 +247,48 @@ def test_a_worker_at_debug_logs_no_prompt_above_debug():
     assert log.leaks() == []
 
 
+@pytest.fixture(scope="module")
+def redis_with_users() -> Iterator[str]:
+    """Give the URL of a Redis that has the users of SECURITY.md."""
+    with private_redis() as url:
+        for line in re.findall(r"^ +ACL SETUSER (.+)$", (ROOT / "SECURITY.md").read_text(), flags=re.MULTILINE):
+            assert Redis.from_url(url).execute_command("ACL SETUSER", *line.split()) is True
+        yield url
+
+
+def as_client(url: str) -> str:
+    return url.replace("redis://", "redis://sdtpu-client:CLIENT_PASSWORD@")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "RPOP sdtpu", "DEL sdtpu", "SET sdtpu:image:x y", "SET celery-task-meta-1 y", "GET sdtpu:dead", "LPUSH other x",
+        "HGETALL sdtpu:unacked", "EVAL return(1) 0", "PUBLISH /0.celery.pidbox x", "PUBLISH celery-task-meta-1 x",
+        "KEYS *", "CONFIG GET *", "FLUSHALL", "GET other", "MONITOR", "SUBSCRIBE other",
+    ],
+)  # fmt: skip
+def test_a_client_with_the_least_rights_cannot_do_what_it_must_not(redis_with_users, command):
+    with pytest.raises(exceptions.NoPermissionError):
+        Redis.from_url(as_client(redis_with_users)).execute_command(*command.split())
+
+
+def test_a_client_with_the_least_rights_can_do_what_it_must(redis_with_users):
+    app = Celery(
+        "client", broker=as_client(redis_with_users), backend=as_client(redis_with_users), set_as_current=False
+    )
+    for priority in (0, 6, 9):
+        job = app.send_task("sdtpu.generate", (SECRET,), queue="sdtpu", priority=priority)
+    worker = Redis.from_url(redis_with_users.replace("redis://", "redis://sdtpu-worker:WORKER_PASSWORD@"))
+    assert sum(worker.llen(key) for key in ("sdtpu", "sdtpu\x06\x166", "sdtpu\x06\x169")) == 3
+    meta = {"status": "SUCCESS", "result": 7, "task_id": job.id, "traceback": None, "children": []}
+    timer = threading.Timer(0.3, lambda: [worker.setex(f"celery-task-meta-{job.id}", 60, json.dumps(meta)),
+                                          worker.publish(f"celery-task-meta-{job.id}", json.dumps(meta))])  # fmt: skip
+    timer.start()
+    assert job.get(timeout=10) == 7
+    app.close()
+
+
 @pytest.fixture
 def guard(caplog) -> Iterator[pytest.LogCaptureFixture]:
     factory = logging.getLogRecordFactory()
@@ -310,6 +355,15 @@ def test_a_warning_about_an_error_outside_of_a_task(guard):
     finally:
         logging.captureWarnings(False)
     assert f"Exception raised outside body: {NOT_LOGGED}" in guard.text
+    assert SECRET not in all_of(guard)
+
+
+def test_why_a_message_was_put_aside_is_logged_without_what_was_got(guard):
+    reason = f"the body must be [args, kwargs, embed], got [{SECRET!r}]"
+    logging.getLogger("sdtpu_worker.transport").warning(
+        "a message of %d bytes in the queue %s was put aside: %s", 70, "sdtpu", reason
+    )
+    assert "in the queue sdtpu was put aside: the body must be [args, kwargs, embed], got [not logged" in guard.text
     assert SECRET not in all_of(guard)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sdtpu_worker.errors import ConfigurationError, StorageError
 from sdtpu_worker.logs import sanitize_url
+from sdtpu_worker.request import IMAGE_FORMATS
 from sdtpu_worker.result import GenerationResult
 from sdtpu_worker.retrying import PUT_BUDGET_S, never, store_patiently
 
@@ -187,27 +188,35 @@ def make_image_store(app: Celery, url: str) -> ImageStore:
 
 
 def read_image_bytes(result: Mapping[str, Any] | GenerationResult, app: Celery | None = None) -> bytes:
-    """Return the stored bytes of a result's image, from the store that `sdtpu_image_store` names.
+    """Return the stored bytes of a result's image.
+
+    They come from the store that `sdtpu_image_store` names. Where that is not set, a result may also name a file or an
+    object elsewhere, if its name is the one that a worker gives to this task's image.
 
     Args:
         result: what `AsyncResult.get()` returned, or a `GenerationResult`.
         app: whose settings and Redis to use; default: the current Celery app.
 
     Raises:
-        StorageError: the image is not there any more, is not in the configured store, or the store cannot be read.
+        StorageError: the image is not there any more, is not in the store, or the store cannot be read.
     """
     from celery import current_app
 
     from sdtpu_worker.config import read_setting
 
     try:
-        uri = (result if isinstance(result, GenerationResult) else GenerationResult.from_json(result)).image.uri
+        parsed = result if isinstance(result, GenerationResult) else GenerationResult.from_json(result)
+        uri, task_id = str(parsed.image.uri), str(parsed.task_id)
     except (TypeError, AttributeError) as exc:
         raise StorageError(
             f"not a result of sdtpu.generate, which alone has an image: {type(result).__name__}"
         ) from exc
     app = app or current_app._get_current_object()
-    return _find_store(app, read_setting("sdtpu_image_store", app.conf)).read(str(uri))
+    url = read_setting("sdtpu_image_store", app.conf)
+    folder, _, name = uri.rpartition("/")
+    if url == "redis" and folder and name in {f"{stored_name(task_id)}.{suffix}" for suffix in IMAGE_FORMATS}:
+        return FileImageStore(folder).read(uri)
+    return _find_store(app, url).read(uri)
 
 
 def open_image(result: Mapping[str, Any] | GenerationResult, app: Celery | None = None) -> Image:

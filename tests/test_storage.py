@@ -150,6 +150,17 @@ def test_a_result_cannot_name_a_foreign_key(redis_url, uri):
     app.close()
 
 
+def test_a_client_that_sets_no_store_reads_files_that_are_named_like_the_tasks_image(tmp_path, redis_url):
+    app = Celery(broker=redis_url, backend=redis_url, set_as_current=False)
+    for name in ("id.png", "other.png", "secret"):
+        (tmp_path / name).write_bytes(name.encode())
+    assert read_image_bytes(result_at(f"file://{tmp_path}/id.png"), app) == b"id.png"
+    for name in ("other.png", "secret", "id.png/", "id.png/../secret", "id.py", "id.webp"):
+        with pytest.raises(StorageError):
+            read_image_bytes(result_at(f"file://{tmp_path}/{name}"), app)
+    app.close()
+
+
 @pytest.mark.parametrize("broken", [None, 7, [], {}, {"image": 3}, {"image": {"uri": "x"}}])
 def test_what_is_no_result_is_a_storage_error(broken):
     with pytest.raises(StorageError, match=r"not a result of sdtpu\.generate"):

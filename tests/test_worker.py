@@ -263,7 +263,7 @@ def test_states_and_pool_facts_are_visible_as_for_any_worker(app, worker):
 
 def test_sigterm_finishes_the_jobs_in_hand_and_exits_with_zero(redis_url, app, tmp_path, random_checkpoint):
     settings = {"SDTPU_QUEUE": "drained", "SDTPU_CPU_DEVICES": "2", "SDTPU_SLOTS_PER_DEVICE": "2"}
-    settings["SDTPU_MODEL"] = str(random_checkpoint)
+    settings |= {"SDTPU_MODEL": str(random_checkpoint), "SDTPU_GRACE_S": "100"}
     with start_worker(redis_url, tmp_path, "-Q", "drained", **settings) as (process, _):
         jobs = [generate.apply_async(("a",), {"num_inference_steps": 500}, queue="drained") for _ in range(8)]
         while queue_length(app, "drained") or jobs[0].state == "PENDING":

@@ -548,7 +548,7 @@ def test_devices_that_hang_do_not_keep_the_jobs_of_a_loop_that_drains(make_loop,
 
 def test_draining_from_a_signal_handler_that_interrupts_a_submission_does_not_block(make_loop):
     loop = make_loop(FakeEngine())
-    with loop._wake:  # where a handler may find its own thread
+    with loop._inbox.lock:  # where a handler may find its own thread
         loop.drain(0)
     with pytest.raises(JobHandedOver):
         loop.submit(FakeJob("a", 1)).future.result(1)

@@ -602,7 +602,8 @@ def test_every_job_ends_once_with_its_own_result_whatever_comes_is_cancelled_or_
             loop.cancel(str(i // 2))
     if grace_s is not None:
         loop.drain(grace_s)
-    fails_by_chance = len(fail_at) + len(fail_late_at) > 1  # the second may hit who is alone for the first
+    chances = len(fail_at) + len(fail_late_at)
+    fails_by_chance = chances > 1 or (chances and poison)  # the second failure may hit who is alone for the first
     for i, (submission, (_, steps, _, _, expires_s, kind)) in enumerate(zip(submissions, wishes, strict=True)):
         error = submission.future.exception(10)
         if error is None:

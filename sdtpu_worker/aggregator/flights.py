@@ -43,6 +43,15 @@ class Flight:
         """When the devices should be done."""
         return self.started_at + self.expected_s
 
+    def steps_taken(self) -> int:
+        """Take note of how far its jobs are now; return how many steps they took in it."""
+        taken = 0
+        for task_id, steps in self.plan.steps_done.items():
+            if job := self.jobs.get(task_id):
+                taken += steps - job.steps_done
+                job.steps_done = steps
+        return taken
+
 
 class Flights:
     """The queue of them, owned by the loop's thread.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 Lane = tuple[int, int]
@@ -84,3 +84,14 @@ class Outcome:
 def phases_per_tick(slots_per_device: int) -> int:
     """Return P: as many phases as slots can change hands in a tick, and one to go on; more than 4 do not pay."""
     return min(slots_per_device + 1, 4)
+
+
+def one_of_each_device(places: Iterable[Place]) -> list[tuple[Place, ...]]:
+    """Return the places in as few groups as possible that can each be parked by one plan."""
+    groups: list[dict[int, Place]] = []
+    for place in places:
+        group = next((group for group in groups if place.device not in group), None)
+        if group is None:
+            groups.append(group := {})
+        group[place.device] = place
+    return [tuple(group.values()) for group in groups]

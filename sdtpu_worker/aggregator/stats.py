@@ -42,10 +42,11 @@ class LoopStats:
     device_busy_s: list[float] = field(default_factory=list)
     occupied_slot_s: float = 0.0
 
-    def count(self, plan: Plan, elapsed_s: float) -> None:
+    def count(self, plan: Plan, elapsed_s: float, job_steps: int) -> None:
         """Add a tick that ended well."""
         longest = max(plan.work_s, default=0.0)
         self.ticks += 1
+        self.job_steps += job_steps
         self.preemptions += len(plan.parked)
         self.steps += sum(phase.steps for phases in plan.devices for phase in phases)
         self.occupied_slot_s += plan.occupied * elapsed_s

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
@@ -115,6 +115,27 @@ class Submission:
             return self.snapshot if self.snapshot is not None and self.snapshot.step else None
         except Exception:  # whatever the copy from a broken device raises
             return None
+
+    def report(self, steps_done: int, preview: Any = None) -> None:
+        """Say how far it is after a tick."""
+        old = self.progress
+        self.progress = replace(
+            old,
+            current=max(steps_done, old.current),
+            pending=self.parked,
+            description="waiting for a slot again" if self.parked else "denoising",
+            preview=old.preview if preview is None else preview,
+        )
+        if self.progress.pending != old.pending:
+            self.moved.set()
+
+    def start_over(self) -> None:
+        """Go back to where it can be tried again from: its last state off the devices, or the start."""
+        self.snapshot = self.usable_snapshot()
+        self.steps_done = self.snapshot.step if self.snapshot is not None else 0
+        self.started_at, self.parked = None, False
+        self.progress = replace(self.progress, pending=True, description="waiting to be tried again")
+        self.moved.set()
 
     def settle(self, end: Finished | Exception) -> bool:
         """End the job, unless it has ended already; return whether it did. Any thread."""

@@ -8,12 +8,13 @@ the bucket with the oldest job first; `mixed` takes the oldest jobs whatever the
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
-from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Plan
+from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Place, Plan
 
 BATCHES_HELD = 8
 """How many batches of jobs its worker holds: more than ours, so that buckets fill; to its advantage."""
@@ -30,6 +31,7 @@ class FixedBatches:
         self.phases_per_tick, self.bucketed = phases_per_tick, bucketed
         self._waiting: dict[str, int] = {}
         self._running: dict[str, int] = {}
+        self._admitted: frozenset[str] | None = None
         self._ticks: deque[Plan] = deque()
 
     def add(
@@ -45,10 +47,14 @@ class FixedBatches:
     def overdue(self, now: float) -> list[tuple[str, Overdue]]:
         return []
 
-    def plan(self, now: float) -> Plan | None:
+    def admit_only(self, task_ids: frozenset[str] | None) -> None:
+        self._admitted = task_ids
+
+    def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
+        """Return the next tick of the batch, however long it takes: a batch that has begun runs to its end."""
         if not self._ticks:
             self._running = {}
-            if not self._waiting:
+            if not self._admissible():
                 return None
             self._start_batch()
         return self._ticks.popleft()
@@ -65,12 +71,22 @@ class FixedBatches:
     def lowest_priority_running(self) -> int | None:
         return None
 
+    def places(self) -> dict[Lane, list[Place]]:
+        running = list(self._running) if self._ticks else []
+        num_devices = self.num_devices
+        return {self.lane: [Place(task, i % num_devices, i // num_devices) for i, task in enumerate(running)]}
+
     def counts(self) -> Mapping[str, int]:
         return {"waiting": len(self._waiting), "running": len(self._running) if self._ticks else 0}
 
+    def _admissible(self) -> dict[str, int]:
+        admitted = self._waiting if self._admitted is None else self._admitted
+        return {task: steps for task, steps in self._waiting.items() if task in admitted}
+
     def _start_batch(self) -> None:
-        oldest_steps = next(iter(self._waiting.values()))
-        chosen = [task for task, steps in self._waiting.items() if not self.bucketed or steps == oldest_steps]
+        waiting = self._admissible()
+        oldest_steps = next(iter(waiting.values()))
+        chosen = [task for task, steps in waiting.items() if not self.bucketed or steps == oldest_steps]
         chosen = chosen[: self.num_devices * self.slots_per_device]
         self._running = {task: self._waiting.pop(task) for task in chosen}
         devices = [self._phases(chosen[device :: self.num_devices]) for device in range(self.num_devices)]

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
-from celery.states import READY_STATES
+from celery.states import READY_STATES, STARTED
 from celery.utils.functional import maybe_list
 from celery.worker import state
 from celery.worker.request import Request
@@ -157,6 +158,10 @@ class DeviceJob:
         if self._deliveries is not None and isinstance(self.request, DeviceRequest):
             self._deliveries.let_go(self.request.message.delivery_tag)
 
+    def begin(self, task: Task) -> None:
+        """Store the state STARTED, unless the job was terminated; what Celery does for `track_started`."""
+        self._store_state(task, STARTED, {"pid": os.getpid(), "hostname": task.request.hostname})
+
     def report(self, task: Task, progress: Progress) -> None:
         """Store the state PROGRESS, unless the job was terminated."""
         meta: dict[str, Any] = {
@@ -169,12 +174,15 @@ class DeviceJob:
         }
         if progress.preview is not None:
             meta["preview"] = _data_uri(progress.preview)
+        self._store_state(task, "PROGRESS", meta)
+
+    def _store_state(self, task: Task, name: str, meta: dict[str, Any]) -> None:
         with self._reporting:
             if not self.terminated and not task.request.ignore_result:
                 try:
-                    task.update_state(state="PROGRESS", meta=meta)
+                    task.update_state(state=name, meta=meta)
                 except Exception as exc:  # each result backend has errors of its own; the picture does not depend on it
-                    logger.debug("the progress of task %s was not stored: %s", self.task_id, exc)
+                    logger.debug("the state %s of task %s was not stored: %s", name, self.task_id, exc)
 
     @contextlib.contextmanager
     def in_celerys_words(self) -> Iterator[None]:

@@ -131,7 +131,7 @@ class DeviceJob:
             raise Reject(f"its history could not be read: {exc}", requeue=True) from exc
         if len(facts.died_on) >= self._max_deliveries:
             raise DeliveryLimitExceeded(
-                f"the job was on the devices of {len(facts.died_on)} workers when they died"
+                f"the job was on the devices of {len(facts.died_on)} workers when they died, hung or were lost"
                 f" ({', '.join(facts.died_on)}); sdtpu_max_deliveries allows {self._max_deliveries}"
             )
         state_of_it = facts.snapshot or b""
@@ -193,6 +193,8 @@ class DeviceJob:
             if self.terminated:
                 raise self._leave_to_the_announcement() from None
             self._save(exc.snapshot)
+            if exc.suspect and self._deliveries is not None and isinstance(self.request, DeviceRequest):
+                self._deliveries.suspect(self.request.message.delivery_tag)
             raise Reject("another worker goes on with it", requeue=True) from None
         except (JobCancelled, JobOverdue) as exc:
             reason = exc.reason if isinstance(exc, JobOverdue) else None

@@ -49,7 +49,7 @@ class Intake:
         known_tasks: names of the tasks that it can run.
         max_message_bytes: a larger message is put aside unread.
         on_bad: told of a message with a usable id that cannot be run: the id and the error to store.
-        is_well: whether the worker should take more at all (its devices are not hung).
+        is_well: whether the worker should take more at all (its devices are neither hung nor lost).
         on_contact: told whenever Redis answered a claim.
     """
 

@@ -55,7 +55,8 @@ class DeviceLoop:
         on_death: called when the loop cannot go on (the devices are lost), after its jobs were handed over.
         trace: where the timeline of the run goes.
         clock: monotonic seconds.
-        on_start: told which tasks are about to get their first slot here, in the loop's thread.
+        on_start: told which tasks are about to get their first slot here, and whether all other jobs here have left
+            the devices for good or for a while, in the loop's thread.
         patience_s: how long after the deadline of `drain` devices are waited for that do not answer.
     """
 
@@ -66,7 +67,7 @@ class DeviceLoop:
         on_death: Callable[[], None] = lambda: None,
         trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
-        on_start: Callable[[Sequence[str]], None] = lambda task_ids: None,
+        on_start: Callable[[Sequence[str], bool], None] = lambda task_ids, alone: None,
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self._engine, self._policy, self._clock = engine, policy, clock
@@ -135,7 +136,7 @@ class DeviceLoop:
             lost or the worker drains, `EngineUnavailable` when the loop is closed.
 
         Raises:
-            EngineUnavailable: it is closed or dead already.
+            EngineUnavailable: it is closed already.
         """
         if snapshot is not None and not self._engine.accepts(snapshot):
             logger.warning("task %s starts anew: its state was made by another configuration", job.task_id)
@@ -211,8 +212,8 @@ class DeviceLoop:
             if not self._given_up:
                 logger.critical("the device loop died: %r", exc, exc_info=True)
                 with self._wake:
-                    self._closing = True
-                self._hand_over_all()
+                    self._closing = self._given_up = True
+                self._hand_over_all(broken=True)
                 self._on_death()
         finally:
             self._flights.stop()
@@ -334,7 +335,7 @@ class DeviceLoop:
                 news.append(task_id)
         if news:
             try:
-                self._on_start(news)
+                self._on_start(news, self._here[news[0]].alone)
             except Exception:
                 logger.exception("on_start failed for the tasks %s", ", ".join(news))
 
@@ -504,15 +505,19 @@ class DeviceLoop:
             self._given_up = True
             self._wake.notify_all()
         logger.critical("the devices hang: their jobs are handed over without the last steps")
-        self._hand_over_all()
+        self._hand_over_all(broken=True)
 
-    def _hand_over_all(self) -> None:
-        """Hand over every job with what is on the host of it. Any thread."""
+    def _hand_over_all(self, broken: bool = False) -> None:
+        """Hand over every job with what is on the host of it. Any thread.
+
+        Args:
+            broken: the devices hang or are lost.
+        """
         on_their_way = self._flights.parking()
         for submission in [*list(self._here.values()), *self._arrivals]:
             if submission.job.task_id in on_their_way:
                 submission.snapshot = None
-            self._hand_over(submission)
+            self._hand_over(submission, suspect=broken and submission.has_slot)
         self._here.clear()
         self._arrivals.clear()
 
@@ -523,8 +528,8 @@ class DeviceLoop:
         for submission in [*list(self._here.values()), *self._arrivals]:
             submission.settle(EngineUnavailable("the worker stopped before this job was done"))
 
-    def _hand_over(self, submission: Submission) -> None:
-        if submission.settle(JobHandedOver(submission.snapshot)):
+    def _hand_over(self, submission: Submission, suspect: bool = False) -> None:
+        if submission.settle(JobHandedOver(submission.snapshot, suspect)):
             self.stats.handed_over += 1
 
     def _leave(self, task_id: str, end: Finished | Exception | None = None) -> None:

@@ -6,7 +6,7 @@ a dying worker takes a message with it. A lease is the time, on Redis' own clock
 queue unless its holder has renewed it.
 
 What is kept of a job beyond its message, by task id: `sdtpu:starts:…`, the hosts on whose devices it was when they
-died, and `sdtpu:snap:…`, its state if a worker handed it over. Both go when it is acknowledged.
+died, hung or were lost, and `sdtpu:snap:…`, its state if a worker handed it over. Both go when it is acknowledged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +69,13 @@ local function give_back(tag, holder_died)
         redis.call('HDEL', KEYS[1], tag)
     end
     redis.call('ZREM', KEYS[2], tag)
+    return record
 end
 """
 _RELEASE = f"""{_GIVE_BACK}
-for _, tag in ipairs(ARGV) do give_back(tag, false) end
-for i = 3, #KEYS do redis.call('DEL', KEYS[i]) end
+if give_back(ARGV[1], false) then
+    for i = 3, #KEYS do redis.call('DEL', KEYS[i]) end
+end
 """
 _RENEW = """
 local now, gone = redis.call('TIME'), {}
@@ -136,10 +138,14 @@ class Keys:
 
 @dataclass
 class Delivery:
-    """A message that this worker holds; `running` when the pool has it, `task_id` once it was read."""
+    """A message that this worker holds; `running` when the pool has it, `task_id` once it was read.
+
+    `suspect`: its job was on devices that hung or were lost, perhaps by its fault.
+    """
 
     task_id: str = ""
     running: bool = False
+    suspect: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,7 @@ class Deliveries:
         self._held: dict[str, Delivery] = {}
         self._acks: dict[str, str] = {}  # that Redis could not be told yet: tag and task
         self._releases: dict[str, str] = {}
+        self._suspected: dict[str, str] = {}
         self.on_free: Callable[[], None] = lambda: None
         self.dead_letters = 0
         self.redelivered = 0
@@ -206,13 +213,26 @@ class Deliveries:
             if tag in self._held:
                 self._held[tag].running = True
 
+    def suspect(self, tag: str) -> None:
+        """Know that the devices hung or were lost with this job: it counts as a crash."""
+        with self._lock:
+            if tag in self._held:
+                self._held[tag].suspect = True
+
     def ack(self, tag: str) -> None:
         """Forget a message for good, with what is kept of its job."""
         self._end(tag, self._acks, self._tell_ack)
 
     def release(self, tag: str) -> None:
-        """Give a message back to the front of its queue, marked as redelivered; its job's state stays."""
-        self._end(tag, self._releases, self._tell_release)
+        """Give a message back to the front of its queue, marked as redelivered; its job's state stays.
+
+        That it was on these devices is forgotten, unless it is a suspect or its lease has ended.
+        """
+        delivery = self._held.get(tag)
+        if delivery is not None and delivery.suspect:
+            self._end(tag, self._suspected, self._tell_suspected)
+        else:
+            self._end(tag, self._releases, self._tell_release)
 
     def release_waiting(self) -> None:
         """Have the next `flush` give back what the pool does not have: its consumer is gone."""
@@ -250,7 +270,11 @@ class Deliveries:
         Raises:
             redis.exceptions.RedisError: it cannot be told now either.
         """
-        for pending, tell in ((self._acks, self._tell_ack), (self._releases, self._tell_release)):
+        for pending, tell in (
+            (self._acks, self._tell_ack),
+            (self._releases, self._tell_release),
+            (self._suspected, self._tell_suspected),
+        ):
             for tag, task_id in list(pending.items()):
                 tell(tag, task_id)
                 pending.pop(tag, None)
@@ -293,16 +317,25 @@ class Deliveries:
         self._eval(_BURY, keys, [tag, kind, json.dumps(letter), MAX_DEAD_LETTERS - 1])
         self.dead_letters += 1
 
-    def record_starts(self, task_ids: Iterable[str]) -> None:
+    def record_starts(self, task_ids: Sequence[str], alone: bool = False) -> None:
         """Write down that these jobs are on this host's devices now, in case it dies of one.
+
+        Args:
+            task_ids: the jobs.
+            alone: no other job is: those that are stored and acknowledged only are not to blame any more.
 
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
         """
-        with self.client.pipeline(transaction=False) as pipe:
+        with self.client.pipeline() as pipe:
             for key in map(self.keys.starts, task_ids):
                 pipe.rpush(key, self.host)
                 pipe.expire(key, JOB_FACTS_EXPIRE_S)
+            if alone:
+                with self._lock:
+                    others = {delivery.task_id for delivery in self._held.values()}.difference(task_ids)
+                for key in map(self.keys.starts, others):
+                    pipe.lrem(key, -1, self.host)
             pipe.execute()
 
     def job_facts(self, task_id: str) -> JobFacts:
@@ -328,7 +361,8 @@ class Deliveries:
     def _release_later(self, wanted: Callable[[Delivery], bool]) -> None:
         with self._lock:
             for tag in [tag for tag, delivery in self._held.items() if wanted(delivery)]:
-                self._releases[tag] = self._held.pop(tag).task_id
+                delivery = self._held.pop(tag)
+                (self._suspected if delivery.suspect else self._releases)[tag] = delivery.task_id
 
     def _end(self, tag: str, untold: dict[str, str], tell: Callable[[str, str], None]) -> None:
         with self._lock:
@@ -348,6 +382,9 @@ class Deliveries:
 
     def _tell_release(self, tag: str, task_id: str) -> None:
         self._eval(_RELEASE, [self.keys.held, self.keys.leases, self.keys.starts(task_id)], [tag])
+
+    def _tell_suspected(self, tag: str, task_id: str) -> None:
+        self._eval(_RELEASE, [self.keys.held, self.keys.leases], [tag])
 
     def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         return self.client.eval(script, len(keys), *keys, *args)

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
-from celery.states import READY_STATES
+from celery.states import READY_STATES, STARTED
 from celery.utils.functional import maybe_list
 from celery.worker import state
 from celery.worker.request import Request
@@ -148,7 +149,7 @@ class DeviceJob:
             raise self._go_back() from exc
         if len(facts.died_on) >= self._max_deliveries:
             raise DeliveryLimitExceeded(
-                f"the job was on the devices of {len(facts.died_on)} workers when they died"
+                f"the job was on the devices of {len(facts.died_on)} workers when they died, hung or were lost"
                 f" ({', '.join(facts.died_on)}); sdtpu_max_deliveries allows {self._max_deliveries}"
             )
         state_of_it = facts.snapshot or b""
@@ -175,6 +176,10 @@ class DeviceJob:
         if self._deliveries is not None:
             self._deliveries.let_go(self.request.message.delivery_tag)
 
+    def begin(self, task: Task) -> None:
+        """Store the state STARTED, unless the job was terminated; what Celery does for `track_started`."""
+        self._store_state(task, STARTED, {"pid": os.getpid(), "hostname": task.request.hostname})
+
     def report(self, task: Task, progress: Progress) -> None:
         """Store the state PROGRESS, unless the job was terminated."""
         meta: dict[str, Any] = {
@@ -187,12 +192,15 @@ class DeviceJob:
         }
         if progress.preview is not None:
             meta["preview"] = _data_uri(progress.preview)
+        self._store_state(task, "PROGRESS", meta)
+
+    def _store_state(self, task: Task, name: str, meta: dict[str, Any]) -> None:
         with self._reporting:
             if not self.terminated and not task.request.ignore_result:
                 try:
-                    task.update_state(state="PROGRESS", meta=meta)
+                    task.update_state(state=name, meta=meta)
                 except Exception as exc:  # each result backend has errors of its own; the picture does not depend on it
-                    logger.debug("the progress of task %s was not stored: %s", self.task_id, exc)
+                    logger.debug("the state %s of task %s was not stored: %s", name, self.task_id, exc)
 
     @contextlib.contextmanager
     def in_celerys_words(self) -> Iterator[None]:
@@ -203,6 +211,8 @@ class DeviceJob:
             if self.terminated:
                 raise self._leave_to_the_announcement() from None
             self._save(getattr(exc, "snapshot", None))
+            if getattr(exc, "suspect", False) and self._deliveries is not None:
+                self._deliveries.suspect(self.request.message.delivery_tag)
             logger.info("task %s goes back to its queue: another worker goes on with it", self.task_id)
             raise self._go_back() from None
         except (JobCancelled, JobOverdue) as exc:

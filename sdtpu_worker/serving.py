@@ -57,13 +57,13 @@ class Hooks:
 
     Attributes:
         on_death: told when the device loop cannot go on.
-        on_start: told, in the device loop's thread, which jobs are about to get a slot.
+        on_start: told, in the device loop's thread, which jobs are about to get a slot, and whether no other has one.
         give_up: asked while an image cannot be stored: whether to stop trying.
         make_policy: makes another policy than `Aggregator`.
     """
 
     on_death: Callable[[], None] = lambda: None
-    on_start: Callable[[Sequence[str]], None] = lambda _: None
+    on_start: Callable[[Sequence[str], bool], None] = lambda task_ids, alone: None
     give_up: Callable[[], bool] = lambda: False
     make_policy: PolicyMaker | None = None
 
@@ -314,6 +314,11 @@ def stop_serving() -> None:
 def is_well(stall_s: float) -> bool:
     """Whether this process's devices make progress: no tick is later than this; True while there are none yet."""
     return _current is None or (_current.loop.alive and _current.loop.stalled_s <= stall_s)
+
+
+def takes_jobs(stall_s: float) -> bool:
+    """Whether it makes sense to hand this process's devices more jobs."""
+    return is_well(stall_s) and (_current is None or _current.loop.alive)
 
 
 def load(host: str) -> WorkerLoad | None:

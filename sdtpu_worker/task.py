@@ -100,9 +100,13 @@ class GenerateTask(Task):
             raise unavailable(self.app, exc, at_backend=True) from exc
 
 
-@shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=True, throws=(SdtpuError,))
+@shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=False, throws=(SdtpuError,))
 def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Generate one image; parameters as `GenerationRequest`, result as `GenerationResult` in JSON."""
+    """Generate one image; parameters as `GenerationRequest`, result as `GenerationResult` in JSON.
+
+    It stores the state STARTED itself (`DeviceJob.begin`): Celery does so before anybody has looked whether a
+    redelivered job has an end already, and would replace a FAILURE.
+    """
     from sdtpu_worker.job import CRASHES_TO_RUN_ALONE, current_job
     from sdtpu_worker.serving import JobControl, current
 
@@ -114,6 +118,7 @@ def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return serving.run(self.request.id, request, sent_at).to_json()
     with job.in_celerys_words():
         facts = job.recall(self, request)
+        job.begin(self)
         control = JobControl(
             job.terms(),
             job.may_start,

@@ -51,7 +51,7 @@ class Intake:
         max_message_bytes: a larger message is put aside unread.
         max_holders: a message whose holder died this often is put aside: it may be why.
         on_bad: told of a message with a usable id that cannot be run: the id and the error to store.
-        is_well: whether the worker should take more at all (its devices are not hung).
+        is_well: whether the worker should take more at all (its devices are neither hung nor lost).
         on_contact: told whenever Redis answered a claim.
     """
 

@@ -94,7 +94,7 @@ class DeviceWorker:
                 max_message_bytes=config.max_message_bytes,
                 max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
                 on_bad=self._store_error,
-                is_well=self.is_well,
+                is_well=lambda: serving.takes_jobs(config.stall_s),
                 on_contact=self.health.contact,
             )
         )
@@ -151,14 +151,18 @@ class DeviceWorker:
             logger.critical("some threads do not end; leaving without them in %.0f s", _LEAVE_AFTER_S)
             threading.Thread(target=_leave, name="sdtpu-leave", daemon=True).start()
 
-    def record_starts(self, task_ids: Sequence[str]) -> None:
+    def record_starts(self, task_ids: Sequence[str], alone: bool) -> None:
         """Write down who gets a slot, before it does; a Redis that does not answer at once is not waited for.
 
         The device loop's thread.
+
+        Args:
+            task_ids: who gets one.
+            alone: nobody else has one.
         """
         if self.deliveries is None or (self._recording is not None and not self._recording.done()):
             return
-        self._recording = self._recorder.submit(self.deliveries.record_starts, list(task_ids))
+        self._recording = self._recorder.submit(self.deliveries.record_starts, list(task_ids), alone)
         try:
             self._recording.result(_RECORD_TIMEOUT_S)
         except Exception as exc:  # a time-out, the driver's own errors

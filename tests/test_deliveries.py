@@ -110,6 +110,47 @@ def test_a_released_job_keeps_its_state_but_no_count_of_crashes(client, make):
     assert (facts.died_on, facts.snapshot) == ([], b"state")
 
 
+def test_a_released_suspect_keeps_its_count_of_crashes_also_when_redis_is_told_later(client, make, monkeypatch):
+    ours = make()
+    client.lpush("q", b"{}", b"{}")
+    for tag in ("1", "2"):
+        claim(ours, tag, "q")
+        ours.record_starts([f"task-{tag}"])
+        ours.suspect(tag)
+    ours.release("1")
+    with monkeypatch.context() as patch:
+        patch.setattr(ours, "_eval", lambda *_: 1 / 0)
+        ours.release("2")
+    ours.flush()
+    assert places(client, ours, "q") == ([b" {}", b" {}"], 0, 0)
+    assert [ours.job_facts(f"task-{tag}").died_on for tag in "12"] == [["host"], ["host"]]
+
+
+def test_giving_back_what_has_gone_to_another_worker_keeps_that_ones_count_of_crashes(client, make):
+    hung, alive = make(lease_s=0.2, host="hung"), make(host="alive")
+    client.lpush("q", b"{}")
+    claim(hung, "1", "q")
+    hung.record_starts(["task-1"])
+    time.sleep(0.25)
+    assert alive.sweep() == 1
+    alive.record_starts(["task-1"])
+    hung.release("1")
+    assert alive.job_facts("task-1").died_on == ["hung", "alive"]
+    assert places(client, alive, "q") == ([b" {}"], 0, 0)
+
+
+def test_a_job_that_starts_alone_clears_those_that_have_left_the_devices(client, make):
+    ours, other = make(host="ours"), make(host="other")
+    client.lpush("q", b"{}", b"{}", b"{}")
+    for tag in ("1", "2", "3"):
+        claim(ours, tag, "q")
+    other.record_starts(["task-1", "task-9"])
+    ours.record_starts(["task-1", "task-2"])
+    ours.record_starts(["task-3"], alone=True)
+    facts = {task_id: ours.job_facts(task_id).died_on for task_id in ("task-1", "task-2", "task-3", "task-9")}
+    assert facts == {"task-1": ["other"], "task-2": [], "task-3": ["ours"], "task-9": ["other"]}
+
+
 def test_starts_name_their_hosts_and_expire(client, make):
     for host in ("a", "b", "a"):
         make(host=host).record_starts(["job", "other"])

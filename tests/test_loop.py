@@ -306,11 +306,14 @@ def test_lost_devices_hand_every_job_over_and_end_the_loop(make_loop):
         with pytest.raises(JobHandedOver) as raised:
             future.result(10)
         assert raised.value.snapshot == snapshot
+    suspects = [future for future in [*futures, moved] if future.exception().suspect]
+    assert suspects == futures[:1], "who was on the devices when they were lost"
     assert died.wait(10)
-    assert loop.stats.handed_over == 4
     wait_until(lambda: not loop.alive)
-    with pytest.raises(EngineUnavailable):
-        loop.submit(FakeJob("late", 1))
+    with pytest.raises(JobHandedOver) as raised:
+        loop.submit(FakeJob("late", 1)).future.result(1)
+    assert not raised.value.suspect
+    assert loop.stats.handed_over == 5
 
 
 def test_devices_that_do_not_recover_hand_every_job_over_and_end_the_loop(make_loop):
@@ -376,7 +379,8 @@ def test_whoever_gets_a_slot_for_the_first_time_is_announced_once_and_a_listener
 ):
     announced: list[str] = []
 
-    def on_start(task_ids) -> None:
+    def on_start(task_ids, alone) -> None:
+        assert not alone
         announced.extend(task_ids)
         raise ConnectionError("nobody listens")
 
@@ -545,6 +549,8 @@ def test_devices_that_hang_do_not_keep_the_jobs_of_a_loop_that_drains(make_loop,
         with pytest.raises(JobHandedOver):
             future.result(5)
     assert moved.future.exception().snapshot == state, "what was on the host is not lost"
+    assert moved.future.exception().suspect
+    assert not futures[-1].exception().suspect, "it had no slot"
     assert 0.25 < time.monotonic() - started_at < 2
     with pytest.raises(JobHandedOver):
         loop.submit(FakeJob("late", 1)).future.result(1)

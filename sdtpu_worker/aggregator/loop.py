@@ -53,7 +53,8 @@ class DeviceLoop:
         on_death: called when the loop cannot go on (the devices are lost), after its jobs were handed over.
         trace: where the timeline of the run goes.
         clock: monotonic seconds.
-        on_start: told which tasks are about to get their first slot here, in the loop's thread.
+        on_start: told which tasks are about to get their first slot here, and whether all other jobs here have left
+            the devices for good or for a while, in the loop's thread.
         patience_s: how long after the deadline of `drain` devices are waited for that do not answer.
     """
 
@@ -64,7 +65,7 @@ class DeviceLoop:
         on_death: Callable[[], None] = lambda: None,
         trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
-        on_start: Callable[[Sequence[str]], None] = lambda task_ids: None,
+        on_start: Callable[[Sequence[str], bool], None] = lambda task_ids, alone: None,
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self._engine, self._policy, self._clock = engine, policy, clock
@@ -122,7 +123,7 @@ class DeviceLoop:
             lost or the worker drains, `EngineUnavailable` when the loop is closed.
 
         Raises:
-            EngineUnavailable: it is closed or dead already.
+            EngineUnavailable: it is closed already.
         """
         if snapshot is not None and not self._engine.accepts(snapshot):
             logger.warning("task %s starts anew: its state was made by another configuration", job.task_id)
@@ -183,7 +184,8 @@ class DeviceLoop:
         except BaseException as exc:
             if not self._given_up:
                 logger.critical("the device loop died: %r", exc, exc_info=True)
-                self._hand_over_all(self._inbox.close())
+                self._given_up = True
+                self._hand_over_all(self._inbox.close(), broken=True)
                 self._on_death()
         finally:
             self._flights.stop()
@@ -247,7 +249,7 @@ class DeviceLoop:
             return
         if news := self._jobs.seat([*plan.inserted(), *(place.task_id for place in plan.resumed)], now):
             try:
-                self._on_start(news)
+                self._on_start(news, self._jobs[news[0]].alone)
             except Exception:
                 logger.exception("on_start failed for the tasks %s", ", ".join(news))
         self._execute(plan)
@@ -330,11 +332,16 @@ class DeviceLoop:
         if self._inbox.wait_until_overdue(self._patience_s, self._clock) and self._jobs:
             self._given_up = True
             logger.critical("the devices hang: their jobs are handed over without the last steps")
-            self._hand_over_all(self._inbox.close())
+            self._hand_over_all(self._inbox.close(), broken=True)
 
-    def _hand_over_all(self, arrivals: Sequence[Submission] = ()) -> None:
-        """Hand over every job with what is on the host of it. Any thread."""
-        self._jobs.hand_over_all(self._flights.parking())
+    def _hand_over_all(self, arrivals: Sequence[Submission] = (), broken: bool = False) -> None:
+        """Hand over every job with what is on the host of it. Any thread.
+
+        Args:
+            arrivals: jobs that nobody took in.
+            broken: the devices hang or are lost.
+        """
+        self._jobs.hand_over_all(self._flights.parking(), broken)
         for submission in arrivals:
             self._jobs.hand_over(submission)
 

@@ -30,11 +30,16 @@ class JobOverdue(Exception):
 
 
 class JobHandedOver(Exception):
-    """The job was not done here and is another worker's now; `snapshot` is the state to go on from, None to start."""
+    """The job was not done here and is another worker's now.
 
-    def __init__(self, snapshot: Any | None = None) -> None:
+    Args:
+        snapshot: the state to go on from, None to start.
+        suspect: it had a slot on devices that hang or were lost, perhaps by its fault.
+    """
+
+    def __init__(self, snapshot: Any | None = None, suspect: bool = False) -> None:
         super().__init__("this worker stops: another one goes on with the job")
-        self.snapshot = snapshot
+        self.snapshot, self.suspect = snapshot, suspect
 
 
 @dataclass(frozen=True)

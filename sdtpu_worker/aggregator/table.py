@@ -154,9 +154,14 @@ class JobTable:
                 if submission := self._here.get(task_id):
                     submission.progress = replace(submission.progress, eta_s=eta_s)
 
-    def hand_over(self, submission: Submission) -> None:
-        """End a job for another worker to go on with it. Any thread."""
-        if submission.settle(JobHandedOver(submission.snapshot)):
+    def hand_over(self, submission: Submission, suspect: bool = False) -> None:
+        """End a job for another worker to go on with it. Any thread.
+
+        Args:
+            submission: of which the policy does not know any more.
+            suspect: it was on the devices when they hung or were lost.
+        """
+        if submission.settle(JobHandedOver(submission.snapshot, suspect)):
             self._stats.handed_over += 1
 
     def hand_over_parked(self, task_ids: Iterable[str]) -> None:
@@ -177,12 +182,17 @@ class JobTable:
             if etas.get(task_id, math.inf) > left_s and not submission.has_slot and task_id not in parking:
                 self._leave(task_id)
 
-    def hand_over_all(self, parking: Collection[str]) -> None:
-        """Hand over every job with what is on the host of it; nothing may be planned any more. Any thread."""
+    def hand_over_all(self, parking: Collection[str], broken: bool) -> None:
+        """Hand over every job with what is on the host of it; nothing may be planned any more. Any thread.
+
+        Args:
+            parking: jobs whose state is still on its way to the host.
+            broken: the devices hang or are lost.
+        """
         for task_id, submission in list(self._here.items()):
             if task_id in parking:
                 submission.snapshot = None
-            self.hand_over(submission)
+            self.hand_over(submission, suspect=broken and submission.has_slot)
         self._here.clear()
 
     def end_all(self, reason: Exception) -> None:

@@ -7,8 +7,10 @@ each of its steps once. Some prompts are accidents:
     "nan"     the picture is none
     "kill"    the process dies when the job gets its slot
     "hang"    the tick in which the job gets its slot does not end
+    "lose"    the devices are lost when the job gets its slot
 
-`SDTPU_FAKE_STEP_MS` (default 1) is the time of a step, `SDTPU_CPU_DEVICES` the number of devices.
+`SDTPU_FAKE_STEP_MS` (default 1) is the time of a step, `SDTPU_CPU_DEVICES` the number of devices;
+`SDTPU_FAKE_ACCIDENTS=off` makes a worker on which no prompt is an accident.
 """
 
 from __future__ import annotations
@@ -60,10 +62,11 @@ class PictureEngine(FakeEngine):
     def prepare(self, task_id: str, request: GenerationRequest) -> PictureJob:
         """Make a job that counts from its seed on."""
         count = expected_count(request.seed or 0, 0)
-        if request.prompt in ("raise", "nan"):
-            accident = "poison" if request.prompt == "raise" else "nan"
+        prompt = request.prompt if os.environ.get("SDTPU_FAKE_ACCIDENTS") != "off" else ""
+        if prompt in ("raise", "nan"):
+            accident = "poison" if prompt == "raise" else "nan"
             setattr(self, accident, getattr(self, accident) | {task_id})
-        return PictureJob(task_id, request.num_inference_steps, LANE, count, request.prompt)
+        return PictureJob(task_id, request.num_inference_steps, LANE, count, prompt)
 
     def check_safety(self, pixels: np.ndarray) -> None:
         """Have no safety checker."""
@@ -77,6 +80,8 @@ class PictureEngine(FakeEngine):
         prompts = {jobs[task_id].prompt for task_id in plan.inserted()}
         if "kill" in prompts:
             os.kill(os.getpid(), signal.SIGKILL)
+        if "lose" in prompts:
+            self.fatal_at = (self.calls,)
         tick = _PictureTick(super().execute(plan, jobs, snapshots))
         self.ticks.clear()
         if "hang" in prompts:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from celery import Celery
@@ -133,7 +134,8 @@ class Ledger:
         """Enqueue a job; return its id."""
         kwargs = {"seed": seed, "num_inference_steps": steps}
         job = generate.apply_async((prompt,), kwargs, **options)
-        self.jobs[job.id] = job, seed, steps
+        # without the AsyncResult: when it is collected, it talks to a Redis that is gone by then
+        self.jobs[job.id] = SimpleNamespace(backend=job.backend), seed, steps
         return job.id
 
     def collect(self) -> int:

@@ -1,0 +1,136 @@
+"""The real engine: pictures that were begun by a worker that was killed or stopped are the same, byte for byte.
+
+    python -m pytest tests/chaos/test_same_pictures.py -s            # part of CI
+    python -m pytest tests/chaos/test_same_pictures.py -s --long     # 300 jobs, 20 kills
+
+The shipped checkpoint on workers with simulated devices. First every job runs undisturbed; then again while workers
+are killed (SIGKILL) when given shares of the jobs are done, or stopped (SIGTERM) in mid-denoise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+import pytest
+
+from sdtpu_worker.demo.processes import wait_for_line
+from sdtpu_worker.storage import read_image_bytes
+from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, keys_left
+from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.witness import Witness
+from tests.conftest import XLA_CACHE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+PROMPTS = ("a red circle on a white background", "a large blue star on a yellow background", "a green heart")
+
+
+@dataclass
+class Studio:
+    """Two workers of a fleet, and the pictures that they made undisturbed, by seed and steps."""
+
+    server: RedisServer
+    fleet: Fleet
+    workers: list[WorkerProcess]
+    steps: int
+    calm: dict[tuple[int, int], bytes]
+
+    def launch(self) -> WorkerProcess:
+        """Start one more worker."""
+        return self.fleet.launch(f"w{len(self.fleet.workers)}")
+
+
+def add_jobs(ledger: Ledger, count: int, steps: int) -> None:
+    for seed in range(count):
+        ledger.add(seed, steps, PROMPTS[seed % len(PROMPTS)])
+
+
+def pictures(ledger: Ledger) -> dict[tuple[int, int], bytes]:
+    assert not ledger.errors
+    return {ledger.jobs[task_id][1:]: read_image_bytes(result) for task_id, result in ledger.results.items()}
+
+
+def wait_for_worker(worker: WorkerProcess) -> None:
+    wait_for_line(worker.process, worker.log, " ready.", 240)
+
+
+@pytest.fixture(scope="module")
+def studio(long: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    jobs, steps, devices = (300, 20, 4) if long else (16, 10, 2)
+    settings = {
+        "SDTPU_CPU_DEVICES": str(devices),
+        "SDTPU_COMPILE_CACHE": XLA_CACHE,
+        "SDTPU_LEASE_S": "2",
+        "SDTPU_GRACE_S": "0",
+        "SDTPU_MAX_DELIVERIES": "100",
+    }
+    with (
+        RedisServer() as server,
+        client_app(server.url),
+        Fleet(server.url, tmp_path_factory.mktemp("studio"), "sdtpu_worker.app", **settings) as fleet,
+    ):
+        studio = Studio(server, fleet, [], steps, {})
+        studio.workers = [studio.launch(), studio.launch()]
+        ledger = Ledger()
+        add_jobs(ledger, jobs, steps)
+        add_jobs(ledger, 4, 4 * steps)
+        for worker in studio.workers:
+            wait_for_worker(worker)
+        ledger.wait(600)
+        studio.calm = pictures(ledger)
+        yield studio
+
+
+def test_pictures_whose_workers_were_killed_are_the_same_bytes(studio, long):
+    random, ledger, kills = Random(21), Ledger(), 20 if long else 2
+    jobs = sum(steps == studio.steps for _, steps in studio.calm)
+    with contextlib.closing(studio.server.client()) as client, Witness(studio.server.url) as witness:
+        add_jobs(ledger, jobs, studio.steps)
+        began, killed = time.monotonic(), 0
+        for i in range(kills):
+            share = (i + random.random()) / kills * 0.9
+            wait_until(lambda share=share: len(witness.ends) >= share * jobs, f"{share:.0%} of the jobs", 300)
+            time.sleep(random.uniform(0, 1))
+            victim = random.randrange(2) if long else i
+            killed += studio.workers[victim].is_running
+            studio.workers[victim].kill()
+            studio.workers[victim] = studio.launch()
+        ledger.wait(300)
+        ended_s = time.monotonic() - began
+        wait_until(lambda: not keys_left(client), "no key of a job to be left")
+        assert not witness.changed()
+        assert not witness.different_images()
+    found = pictures(ledger)
+    assert len(found) == jobs
+    assert [at for at, picture in found.items() if picture != studio.calm[at]] == []
+    print(
+        f"\nreal engine, {jobs} jobs of {studio.steps} steps, {killed} workers killed in {ended_s:.0f} s:"
+        f" 0 lost, {jobs} of {jobs} pictures equal the undisturbed ones byte for byte"
+    )
+
+
+def test_pictures_that_were_handed_over_in_mid_denoise_are_the_same_bytes(studio):
+    ledger, steps = Ledger(), 4 * studio.steps
+    first, second = studio.workers
+    for worker in studio.workers:
+        wait_for_worker(worker)
+    with contextlib.closing(studio.server.client()) as client:
+        add_jobs(ledger, 4, steps)
+        wait_until(lambda: len(client.keys("sdtpu:starts:*")) >= 2, "jobs to have slots")
+        time.sleep(1)
+        assert first.stop() == 0
+        ledger.wait(120)
+        assert second.stop() == 0
+        wait_until(lambda: not keys_left(client), "no key of a job to be left")
+    handed_over = first.loop_stats()["handed_over"]
+    assert handed_over >= 1
+    found = pictures(ledger)
+    assert [at for at, picture in found.items() if picture != studio.calm[at]] == []
+    print(
+        f"\nreal engine, SIGTERM in mid-denoise: {handed_over} of 4 jobs of {steps} steps handed over,"
+        " 4 of 4 pictures equal the undisturbed ones byte for byte"
+    )

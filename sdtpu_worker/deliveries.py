@@ -65,18 +65,20 @@ local function give_back(tag)
     if record then
         local list, message = string.match(record, '^([^\\n]*)\\n(.*)$')
         if string.sub(message, 1, 1) ~= ' ' then message = ' ' .. message end
-        redis.call('RPUSH', list, message)
         redis.call('HDEL', KEYS[1], tag)
+        redis.call('RPUSH', list, message)
     end
     redis.call('ZREM', KEYS[2], tag)
 end
 """
+# A full Redis (maxmemory) refuses a script whose first write may need memory; so what frees some comes first.
 _RELEASE = f"""{_GIVE_BACK}
 for _, tag in ipairs(ARGV) do give_back(tag) end
 for i = 3, #KEYS do redis.call('DEL', KEYS[i]) end
 """
 _RENEW = """
 local now, gone = redis.call('TIME'), {}
+redis.call('ZREM', KEYS[1], '')
 local ends = now[1] + now[2] / 1e6 + ARGV[1]
 for i = 2, #ARGV do
     if redis.call('ZSCORE', KEYS[1], ARGV[i]) then redis.call('ZADD', KEYS[1], ends, ARGV[i])

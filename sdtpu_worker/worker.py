@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery.states import FAILURE
 from kombu.transport.redis import Transport as RedisTransport
+from redis.exceptions import RedisError
 
 from sdtpu_worker import serving, transport
 from sdtpu_worker.checks import redis_warnings
@@ -85,6 +86,7 @@ class DeviceWorker:
             "visibility_timeout": config.lease_s,
             "unacked_restore_interval": config.lease_s / 3,
         }
+        app.amqp.Connection = transport.EagerConnection
         transport.use_in_this_process(
             transport.Intake(
                 deliveries=self.deliveries,
@@ -214,7 +216,10 @@ class DeviceWorker:
         load = serving.load(self._hostname)
         if self.deliveries is not None and load is not None and now >= self._report_at:
             self._report_at = now + _REPORT_EVERY_S
-            publish_load(self.deliveries.client, self._config.queue, load)
+            try:
+                publish_load(self.deliveries.client, self._config.queue, load)
+            except RedisError as exc:  # no memory, no permission; clients then estimate without this worker
+                logger.warning("the load of this worker could not be reported: %s", exc)
 
 
 _current: DeviceWorker | None = None

@@ -264,9 +264,7 @@ class EagerConnection(Connection):
         **options: Any,
     ) -> Connection:
         """Connect, with pauses of at most three seconds unless the caller wants others."""
-        return super().ensure_connection(
-            errback, max_retries, interval_start, interval_step, interval_max, **options
-        )
+        return super().ensure_connection(errback, max_retries, interval_start, interval_step, interval_max, **options)
 
 
 class _Client:

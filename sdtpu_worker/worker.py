@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from celery.backends.redis import RedisBackend
 from celery.states import FAILURE
 from kombu.transport.redis import Transport as RedisTransport
 from redis.exceptions import RedisError
@@ -103,16 +104,24 @@ class DeviceWorker:
         return serving.is_well(self._config.stall_s)
 
     def start(self) -> None:
-        """Answer on the health address, and have results waited for as long as Redis is away.
+        """Answer on the health address.
 
         Raises:
             ConfigurationError: the address is in use.
         """
         if self._config.health_address is not None:
             self._server = HealthServer(self._config.health_address, self.health.live, self.health.ready)
-        policy = getattr(self._app.backend, "retry_policy", None)
-        if policy is not None:
-            self._app.backend.retry_policy = {**policy, "max_retries": None, "callback": self._check_patience}
+
+    def wait_for_results(self) -> None:
+        """Have the calling thread, which runs jobs, wait for the result backend as long as Redis is away.
+
+        Celery has a backend in every thread; it would give up after 20 s, and read without a second try.
+        """
+        backend = self._app.backend
+        if isinstance(backend, RedisBackend):
+            policy = {**backend.retry_policy, "max_retries": None, "callback": self._check_patience}
+            read = backend.get
+            backend.retry_policy, backend.get = policy, lambda key: backend.ensure(read, (key,))
 
     def on_consume(self, consumer: Any) -> None:
         """Runs at every connection, before the first message is taken from it."""

@@ -65,13 +65,14 @@ local function give_back(tag, holder_died)
     if record then
         local list, message = string.match(record, '^([^\\n]*)\\n(.*)$')
         if holder_died or string.sub(message, 1, 1) ~= ' ' then message = ' ' .. message end
-        redis.call('RPUSH', list, message)
         redis.call('HDEL', KEYS[1], tag)
+        redis.call('RPUSH', list, message)
     end
     redis.call('ZREM', KEYS[2], tag)
     return record
 end
 """
+# A full Redis (maxmemory) refuses a script whose first write may need memory; so what frees some comes first.
 _RELEASE = f"""{_GIVE_BACK}
 if give_back(ARGV[1], false) then
     for i = 3, #KEYS do redis.call('DEL', KEYS[i]) end
@@ -79,6 +80,7 @@ end
 """
 _RENEW = """
 local now, gone = redis.call('TIME'), {}
+redis.call('ZREM', KEYS[1], '')
 local ends = now[1] + now[2] / 1e6 + ARGV[1]
 for i = 2, #ARGV do
     if redis.call('ZSCORE', KEYS[1], ARGV[i]) then redis.call('ZADD', KEYS[1], ends, ARGV[i])

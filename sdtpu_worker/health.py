@@ -34,12 +34,13 @@ class WorkerHealth:
 
     BEAT_READY_S, BEAT_LIVE_S = 5.0, 15.0
     CONTACT_READY_S = 5.0
+    RECONNECT_S = 30.0  # more than the pause between two attempts and their time-outs
 
     def __init__(self, lease_s: float, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s, self._stall_s, self._clock = lease_s, stall_s, clock
         self._device: tuple[Callable[[], bool], Callable[[], float]] | None = None
         self._beat_at = self._contact_at = 0.0
-        self._connected = False
+        self._disconnected_at: float | None = None
         self.started = self.draining = False
 
     def watch_device(self, is_alive: Callable[[], bool], stalled_s: Callable[[], float]) -> None:
@@ -51,7 +52,7 @@ class WorkerHealth:
         self._beat_at = self._clock()
 
     def contact(self) -> None:
-        """Report that Redis answered a claim or a renewal of leases while the queue was consumed."""
+        """Report that Redis answered, a claim or the lease."""
         self._contact_at = self._clock()
 
     def on_consume(self) -> None:
@@ -59,11 +60,12 @@ class WorkerHealth:
         self.beat()
         if not self.started:
             self.contact()
-        self.started = self._connected = True
+        self.started, self._disconnected_at = True, None
 
     def on_disconnect(self) -> None:
         """Report that the connection is lost: Celery's main loop does not turn until Redis is back."""
-        self._connected = False
+        if self._disconnected_at is None:
+            self._disconnected_at = self._clock()
 
     def drain(self) -> None:
         """Report that the worker stops: its main thread waits for the jobs from now on."""
@@ -77,7 +79,7 @@ class WorkerHealth:
             return [Check("serving", True, "starting"), self._check_device()]
         return [
             self._check_device(),
-            self._check_event_loop(self.BEAT_LIVE_S),
+            self._check_event_loop(self.BEAT_LIVE_S, self._lease_s + self.RECONNECT_S),
             self._check_redis(max(self._lease_s, self.CONTACT_READY_S)),
         ]
 
@@ -90,7 +92,7 @@ class WorkerHealth:
         return [
             Check("serving", True, "started"),
             self._check_device(),
-            self._check_event_loop(self.BEAT_READY_S),
+            self._check_event_loop(self.BEAT_READY_S, self.CONTACT_READY_S),
             self._check_redis(self.CONTACT_READY_S),
         ]
 
@@ -105,10 +107,11 @@ class WorkerHealth:
             return Check("device", False, f"the device is stuck: a tick is {late_s:.0f} s late (sdtpu_stall_s)")
         return Check("device", True, f"a tick is {late_s:.0f} s late" if late_s >= 1 else "on time")
 
-    def _check_event_loop(self, limit_s: float) -> Check:
+    def _check_event_loop(self, limit_s: float, away_limit_s: float) -> Check:
+        if self._disconnected_at is not None:  # it does not turn, and the lease may have reached Redis before
+            away_s = self._clock() - self._disconnected_at
+            return Check("event_loop", away_s <= away_limit_s, f"connecting to Redis for {away_s:.0f} s")
         age_s = self._clock() - self._beat_at
-        if not self._connected:
-            return Check("event_loop", True, "waiting for Redis")  # which has a check of its own
         return Check("event_loop", age_s <= limit_s, f"its last turn was {age_s:.0f} s ago")
 
     def _check_redis(self, limit_s: float) -> Check:

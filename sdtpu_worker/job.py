@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from celery import signals
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from celery.states import READY_STATES, STARTED
 from celery.utils.functional import maybe_list
@@ -27,6 +28,7 @@ from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.aggregator.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
 from sdtpu_worker.deliveries import Deliveries, JobFacts
 from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
+from sdtpu_worker.logs import describe
 from sdtpu_worker.request import DEFAULT_PRIORITY, GenerationRequest
 from sdtpu_worker.transport import ClaimingChannel
 
@@ -48,20 +50,34 @@ class DeviceRequest(Request):
 
     Attributes:
         goes_back: when the job's thread has ended, the message is given back instead of acknowledged.
+        failures_outside: times that Celery failed around the task's own code. At the first one it stores that error;
+            the second one says that it could not.
     """
 
     goes_back = False
+    failures_outside = 0
 
     def acknowledge(self) -> None:
-        """Acknowledge the message, or give it back."""
+        """Acknowledge the message, or give it back; what became of no state comes again when its lease ends."""
         if self.goes_back:
             self.reject(requeue=True)
-        else:
+        elif self.failures_outside < 2:
             super().acknowledge()
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """A cold shutdown wants the job to go back to its queue: it goes with its state."""
         pool.hand_over()
+
+
+@signals.task_internal_error.connect(dispatch_uid="sdtpu_worker")
+def count_failure_outside(sender: Any, exception: BaseException, **_: Any) -> None:
+    """Know that Celery failed around the task of this thread; mostly, the result backend took no state."""
+    job = current_job()
+    if job is not None and isinstance(job.request, DeviceRequest):
+        job.request.failures_outside += 1
+        if isinstance(exception, EngineUnavailable):  # the worker stops, and does not wait for the result backend
+            job.request.goes_back = True
+        logger.warning("the state of task %s could not be stored: %s", job.task_id, describe(exception))
 
 
 def answer_directly(request: Request) -> None:

@@ -83,7 +83,11 @@ class DevicePool(TaskPool):
             logger.critical("%s: %s", type(exc).__name__, exc)
             raise SystemExit(EX_FAILURE) from exc
         self.limit = self.serving.capacity
-        self.executor = ThreadPoolExecutor(self.limit + self.serving.engine.num_slots, thread_name_prefix="sdtpu-job")
+        self.executor = ThreadPoolExecutor(
+            self.limit + self.serving.engine.num_slots,
+            thread_name_prefix="sdtpu-job",
+            initializer=self._worker.wait_for_results if self._worker is not None else None,
+        )
         worker_shutting_down.connect(self._on_shutdown_signal)
 
     def on_apply(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from queue import Empty
 from typing import Any
 
+from kombu import Connection
 from kombu import transport as kombu_transports
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
@@ -254,6 +255,22 @@ class ClaimingChannel:
         poller._fd_to_chan[sock.fileno()] = (self, _WAKE)
         poller._chan_to_sock[self, _Client(self._wake), _WAKE] = sock
         poller.poller.register(sock, poller.eventflags)
+
+
+class EagerConnection(Connection):
+    """A connection that is tried again often: kombu's own pauses grow to 30 s, and a worker waits through them."""
+
+    def ensure_connection(
+        self,
+        errback: Any = None,
+        max_retries: int | None = None,
+        interval_start: float = 0.5,
+        interval_step: float = 0.5,
+        interval_max: float = 3.0,
+        **options: Any,
+    ) -> Connection:
+        """Connect, with pauses of at most three seconds unless the caller wants others."""
+        return super().ensure_connection(errback, max_retries, interval_start, interval_step, interval_max, **options)
 
 
 class _Client:

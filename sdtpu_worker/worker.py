@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from celery.backends.redis import RedisBackend
 from celery.states import FAILURE
 from kombu.transport.redis import Transport as RedisTransport
+from redis.exceptions import RedisError
 
 from sdtpu_worker import serving, transport
 from sdtpu_worker.checks import redis_warnings
@@ -87,6 +89,7 @@ class DeviceWorker:
             "visibility_timeout": config.lease_s,
             "unacked_restore_interval": config.lease_s / 3,
         }
+        app.amqp.Connection = transport.EagerConnection
         transport.use_in_this_process(
             transport.Intake(
                 deliveries=self.deliveries,
@@ -104,16 +107,24 @@ class DeviceWorker:
         return serving.is_well(self._config.stall_s)
 
     def start(self) -> None:
-        """Answer on the health address, and have results waited for as long as Redis is away.
+        """Answer on the health address.
 
         Raises:
             ConfigurationError: the address is in use.
         """
         if self._config.health_address is not None:
             self._server = HealthServer(self._config.health_address, self.health.live, self.health.ready)
-        policy = getattr(self._app.backend, "retry_policy", None)
-        if policy is not None:
-            self._app.backend.retry_policy = {**policy, "max_retries": None, "callback": self._check_patience}
+
+    def wait_for_results(self) -> None:
+        """Have the calling thread, which runs jobs, wait for the result backend as long as Redis is away.
+
+        Celery has a backend in every thread; it would give up after 20 s, and read without a second try.
+        """
+        backend = self._app.backend
+        if isinstance(backend, RedisBackend):
+            policy = {**backend.retry_policy, "max_retries": None, "callback": self._check_patience}
+            read = backend.get
+            backend.retry_policy, backend.get = policy, lambda key: backend.ensure(read, (key,))
 
     def on_consume(self, consumer: Any) -> None:
         """Runs at every connection, before the first message is taken from it."""
@@ -221,7 +232,10 @@ class DeviceWorker:
         load = serving.load(self._hostname)
         if self.deliveries is not None and load is not None and now >= self._report_at:
             self._report_at = now + _REPORT_EVERY_S
-            publish_load(self.deliveries.client, self._config.queue, load)
+            try:
+                publish_load(self.deliveries.client, self._config.queue, load)
+            except RedisError as exc:  # no memory, no permission; clients then estimate without this worker
+                logger.warning("the load of this worker could not be reported: %s", exc)
 
 
 _current: DeviceWorker | None = None

@@ -270,20 +270,25 @@ def test_every_key_bears_the_prefix(client, make):
     assert all(key.startswith(b"shop:") for key in client.keys("*"))
 
 
-def test_a_full_redis_still_takes_acknowledgements_and_gives_messages(client, make):
-    ours = make()
-    client.lpush("q", b"one", b"two")
+def test_a_full_redis_still_gives_messages_keeps_their_leases_and_takes_them_back(client, make):
+    ours, dead = make(), make(lease_s=0.05)
+    client.lpush("q", b"one", b"two", b"three")
     claim(ours, "1", "q")
     client.config_set("maxmemory", 1)
     try:
-        ours.ack("1")
         assert claim(ours, "2", "q")[1] == b"two"
+        before = client.zscore(ours.keys.leases, "2")
+        assert ours.renew() == []
+        assert client.zscore(ours.keys.leases, "2") > before
+        ours.ack("1")
         ours.release("2")
-        assert client.hlen(ours.keys.held) == 1, "there is no room to give it back: it stays held"
+        assert client.lrange("q", 0, -1) == [b"three", b" two"]
+        claim(dead, "3", "q")
+        time.sleep(0.1)
+        assert ours.sweep() == 1
+        assert client.lrange("q", 0, -1) == [b"three", b" two"]
     finally:
         client.config_set("maxmemory", 0)
-    ours.flush()
-    assert client.lrange("q", 0, -1) == [b" two"]
 
 
 class Clock:

@@ -109,10 +109,25 @@ def test_while_celery_waits_for_redis_its_main_loop_need_not_turn():
     worker.run(3)
     worker.health.on_disconnect()
     worker.run(30, beats=False, contacts=False)
-    assert (worker.live, worker.ready) == ([], ["redis"])
+    assert (worker.live, worker.ready) == ([], ["event_loop", "redis"])
     worker.health.on_consume()
     assert (worker.live, worker.ready) == ([], ["redis"])  # connected is not yet answered
     worker.run(1)
+    assert (worker.live, worker.ready) == ([], [])
+
+
+def test_a_worker_whose_lease_reached_redis_before_its_consumer_is_not_ready():
+    worker = Worker(lease_s=30).start()
+    worker.run(3)
+    worker.health.on_disconnect()
+    worker.run(10, beats=False)
+    assert (worker.live, worker.ready) == ([], ["event_loop"])
+    assert worker.health.ready()[-2].detail == "connecting to Redis for 10 s"
+    worker.run(50, beats=False)
+    assert worker.live == []
+    worker.run(1, beats=False)
+    assert worker.live == ["event_loop"], "a consumer that never comes back needs a new process"
+    worker.health.on_consume()
     assert (worker.live, worker.ready) == ([], [])
 
 

@@ -9,13 +9,15 @@ each of its steps once. Some prompts are accidents:
     "hang"    the tick in which the job gets its slot does not end
     "lose"    the devices are lost when the job gets its slot
 
-`SDTPU_FAKE_STEP_MS` (default 1) is the time of a step, `SDTPU_CPU_DEVICES` the number of devices;
-`SDTPU_FAKE_ACCIDENTS=off` makes a worker on which no prompt is an accident.
+`SDTPU_FAKE_STEP_MS` (default 1) is the time of a step, `SDTPU_CPU_DEVICES` the number of devices,
+`SDTPU_FAKE_PUT_BUDGET_S` for how long an image is tried to be stored, `SDTPU_FAKE_CONF` more of Celery's settings, in
+JSON; `SDTPU_FAKE_ACCIDENTS=off` makes a worker on which no prompt is an accident.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import threading
@@ -108,8 +110,11 @@ class FakeDevicePool(DevicePool):
         """Start at once: there is nothing to compile."""
         step_s = float(os.environ.get("SDTPU_FAKE_STEP_MS", "1")) / 1000
         engine = PictureEngine(config.cpu_devices, int(config.slots_per_device), step_s)
+        if budget_s := os.environ.get("SDTPU_FAKE_PUT_BUDGET_S"):
+            store.budget_s = float(budget_s)  # type: ignore[attr-defined]
         print(f"ready: {engine.num_slots} slots of a fake device", flush=True)
         return serve(engine, store, config, hooks)
 
 
+app.conf.update(json.loads(os.environ.get("SDTPU_FAKE_CONF", "{}")))
 app.conf.worker_pool = "tests.chaos.fake_worker:FakeDevicePool"

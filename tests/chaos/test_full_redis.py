@@ -1,0 +1,91 @@
+"""A Redis that is full, and one that is away while pictures go to files: no job is lost, and only what must fails.
+
+pytest -s tests/chaos/test_full_redis.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+import pytest
+
+from sdtpu_worker import generate
+from sdtpu_worker.errors import BrokerUnavailable, StorageError
+from tests.chaos.fleet import Fleet, Ledger, client_app, keys_left
+from tests.chaos.proxies import FlakyProxy
+from tests.chaos.servers import RedisServer, wait_until
+
+LEASE_S = 3
+
+
+def settings(**more: object) -> dict[str, str]:
+    common = {"SDTPU_CPU_DEVICES": 2, "SDTPU_FAKE_STEP_MS": 20, "SDTPU_LEASE_S": LEASE_S}
+    return {name: str(value) for name, value in {**common, **more}.items()}
+
+
+def test_a_full_redis_takes_no_job_and_no_picture_and_all_goes_on_when_there_is_room(tmp_path: Path, long: bool):
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(RedisServer({"maxmemory-policy": "noeviction"}))
+        admin = stack.enter_context(contextlib.closing(server.client()))
+        app = stack.enter_context(client_app(server.url))
+        fleet = stack.enter_context(Fleet(server.url, tmp_path, **settings(SDTPU_FAKE_PUT_BUDGET_S=1)))
+        worker, ledger = fleet.start("full"), Ledger()
+        early = [ledger.add(seed, 5) for seed in range(4)]
+        ledger.wait(30)
+        jobs = [ledger.add(seed, 40 if long else 20) for seed in range(40 if long else 12)]
+        time.sleep(0.3)
+        admin.config_set("maxmemory", 1)
+        with pytest.raises(BrokerUnavailable, match="raise maxmemory, or free memory"):
+            generate.delay("no room")
+        time.sleep(30 if long else 3 * LEASE_S)
+        assert worker.is_running
+        ledger.collect()
+        held, waiting = admin.hlen("sdtpu:unacked"), admin.llen("sdtpu\x06\x166")
+        done_while_full = len(ledger.results) - len(early)
+        admin.config_set("maxmemory", 0)
+        ledger.wait(60)
+        wait_until(lambda: not keys_left(admin), "no keys left", 3 * LEASE_S)
+        assert not ledger.wrong_pictures()
+        assert all(isinstance(error, StorageError) for error in ledger.errors.values())
+        late = [ledger.add(seed, 5) for seed in range(4)]
+        ledger.wait(30)
+        assert ledger.results.keys() >= {*early, *late}
+        assert worker.is_running
+        print(
+            f"\nfull Redis: {len(jobs)} jobs under way, {done_while_full} done while it was full, {held} held and"
+            f" {waiting} waiting at its end; then {len(ledger.errors)} failed with StorageError, the others were done"
+        )
+        assert worker.stop() == 0
+        assert app
+
+
+def test_results_wait_for_a_redis_that_is_away_although_pictures_go_to_files(tmp_path: Path, long: bool):
+    away_s = 60 if long else 8
+    (tmp_path / "images").mkdir()
+    store = f"file://{tmp_path}/images"
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(RedisServer())
+        proxy = stack.enter_context(FlakyProxy(server.url))
+        app = stack.enter_context(client_app(server.url, sdtpu_image_store=store))
+        fleet = stack.enter_context(Fleet(proxy.url, tmp_path, **settings(SDTPU_IMAGE_STORE=store, SDTPU_LEASE_S=60)))
+        worker, ledger = fleet.start("files"), Ledger()
+        jobs = [ledger.add(seed, 50) for seed in range(4)]
+        wait_until(lambda: server.client().hlen("sdtpu:unacked") == 4, "the jobs to be taken")
+        proxy.cut()
+        time.sleep(away_s)
+        stored = len(list((tmp_path / "images").glob("*.png")))
+        proxy.restore()
+        begin = time.monotonic()
+        ledger.wait(15)
+        print(
+            f"\nRedis away for {away_s} s: {stored} of {len(jobs)} pictures were in files by then, all results"
+            f" {time.monotonic() - begin:.1f} s after it was back"
+        )
+        assert stored == len(jobs)
+        assert not ledger.errors
+        assert not ledger.wrong_pictures()
+        assert worker.stop() == 0
+        assert worker.loop_stats()["job_steps"] == 4 * 50
+        assert app

@@ -5,6 +5,14 @@ set, or nowhere, when it was acknowledged. Every move between them is one Lua sc
 a dying worker takes a message with it. A lease is the time, on Redis' own clock, at which the message goes back to its
 queue unless its holder has renewed it.
 
+A message that is not due yet (`countdown`, `eta`) is nobody's: it has its time in another sorted set instead of a
+lease, and the first worker that notices it is due puts it at the front of its queue. So however many there are, they
+take no worker's memory and keep no other job from it. (`inspect scheduled` does not know them; `ZCARD sdtpu:delayed`
+does. A revoke holds as it does for any job that waits in a queue: it is looked up when a worker takes the job.)
+
+The keys, all below kombu's `global_keyprefix` and `sdtpu:`: `unacked`, `unacked_index`, `delayed`, `dead`,
+`dead:counts`, `starts:<task id>`, `snap:<task id>`. The scripts touch these and the queues' lists.
+
 What is kept of a job beyond its message, by task id: `sdtpu:starts:…`, the hosts on whose devices it was when they
 died, hung or were lost, and `sdtpu:snap:…`, its state if a worker handed it over. Both go when it is acknowledged.
 """
@@ -94,6 +102,30 @@ local tags = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now[1] + now[2] / 1e6,
 for _, tag in ipairs(tags) do give_back(tag, true) end
 return #tags
 """
+_DELAY = """
+local now = redis.call('TIME')
+if tonumber(ARGV[2]) <= now[1] + now[2] / 1e6 or redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('ZADD', KEYS[3], ARGV[2], ARGV[1])
+return 1
+"""
+_BRING_DUE = """
+local now = redis.call('TIME')
+now = now[1] + now[2] / 1e6
+local tags = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, ARGV[1])
+for i = #tags, 1, -1 do
+    local record = redis.call('HGET', KEYS[1], tags[i])
+    if record then
+        local list, message = string.match(record, '^([^\\n]*)\\n(.*)$')
+        redis.call('HDEL', KEYS[1], tags[i])
+        redis.call('RPUSH', list, message)
+    end
+    redis.call('ZREM', KEYS[2], tags[i])
+end
+local next = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
+return {#tags, next[2] and tostring(math.max(0, next[2] - now)) or false}
+"""
+"""Those that are due earliest come to stand first."""
 _BURY = """
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
@@ -118,6 +150,11 @@ class Keys:
     def leases(self) -> str:
         """A sorted set: tags by the time, in seconds, at which their lease ends."""
         return f"{self.prefix}sdtpu:unacked_index"
+
+    @property
+    def delayed(self) -> str:
+        """A sorted set: tags of messages that nobody holds by the time, in seconds, at which they are due."""
+        return f"{self.prefix}sdtpu:delayed"
 
     @property
     def dead(self) -> str:
@@ -292,6 +329,27 @@ class Deliveries:
             self.redelivered += count
             logger.warning("%d messages of a worker that does not answer any more are back in their queues", count)
         return count
+
+    def delay(self, tag: str, due_at: float) -> bool:
+        """Put a message aside until it is due, on Redis' own clock; return whether it is not due yet.
+
+        Args:
+            tag: of a message that was just claimed; if True, it is not ours any more.
+            due_at: seconds since 1970.
+
+        Raises:
+            redis.exceptions.RedisError: Redis was not reached; the message comes again when its lease ends.
+        """
+        return bool(self._eval(_DELAY, [self.keys.held, self.keys.leases, self.keys.delayed], [tag, due_at]))
+
+    def bring_due(self) -> float | None:
+        """Put the messages that are due at the front of their queues; return the seconds until the next one.
+
+        Raises:
+            redis.exceptions.RedisError: Redis was not reached.
+        """
+        _, next_s = self._eval(_BRING_DUE, [self.keys.held, self.keys.delayed], [_SWEEP_LIMIT])
+        return None if next_s is None else float(next_s)
 
     def bury(self, tag: str, kind: str, queue: str, reason: str, size: int, message: bytes) -> None:
         """Put a message aside that cannot be run: it is counted, and the last ones are kept.

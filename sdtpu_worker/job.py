@@ -113,7 +113,7 @@ class DeviceJob:
         max_deliveries: int = 1,
     ) -> None:
         self.request = request
-        self.soft_time_limit_s, self.time_limit_s = soft_time_limit_s, time_limit_s
+        self.soft_time_limit_s, self.time_limit_s = map(_positive_seconds, (soft_time_limit_s, time_limit_s))
         self._on_time_limit, self._cancel = on_time_limit, cancel
         self._deliveries, self._max_deliveries = deliveries, max_deliveries
         self._reporting = threading.Lock()
@@ -283,11 +283,16 @@ def current_job() -> DeviceJob | None:
     return getattr(_current, "job", None)
 
 
+def _positive_seconds(limit: Any) -> float | None:
+    """Return a time limit if it is one: Celery's remote control takes any value for it."""
+    return limit if isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0 else None
+
+
 def _has_revoked_stamp(request: Any) -> bool:
     """Whether the job bears a stamp by which jobs were revoked."""
     return any(
         stamp in state.revoked_stamps
-        and not set(maybe_list(state.revoked_stamps[stamp])).isdisjoint(maybe_list(value) or ())
+        and any(each in maybe_list(state.revoked_stamps[stamp]) for each in maybe_list(value) or ())
         for stamp, value in request.stamps.items()
     )
 

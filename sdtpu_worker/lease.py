@@ -1,8 +1,9 @@
 """The thread that keeps a worker's messages its own, and gives back those of workers that are gone.
 
-It renews the leases as long as the devices make progress, tells Redis what it could not be told before, and puts
-messages whose lease has ended back into their queues. It does the last only after a whole lease of unbroken contact
-with Redis: after an outage every worker has had the time to renew first, so that nothing runs twice.
+It renews the leases as long as the devices make progress, tells Redis what it could not be told before, brings jobs
+whose time has come to the front of their queues, and puts messages whose lease has ended back into theirs. It does the
+last only after a whole lease of unbroken contact with Redis: after an outage every worker has had the time to renew
+first, so that nothing runs twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sdtpu_worker.deliveries import Deliveries
 
 logger = logging.getLogger(__name__)
 
-_PULSE_S = 1.0
+_PULSE_S, _SHORTEST_PULSE_S = 1.0, 0.02
 
 
 class Lease:
@@ -40,6 +41,7 @@ class Lease:
         self._renew_at = 0.0
         self._contact_since: float | None = None
         self._was_well = True
+        self._next_due_s: float | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sdtpu-lease", daemon=True)
 
@@ -72,23 +74,27 @@ class Lease:
                 self._renew_at = now + self.interval_s
                 if self._contact_since is not None and now - self._contact_since >= self._deliveries.lease_s:
                     self._deliveries.sweep()
-            else:
-                self._deliveries.client.ping()
+            self._next_due_s = self._deliveries.bring_due()
         except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
             if self._contact_since is not None:
                 logger.warning("no contact with Redis, the leases are not renewed: %s", exc)
-            self._contact_since, self._renew_at = None, 0.0
+            self._contact_since, self._renew_at, self._next_due_s = None, 0.0, None
             return
         self._on_contact()
         if self._contact_since is None:
             self._contact_since = now
 
     def _run(self) -> None:
-        while not self._stopping.wait(min(_PULSE_S, self.interval_s)):
+        while not self._stopping.wait(self._pulse_s()):
             try:
                 self.pulse()
             except Exception:  # whatever it is, the leases must go on
                 logger.exception("a pulse of the lease failed")
+
+    def _pulse_s(self) -> float:
+        """Return the time until the next pulse: sooner when a job is due sooner."""
+        until_due_s = _PULSE_S if self._next_due_s is None else max(self._next_due_s, _SHORTEST_PULSE_S)
+        return min(_PULSE_S, self.interval_s, until_due_s)
 
 
 def _log_progress(well: bool) -> None:

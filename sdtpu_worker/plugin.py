@@ -13,6 +13,7 @@ from celery.concurrency import get_implementation
 from sdtpu_worker.config import read_config, read_setting
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.logs import install_prompt_guard
+from sdtpu_worker.remote_control import guard
 from sdtpu_worker.tenants import shard_queues
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ class DeliveryStep(bootsteps.StartStopStep):
 
     def start(self, consumer: Any) -> None:
         """Runs at every connection, before the first message is taken from it."""
+        guard(consumer)
         _worker().on_consume(consumer)
 
     def stop(self, consumer: Any) -> None:

@@ -15,6 +15,7 @@ from celery import bootsteps
 from kombu.transport.redis import Channel
 
 from sdtpu_worker.config import read_setting
+from sdtpu_worker.load import plain_client
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +27,11 @@ class UrgentPrefetch:
 
     Args:
         consumer: Celery's consumer.
-        queue: the queue to look at.
         pool: the `DevicePool`.
     """
 
-    def __init__(self, consumer: Any, queue: str, pool: Any) -> None:
-        self._consumer, self._queue, self._pool = consumer, queue, pool
+    def __init__(self, consumer: Any, pool: Any) -> None:
+        self._consumer, self._pool = consumer, pool
         self._lock, self._lent = threading.Lock(), 0
 
     def look(self) -> None:
@@ -44,7 +44,12 @@ class UrgentPrefetch:
         if not steps:
             return
         with channel.conn_or_acquire() as client:
-            waiting = sum(client.llen(channel._q_for_pri(self._queue, step)) for step in steps)
+            redis, prefix = plain_client(client)
+            lengths = redis.pipeline(transaction=False)
+            for queue in channel.active_queues:  # all that the worker consumes, those of tenants too
+                for step in steps:
+                    lengths.llen(prefix + channel._q_for_pri(queue, step))
+            waiting = sum(lengths.execute())
         with self._lock:
             count = min(waiting, self._pool.serving.engine.num_slots) - self._lent
             if count <= 0:
@@ -68,7 +73,6 @@ class UrgentPrefetchStep(bootsteps.StartStopStep):
 
     def __init__(self, consumer: Any, **options: Any) -> None:
         super().__init__(consumer, **options)
-        self._queue = read_setting("sdtpu_queue", consumer.app.conf)
         self._urgent: UrgentPrefetch | None = None
 
     def include_if(self, consumer: Any) -> bool:
@@ -77,7 +81,7 @@ class UrgentPrefetchStep(bootsteps.StartStopStep):
 
     def start(self, consumer: Any) -> None:
         """Runs at every connection: credits lent on an earlier one ended with it."""
-        self._urgent = consumer.pool.urgent = UrgentPrefetch(consumer, self._queue, consumer.pool)
+        self._urgent = consumer.pool.urgent = UrgentPrefetch(consumer, consumer.pool)
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         """Look now and then."""

@@ -3,7 +3,9 @@
 Stock kombu pops a message and records it as held in two commands (a worker that is killed in between loses it), hands
 whatever it popped to Celery (some shapes end the process), and gives running jobs back when a connection drops (they
 run twice). Here a message is claimed and recorded by one script, checked before Celery sees it, and belongs to the
-process, not to the connection that it came on; see `sdtpu_worker.deliveries`.
+process, not to the connection that it came on; see `sdtpu_worker.deliveries`. A job whose `eta` lies ahead is not held
+at all (stock Celery holds every one of them, and takes one message more for each). What comes over a fanout channel
+(remote control, gossip) and is no message is left out, where it would end a stock worker.
 
 A claim never blocks. When there is nothing, `CLIENT TRACKING` has Redis say on a second connection when one of the
 lists is written to; where Redis refuses that, the lists are looked at every few milliseconds.
@@ -21,12 +23,13 @@ from dataclasses import dataclass
 from queue import Empty
 from typing import Any
 
+from celery.utils.time import maybe_iso8601
 from kombu import Connection
 from kombu import transport as kombu_transports
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from sdtpu_worker.deliveries import CLAIM, REDELIVERED, Deliveries
 from sdtpu_worker.envelope import BadEnvelope, check_envelope, find_task_id
@@ -38,6 +41,8 @@ POLL_S = 0.01
 """Between two looks at empty lists when Redis does not say when they change."""
 SAFETY_POLL_S = 1.0
 """Between two looks at empty lists when it does."""
+PROMPT_S = 1.0
+"""A job that is due within this time is Celery's, whose timer is exact; a later one waits in Redis."""
 _ENDS_BYTES = 4096
 _WAKE = "WAKE"  # a kind of connection, beside kombu's BRPOP (here the claims) and LISTEN
 
@@ -196,7 +201,10 @@ class ClaimingChannel:
             raise Empty
         queue = self._claimed_queues[int(reply[0])]
         self._queue_cycle.rotate(queue)
-        self._take(_intake, queue, reply[1:])
+        try:
+            self._take(_intake, queue, reply[1:])
+        except ResponseError as exc:  # no permission, a key of another type
+            logger.error("Redis refused to move a message, which comes again when its lease ends: %s", exc)
         return True
 
     def _take(self: Any, intake: Intake, queue: str, content: list[Any]) -> None:
@@ -224,6 +232,9 @@ class ClaimingChannel:
             intake.deliveries.bury(tag, type(exc.error).__name__, queue, exc.reason, size, raw)
             return
         properties, headers = message["properties"], message["headers"]
+        due_at = _due_at(headers)
+        if due_at - time.time() > PROMPT_S and intake.deliveries.delay(tag, due_at):
+            return
         properties["delivery_tag"] = tag
         if raw.startswith(REDELIVERED):
             headers["redelivered"] = properties["delivery_info"]["redelivered"] = True
@@ -232,6 +243,16 @@ class ClaimingChannel:
             intake.deliveries.release(tag)
         else:
             self.connection._deliver(message, queue)
+
+    def _receive_one(self: Any, client: Any) -> bool:
+        """Deliver what came over a fanout channel, if it is a message that its consumer can live with."""
+        try:
+            return bool(super()._receive_one(client))  # type: ignore[misc]
+        except (Empty, OSError, RedisError):
+            raise
+        except Exception as exc:  # whatever a consumer raises: it would end the worker, or cost it the connection
+            logger.warning("a message of a fanout channel cannot be handled: %r", exc)
+            return False
 
     def _start_tracking(self: Any, connection: Any) -> None:
         """Have Redis tell on a second connection when a list that a claim looked at is written to."""
@@ -318,6 +339,13 @@ class SentinelTransport(TransportMixin, kombu_redis.SentinelTransport):
     """For `sentinel://`."""
 
     Channel = SentinelChannel
+
+
+def _due_at(headers: dict[str, Any]) -> float:
+    """Return when a job is due, seconds since 1970; 0.0 for at once, and where Celery is to find out (protocol 1)."""
+    eta = headers.get("eta")
+    due_at = maybe_iso8601(eta) if eta is not None else None
+    return due_at.timestamp() if due_at is not None and due_at.tzinfo is not None else 0.0
 
 
 def _nothing() -> None:

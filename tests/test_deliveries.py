@@ -267,6 +267,7 @@ def test_every_key_bears_the_prefix(client, make):
     ours.record_starts(["task-1"])
     ours.save_snapshot("task-1", b"state")
     ours.bury("2", "kind", "q", "reason", 0, b"")
+    assert ours.delay("1", time.time() + 60)
     assert all(key.startswith(b"shop:") for key in client.keys("*"))
 
 
@@ -354,3 +355,69 @@ def test_a_lease_thread_starts_renews_and_stops(client, make):
         assert other.sweep() == 0
     lease.stop()
     assert "sdtpu-lease" not in {thread.name for thread in threading.enumerate()}
+
+
+def redis_time(client) -> float:
+    seconds, microseconds = client.time()
+    return seconds + microseconds / 1e6
+
+
+def test_a_message_that_is_not_due_is_nobodys_and_comes_to_the_front_of_its_queue_in_time(client, make):
+    ours = make()
+    client.lpush("q", b"later", b"soon", b"now")
+    now = redis_time(client)
+    for tag, due_at in (("later", now + 0.4), ("soon", now + 0.3), ("now", now - 1)):
+        assert claim(ours, tag, "q")[1].decode() == tag
+        assert ours.delay(tag, due_at) == (tag != "now")
+    assert client.zrange("sdtpu:unacked_index", 0, -1) == [b"now"]
+    assert client.zrange("sdtpu:delayed", 0, -1) == [b"soon", b"later"]
+    client.lpush("q", b"another")
+    assert 0 < ours.bring_due() <= 0.3
+    assert client.llen("q") == 1
+    time.sleep(0.41)
+    assert make().bring_due() is None, "any worker brings it"
+    assert client.lrange("q", 0, -1) == [b"another", b"later", b"soon"], "unmarked: nobody has had it"
+    assert not client.exists("sdtpu:delayed")
+    assert client.hkeys("sdtpu:unacked") == [b"now"]
+
+
+def test_a_message_that_another_worker_has_by_now_is_not_put_aside(client, make):
+    slow, other = make(lease_s=0.05), make()
+    client.lpush("q", b"{}")
+    claim(slow, "1", "q")
+    time.sleep(0.06)
+    assert other.sweep() == 1
+    assert not slow.delay("1", redis_time(client) + 60)
+    assert not client.exists("sdtpu:delayed")
+
+
+def test_many_messages_that_are_due_at_once_come_in_their_order(client, make):
+    ours = make()
+    now = redis_time(client)
+    client.lpush("q", *(b"%d" % i for i in range(450)))
+    for i in range(450):
+        claim(ours, str(i), "q")
+        assert ours.delay(str(i), now + 5 + i / 1000)
+    client.zadd("sdtpu:delayed", {str(i): now - 5 + i / 1000 for i in range(450)})
+    assert ours.bring_due() == 0.0, "some are left for the next time"
+    order = [client.rpop("q") for _ in range(200)]
+    assert order == [b"%d" % i for i in range(200)]
+    ours.bring_due()
+    assert ours.bring_due() is None
+    assert client.llen("q") == 250
+
+
+def test_a_lease_thread_brings_a_job_when_it_is_due(client, make):
+    ours = make()
+    client.lpush("q", b"{}")
+    claim(ours, "1", "q")
+    lease = Lease(ours, lambda: True)
+    lease.start()
+    due_at = redis_time(client) + 1.5
+    assert ours.delay("1", due_at)
+    while not client.llen("q"):
+        assert redis_time(client) < due_at + 5
+        time.sleep(0.002)
+    late_s = redis_time(client) - due_at
+    lease.stop()
+    assert 0 <= late_s < 0.5

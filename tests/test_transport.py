@@ -11,7 +11,7 @@ import time
 import pytest
 import redis
 from celery import Celery
-from kombu import Connection, Consumer, Queue
+from kombu import Connection, Consumer, Exchange, Queue
 from kombu import transport as kombu_transports
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 from kombu.exceptions import OperationalError
@@ -291,6 +291,70 @@ def test_keys_have_the_prefix_that_clients_use(make_worker, url):
     worker.got[0].ack()
     assert worker.client.keys("shop:sdtpu:*") == []
     app.close()
+
+
+def test_a_job_for_later_waits_in_redis_and_neither_takes_a_place_nor_keeps_others_waiting(make_worker, send):
+    for i in range(20):
+        send(f"later-{i}", countdown=3600)
+    send("soon", countdown=0.5)
+    send("now")
+    worker = make_worker(prefetch=2)
+    assert worker.run(lambda: len(worker.got) == 2)
+    assert worker.ids() == ["soon", "now"], "Celery's timer is exact where it matters"
+    assert (len(worker.deliveries), worker.client.zcard("sdtpu:delayed")) == (2, 20)
+    for message in worker.got:
+        message.ack()
+    (first, *_) = worker.client.zrange("sdtpu:delayed", 0, 0)
+    worker.client.zadd("sdtpu:delayed", {first: 0})
+    worker.deliveries.bring_due()
+    worker.run_for(0.3)
+    assert worker.client.zcard("sdtpu:delayed") == 20, "it is not due by its own header"
+    send("past", countdown=-5)
+    assert worker.run(lambda: len(worker.got) == 3)
+
+
+FANOUT_NOISE = (
+    b"",
+    b"x",
+    b"\xff\xfe",
+    b"null",
+    b"7",
+    b'"text"',
+    b"[]",
+    b"{}",
+    b"[[],{}]",
+    b"[" * 100_000,
+    b'{"properties": null}',
+    b'{"properties": {}}',
+    b'{"properties": {"delivery_tag": 1}, "body": 7}',
+    b'{"properties": {"delivery_tag": 1, "body_encoding": "rot13"}, "body": "x"}',
+    b'{"properties": {"delivery_tag": [], "body_encoding": "base64"}, "body": "%"}',
+    b'{"properties": {"delivery_tag": 1}, "headers": 7, "body": "x"}',
+    b'{"properties": {"delivery_tag": 1}, "content-type": "application/x-python-serialize", "body": "x"}',
+)
+
+
+def test_noise_on_a_fanout_channel_costs_neither_the_worker_nor_its_connection(make_worker, send):
+    worker = make_worker()
+    heard = []
+
+    def on_message(message) -> None:
+        if not isinstance(message.payload, dict):
+            raise TypeError("as Celery's own consumers do")
+        heard.append(message.payload)
+
+    channel = worker.connection.channel()
+    queue = Queue("mailbox", Exchange("control", "fanout"), auto_delete=True)
+    fanout = Consumer(channel, [queue], on_message=on_message, accept=["json"], no_ack=True)
+    fanout.consume()
+    worker.run_for(0.2)
+    for noise in FANOUT_NOISE:
+        assert worker.client.publish("/0.control", noise) == 1
+    worker.connection.Producer().publish({"method": "ping"}, exchange=queue.exchange, declare=[queue])
+    send("a")
+    assert worker.run(lambda: heard and worker.got)
+    assert heard == [{"method": "ping"}]
+    assert worker.ids() == ["a"]
 
 
 def test_every_redis_address_gets_our_transport_and_others_do_not(make_worker):

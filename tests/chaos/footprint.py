@@ -1,0 +1,86 @@
+"""What a worker takes up, in its host and in Redis, to be compared before and after."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from tests.chaos.fleet import Fleet, WorkerProcess, keys_left
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What was found: memory in KiB, threads, open files, its connections in Redis' list, keys of unended jobs."""
+
+    memory_kib: int
+    threads: int
+    files: int
+    connections: int
+    keys: tuple[str, ...]
+
+    @property
+    def rest(self) -> tuple[int, int, int, tuple[str, ...]]:
+        """What must be as before to the last one."""
+        return self.threads, self.files, self.connections, self.keys
+
+
+def footprint(worker: WorkerProcess, client: redis.Redis) -> Footprint:
+    """Measure a worker."""
+    return Footprint(
+        worker.memory_kib(),
+        worker.threads(),
+        len(list(Path(f"/proc/{worker.process.pid}/fd").iterdir())),
+        len(connections(worker, client)),
+        tuple(keys_left(client)),
+    )
+
+
+def settled(worker: WorkerProcess, client: redis.Redis, like: Footprint, timeout_s: float = 15) -> Footprint:
+    """Measure a worker when all but its memory is as before, or when the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while (now := footprint(worker, client)).rest != like.rest and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return now
+
+
+def pool_stats(app: Any, timeout_s: float = 20) -> dict[str, Any]:
+    """Return what the only worker says of its pool."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if answers := app.control.inspect(timeout=2, limit=1).stats():
+            return next(iter(answers.values()))["pool"]["sdtpu"]
+    raise AssertionError("the worker does not answer")
+
+
+def assert_nothing_left(app: Any, client: redis.Redis, timeout_s: float = 10) -> None:
+    """Assert that no job has left anything in Redis or in the worker."""
+    deadline = time.monotonic() + timeout_s
+    while (left := keys_left(client)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+    while (held := pool_stats(app)["deliveries"]["held"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert held == 0
+
+
+def connections(worker: WorkerProcess, client: redis.Redis) -> list[str]:
+    """Return the ids of the connections that Redis has with a worker on this host."""
+    proc = Path(f"/proc/{worker.process.pid}")
+    sockets = set()
+    for link in (proc / "fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(str(link.readlink()))
+    rows = [line.split() for line in (proc / "net/tcp").read_text().splitlines()[1:]]
+    ports = {int(row[1].partition(":")[2], 16) for row in rows if f"socket:[{row[9]}]" in sockets}
+    return [each["id"] for each in client.client_list() if int(each["addr"].rpartition(":")[2]) in ports]
+
+
+def drop_connections(worker: WorkerProcess, client: redis.Redis) -> None:
+    """Have Redis close every connection of a worker."""
+    for number in connections(worker, client):
+        client.client_kill_filter(_id=number)

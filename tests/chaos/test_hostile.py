@@ -1,0 +1,182 @@
+"""A worker whose queues and control channels anybody can write to: it lives, and its good jobs do not notice.
+
+    pytest tests/chaos/test_hostile.py --long
+
+Two cores, a worker on the fake engine. HOSTILE_FIGURES
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import pytest
+import redis
+from celery.exceptions import NotRegistered
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kombu.utils.json import dumps
+
+from sdtpu_worker import InvalidRequest, generate
+from sdtpu_worker.deliveries import MAX_DEAD_LETTERS
+from sdtpu_worker.demo.processes import private_redis
+from sdtpu_worker.errors import InvalidMessage
+from tests.chaos.fleet import Fleet, Ledger, client_app
+from tests.chaos.footprint import assert_nothing_left, footprint, pool_stats, settled
+from tests.chaos.hostile import REQUEST, hostile_messages
+from tests.chaos.hostile_control import hostile_control_messages
+from tests.chaos.servers import wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SEED = 20
+QUEUES = ("sdtpu", "sdtpu.t0", "sdtpu.t1")
+LISTS = [f"{queue}{suffix}" for queue in QUEUES for suffix in ("", *(f"\x06\x16{step}" for step in (3, 6, 9)))]
+
+
+@pytest.fixture(scope="module")
+def hostile_worker(tmp_path_factory):
+    """Run a worker that hears gossip, as workers do by default; yields it, the client's app and a client of Redis."""
+    folder = tmp_path_factory.mktemp("hostile")
+    with (
+        private_redis() as url,
+        client_app(url, sdtpu_tenant_shards=2) as app,
+        Fleet(url, folder, SDTPU_TENANT_SHARDS="2", SDTPU_CPU_DEVICES="4", SDTPU_SLOTS_PER_DEVICE="1") as fleet,
+        redis.Redis.from_url(url) as client,
+    ):
+        fleet.flags = ()
+        worker = fleet.start("hostile")
+        warm = Ledger()
+        for i in range(40):
+            warm.add(i, 1)
+        warm.wait(60)
+        yield worker, app, client
+        assert worker.stop() == 0
+
+
+def dead_counts(client: redis.Redis) -> Counter[str]:
+    return Counter({kind.decode(): int(count) for kind, count in client.hgetall("sdtpu:dead:counts").items()})
+
+
+def waiting(client: redis.Redis) -> int:
+    return sum(map(client.llen, LISTS))
+
+
+def test_hostile_messages_end_in_typed_errors_and_good_jobs_beside_them_do_not_notice(hostile_worker, long, capsys):
+    worker, app, client = hostile_worker
+    count, every = (50_000, 50) if long else (2_000, 20)
+    good, expected, kinds = Ledger(), Counter(), Counter()
+    for message in hostile_messages(SEED + 1, 6_000 if long else 1_000):  # its memory grows to what their kinds take
+        client.lpush("sdtpu", message.raw)
+    wait_until(lambda: waiting(client) == 0, "the first messages to be dealt with", 120)
+    assert_nothing_left(app, client)
+    counted_before = sum(dead_counts(client).values())
+    before, started, pid = footprint(worker, client), time.monotonic(), worker.process.pid
+    buried_before = pool_stats(app)["deliveries"]["dead_letters"]
+    ids: dict[str, set[type]] = {}
+    batch = client.pipeline(transaction=False)
+    for i, message in enumerate(hostile_messages(SEED, count)):
+        batch.lpush(LISTS[i % len(LISTS)], message.raw)
+        is_request = message.kind.startswith(REQUEST)
+        kinds[message.kind] += 1
+        expected["run" if is_request else "put aside"] += 1
+        if message.task_id is not None:
+            ids.setdefault(message.task_id, set()).add(InvalidRequest if is_request else InvalidMessage)
+        if i % every == 0:
+            batch.execute()
+            good.add(i, 1 + i % 7, priority=(0, 3, 6, 9)[i % 4])
+            wait_until(lambda: waiting(client) < 2_000, "the worker to keep up", 120)
+    batch.execute()
+    good.wait(600)
+    wait_until(lambda: waiting(client) == 0, "the queues to be empty", 600)
+    assert_nothing_left(app, client)
+    elapsed_s = time.monotonic() - started
+
+    assert (worker.is_running, worker.process.pid) == (True, pid)
+    assert (good.errors, good.wrong_pictures()) == ({}, [])
+    counts = dead_counts(client)
+    assert set(counts) <= {"InvalidMessage", "NotRegistered"}
+    assert sum(counts.values()) - counted_before == expected["put aside"]
+    assert pool_stats(app)["deliveries"]["dead_letters"] - buried_before == expected["put aside"]
+    assert client.llen("sdtpu:dead") == min(MAX_DEAD_LETTERS, expected["put aside"])
+    wrong = []
+    for task_id, classes in ids.items():
+        result = generate.AsyncResult(task_id)
+        error = result.result if result.state == "FAILURE" else None
+        allowed = (*classes, NotRegistered) if InvalidMessage in classes else tuple(classes)
+        if not isinstance(error, allowed):
+            wrong.append((task_id, classes, result.state, error))
+    assert wrong == []
+    after = settled(worker, client, before)
+    assert after.rest == before.rest
+    grown_kib = after.memory_kib - before.memory_kib
+    assert grown_kib < 24_576
+    with capsys.disabled():
+        print(
+            f"\nhostile messages: {count:,} of {len(kinds)} kinds beside {len(good.jobs):,} good jobs in"
+            f" {elapsed_s:.0f} s: {expected['put aside']:,} put aside and counted, {expected['run']:,} ran into"
+            f" InvalidRequest, {len(ids):,} ids have a typed error; all good jobs right, same process,"
+            f" memory {grown_kib:+,} KiB, threads, files, connections and keys as before"
+        )
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+fields = st.sampled_from(("body", "headers", "properties", "content-type", "content-encoding"))
+raw_messages = st.one_of(
+    st.binary(max_size=3_000),
+    json_values.map(lambda value: dumps(value).encode()),
+    st.dictionaries(fields, json_values, max_size=5).map(lambda value: dumps(value).encode()),
+)
+
+
+def test_any_bytes_at_all_are_put_aside_or_run(hostile_worker, long, capsys):
+    worker, app, client = hostile_worker
+    before, sent = sum(dead_counts(client).values()), 0
+
+    @settings(
+        max_examples=5_000 if long else 200, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(raw_messages, st.sampled_from(LISTS))
+    def send(raw: bytes, name: str) -> None:
+        nonlocal sent
+        sent += 1
+        client.lpush(name, raw)
+
+    send()
+    wait_until(lambda: sum(dead_counts(client).values()) == before + sent, "all to be put aside", 120)
+    assert_nothing_left(app, client)
+    assert worker.is_running
+    assert generate.delay("x", seed=1, num_inference_steps=2).get(timeout=20)["seed"] == 1
+    with capsys.disabled():
+        print(f"\nraw bytes: {sent:,} messages made by Hypothesis, all put aside and counted")
+
+
+def test_hostile_control_messages_cost_neither_the_worker_nor_a_job(hostile_worker, long, capsys):
+    worker, app, client = hostile_worker
+    messages = hostile_control_messages() * (20 if long else 1)
+    before, connections_lost = footprint(worker, client), worker.text().count("Connection to broker lost")
+    good, started = Ledger(), time.monotonic()
+    for i, message in enumerate(messages):
+        client.publish(message.channel, message.raw)
+        if i % 10 == 0:
+            good.add(i, 20, stamped_headers=["user"], user="alice")
+    good.wait(60)
+    app.control.time_limit("sdtpu.generate", soft=None, hard=None)
+    assert len(app.control.ping(timeout=10, limit=1)) == 1
+    elapsed_s = time.monotonic() - started
+    assert worker.is_running
+    assert (good.errors, good.wrong_pictures()) == ({}, [])
+    assert worker.text().count("Connection to broker lost") == connections_lost
+    assert_nothing_left(app, client)
+    after = settled(worker, client, before)
+    assert after.rest == before.rest
+    with capsys.disabled():
+        print(
+            f"\nhostile control: {len(messages):,} messages of {len(set(messages)):,} kinds in {elapsed_s:.0f} s beside"
+            f" {len(good.jobs)} good jobs: same process, no connection lost, the worker answers"
+        )

@@ -1,0 +1,415 @@
+"""What a worker takes up stays what it is: under mixed load, for an hour of the policy's time, behind a long queue.
+
+    pytest tests/chaos/test_soak.py --long
+
+Two cores, a worker on the fake engine. SOAK_FIGURES
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+from celery import chord, group
+from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
+
+from sdtpu_worker import GenerationFailed, InvalidRequest, generate
+from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.aggregator.jobs import Terms
+from sdtpu_worker.aggregator.loop import DeviceLoop
+from sdtpu_worker.aggregator.policy import Aggregator
+from sdtpu_worker.demo.processes import private_redis
+from sdtpu_worker.testing import FakeEngine, FakeJob
+from tests.chaos.fleet import Fleet, Ledger, client_app
+from tests.chaos.footprint import (
+    assert_nothing_left,
+    drop_connections,
+    footprint,
+    pool_stats,
+    settled,
+)
+from tests.chaos.servers import wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SEED = 7
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Give a function that starts a worker on a Redis of its own; yields it, the client's app and a client of Redis."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**settings: str):
+            url = stack.enter_context(private_redis())
+            app = stack.enter_context(client_app(url, sdtpu_tenant_shards=2))
+            fleet = stack.enter_context(Fleet(url, tmp_path, SDTPU_TENANT_SHARDS="2", **settings))
+            return fleet.start("soak"), app, stack.enter_context(redis.Redis.from_url(url))
+
+        yield start
+
+
+class Mix:
+    """Every kind of job there is, drawn by chance, and what each may become."""
+
+    def __init__(self, app: Any, seed: int) -> None:
+        self.app, self.random, self.ledger = app, random.Random(seed), Ledger()
+        self.kinds: dict[str, str] = {}
+        self.to_revoke: list[tuple[float, str]] = []
+        self.number = self.sent = 0
+
+    ENDS: dict[str, tuple[type, ...]] = {
+        "plain": (),
+        "countdown": (),
+        "part": (),
+        "expires": (TaskRevokedError,),
+        "cancelled": (TaskRevokedError,),
+        "soft limit": (SoftTimeLimitExceeded,),
+        "hard limit": (TimeLimitExceeded,),
+        "invalid": (InvalidRequest,),
+        "raise": (GenerationFailed,),
+        "nan": (GenerationFailed,),
+    }
+    WEIGHTS = {
+        **{"plain": 60, "countdown": 6, "canvas": 3, "expires": 6, "cancelled": 6},
+        **{"soft limit": 3, "hard limit": 3, "invalid": 6, "raise": 0.3, "nan": 1},
+    }
+
+    def send(self) -> None:
+        """Enqueue one job, or a few in a canvas; each kind once to begin with."""
+        draw, kinds = self.random, list(self.WEIGHTS)
+        kind = kinds[self.sent] if self.sent < len(kinds) else draw.choices(kinds, list(self.WEIGHTS.values()))[0]
+        self.sent += 1
+        self.number += 1
+        options: dict[str, Any] = {"priority": draw.choice((0, 3, 6, 6, 6, 9)), "retries": draw.choice((0, 0, 0, 1))}
+        steps, prompt = draw.randint(1, 60), kind if kind in ("raise", "nan") else "x"
+        if kind == "canvas":
+            self._send_canvas()
+            return
+        if kind == "invalid":
+            job = self.app.send_task("sdtpu.generate", ([7],), {"seed": 1}, queue="sdtpu.t1", **options)
+            self.ledger.jobs[job.id] = job, 1, 1
+            self.kinds[job.id] = kind
+            return
+        if kind in ("cancelled", "soft limit", "hard limit"):
+            steps = 1000
+        if kind.endswith("limit"):
+            options["soft_time_limit" if kind == "soft limit" else "time_limit"] = 0.05
+        if kind == "countdown":
+            options["countdown"] = draw.uniform(0.1, 4)
+        if kind == "expires":
+            options["expires"] = draw.uniform(0.05, 2)
+        kwargs = {"seed": self.number, "num_inference_steps": steps, "tenant": draw.choice((None, "a", "b", "c"))}
+        job = generate.apply_async((prompt,), kwargs, **options)
+        self.ledger.jobs[job.id] = job, self.number, steps
+        self.kinds[job.id] = kind
+        if kind == "cancelled":
+            self.to_revoke.append((time.monotonic() + draw.uniform(0, 0.5), job.id))
+
+    def revoke_due(self) -> None:
+        """Cancel those whose time has come."""
+        due = [task_id for at, task_id in self.to_revoke if at <= time.monotonic()]
+        if due:
+            self.to_revoke = [(at, task_id) for at, task_id in self.to_revoke if task_id not in due]
+            self.app.control.revoke(due, terminate=True)
+
+    def wrong_ends(self) -> list[tuple[str, Any]]:
+        """Return the jobs that became something that their kind cannot become."""
+        return [
+            (self.kinds[task_id], error)
+            for task_id, error in self.ledger.errors.items()
+            if not isinstance(error, self.ENDS[self.kinds[task_id]])
+        ]
+
+    def _send_canvas(self) -> None:
+        def part() -> Any:
+            self.number += 1
+            kwargs = {"seed": self.number, "num_inference_steps": self.random.randint(1, 60)}
+            return generate.si("x", **kwargs)
+
+        parts = [part() for _ in range(3)]
+        if self.random.random() < 0.5:
+            body = part()
+            result = chord(parts, body).apply_async()
+            results, parts = [result, *result.parent.results], [body, *parts]
+        else:
+            results = group(parts).apply_async().results
+        for job, signature in zip(results, parts, strict=True):
+            self.ledger.jobs[job.id] = job, signature.kwargs["seed"], signature.kwargs["num_inference_steps"]
+            self.kinds[job.id] = "part"
+
+
+def use_every_thread() -> None:
+    """Run so many jobs that each thread and connection that is to be there is there."""
+    ledger = Ledger()
+    for i in range(60):
+        ledger.add(i, 3, priority=i % 10)
+    ledger.wait(60)
+
+
+def slope_per_minute(samples: list[tuple[float, int]]) -> float:
+    """Return the slope of the line through `(seconds, value)` with the least squares."""
+    at, values = np.array(samples, float).T
+    return 60 * float(np.polyfit(at - at[0], values, 1)[0])
+
+
+def test_mixed_load_leaves_nothing_behind(start, long, capsys):
+    worker, app, client = start(SDTPU_CPU_DEVICES="4", SDTPU_SLOTS_PER_DEVICE="2", SDTPU_FAKE_STEP_MS="10")
+    warm_s, load_s, drop_s, rate = (60, 540, 60, 12) if long else (6, 12, 6, 10)
+    mix, samples, drops = Mix(app, SEED), list[tuple[float, int]](), 0
+    use_every_thread()
+    before = footprint(worker, client)
+    started = time.monotonic()
+    drop_at = started + drop_s
+    while (now := time.monotonic()) < started + warm_s + load_s:
+        mix.send()
+        mix.revoke_due()
+        if now >= drop_at:
+            drop_at += drop_s
+            drops += 1
+            drop_connections(worker, client)
+        if mix.number % 10 == 0:
+            mix.ledger.collect()
+            if now >= started + warm_s:
+                samples.append((now, worker.memory_kib()))
+        time.sleep(mix.random.expovariate(rate))
+    while mix.to_revoke:
+        mix.revoke_due()
+        time.sleep(0.05)
+    mix.ledger.wait(120)
+    use_every_thread()
+    after = settled(worker, client, before, 5)
+    slope, grown_kib = slope_per_minute(samples), samples[-1][1] - samples[0][1]
+    loop = pool_stats(app)["loop"]
+    assert (mix.wrong_ends(), mix.ledger.wrong_pictures()) == ([], [])
+    assert worker.is_running
+    assert (after.threads, after.keys) == (before.threads, ())
+    assert after.files <= before.files + 4, "dropped ones that were not used since are still open"
+    assert after.connections <= before.connections + 4
+    assert loop["preemptions"]
+    assert loop["retried"]
+    assert_nothing_left(app, client)
+    assert grown_kib < 8_192
+    if long:
+        assert slope < 200
+    ends = Counter(type(error).__name__ for error in mix.ledger.errors.values())
+    with capsys.disabled():
+        print(
+            f"\nsoak: {len(mix.kinds):,} jobs of {len(set(mix.kinds.values()))} kinds in {warm_s + load_s} s"
+            f" ({len(mix.ledger.results):,} pictures, all right; {dict(ends)}), {drops} dropped connections,"
+            f" {loop['preemptions']} preemptions, {loop['failures']} failed programs: memory {slope:+.0f} KiB a minute"
+            f" ({before.memory_kib:,} to {after.memory_kib:,} KiB), threads"
+            f" {before.threads} to {after.threads}, files {before.files} to {after.files}, connections of Redis"
+            f" {before.connections} to {after.connections}, no keys left"
+        )
+
+
+class VirtualClock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class VirtualWorker:
+    """The real device loop, policy and quarantine on a fake engine, without their threads, in virtual time."""
+
+    def __init__(self) -> None:
+        self.clock = VirtualClock()
+        costs = {(64, 64): TickCosts(8, Cost(0.1, 0.02, 0.16))}
+        self.engine = FakeEngine()
+        self.policy = Aggregator(costs, 1, 2, 0.25)
+        self.loop = DeviceLoop(self.engine, self.policy, clock=self.clock)
+
+    def next_at(self) -> float:
+        """Return when there is something to do."""
+        oldest, wait_s = self.loop._flights.oldest, self.loop._wait_s(self.clock.now)
+        if self.loop._arrivals or self.loop._cancelled:
+            return self.clock.now
+        times = [oldest.ends_at if oldest else np.inf, np.inf if wait_s is None else self.clock.now + max(0.0, wait_s)]
+        return float(min(times))
+
+    def turn(self) -> None:
+        """Do what is due: the ticks that have ended, then one turn of the loop."""
+        loop, now = self.loop, self.clock.now
+        oldest = loop._flights.oldest
+        if oldest is not None and oldest.ends_at <= now:
+            while (flight := loop._flights._to_wait_for.get_nowait()) is not oldest:
+                pass  # of before a failure
+            try:
+                end: Any = flight.tick.wait()
+            except Exception as exc:
+                end = exc
+            loop._on_end(flight, end, now)
+        loop._take_in()
+        if loop._failure is not None and not loop._flights:
+            loop._recover(loop._failure)
+        elif loop._failure is None and loop._is_due(now):
+            loop._dispatch(now)
+        if not loop._flights:
+            while not loop._flights._to_wait_for.empty():
+                loop._flights._to_wait_for.get_nowait()
+        self.engine.ticks.clear()
+
+    def run_until(self, at: float) -> None:
+        """Let the time pass."""
+        turns = 0
+        while (next_at := self.next_at()) <= at:
+            turns = turns + 1 if next_at <= self.clock.now else 0
+            assert turns < 100, "time does not pass"
+            self.clock.now = max(self.clock.now, next_at)
+            self.turn()
+        self.clock.now = at
+
+    def records(self) -> Counter[str]:
+        """Count what is kept of jobs."""
+        loop, policy = self.loop, self.policy
+        return Counter(
+            here=len(loop._here), arrivals=len(loop._arrivals), cancelled=len(loop._cancelled),
+            completed=len(loop._completed), flights=len(loop._flights), quarantine=len(loop._quarantine),
+            to_wait_for=loop._flights._to_wait_for.qsize(), **policy.counts(),
+        )  # fmt: skip
+
+
+def test_an_hour_of_mixed_load_in_virtual_time_leaves_nothing_in_the_loop(long, capsys, caplog):
+    minutes = 60 if long else 10
+    draw, worker = random.Random(SEED), VirtualWorker()
+    ends: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    memory: list[int] = []
+    number = 0
+
+    def wanted(task_id: str) -> Callable[[], bool]:
+        return lambda: task_id not in unwanted
+
+    unwanted: set[str] = set()
+    tracemalloc.start()
+    started = time.monotonic()
+    for minute in range(1, minutes + 1):
+        submissions = []
+        while worker.clock.now < 60 * minute - 10:
+            worker.run_until(worker.clock.now + draw.expovariate(2))
+            number += 1
+            task_id, kind = f"job-{number}", draw.random()
+            terms = Terms(
+                draw.choice((0, 3, 6, 6, 9)),
+                worker.clock.now + draw.uniform(0, 5) if kind < 0.05 else np.inf,
+                draw.uniform(0.5, 3) if kind > 0.95 else np.inf,
+                draw.uniform(0.5, 3) if 0.9 < kind < 0.95 else np.inf,
+            )
+            if 0.05 < kind < 0.06:
+                worker.engine.poison = frozenset({task_id})
+            if 0.06 < kind < 0.08:
+                worker.engine.nan = frozenset({task_id})
+            job = FakeJob(task_id, draw.randint(1, 50), value=1000 * number)
+            submissions.append((job, worker.loop.submit(job, terms, wanted(task_id), alone=0.08 < kind < 0.085)))
+            if 0.1 < kind < 0.15:
+                worker.loop.cancel(draw.choice(submissions)[0].task_id)
+            if 0.15 < kind < 0.17:
+                unwanted.add(task_id)
+            most |= worker.records()
+        while +worker.records():
+            worker.run_until(worker.clock.now + 1)
+            assert worker.clock.now < 60 * minute + 120
+        for job, submission in submissions:
+            error = submission.future.exception(0)
+            ends["picture" if error is None else type(error).__name__] += 1
+            if error is None:
+                assert submission.future.result().pixels == job.value + job.num_inference_steps
+        submissions.clear()
+        del submission, job, error
+        unwanted.clear()
+        caplog.clear()
+        gc.collect()
+        memory.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    elapsed_s = time.monotonic() - started
+    grown_kib = (memory[-1] - memory[1]) / 1024
+    stats = worker.loop.stats
+    assert sum(ends.values()) == number
+    assert set(ends) == {"picture", "JobCancelled", "JobOverdue", "GenerationFailed"}
+    assert stats.preemptions
+    assert stats.retried
+    assert grown_kib < 64
+    with capsys.disabled():
+        print(
+            f"\nvirtual time: {number:,} jobs in {minutes} minutes ({elapsed_s:.0f} s of real time), {stats.ticks:,}"
+            f" ticks, {stats.preemptions:,} preemptions, {stats.failures} failed programs, {dict(ends)}; at most"
+            f" {most['here']} jobs here; every minute nothing is left, memory {grown_kib:+.1f} KiB after the second"
+        )
+
+
+def test_a_long_queue_and_jobs_for_later_take_no_memory_and_keep_nobody_waiting(start, long, capsys):
+    worker, app, client = start(SDTPU_CPU_DEVICES="4", SDTPU_SLOTS_PER_DEVICE="1")
+    waiting, later = (20_000, 5_000) if long else (3_000, 1_000)
+    warm = Ledger()
+    for i in range(40):
+        warm.add(i, 2)
+    warm.wait(60)
+    before = footprint(worker, client)
+    capacity = 2 * pool_stats(app)["slots"]
+
+    def fill(count: int, countdown: float | None, tenant: str | None, steps: int) -> None:
+        """Enqueue many copies of one job, under ids of their own."""
+        template = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 1}, queue="elsewhere")
+        raw = client.rpop("elsewhere\x06\x166").decode()
+        eta = '"eta": null'
+        if countdown:
+            at = time.gmtime(time.time() + countdown)
+            eta = f'"eta": "{time.strftime("%Y-%m-%dT%H:%M:%S+00:00", at)}"'
+        batch = client.pipeline(transaction=False)
+        for i in range(count):
+            task_id = f"{template.id[:-7]}{i:07}"
+            batch.lpush("sdtpu\x06\x166", raw.replace(template.id, task_id).replace('"eta": null', eta))
+            if i % 1000 == 999:
+                batch.execute()
+        batch.execute()
+
+    fill(later, 3600, None, 1)
+    sent_at = time.monotonic()
+    generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 1}, priority=9).get(timeout=60)
+    behind_s = time.monotonic() - sent_at
+    assert client.zcard("sdtpu:delayed") == later
+    delayed = footprint(worker, client)
+    stats = pool_stats(app)
+    assert stats["deliveries"]["held"] == 0
+    assert delayed.memory_kib - before.memory_kib < 4_096
+
+    (doomed,) = client.zrange("sdtpu:delayed", 0, 0, withscores=False)
+    record = client.hget("sdtpu:unacked", doomed)
+    doomed_id = record.partition(b'"id": "')[2].partition(b'"')[0].decode()
+    app.control.revoke(doomed_id)
+    client.zadd("sdtpu:delayed", {doomed: 1.0})
+
+    fill(waiting, None, None, 1)
+    held, peak_kib = 0, 0
+    while client.llen("sdtpu\x06\x166") > waiting // 2 or not held:
+        claimed, delayed_now = client.pipeline().hlen("sdtpu:unacked").zcard("sdtpu:delayed").execute()
+        held = max(held, claimed - delayed_now)
+        peak_kib = max(peak_kib, worker.memory_kib())
+        time.sleep(0.1)
+    assert held <= 2 * capacity, "held, or about to be acknowledged"
+    grown_kib = peak_kib - delayed.memory_kib
+    assert grown_kib < 4_096
+    client.delete("sdtpu\x06\x166")
+    for tag in client.zrange("sdtpu:delayed", 0, -1):
+        client.hdel("sdtpu:unacked", tag)
+    client.delete("sdtpu:delayed")
+    assert_nothing_left(app, client)
+    after = settled(worker, client, before)
+    assert after.rest == before.rest
+    with capsys.disabled():
+        print(
+            f"\nlong queue: {later:,} jobs for later: memory {delayed.memory_kib - before.memory_kib:+,} KiB, none held,"
+            f" an immediate job of the lowest priority behind them took {behind_s:.1f} s (with them all to look at);"
+            f" {waiting:,} waiting jobs: at most {held} held (of {capacity}), memory {grown_kib:+,} KiB"
+        )

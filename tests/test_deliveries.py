@@ -287,7 +287,7 @@ def test_a_full_redis_still_gives_messages_keeps_their_leases_and_takes_them_bac
         claim(dead, "3", "q")
         time.sleep(0.1)
         assert ours.sweep() == 1
-        assert client.lrange("q", 0, -1) == [b"three", b" two"]
+        assert client.lrange("q", 0, -1) == [b"three", b"  two"]
     finally:
         client.config_set("maxmemory", 0)
 

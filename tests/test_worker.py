@@ -265,12 +265,12 @@ def test_sigterm_finishes_the_jobs_in_hand_and_exits_with_zero(redis_url, app, t
     settings = {"SDTPU_QUEUE": "drained", "SDTPU_CPU_DEVICES": "2", "SDTPU_SLOTS_PER_DEVICE": "2"}
     settings |= {"SDTPU_MODEL": str(random_checkpoint), "SDTPU_GRACE_S": "100"}
     with start_worker(redis_url, tmp_path, "-Q", "drained", **settings) as (process, _):
-        jobs = [generate.apply_async(("a",), {"num_inference_steps": 500}, queue="drained") for _ in range(8)]
+        jobs = [generate.apply_async(("a",), {"num_inference_steps": 100}, queue="drained") for _ in range(8)]
         while queue_length(app, "drained") or jobs[0].state == "PENDING":
             time.sleep(0.01)
         process.terminate()
         assert process.wait(60) == 0
-    assert {job.get(timeout=1)["num_inference_steps"] for job in jobs} == {500}
+    assert {job.get(timeout=1)["num_inference_steps"] for job in jobs} == {100}
 
 
 def test_a_failure_crosses_the_result_backend_with_its_own_class(app):

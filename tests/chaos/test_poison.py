@@ -34,8 +34,8 @@ JOBS = 100
 
 
 def add_jobs(ledger: Ledger, prompt: str, random: Random) -> str:
-    """Enqueue them with one bad one among the first half; return its id."""
-    at = random.randrange(JOBS // 2)
+    """Enqueue them with one bad one in their midst; return its id."""
+    at = random.randrange(JOBS // 4, JOBS // 2)
     ids = [ledger.add(seed, random.randint(10, 60), prompt if seed == at else "x") for seed in range(JOBS)]
     return ids[at]
 

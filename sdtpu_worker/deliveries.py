@@ -264,7 +264,7 @@ class Deliveries:
             self.client.ping()
             return []
         gone: Any = self._eval(_RENEW, [self.keys.leases], [self.lease_s, *tags])
-        return [tag.decode() for tag in gone]
+        return [tag for raw in gone if (tag := raw.decode()) in self._held]  # others have ended meanwhile
 
     def flush(self) -> None:
         """Tell Redis what it could not be told before.

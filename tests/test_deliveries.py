@@ -184,6 +184,21 @@ def test_renewing_makes_a_short_lease_last(client, make):
         assert other.sweep() == 0
 
 
+def test_a_job_that_ends_while_its_lease_is_renewed_has_not_gone_to_another_worker(client, make, monkeypatch):
+    ours = make()
+    client.lpush("q", b"{}")
+    claim(ours, "1", "q")
+    evaluate = ours._eval
+
+    def end_first(*args):
+        monkeypatch.undo()
+        ours.ack("1")
+        return evaluate(*args)
+
+    monkeypatch.setattr(ours, "_eval", end_first)
+    assert ours.renew() == []
+
+
 def test_what_redis_cannot_be_told_is_told_later(client, make, monkeypatch):
     ours = make()
     client.lpush("q", b"done", b"back")

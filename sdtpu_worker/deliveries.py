@@ -339,6 +339,10 @@ class Deliveries:
                 for key in map(self.keys.starts, others):
                     pipe.lrem(key, -1, self.host)
             pipe.execute()
+        with self._lock:
+            ended = set(task_ids).difference(delivery.task_id for delivery in self._held.values())
+        for key in map(self.keys.starts, ended):  # Redis was slow and they quick: acknowledged before this was written
+            self.client.lrem(key, -1, self.host)
 
     def job_facts(self, task_id: str) -> JobFacts:
         """Return what earlier workers left of a job.

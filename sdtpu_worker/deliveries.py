@@ -301,7 +301,7 @@ class Deliveries:
             self.client.ping()
             return []
         gone: Any = self._eval(_RENEW, [self.keys.leases], [self.lease_s, *tags])
-        return [tag.decode() for tag in gone]
+        return [tag for raw in gone if (tag := raw.decode()) in self._held]  # others have ended meanwhile
 
     def flush(self) -> None:
         """Tell Redis what it could not be told before.
@@ -397,6 +397,10 @@ class Deliveries:
                 for key in map(self.keys.starts, others):
                     pipe.lrem(key, -1, self.host)
             pipe.execute()
+        with self._lock:
+            ended = set(task_ids).difference(delivery.task_id for delivery in self._held.values())
+        for key in map(self.keys.starts, ended):  # Redis was slow and they quick: acknowledged before this was written
+            self.client.lrem(key, -1, self.host)
 
     def job_facts(self, task_id: str) -> JobFacts:
         """Return what earlier workers left of a job.

@@ -68,7 +68,7 @@ class GenerationFailed(SdtpuError):
 
 
 class DeliveryLimitExceeded(SdtpuError):
-    """The job had a slot on more than `sdtpu_max_deliveries` workers that died; the text names them."""
+    """The job had a slot on `sdtpu_max_deliveries` workers that died or lost their devices; the text names them."""
 
 
 class SnapshotMismatch(SdtpuError):

@@ -40,7 +40,7 @@ EX_ENGINE_LOST = 75
 _BROKER_TIMEOUT_S = 5.0
 _HOLDERS_PER_DELIVERY = 10
 """How much more often than on the devices a message may be in the hands of workers that die: most are not its fault."""
-_RECORD_TIMEOUT_S = 0.05
+_RECORD_TIMEOUT_S = 0.25
 _REPORT_EVERY_S = 5.0
 _LEAVE_AFTER_S = 5.0
 
@@ -163,15 +163,15 @@ class DeviceWorker:
             threading.Thread(target=_leave, name="sdtpu-leave", daemon=True).start()
 
     def record_starts(self, task_ids: Sequence[str], alone: bool) -> None:
-        """Write down who gets a slot, before it does; a Redis that does not answer at once is not waited for.
+        """Write down who gets a slot, before it does; a Redis that does not answer soon is not waited for.
 
-        The device loop's thread.
+        The device loop's thread. While an answer is due, only a job that starts alone, a suspect, is written down.
 
         Args:
             task_ids: who gets one.
             alone: nobody else has one.
         """
-        if self.deliveries is None or (self._recording is not None and not self._recording.done()):
+        if self.deliveries is None or not (alone or self._recording is None or self._recording.done()):
             return
         self._recording = self._recorder.submit(self.deliveries.record_starts, list(task_ids), alone)
         try:

@@ -133,6 +133,7 @@ def test_giving_back_what_has_gone_to_another_worker_keeps_that_ones_count_of_cr
     hung.record_starts(["task-1"])
     time.sleep(0.25)
     assert alive.sweep() == 1
+    alive.hold("2", "task-1")
     alive.record_starts(["task-1"])
     hung.release("1")
     assert alive.job_facts("task-1").died_on == ["hung", "alive"]
@@ -144,6 +145,8 @@ def test_a_job_that_starts_alone_clears_those_that_have_left_the_devices(client,
     client.lpush("q", b"{}", b"{}", b"{}")
     for tag in ("1", "2", "3"):
         claim(ours, tag, "q")
+    for tag, task_id in (("8", "task-1"), ("9", "task-9")):
+        other.hold(tag, task_id)
     other.record_starts(["task-1", "task-9"])
     ours.record_starts(["task-1", "task-2"])
     ours.record_starts(["task-3"], alone=True)
@@ -153,9 +156,21 @@ def test_a_job_that_starts_alone_clears_those_that_have_left_the_devices(client,
 
 def test_starts_name_their_hosts_and_expire(client, make):
     for host in ("a", "b", "a"):
-        make(host=host).record_starts(["job", "other"])
+        theirs = make(host=host)
+        theirs.hold("1", "job")
+        theirs.hold("2", "other")
+        theirs.record_starts(["job", "other"])
     assert make().job_facts("job").died_on == ["a", "b", "a"]
     assert 0 < client.ttl("sdtpu:starts:job") <= 24 * 3600
+
+
+def test_a_start_that_is_written_down_after_the_job_has_ended_leaves_nothing(client, make):
+    ours = make()
+    client.lpush("q", b"{}")
+    claim(ours, "1", "q")
+    ours.ack("1")
+    ours.record_starts(["task-1"])
+    assert client.keys("*") == []
 
 
 def test_only_a_lease_that_ended_is_swept_and_its_crash_count_stays(client, make):
@@ -182,6 +197,21 @@ def test_renewing_makes_a_short_lease_last(client, make):
         time.sleep(0.1)
         assert ours.renew() == []
         assert other.sweep() == 0
+
+
+def test_a_job_that_ends_while_its_lease_is_renewed_has_not_gone_to_another_worker(client, make, monkeypatch):
+    ours = make()
+    client.lpush("q", b"{}")
+    claim(ours, "1", "q")
+    evaluate = ours._eval
+
+    def end_first(*args):
+        monkeypatch.undo()
+        ours.ack("1")
+        return evaluate(*args)
+
+    monkeypatch.setattr(ours, "_eval", end_first)
+    assert ours.renew() == []
 
 
 def test_what_redis_cannot_be_told_is_told_later(client, make, monkeypatch):

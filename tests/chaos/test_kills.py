@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 def test_killed_workers_lose_no_job_and_no_result_is_seen_twice(long, tmp_path):
-    jobs, kills = (20_000, 50) if long else (1000, 6)
+    jobs, kills = (20_000, 50) if long else (800, 5)
     random, ledger, began = Random(20), Ledger(), time.monotonic()
     with (
         RedisServer() as server,

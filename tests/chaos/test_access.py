@@ -49,7 +49,9 @@ def kill_and_take_over(fleet: Fleet, admin: redis.Redis, prefix: str = "") -> tu
     ledger.wait(30)
     for seed, priority in enumerate((9, 6, 0)):
         ledger.add(seed, 100, priority=priority)
-    wait_until(lambda: admin.hlen(f"{prefix}sdtpu:unacked") == 3, "all jobs to be taken")
+    of_a_tenant = generate.apply_async(("x",), {"seed": 7, "num_inference_steps": 100, "tenant": "blue"})
+    ledger.jobs[of_a_tenant.id] = of_a_tenant, 7, 100
+    wait_until(lambda: admin.hlen(f"{prefix}sdtpu:unacked") == 4, "all jobs to be taken")
     first.kill()
     begin = time.monotonic()
     second = fleet.launch("second")

@@ -32,6 +32,7 @@ _CONTEXTS = ("celery.app.trace", "celery.worker.strategy")  # their records have
 _CONTENT = ("args", "kwargs", "argsrepr", "kwargsrepr", "body", "payload", "result", "return_value", "traceback", "exc")
 _PLAIN = (str, bool, int, float, type(None))
 _QUOTED_VALUE = re.compile(r"(\bgot |\bunknown parameter |\bvalue )(?!-?\d).*", re.DOTALL)
+_PIPELINED = re.compile(r"\(([A-Z]+)\b.*\)(?= of pipeline caused error)", re.DOTALL)  # redis-py quotes the command
 _OUTSIDE_BODY = "Exception raised outside body: "
 _IMAGE_OF_RESULT = re.compile(r"\{'task_id': '[^']*', 'image': \{'uri': '([^'\s]*)'")
 # Whose exceptions have texts of their own making, which cannot quote a prompt.
@@ -103,7 +104,8 @@ def describe(exc: BaseException | None) -> str:
         return f"{kind.__name__}({_without_quotes(str(exc))!r})"
     ours = kind.__module__.partition(".")[0] in _TRUSTED_PACKAGES or kind.__name__ in _TRUSTED_OF_CELERY
     if ours or isinstance(exc, OSError | MemoryError):
-        return f"{kind.__name__}({sanitize_url(str(exc))!r})"
+        text = _PIPELINED.sub(r"(\1 …)", sanitize_url(str(exc)))
+        return f"{kind.__name__}({text!r})"
     return f"{kind.__name__}({NOT_LOGGED})"
 
 

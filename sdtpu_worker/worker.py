@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from celery.backends.redis import RedisBackend
 from celery.states import FAILURE
 from kombu.transport.redis import Transport as RedisTransport
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 
 from sdtpu_worker import serving, transport
 from sdtpu_worker.checks import redis_warnings
@@ -116,15 +116,17 @@ class DeviceWorker:
             self._server = HealthServer(self._config.health_address, self.health.live, self.health.ready)
 
     def wait_for_results(self) -> None:
-        """Have the calling thread, which runs jobs, wait for the result backend as long as Redis is away.
+        """Have the calling thread, which runs jobs, wait for the result backend as long as Redis is away or full.
 
-        Celery has a backend in every thread; it would give up after 20 s, and read without a second try.
+        Celery has a backend in every thread; it would give up after 20 s, read without a second try, and fail the job
+        of whose start a full Redis, or a master that has just become a replica, takes no note.
         """
         backend = self._app.backend
         if isinstance(backend, RedisBackend):
             policy = {**backend.retry_policy, "max_retries": None, "callback": self._check_patience}
             read = backend.get
             backend.retry_policy, backend.get = policy, lambda key: backend.ensure(read, (key,))
+            backend.connection_errors = (*backend.connection_errors, OutOfMemoryError, ReadOnlyError)
 
     def on_consume(self, consumer: Any) -> None:
         """Runs at every connection, before the first message is taken from it."""

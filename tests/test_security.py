@@ -418,3 +418,11 @@ def test_what_a_log_may_say_of_a_request_that_is_not_allowed(kwargs, shown):
         GenerationRequest.parse((), kwargs)
     assert shown in describe(caught.value)
     assert SECRET not in describe(caught.value)
+
+
+def test_an_error_of_a_redis_pipeline_does_not_quote_what_was_sent():
+    text = f'Command # 1 (SETEX celery-task-meta-x 86400 {{"prompt": "{SECRET} (a fox)"}}) of pipeline caused error: no'
+    assert (
+        describe(exceptions.NoPermissionError(text))
+        == "NoPermissionError('Command # 1 (SETEX …) of pipeline caused error: no')"
+    )

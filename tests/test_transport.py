@@ -131,6 +131,15 @@ def test_a_message_is_held_until_it_is_acknowledged(make_worker, send):
     assert worker.contacts
 
 
+def test_a_worker_tries_to_reach_its_broker_every_three_seconds_at_least(monkeypatch):
+    monkeypatch.setattr("kombu.utils.functional.sleep", lambda _: None)
+    pauses_s = []
+    connection = transport.EagerConnection("redis://127.0.0.1:1")
+    with pytest.raises(OperationalError):
+        connection.ensure_connection(lambda exc, pause_s: pauses_s.append(pause_s), 12)
+    assert pauses_s == [0.5, 1, 1.5, 2, 2.5, *[3] * 7]
+
+
 def test_priorities_go_first_and_queues_take_turns(make_worker, send):
     for i in range(4):
         send(f"low-{i}", priority=9)

@@ -125,6 +125,8 @@ def client_app(redis_url: str, **conf: Any) -> Iterator[Celery]:
     try:
         yield app
     finally:
+        if (consumer := getattr(app.backend, "result_consumer", None)) is not None:
+            consumer.subscribed_to.clear()  # else results that are forgotten later look for a Redis that is gone
         app.close()
 
 

@@ -69,9 +69,7 @@ def test_a_job_that_ends_its_worker_fails_after_three_of_them_and_alone(tmp_path
             assert f"{worker.name}@chaos" in str(error)
         assert not ledger.wrong_pictures()
         assert len(ledger.results) == JOBS - 1
-    print(
-        f"\n{JOBS} jobs, one of {prompt!r}: {len(dead)} workers ended, {len(ledger.results)} jobs done, 1 failed: {error}"
-    )
+    print(f"\n{JOBS} jobs, one of {prompt!r}: {len(dead)} workers ended, {len(ledger.results)} done, 1 failed: {error}")
 
 
 @pytest.mark.parametrize(("prompt", "cause"), [("raise", "the fake device failed on"), ("nan", "NaN or infinite")])

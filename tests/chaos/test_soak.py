@@ -37,7 +37,6 @@ from tests.chaos.footprint import (
     pool_stats,
     settled,
 )
-from tests.chaos.servers import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -80,8 +79,16 @@ class Mix:
         "nan": (GenerationFailed,),
     }
     WEIGHTS = {
-        **{"plain": 60, "countdown": 6, "canvas": 3, "expires": 6, "cancelled": 6},
-        **{"soft limit": 3, "hard limit": 3, "invalid": 6, "raise": 0.3, "nan": 1},
+        "plain": 60,
+        "countdown": 6,
+        "canvas": 3,
+        "expires": 6,
+        "cancelled": 6,
+        "soft limit": 3,
+        "hard limit": 3,
+        "invalid": 6,
+        "raise": 0.3,
+        "nan": 1,
     }
 
     def send(self) -> None:

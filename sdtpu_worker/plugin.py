@@ -11,8 +11,8 @@ from celery.concurrency import get_implementation
 
 from sdtpu_worker.config import read_config, read_setting
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.remote_control import guard
 from sdtpu_worker.logs import install_prompt_guard
+from sdtpu_worker.remote_control import guard
 from sdtpu_worker.tenants import shard_queues
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from tests.chaos.fleet import Fleet, WorkerProcess, keys_left
+from tests.chaos.fleet import WorkerProcess, keys_left
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,10 @@ COMMANDS = (
     command("revoke_by_stamped_headers", headers={"user": [{}]}, terminate=True),
     *(command("time_limit", task_name=name, hard=value, soft=value) for name, value in (([], 1), ("x", 1), (7, {}))),
     *(command("time_limit", task_name="sdtpu.generate", hard=value, soft=value) for value in ("x", [], {}, -1)),
-    *(command("rate_limit", task_name="sdtpu.generate", rate_limit=rate) for rate in ([], {}, "x/y", "-", "1/fortnight")),
+    *(
+        command("rate_limit", task_name="sdtpu.generate", rate_limit=rate)
+        for rate in ([], {}, "x/y", "-", "1/fortnight")
+    ),
     *(command(method, n=n) for method in ("pool_grow", "pool_shrink") for n in ("x", [], -1)),
     command("autoscale", max="x", min=[]),
     *(command("add_consumer", queue=queue) for queue in (7, [], {}, "", None)),
@@ -81,7 +84,10 @@ COMMANDS = (
     command("add_consumer", queue="other", exchange_type="nonesuch", options={"x": 1}),
     *(command("cancel_consumer", queue=queue) for queue in (7, [], {}, "nonesuch", None)),
     *(command("election", id=value, topic=value, action=value) for value in (7, [], "x")),
-    *(command(method, x=1) for method in ("stats", "active", "scheduled", "query_task", "heartbeat", "conf", "objgraph")),
+    *(
+        command(method, x=1)
+        for method in ("stats", "active", "scheduled", "query_task", "heartbeat", "conf", "objgraph")
+    ),
     command("query_task", ids=[[]]),
     command("query_task", ids=7),
     command("memdump", samples=[]),

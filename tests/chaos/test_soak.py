@@ -75,8 +75,16 @@ ENDS: dict[str, tuple[type, ...]] = {
 }
 """By kind of job, the errors that it may end in."""
 WEIGHTS = {
-    **{"plain": 60, "countdown": 6, "canvas": 3, "expires": 6, "cancelled": 6},
-    **{"soft limit": 3, "hard limit": 3, "invalid": 6, "raise": 0.3, "nan": 1},
+    "plain": 60,
+    "countdown": 6,
+    "canvas": 3,
+    "expires": 6,
+    "cancelled": 6,
+    "soft limit": 3,
+    "hard limit": 3,
+    "invalid": 6,
+    "raise": 0.3,
+    "nan": 1,
 }
 
 
@@ -215,7 +223,8 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
     with capsys.disabled():
         print(
             f"\nsoak: {len(mix.kinds):,} jobs of {len(set(mix.kinds.values()))} kinds in {warm_s + load_s} s"
-            f" ({len(mix.ledger.results):,} pictures, all right; {dict(ends)}, {mix.refused} refused), {drops} dropped connections,"
+            f" ({len(mix.ledger.results):,} pictures, all right; {dict(ends)}, {mix.refused} refused),"
+            f" {drops} dropped connections,"
             f" {loop['preemptions']} preemptions, {loop['failures']} failed programs: memory {slope:+.0f} KiB a minute"
             f" ({before.memory_kib:,} to {after.memory_kib:,} KiB), threads"
             f" {before.threads} to {after.threads}, files {before.files} to {after.files}, connections of Redis"
@@ -428,6 +437,7 @@ def test_a_long_queue_and_jobs_for_later_take_no_memory_and_keep_nobody_waiting(
     with capsys.disabled():
         print(
             f"\nlong queue: {later:,} jobs due in an hour: memory {later_kib:+,} KiB, none held; an urgent job sent"
-            f" after them took {urgent_s:.1f} s and one of the lowest priority {behind_s:.1f} s; {waiting:,} waiting jobs: at"
-            f" most {most_held} claimed at a time (prefetch {capacity}), memory {waiting_kib:+,} KiB, {rate:.0f} jobs/s"
+            f" after them took {urgent_s:.1f} s and one of the lowest priority {behind_s:.1f} s; {waiting:,} waiting"
+            f" jobs: at most {most_held} claimed at a time (prefetch {capacity}), memory {waiting_kib:+,} KiB,"
+            f" {rate:.0f} jobs/s"
         )

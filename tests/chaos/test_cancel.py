@@ -33,22 +33,22 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
+def fleet_and_app(tmp_path_factory):
     with (
         private_redis() as url,
         client_app(url) as app,
         Fleet(url, tmp_path_factory.mktemp("cancel"), **SETTINGS) as fleet,
     ):
         fleet.start("cancel")
-        fleet.app_of_client = app
-        yield fleet
+        yield fleet, app
 
 
 @pytest.fixture
-def app(fleet):
+def app(fleet_and_app):
+    fleet, app = fleet_and_app
     with redis.Redis.from_url(fleet.redis_url) as client:
-        yield fleet.app_of_client
-        assert_nothing_left(fleet.app_of_client, client)
+        yield app
+        assert_nothing_left(app, client)
 
 
 def order(steps: int, seed: int = 1, **options):
@@ -145,7 +145,8 @@ def test_time_limits_end_a_running_job_with_celerys_own_exceptions_and_count_fro
     ("options", "error"),
     [(("--soft-time-limit", "1"), SoftTimeLimitExceeded), (("--time-limit", "1"), TimeLimitExceeded)],
 )
-def test_a_workers_own_limits_hold_for_jobs_without_any(fleet, app, options, error):
+def test_a_workers_own_limits_hold_for_jobs_without_any(fleet_and_app, app, options, error):
+    fleet, _ = fleet_and_app
     worker = fleet.start("limited", *options, "-Q", "limited", SDTPU_QUEUE="limited")
     try:
         slow, quick = (

@@ -34,7 +34,9 @@ from sdtpu_worker.demo.processes import private_redis
 from sdtpu_worker.testing import FakeEngine, FakeJob
 from tests.chaos.fleet import Fleet, Ledger, client_app
 from tests.chaos.footprint import (
+    assert_as_before,
     assert_nothing_left,
+    difference,
     drop_connections,
     footprint,
     pool_stats,
@@ -209,10 +211,7 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
     loop = pool_stats(app)["loop"]
     assert (mix.wrong_ends(), mix.ledger.wrong_pictures()) == ([], [])
     assert worker.is_running
-    assert after.keys == ()
-    assert after.threads <= before.threads + 4, "some may not have been needed before"
-    assert after.files <= before.files + 8, "nor some connections; dropped ones stay open until they are used"
-    assert after.connections <= before.connections + 8
+    assert_as_before(before, after)
     assert loop["preemptions"]
     assert loop["retried"]
     assert_nothing_left(app, client)
@@ -226,9 +225,7 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
             f" ({len(mix.ledger.results):,} pictures, all right; {dict(ends)}, {mix.refused} refused),"
             f" {drops} dropped connections,"
             f" {loop['preemptions']} preemptions, {loop['failures']} failed programs: memory {slope:+.0f} KiB a minute"
-            f" ({before.memory_kib:,} to {after.memory_kib:,} KiB), threads"
-            f" {before.threads} to {after.threads}, files {before.files} to {after.files}, connections of Redis"
-            f" {before.connections} to {after.connections}, no keys left"
+            f" ({before.memory_kib:,} to {after.memory_kib:,} KiB), {difference(before, after)}"
         )
 
 

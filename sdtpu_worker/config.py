@@ -109,7 +109,7 @@ def _resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
 SETTINGS = (
     Setting(
         "sdtpu_model", "embedded", _text,
-        "checkpoint: a folder or hub name in the diffusers layout, msgpack or safetensors; `embedded` is the shipped one",
+        "checkpoint: folder or hub name in the diffusers layout, msgpack or safetensors; `embedded` is the shipped one",
     ),
     Setting("sdtpu_revision", "main", _text,
             "branch, tag or commit of a hub checkpoint (many keep Flax weights in `bf16`)"),

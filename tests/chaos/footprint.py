@@ -48,6 +48,22 @@ def settled(worker: WorkerProcess, client: redis.Redis, like: Footprint, timeout
     return now
 
 
+def assert_as_before(before: Footprint, after: Footprint) -> None:
+    """Assert that nothing was added but what the worker may need at its busiest: threads and pooled connections."""
+    assert after.keys == before.keys
+    assert after.threads <= before.threads + 4, (before, after)
+    assert after.connections <= before.connections + 10, (before, after)
+    assert after.files <= before.files + 12, (before, after)
+
+
+def difference(before: Footprint, after: Footprint) -> str:
+    """Return what has changed, in words."""
+    return (
+        f"threads {before.threads} to {after.threads}, files {before.files} to {after.files}, connections of Redis"
+        f" {before.connections} to {after.connections}, no keys left"
+    )
+
+
 def pool_stats(app: Any, timeout_s: float = 20) -> dict[str, Any]:
     """Return what the only worker says of its pool."""
     deadline = time.monotonic() + timeout_s

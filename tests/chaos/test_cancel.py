@@ -1,0 +1,159 @@
+"""Cancelling and limits, on a real worker: the job ends as Celery says, its neighbours and Redis do not notice.
+
+    pytest tests/chaos/test_cancel.py
+
+Two cores, a worker on the fake engine with two slots, steps of 2 ms. Every test ends with nothing left in Redis and
+nothing held by the worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import redis
+from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
+
+from sdtpu_worker import generate
+from sdtpu_worker.demo.processes import private_redis
+from sdtpu_worker.storage import read_image_bytes
+from tests.chaos.fleet import Fleet, client_app
+from tests.chaos.footprint import assert_nothing_left
+from tests.chaos.pictures import expected_count, shown_count
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+SETTINGS = {
+    "SDTPU_CPU_DEVICES": "2",
+    "SDTPU_SLOTS_PER_DEVICE": "1",
+    "SDTPU_FAKE_STEP_MS": "2",
+    "SDTPU_PROGRESS_S": "0.05",
+}
+
+
+@pytest.fixture(scope="module")
+def fleet_and_app(tmp_path_factory):
+    with (
+        private_redis() as url,
+        client_app(url) as app,
+        Fleet(url, tmp_path_factory.mktemp("cancel"), **SETTINGS) as fleet,
+    ):
+        fleet.start("cancel")
+        yield fleet, app
+
+
+@pytest.fixture
+def app(fleet_and_app):
+    fleet, app = fleet_and_app
+    with redis.Redis.from_url(fleet.redis_url) as client:
+        yield app
+        assert_nothing_left(app, client)
+
+
+def order(steps: int, seed: int = 1, **options):
+    return generate.apply_async(("x",), {"seed": seed, "num_inference_steps": steps}, **options)
+
+
+def wait_for(job, condition: Callable, timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition(job.backend.get_task_meta(job.id, cache=False)):
+        assert time.monotonic() < deadline, job.state
+        time.sleep(0.005)
+
+
+def is_denoising(meta) -> bool:
+    return meta["status"] == "PROGRESS" and not meta["result"]["pending"]
+
+
+def is_waiting(meta) -> bool:
+    return meta["status"] == "PROGRESS" and meta["result"]["pending"]
+
+
+def assert_done(job, steps: int, seed: int) -> None:
+    """Assert that a neighbour took each of its steps once."""
+    assert shown_count(read_image_bytes(job.get(timeout=30))) == expected_count(seed, steps)
+
+
+def assert_ends(job, error: type[Exception], state: str, within_s: float) -> None:
+    """Assert how a job ends, and that nothing is stored afterwards."""
+    started = time.monotonic()
+    with pytest.raises(error):
+        job.get(timeout=20)
+    assert time.monotonic() - started < within_s
+    time.sleep(0.15)
+    assert job.backend.get_task_meta(job.id, cache=False)["status"] == state
+
+
+def test_terminate_takes_a_running_and_a_waiting_job_away_at_once(app):
+    doomed, neighbour = order(1000, 1), order(600, 2)
+    wait_for(doomed, is_denoising)
+    wait_for(neighbour, is_denoising)
+    waiting, next_one = order(1000, 3), order(10, 4)
+    wait_for(waiting, is_waiting)
+    waiting.revoke(terminate=True)
+    assert_ends(waiting, TaskRevokedError, "REVOKED", 1)
+    doomed.revoke(terminate=True)
+    assert_ends(doomed, TaskRevokedError, "REVOKED", 1)
+    assert_done(next_one, 10, 4)
+    assert not neighbour.ready(), "the slot was free long before the neighbour was done"
+    assert_done(neighbour, 600, 2)
+
+
+def test_a_plain_revoke_and_expires_hold_until_the_slot_and_no_longer(app):
+    running = [order(1000, seed) for seed in (1, 2)]
+    for job in running:
+        wait_for(job, is_denoising)
+    revoked = order(5, 3)
+    options = {"expires": 0.3, "priority": 6, "queue": "sdtpu"}  # our own client would refuse such a deadline
+    expired = app.send_task("sdtpu.generate", ("x",), {"seed": 4, "num_inference_steps": 5}, **options)
+    wait_for(revoked, is_waiting)
+    revoked.revoke()
+    running[0].revoke()
+    assert_ends(revoked, TaskRevokedError, "REVOKED", 5)
+    assert_ends(expired, TaskRevokedError, "REVOKED", 5)
+    for seed, job in enumerate(running, 1):
+        assert_done(job, 1000, seed)
+
+
+def test_jobs_are_revoked_by_their_stamp_while_they_wait(app):
+    running = [order(1000, seed) for seed in (1, 2)]
+    for job in running:
+        wait_for(job, is_denoising)
+    theirs, others = [order(5, seed, stamped_headers=["customer"], customer=name)
+                      for seed, name in ((3, "gone"), (4, "here"))]  # fmt: skip
+    wait_for(others, is_waiting)
+    app.control.revoke_by_stamped_headers({"customer": ["gone"]})
+    assert_ends(theirs, TaskRevokedError, "REVOKED", 5)
+    assert_done(others, 5, 4)
+    for seed, job in enumerate(running, 1):
+        assert_done(job, 1000, seed)
+
+
+def test_time_limits_end_a_running_job_with_celerys_own_exceptions_and_count_from_the_slot(app):
+    neighbour = order(500, 1)
+    wait_for(neighbour, is_denoising)
+    soft, hard = order(1000, 2, soft_time_limit=0.3), order(1000, 3, time_limit=0.3)
+    patient = order(5, 4, time_limit=0.2)  # it waits for longer than that
+    assert_ends(soft, SoftTimeLimitExceeded, "FAILURE", 3)
+    assert_ends(hard, TimeLimitExceeded, "FAILURE", 3)
+    assert_done(patient, 5, 4)
+    assert_done(neighbour, 500, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [(("--soft-time-limit", "1"), SoftTimeLimitExceeded), (("--time-limit", "1"), TimeLimitExceeded)],
+)
+def test_a_workers_own_limits_hold_for_jobs_without_any(fleet_and_app, app, options, error):
+    fleet, _ = fleet_and_app
+    worker = fleet.start("limited", *options, "-Q", "limited", SDTPU_QUEUE="limited")
+    try:
+        slow, quick = (
+            generate.apply_async(("x",), {"seed": 7, "num_inference_steps": steps}, queue="limited")
+            for steps in (1000, 50)
+        )
+        assert_ends(slow, error, "FAILURE", 8)
+        assert_done(quick, 50, 7)
+    finally:
+        assert worker.stop() == 0

@@ -84,7 +84,9 @@ def test_results_wait_for_a_redis_that_is_away_although_pictures_go_to_files(tmp
         fleet = stack.enter_context(Fleet(proxy.url, tmp_path, **settings(SDTPU_IMAGE_STORE=store, SDTPU_LEASE_S=60)))
         worker, ledger = fleet.start("files"), Ledger()
         jobs = [ledger.add(seed, 50) for seed in range(4)]  # two of them wait for a slot
-        wait_until(lambda: all(ledger.jobs[task_id][0].state == "STARTED" for task_id in jobs), "the jobs to start")
+        wait_until(
+            lambda: all(generate.AsyncResult(task_id).state == "STARTED" for task_id in jobs), "the jobs to start"
+        )
         proxy.cut()
         time.sleep(away_s)
         stored = len(list((tmp_path / "images").glob("*.png")))

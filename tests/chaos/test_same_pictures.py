@@ -77,7 +77,7 @@ def studio(long: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stu
         studio.workers = [studio.launch(), studio.launch()]
         ledger = Ledger()
         add_jobs(ledger, jobs, steps)
-        add_jobs(ledger, 4, 4 * steps)
+        add_jobs(ledger, 4, 20 * steps)
         for worker in studio.workers:
             wait_for_worker(worker)
         ledger.wait(600)
@@ -114,14 +114,14 @@ def test_pictures_whose_workers_were_killed_are_the_same_bytes(studio, long):
 
 
 def test_pictures_that_were_handed_over_in_mid_denoise_are_the_same_bytes(studio):
-    ledger, steps = Ledger(), 4 * studio.steps
+    ledger, steps = Ledger(), 20 * studio.steps
     first, second = studio.workers
     for worker in studio.workers:
         wait_for_worker(worker)
     with contextlib.closing(studio.server.client()) as client:
         add_jobs(ledger, 4, steps)
         wait_until(lambda: len(client.keys("sdtpu:starts:*")) >= 2, "jobs to have slots")
-        time.sleep(1)
+        time.sleep(0.2)
         assert first.stop() == 0
         ledger.wait(120)
         assert second.stop() == 0

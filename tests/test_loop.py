@@ -507,6 +507,16 @@ def test_draining_hands_over_the_parked_and_those_in_quarantine_with_what_they_h
     assert loop.stats.job_steps + go_on_elsewhere(make_loop, ends) == 3000 + 5000 + 50
 
 
+def test_what_comes_while_it_drains_is_done_if_there_is_time_for_it(make_loop):
+    loop = make_loop(FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))}), devices=1, slots=1)
+    first = loop.submit(FakeJob("first", 50)).future
+    loop.drain(3)
+    short, long = loop.submit(FakeJob("short", 20)).future, loop.submit(FakeJob("long", 100_000)).future
+    assert (first.result(10).pixels, short.result(10).pixels) == (50, 20)
+    with pytest.raises(JobHandedOver):
+        long.result(10)
+
+
 def test_draining_an_idle_loop_only_refuses_what_comes(make_loop):
     loop = make_loop(FakeEngine())
     loop.drain(0)

@@ -52,7 +52,6 @@ class Inbox:
         with self.lock:
             if self.is_closed:
                 return False
-            submission.too_late = self.drain_at is not None
             self._arrivals.append(submission)
             self.lock.notify_all()
             return True

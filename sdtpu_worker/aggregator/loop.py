@@ -147,7 +147,7 @@ class DeviceLoop:
     def drain(self, grace_s: float) -> None:
         """Finish what can be finished within this time and hand over the rest, with its state: `JobHandedOver`.
 
-        Jobs that wait and cannot be done in time end at once, and so do new ones. At the deadline those that run are
+        Jobs that wait, or come now, and cannot be done in time end at once. At the deadline those that run are
         taken off their slots, after the ticks that are in flight. Afterwards there is nothing to do but `close`.
         May be called again to shorten the time, also by a signal handler: it never waits.
 
@@ -206,12 +206,12 @@ class DeviceLoop:
             self._jobs.cancel(task_id)
         if mail:
             self._nothing_to_plan = False
-        if self._inbox.drain_at is not None and (mail.ended or mail.drains_anew) and not self._parking:
+        if self._inbox.drain_at is not None and mail and not self._parking:
             self._hand_over_waiting(self._inbox.drain_at, now)
         return True
 
     def _admit(self, submission: Submission) -> None:
-        self._jobs.admit(submission, submission.too_late or self._parking)
+        self._jobs.admit(submission, self._parking)
 
     def _wait_s(self) -> float | None:
         """Return how long to sleep if nothing comes; None for as long as that."""

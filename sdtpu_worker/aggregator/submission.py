@@ -90,7 +90,6 @@ class Submission:
         started_at: when it got its slot; None again while it waits for another try.
         parked: it had a slot and waits for another one, with its state off the devices.
         announced: it has had a slot here.
-        too_late: it came when the loop was draining already.
         steps_done: as of the last tick that ended.
     """
 
@@ -106,7 +105,6 @@ class Submission:
     started_at: float | None = None
     parked: bool = False
     announced: bool = False
-    too_late: bool = False
     steps_done: int = 0
 
     @property

@@ -40,7 +40,7 @@ EX_ENGINE_LOST = 75
 _BROKER_TIMEOUT_S = 5.0
 _HOLDERS_PER_DELIVERY = 10
 """How much more often than on the devices a message may be in the hands of workers that die: most are not its fault."""
-_RECORD_TIMEOUT_S = 0.25
+_RECORD_TIMEOUT_S, _SUSPECT_TIMEOUT_S = 0.05, 0.25
 _REPORT_EVERY_S = 5.0
 _LEAVE_AFTER_S = 5.0
 
@@ -167,17 +167,20 @@ class DeviceWorker:
     def record_starts(self, task_ids: Sequence[str], alone: bool) -> None:
         """Write down who gets a slot, before it does; a Redis that does not answer soon is not waited for.
 
-        The device loop's thread. While an answer is due, only a job that starts alone, a suspect, is written down.
+        The device loop's thread. While an earlier answer is due, only a job that starts alone, a suspect, is waited
+        for; the others are written down when Redis gets to it.
 
         Args:
             task_ids: who gets one.
             alone: nobody else has one.
         """
-        if self.deliveries is None or not (alone or self._recording is None or self._recording.done()):
+        if self.deliveries is None:
             return
+        is_slow = self._recording is not None and not self._recording.done()
         self._recording = self._recorder.submit(self.deliveries.record_starts, list(task_ids), alone)
         try:
-            self._recording.result(_RECORD_TIMEOUT_S)
+            if alone or not is_slow:
+                self._recording.result(_SUSPECT_TIMEOUT_S if alone else _RECORD_TIMEOUT_S)
         except Exception as exc:  # a time-out, the driver's own errors
             logger.debug("the starts of %d jobs were not recorded in time: %r", len(task_ids), exc)
 

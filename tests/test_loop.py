@@ -507,6 +507,14 @@ def test_draining_hands_over_the_parked_and_those_in_quarantine_with_what_they_h
     assert loop.stats.job_steps + go_on_elsewhere(make_loop, ends) == 3000 + 5000 + 50
 
 
+def test_time_without_a_job_does_not_count_as_active(make_loop):
+    loop = make_loop(FakeEngine(costs={LANE: TickCosts(1, Cost(0.001))}), devices=1, slots=1)
+    for i in range(3):
+        time.sleep(0.3)
+        loop.submit(FakeJob(str(i), 50)).future.result(10)
+    assert 0.1 < loop.stats.active_s < 0.6
+
+
 def test_what_comes_while_it_drains_is_done_if_there_is_time_for_it(make_loop):
     loop = make_loop(FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))}), devices=1, slots=1)
     first = loop.submit(FakeJob("first", 50)).future

@@ -193,11 +193,12 @@ class DeviceLoop:
 
     def _take_in(self) -> bool:
         """Wait for something to do and take in what came; False when closing."""
+        was_active = bool(self._jobs)
         mail = self._inbox.take(self._wait_s, self._admit)
         if mail is None:
             return False
         now = self._clock()
-        if self._jobs:
+        if was_active:
             self.stats.active_s += now - self._counted_until
         self._counted_until = now
         for flight, end, at in mail.ended:

@@ -34,9 +34,6 @@ from tests.chaos.fake_worker import FakeDevicePool, PictureEngine, PictureJob, a
 
 __all__ = ["app"]
 
-PHASES = ("waiting", "encoding", "denoising", "decoding", "storing", "stored", "announced", "done")
-"""Those of a job that is in no chord."""
-
 _phases: dict[str, str] = {}  # by task id, of the jobs that are here
 
 

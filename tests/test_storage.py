@@ -298,7 +298,7 @@ def test_no_password_of_any_url_is_left(password, user):
         for text in (url, f"got {url!r}: no", f"{url} and {url}", json.dumps({"url": url})):
             assert f":{secret}" not in sanitize_url(text)
             assert f"={secret}" not in sanitize_url(text)
-            assert "host" in sanitize_url(text) or "host" not in text
+            assert "host" in sanitize_url(text) or "host" not in text.replace(password, "")
 
 
 @pytest.mark.parametrize("url", ["redis://localhost:6379/0", "file:///srv/images", "s3://bucket/images", "no url", ""])

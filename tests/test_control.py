@@ -129,7 +129,8 @@ def test_plain_revoke_and_expires_hold_until_a_job_has_its_slot(app, worker):
     running = [order(400, seed=i) for i in range(2)]
     wait_for(running[1], is_denoising)
     revoked = order(2)
-    expired = app.send_task("sdtpu.generate", ["a"], {"num_inference_steps": 2}, queue="control", expires=0.4)
+    kwargs = {"num_inference_steps": 2}
+    expired = app.send_task("sdtpu.generate", ["a"], kwargs, queue="control", priority=6, expires=0.4)
     time.sleep(0.2)
     revoked.revoke()
     for job in (revoked, expired):

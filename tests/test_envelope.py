@@ -109,6 +109,7 @@ def consumer(app):
     consumer = Consumer(app)
     yield consumer
     consumer.close()
+    _state._set_task_join_will_block(False)  # what a worker sets in its process
 
 
 @pytest.fixture(scope="module")

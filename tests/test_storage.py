@@ -147,6 +147,7 @@ def test_a_result_cannot_name_a_foreign_key(redis_url, uri):
     with pytest.raises(StorageError, match="is not in the configured store"):
         read_image_bytes(result_at(uri), app)
     assert read_image_bytes(result_at("redis:sdtpu:image:x"), app) == b"secret"
+    app.backend.client.delete("celery-task-meta-1", "unacked", "sdtpu:image:x")
     app.close()
 
 

@@ -1,6 +1,6 @@
 """Ways to reach a broker: users with few rights, TLS, a key prefix, a database, a Unix socket, no Redis at all.
 
-    pytest -s tests/chaos/test_access.py
+    pytest -s tests/chaos/test_access.py -n 0
 
 In each way through Redis a worker is killed with jobs in hand, and another one does them when their lease ends.
 """

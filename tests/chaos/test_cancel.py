@@ -1,6 +1,6 @@
 """Cancelling and limits, on a real worker: the job ends as Celery says, its neighbours and Redis do not notice.
 
-    pytest tests/chaos/test_cancel.py
+    pytest tests/chaos/test_cancel.py -n 0
 
 Two cores, a worker on the fake engine with two slots, steps of 2 ms. Every test ends with nothing left in Redis and
 nothing held by the worker.

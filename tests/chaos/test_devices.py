@@ -1,6 +1,6 @@
 """Devices that hang or are lost cost no job anything: another worker does them, and the sick one goes.
 
-    python -m pytest tests/chaos/test_devices.py -s
+    python -m pytest tests/chaos/test_devices.py -n 0 -s
 
 A tick that never ends: `/livez` and `/readyz` turn to 503, another worker takes the jobs over, also the one that the
 first hung on, and the sick worker ends within its bounds after SIGTERM. Devices that are lost: the worker exits with

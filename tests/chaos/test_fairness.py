@@ -1,6 +1,6 @@
 """Fair shares between tenants, urgent jobs in a tenant's queue, and refusals by the load that real workers publish.
 
-    pytest tests/chaos/test_fairness.py
+    pytest tests/chaos/test_fairness.py -n 0
 
 Two cores, workers on the fake engine: five jobs behind another tenant's 70 were done when 4 to 7 of those were; an
 urgent one behind full hands took 0.6 s; a killed worker's report was gone after 12.5 s.

@@ -1,6 +1,6 @@
 """A Redis that is full, and one that is away while pictures go to files: no job is lost, and only what must fails.
 
-pytest -s tests/chaos/test_full_redis.py
+pytest -s tests/chaos/test_full_redis.py -n 0
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A worker whose queues and control channels anybody can write to: it lives, and its good jobs do not notice.
 
-    pytest tests/chaos/test_hostile.py --long
+    pytest tests/chaos/test_hostile.py -n 0 --long
 
 Two cores, a worker on the fake engine, 274 s: 50,000 messages of 162 kinds beside 1,000 good jobs, 5,000 of raw bytes,
 1,800 on the control channels; same process, every count exact, memory +8 MiB.

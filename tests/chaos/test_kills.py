@@ -1,7 +1,7 @@
 """Workers are killed (SIGKILL) again and again: no job is lost, none is seen twice, every picture is right.
 
-    python -m pytest tests/chaos/test_kills.py -s            # some seconds, part of CI
-    python -m pytest tests/chaos/test_kills.py -s --long     # 20,000 jobs, 50 kills: some minutes
+    python -m pytest tests/chaos/test_kills.py -n 0 -s            # some seconds, part of CI
+    python -m pytest tests/chaos/test_kills.py -n 0 -s --long     # 20,000 jobs, 50 kills: some minutes
 
 Two workers with the fake engine, whose pictures show how many steps their jobs took, on a Redis with an append-only
 file. The kills come when given shares of the jobs are done; which worker, both at once or not, and how long after, is

@@ -1,6 +1,6 @@
 """A worker that is killed while it has a job, at every point of the job's way, loses and repeats nothing that shows.
 
-    python -m pytest tests/chaos/test_phases.py -s
+    python -m pytest tests/chaos/test_phases.py -n 0 -s
 
 Eight jobs, eight workers killed, each at another point: every job was done by another worker, its result was seen
 once, and of the job whose worker died between storing the result and acknowledging, no step was taken again. A chain

@@ -1,6 +1,6 @@
 """Jobs that kill or break whatever runs them fail alone, and everybody else's job is done.
 
-    python -m pytest tests/chaos/test_poison.py -s
+    python -m pytest tests/chaos/test_poison.py -n 0 -s
 
 One of 100 jobs ends the process whenever it gets a slot (SIGKILL), or loses the devices (exit code 75); workers that
 end are started again. It fails with `DeliveryLimitExceeded` after three workers died of it, and the 99 others succeed,

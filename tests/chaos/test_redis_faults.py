@@ -1,7 +1,7 @@
 """Redis dies, is cut off and is slow, under load: no job is lost, none runs twice.
 
-    pytest -s tests/chaos/test_redis_faults.py            # a minute, in CI
-    pytest -s tests/chaos/test_redis_faults.py --long     # the full form
+    pytest -s tests/chaos/test_redis_faults.py -n 0            # a minute, in CI
+    pytest -s tests/chaos/test_redis_faults.py -n 0 --long     # the full form
 
 Two workers reach Redis through a proxy, the client reaches it directly. What ran twice shows in the devices' step
 counters: the steps that jobs took, less the steps that their pictures needed.

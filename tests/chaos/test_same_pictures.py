@@ -1,7 +1,7 @@
 """The real engine: pictures that were begun by a worker that was killed or stopped are the same, byte for byte.
 
-    python -m pytest tests/chaos/test_same_pictures.py -s            # part of CI
-    python -m pytest tests/chaos/test_same_pictures.py -s --long     # 300 jobs, 20 kills
+    python -m pytest tests/chaos/test_same_pictures.py -n 0 -s            # part of CI
+    python -m pytest tests/chaos/test_same_pictures.py -n 0 -s --long     # 300 jobs, 20 kills
 
 The shipped checkpoint on workers with simulated devices. First every job runs undisturbed; then again while workers
 are killed (SIGKILL) when given shares of the jobs are done, or stopped (SIGTERM) in mid-denoise.

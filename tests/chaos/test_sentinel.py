@@ -1,6 +1,6 @@
 """Redis' master dies and its replica takes over: workers follow, and leases work there.
 
-    pytest -s tests/chaos/test_sentinel.py
+    pytest -s tests/chaos/test_sentinel.py -n 0
 
 A real cluster of two servers and three sentinels, with passwords for both.
 """

@@ -1,6 +1,6 @@
 """What a worker takes up stays what it is: under mixed load, for an hour of the policy's time, behind a long queue.
 
-    pytest tests/chaos/test_soak.py --long
+    pytest tests/chaos/test_soak.py -n 0 --long
 
 Two cores, a worker on the fake engine. An hour of virtual time: 5,888 jobs, 184 failed programs, 65 blocks of memory
 more. 5,000 jobs for later: +0.4 MiB, none held; 20,000 that wait: at most 9 claimed. In ten minutes of mixed load

@@ -1,7 +1,7 @@
 """Workers that are told to stop lose nothing and repeat next to nothing: the next one goes on at the same step.
 
-    python -m pytest tests/chaos/test_stops.py -s            # part of CI
-    python -m pytest tests/chaos/test_stops.py -s --long     # SIGTERM every 10 s to a run of some minutes
+    python -m pytest tests/chaos/test_stops.py -n 0 -s            # part of CI
+    python -m pytest tests/chaos/test_stops.py -n 0 -s --long     # SIGTERM every 10 s to a run of some minutes
 
 The rolling run: whoever holds the jobs gets a SIGTERM again and again, with a grace period that is much shorter than
 a job, the next worker starting before or after that by turns. Every worker exits with 0, no job is lost, and at most

@@ -21,8 +21,9 @@ from kombu import Connection, Consumer, Queue
 from kombu.asynchronous import Hub, set_event_loop
 
 from sdtpu_worker import transport
-from sdtpu_worker.deliveries import Deliveries, Keys
+from sdtpu_worker.deliveries import Deliveries
 from sdtpu_worker.demo.processes import private_redis
+from sdtpu_worker.scripts import Keys
 
 SEND = """
 import sys, time

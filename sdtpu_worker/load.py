@@ -88,36 +88,34 @@ class WorkerLoad:
         return self.mean_job_s if step_s is None else request.num_inference_steps * step_s
 
 
-def publish_load(client: Any, queue: str, load: WorkerLoad, ttl_s: float = LOAD_TTL_S) -> None:
+def publish_load(client: Any, queue: str, load: WorkerLoad, prefix: str = "", ttl_s: float = LOAD_TTL_S) -> None:
     """Replace a worker's report; it is gone after `ttl_s`, by the clock of Redis.
 
     Args:
-        client: of the broker's Redis; kombu's key prefix is honoured when it is kombu's client.
+        client: of the broker's Redis.
         queue: `sdtpu_queue`, also when the worker serves tenants' queues.
         load: the report.
+        prefix: kombu's `global_keyprefix`.
         ttl_s: three times the seconds between two reports, so that one may be lost.
     """
-    redis, prefix = plain_client(client)
     key = prefix + load_key(queue)
-    now_s, reports = redis.pipeline(transaction=False).time().hgetall(key).execute()
+    now_s, reports = client.pipeline(transaction=False).time().hgetall(key).execute()
     dead = [host for host, text in reports.items() if not _is_alive(text, now_s)]
-    pipeline = redis.pipeline()
+    pipeline = client.pipeline()
     pipeline.hset(key, load.host, json.dumps({**json.loads(load.to_json()), "until": _seconds(now_s) + ttl_s}))
     if dead:
         pipeline.hdel(key, *dead)
     pipeline.expire(key, math.ceil(ttl_s)).execute()
 
 
-def withdraw_load(client: Any, queue: str, host: str) -> None:
+def withdraw_load(client: Any, queue: str, host: str, prefix: str = "") -> None:
     """Remove a worker's report when it stops taking jobs."""
-    redis, prefix = plain_client(client)
-    redis.hdel(prefix + load_key(queue), host)
+    client.hdel(prefix + load_key(queue), host)
 
 
-def read_loads(client: Any, queue: str) -> list[WorkerLoad]:
+def read_loads(client: Any, queue: str, prefix: str = "") -> list[WorkerLoad]:
     """Return the reports of the workers that live, in the order of their names."""
-    redis, prefix = plain_client(client)
-    now_s, reports = redis.pipeline(transaction=False).time().hgetall(prefix + load_key(queue)).execute()
+    now_s, reports = client.pipeline(transaction=False).time().hgetall(prefix + load_key(queue)).execute()
     return living_loads(reports, now_s)
 
 

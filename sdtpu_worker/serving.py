@@ -316,11 +316,6 @@ def is_well(stall_s: float) -> bool:
     return _current is None or (_current.loop.alive and _current.loop.stalled_s <= stall_s)
 
 
-def takes_jobs(stall_s: float) -> bool:
-    """Whether it makes sense to hand this process's devices more jobs."""
-    return is_well(stall_s) and (_current is None or _current.loop.alive)
-
-
 def load(host: str) -> WorkerLoad | None:
     """Return what this process's engine can do at the moment, if there is one."""
     return _current.load(host) if _current is not None else None

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from queue import Empty
 from typing import Any
 
+from celery.utils.functional import noop
 from celery.utils.time import maybe_iso8601
 from kombu import Connection
 from kombu import transport as kombu_transports
@@ -31,9 +32,10 @@ from kombu.transport import virtual
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
-from sdtpu_worker.deliveries import CLAIM, REDELIVERED, Deliveries
+from sdtpu_worker.deliveries import Deliveries
 from sdtpu_worker.envelope import BadEnvelope, check_envelope, find_task_id
 from sdtpu_worker.errors import DeliveryLimitExceeded
+from sdtpu_worker.scripts import CLAIM, REDELIVERED
 
 logger = logging.getLogger(__name__)
 
@@ -326,7 +328,7 @@ class TransportMixin:
     def wake_up_in(self, seconds: float) -> None:
         """Have the event loop look again after this time, whatever happens."""
         if self._loop is not None:
-            self._loop.call_later(seconds, _nothing)
+            self._loop.call_later(seconds, noop)
 
 
 class Transport(TransportMixin, kombu_redis.Transport):
@@ -346,10 +348,6 @@ def _due_at(headers: dict[str, Any]) -> float:
     eta = headers.get("eta")
     due_at = maybe_iso8601(eta) if eta is not None else None
     return due_at.timestamp() if due_at is not None and due_at.tzinfo is not None else 0.0
-
-
-def _nothing() -> None:
-    """Only wakes the event loop up."""
 
 
 def _ask(connection: Any, *command: Any) -> Any:

@@ -16,19 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from celery.backends.redis import RedisBackend
 from celery.states import FAILURE
+from celery.utils.functional import noop
 from kombu.transport.redis import Transport as RedisTransport
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 
 from sdtpu_worker import serving, transport
 from sdtpu_worker.checks import redis_warnings
 from sdtpu_worker.config import Config
-from sdtpu_worker.deliveries import Deliveries, Keys
+from sdtpu_worker.deliveries import Deliveries
 from sdtpu_worker.envelope import BadEnvelope
 from sdtpu_worker.errors import EngineUnavailable
 from sdtpu_worker.health import WorkerHealth
 from sdtpu_worker.health_http import HealthServer
 from sdtpu_worker.lease import Lease
 from sdtpu_worker.load import publish_load, withdraw_load
+from sdtpu_worker.scripts import Keys
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -97,7 +99,7 @@ class DeviceWorker:
                 max_message_bytes=config.max_message_bytes,
                 max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
                 on_bad=self._store_error,
-                is_well=lambda: serving.takes_jobs(config.stall_s),
+                is_well=self.is_well,
                 on_contact=self.health.contact,
             )
         )
@@ -134,7 +136,7 @@ class DeviceWorker:
         if self.deliveries is None:
             return
         hub = consumer.hub
-        self.deliveries.on_free = lambda: hub.call_soon(_nothing)
+        self.deliveries.on_free = lambda: hub.call_soon(noop)
         if self._lease is None:
             self._warn()
             self._lease = Lease(self.deliveries, self.is_well, self._on_contact)
@@ -154,7 +156,8 @@ class DeviceWorker:
             self.deliveries.release_all()
             try:
                 self.deliveries.flush()
-                withdraw_load(self.deliveries.client, self._config.queue, self._hostname)
+                prefix = self.deliveries.keys.prefix
+                withdraw_load(self.deliveries.client, self._config.queue, self._hostname, prefix)
             except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
                 logger.warning("Redis could not be told that this worker stops; the leases end by themselves: %s", exc)
             self.deliveries.close()
@@ -233,12 +236,13 @@ class DeviceWorker:
     def _on_contact(self) -> None:
         """Redis answered: the lease's thread."""
         self.health.contact()
-        now = time.monotonic()
+        if time.monotonic() < self._report_at:
+            return
         load = serving.load(self._hostname)
-        if self.deliveries is not None and load is not None and now >= self._report_at:
-            self._report_at = now + _REPORT_EVERY_S
+        if self.deliveries is not None and load is not None:
+            self._report_at = time.monotonic() + _REPORT_EVERY_S
             try:
-                publish_load(self.deliveries.client, self._config.queue, load)
+                publish_load(self.deliveries.client, self._config.queue, load, self.deliveries.keys.prefix)
             except RedisError as exc:  # no memory, no permission; clients then estimate without this worker
                 logger.warning("the load of this worker could not be reported: %s", exc)
 
@@ -255,10 +259,6 @@ def set_current(worker: DeviceWorker | None) -> None:
 def current() -> DeviceWorker | None:
     """Return this process's worker, if it is a device worker."""
     return _current
-
-
-def _nothing() -> None:
-    """Only wakes the event loop up."""
 
 
 def _leave() -> None:

@@ -136,21 +136,16 @@ def test_messages_ahead_are_the_more_urgent_ones_and_a_turn_of_every_queue_per_p
 
 
 @pytest.mark.parametrize("prefix", ["", "tenants:"])
-def test_a_report_is_read_until_it_runs_out_or_is_withdrawn(redis, redis_url, prefix):
-    app = Celery("x", broker=redis_url, set_as_current=False)
-    app.conf.broker_transport_options = {"global_keyprefix": prefix}
-    with app.connection_for_write() as connection:
-        client = connection.default_channel.client
-        assert read_loads(client, "sdtpu") == []
-        other = WorkerLoad("b", 1, {}, 1.0, {})
-        publish_load(client, "sdtpu", other)
-        publish_load(client, "sdtpu", BUSY)
-        assert read_loads(client, "sdtpu") == [BUSY, other]
-        assert [key.decode() for key in redis.scan_iter()] == [f"{prefix}sdtpu:load:sdtpu"]
-        withdraw_load(client, "sdtpu", "b")
-        assert read_loads(client, "sdtpu") == [BUSY]
-        assert read_loads(client, "other") == []
-    app.close()
+def test_a_report_is_read_until_it_runs_out_or_is_withdrawn(redis, prefix):
+    assert read_loads(redis, "sdtpu", prefix) == []
+    other = WorkerLoad("b", 1, {}, 1.0, {})
+    publish_load(redis, "sdtpu", other, prefix)
+    publish_load(redis, "sdtpu", BUSY, prefix)
+    assert read_loads(redis, "sdtpu", prefix) == [BUSY, other]
+    assert [key.decode() for key in redis.scan_iter()] == [f"{prefix}sdtpu:load:sdtpu"]
+    withdraw_load(redis, "sdtpu", "b", prefix)
+    assert read_loads(redis, "sdtpu", prefix) == [BUSY]
+    assert read_loads(redis, "other", prefix) == []
 
 
 def test_a_dead_workers_report_vanishes_while_others_go_on(redis):

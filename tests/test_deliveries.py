@@ -9,9 +9,10 @@ import time
 import pytest
 import redis
 
-from sdtpu_worker.deliveries import CLAIM, MAX_DEAD_LETTERS, Deliveries, Keys
+from sdtpu_worker.deliveries import MAX_DEAD_LETTERS, Deliveries
 from sdtpu_worker.demo.processes import private_redis
 from sdtpu_worker.lease import Lease
+from sdtpu_worker.scripts import CLAIM, Keys
 
 
 @pytest.fixture(scope="module")

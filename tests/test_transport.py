@@ -17,9 +17,10 @@ from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 from kombu.exceptions import OperationalError
 
 from sdtpu_worker import transport
-from sdtpu_worker.deliveries import Deliveries, Keys
+from sdtpu_worker.deliveries import Deliveries
 from sdtpu_worker.demo.processes import private_redis
 from sdtpu_worker.errors import DeliveryLimitExceeded
+from sdtpu_worker.scripts import Keys
 
 
 @pytest.fixture(scope="module")

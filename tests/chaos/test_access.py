@@ -65,6 +65,7 @@ def kill_and_take_over(
     took_s = time.monotonic() - begin
     unwanted = generate.apply_async(("x",), {"num_inference_steps": 1000, "seed": 1}, priority=9)
     wait_until(lambda: admin.hlen(f"{prefix}sdtpu:unacked") == 1, "the job to be taken")
+    wait_until(lambda: admin.hexists(f"{prefix}sdtpu:load:sdtpu", "second@chaos"), "the worker to report its load")
     (operator or unwanted.app).control.revoke(unwanted.id, terminate=True)
     wait_until(lambda: unwanted.state == "REVOKED", "the job to end")
     assert not ledger.errors

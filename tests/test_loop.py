@@ -328,19 +328,24 @@ def test_devices_that_do_not_recover_hand_every_job_over_and_end_the_loop(make_l
     assert engine.recoveries == 1
 
 
-def test_a_job_that_must_be_alone_shares_no_tick_and_waits_for_nobody_but_those_who_run(make_loop):
+def test_a_job_that_must_be_alone_shares_no_tick_and_waits_for_nobody(make_loop):
+    announced: list[tuple[list[str], bool]] = []
     engine = FakeEngine(costs={LANE: TickCosts(2, Cost(0.002))})
-    loop = make_loop(engine, devices=2, slots=2)
-    first = [loop.submit(FakeJob(f"first {i}", 60)) for i in range(4)]
+    loop = make_loop(engine, devices=2, slots=2, on_start=lambda ids, alone: announced.append((sorted(ids), alone)))
+    first = [loop.submit(FakeJob(f"first {i}", 900 + i)) for i in range(4)]
     wait_until(lambda: all(submission.started_at for submission in first))
     alone = loop.submit(FakeJob("alone", 60, value=500), alone=True)
     later = [loop.submit(FakeJob(f"later {i}", 10), Terms(priority=0)) for i in range(4)]
-    for submission in (*first, alone, *later):
+    assert alone.future.result(10).pixels == 560
+    assert not any(submission.future.done() for submission in (*first, *later))
+    for submission in (*first, *later):
         submission.future.result(10)
-    assert alone.future.result().pixels == 560
     assert all(tick == {"alone"} for tick in engine.ticks if "alone" in tick)
-    assert max(submission.future.result().finished_at for submission in first) <= alone.started_at
+    assert [submission.future.result().pixels for submission in first] == [900, 901, 902, 903], "no step is lost"
     assert min(submission.started_at for submission in later) >= alone.future.result().finished_at - 0.05
+    told = Counter(task_id for task_ids, _ in announced for task_id in task_ids)
+    assert told == {"alone": 1, **{f"first {i}": 2 for i in range(4)}, **{f"later {i}": 1 for i in range(4)}}
+    assert [task_ids for task_ids, was_alone in announced if was_alone] == [["alone"]]
 
 
 def test_a_job_that_must_be_alone_and_fails_has_no_other_try(make_loop):
@@ -354,7 +359,7 @@ def test_a_job_that_must_be_alone_and_fails_has_no_other_try(make_loop):
 def test_jobs_that_wait_in_quarantine_can_be_cancelled_revoked_and_expire(make_loop):
     engine = FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))})
     loop = make_loop(engine, devices=1, slots=1)
-    running = loop.submit(FakeJob("running", 150))
+    running = loop.submit(FakeJob("running", 150), alone=True)
     wait_until(lambda: running.started_at is not None)
     wanted = threading.Event()
     wanted.set()

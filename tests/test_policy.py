@@ -424,17 +424,31 @@ def test_only_the_admitted_get_slots_and_the_others_keep_their_order():
     for task_id, priority in (("second", 6), ("first", 3), ("suspect", 9)):
         device.add(task_id, steps=4, priority=priority)
     device.policy.admit_only(frozenset())
-    while device.policy.counts()["running"]:
-        device.tick()
-    assert device.tick() is None
+    device.run()
     device.policy.admit_only(frozenset({"suspect"}))
     device.run()
     assert device.started == ["running", "suspect"]
-    assert device.policy.counts() == {"waiting": 2, "running": 0}
+    assert device.policy.counts() == {"waiting": 3, "running": 0}
     device.policy.admit_only(None)
     device.run()
     assert [task_id for task_id in device.started if task_id in ("first", "second")] == ["first", "second"]
     assert device.ended == Counter(running=1, suspect=1, first=1, second=1)
+
+
+@pytest.mark.parametrize("preemption", [True, False])
+def test_whoever_is_not_admitted_leaves_the_slots_within_a_tick_for_each_of_a_device(preemption):
+    device = Device(make_policy(devices=2, slots=3, lanes=LANES, preemption=preemption))
+    for i in range(12):
+        device.add(str(i), LANES[i % 2], steps=1000, priority=i)
+    while device.policy.counts()["running"] < 12:
+        device.tick()
+    device.add("suspect", steps=2)
+    device.policy.admit_only(frozenset({"0", "suspect"}))
+    ticks = [device.tick() for _ in range(2 * 3)]
+    assert {place.task_id for plan in ticks for place in plan.parked} == {str(i) for i in range(1, 12)}
+    device.policy.admit_only(None)
+    device.run()
+    assert device.ended == {**{str(i): 1 for i in range(12)}, "suspect": 1}
 
 
 def test_whoever_is_not_admitted_takes_nobodys_slot_and_still_expires():
@@ -442,7 +456,7 @@ def test_whoever_is_not_admitted_takes_nobodys_slot_and_still_expires():
     device.add("low", steps=40, priority=9)
     device.tick()
     device.add("urgent", steps=4, priority=0, expires_at=2.0)
-    device.policy.admit_only(frozenset())
+    device.policy.admit_only(frozenset({"low"}))
     assert not device.tick().parked
     device.now = 2.0
     assert device.overdue() == [("urgent", Overdue.EXPIRED)]

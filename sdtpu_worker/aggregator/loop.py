@@ -54,7 +54,7 @@ class DeviceLoop:
         trace: where the timeline of the run goes.
         clock: monotonic seconds.
         on_start: told which tasks are about to get their first slot here, and whether all other jobs here have left
-            the devices for good or for a while, in the loop's thread.
+            the devices (it is told again of those that come back), in the loop's thread.
         patience_s: how long after the deadline of `drain` devices are waited for that do not answer.
     """
 

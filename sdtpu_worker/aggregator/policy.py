@@ -127,7 +127,10 @@ class Aggregator:
         return gone
 
     def admit_only(self, task_ids: frozenset[str] | None) -> None:
-        """Give no slot to anybody but these from now on, whatever the order; None for no such limit."""
+        """Give no slot to anybody but these from now on, whatever the order; None for no such limit.
+
+        Others that have one lose it, one on each device in a tick, and go on later from where they are.
+        """
         self._admitted = task_ids
 
     def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
@@ -216,13 +219,15 @@ class Aggregator:
     def _plan_lane(self, lane: Lane, state: _LaneState, steps: int, now: float) -> Plan:
         queue = deque(sorted(self._admissible(state), key=lambda job: job.order(now)))
         may = {job.task_id for job in queue}
-        held_back = {task_id: job for task_id, job in state.waiting.items() if task_id not in may}
+        held_back = [job for job in state.waiting.values() if job.task_id not in may]
         occupied = sum(1 for _ in state.running())
         tick = TickMaker(state.slots, queue, state.costs.cost, steps, self.phases_per_tick, self.preview_every, now)
-        if self.preemption and occupied == self.num_devices * self.slots_per_device:
+        if self._admitted is not None:
+            tick.make_room(self._admitted)
+        elif self.preemption and occupied == self.num_devices * self.slots_per_device:
             tick.preempt()
         tick.fill()
-        state.waiting = held_back | {job.task_id: job for job in queue}
+        state.waiting = {job.task_id: job for job in (*held_back, *tick.set_aside, *queue)}
         return tick.to_plan(lane)
 
     def _admissible(self, state: _LaneState) -> list[QueuedJob]:

@@ -67,7 +67,7 @@ class Policy(Protocol):
         """Return the next tick, if possible of no more than `most_s`, or None when there is nothing to do in it."""
 
     def admit_only(self, task_ids: frozenset[str] | None) -> None:
-        """Give no slot to anybody but these from now on; None for no such limit."""
+        """Give no slot to anybody but these from now on, and take it from others; None for no such limit."""
 
     def places(self) -> Mapping[Lane, Sequence[Place]]:
         """Return who has a slot, by lane."""

@@ -5,7 +5,8 @@ and each half has the devices for itself; a half that fails is halved again; a j
 at fault. With n suspects, one of them at fault, the devices fail about log2(n) times more and nobody else pays with
 more than time.
 
-Invariant: a job is in at most one group. While there is a group, only the jobs of the one that runs get slots.
+Invariant: a job is in at most one group. While there is a group, only the jobs of the one that runs get slots; who has
+one already leaves it, and goes on later from where it is.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Submission:
         moved: set when it gets a slot, loses it or ends; whoever waits for that clears it.
         started_at: when it got its slot; None again while it waits for another try.
         parked: it had a slot and waits for another one, with its state off the devices.
-        announced: it has had a slot here.
+        announced: it has had a slot here, since when no other job has had the devices for itself.
         steps_done: as of the last tick that ended.
     """
 

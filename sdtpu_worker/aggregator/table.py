@@ -93,7 +93,10 @@ class JobTable:
             self._policy.admit_only(admitted)
 
     def seat(self, task_ids: Iterable[str], now: float) -> list[str]:
-        """Take note that jobs are about to get a slot; return those that get their first one here."""
+        """Take note that jobs are about to get a slot; return those that get their first one here.
+
+        Those that a job which must be alone has made room for are returned again when it is their turn.
+        """
         news = []
         for submission in self.pick(task_ids).values():
             submission.started_at = now if submission.started_at is None else submission.started_at
@@ -101,6 +104,9 @@ class JobTable:
             if not submission.announced:
                 submission.announced = True
                 news.append(submission.job.task_id)
+        if news and self._here[news[0]].alone:
+            for submission in self._here.values():  # parked ones are on the devices no more, but will be again
+                submission.announced &= submission.job.task_id in news
         return news
 
     def deliver(self, flight: Flight, image: Any, now: float) -> None:

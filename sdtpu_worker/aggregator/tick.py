@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from sdtpu_worker.aggregator.costs import Cost
 from sdtpu_worker.aggregator.jobs import QueuedJob
@@ -41,6 +41,7 @@ class TickMaker:
         self.phases: list[list[Phase]] = [[] for _ in slots]
         self.elapsed_s = [0.0] * len(slots)
         self.parked: list[Place] = []
+        self.set_aside: list[QueuedJob] = []
         self.resumed: list[Place] = []
         self.touched = {(d, i): job for d, device in enumerate(slots) for i, job in enumerate(device) if job}
         self.jobs: list[QueuedJob] = list(self.touched.values())
@@ -60,16 +61,24 @@ class TickMaker:
         for device, i, victim in by_weakness:
             if not newcomers:
                 return
-            first, now = newcomers[0], self.now
-            weaker = victim.terms.priority > first.terms.priority and victim.level(now) > first.level(now)
+            first = newcomers[0]
+            weaker = victim.terms.priority > first.terms.priority and victim.level(self.now) > first.level(self.now)
             if not weaker or any(place.device == device for place in self.parked):
                 continue
             newcomers.popleft()
-            self.parked.append(Place(victim.task_id, device, i))
-            self.slots[device][i] = None
-            self.jobs.remove(victim)
-            victim.parked, victim.used_s = True, victim.used_s + now - victim.slot_since
+            self._park(device, i, victim)
             self.queue.append(victim)  # behind those that it lost its slot to
+
+    def make_room(self, admitted: Container[str]) -> None:
+        """Take jobs that are not admitted off their slots, one on each device; they are `set_aside`, not queued.
+
+        A job that is done in this tick anyway is left alone.
+        """
+        for (device, i), job in self.touched.items():
+            stays = job.task_id in admitted or job.remaining <= self.steps
+            if not stays and not any(place.device == device for place in self.parked):
+                self._park(device, i, job)
+                self.set_aside.append(job)
 
     def fill(self) -> None:
         """Give every device its phases; whoever is free first, and has the fewest jobs, takes the next job."""
@@ -93,6 +102,13 @@ class TickMaker:
             steps_done={job.task_id: job.num_steps - job.remaining for job in self.jobs},
             work_s=tuple(self.elapsed_s),
         )
+
+    def _park(self, device: int, i: int, job: QueuedJob) -> None:
+        """Plan that a running job's state comes from its slot to the host."""
+        self.parked.append(Place(job.task_id, device, i))
+        self.slots[device][i] = None
+        self.jobs.remove(job)
+        job.parked, job.used_s = True, job.used_s + self.now - job.slot_since
 
     def _previews_due(self, job: QueuedJob) -> int:
         return (job.num_steps - job.remaining) // self.preview_every if self.preview_every else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -64,7 +65,6 @@ class DevicePool(TaskPool):
     def on_start(self) -> None:
         """Make the engine ready; a `ConfigurationError` ends the worker with one line and a failure code."""
         self._worker = worker.current()
-        self._futures: set[Future[None]] = set()
         self._jobs: dict[int, DeviceJob] = {}  # by the native id of the thread that runs it
         self._results: dict[DeviceJob, DeviceApplyResult] = {}
         self._signals = 0
@@ -89,6 +89,8 @@ class DevicePool(TaskPool):
             initializer=self._worker.wait_for_results if self._worker is not None else None,
         )
         worker_shutting_down.connect(self._on_shutdown_signal)
+        gc.collect()
+        gc.freeze()  # to look at all of JAX again would hold the devices up, for a quarter of a second each time
 
     def on_apply(
         self,
@@ -120,8 +122,6 @@ class DevicePool(TaskPool):
             self.config.max_deliveries,
         )
         future = self.executor.submit(self._run, job, target, args, kwargs, callback, accept_callback)
-        self._futures.add(future)
-        future.add_done_callback(self._futures.discard)
         self._results[job] = result = DeviceApplyResult(future, job)
         future.add_done_callback(lambda _: self._results.pop(job, None))
         return result
@@ -136,20 +136,13 @@ class DevicePool(TaskPool):
 
     def on_close(self) -> None:
         """The worker stops: jobs that can be done within the grace period are finished, the others are handed over."""
-        if self.serving is None or self._drain_until is not None:
-            return
-        grace_s = self.config.grace_s
-        margin_s = min(_HAND_OVER_SHARE * grace_s, _HAND_OVER_S)
-        self._drain_until = time.monotonic() + grace_s
-        if self._worker is not None:
-            self._worker.health.drain()
-        self.serving.loop.drain(grace_s - margin_s)
+        if self.serving is not None and self._drain_until is None:
+            self._drain(self.config.grace_s)
 
     def hand_over(self) -> None:
         """Hand every job over now; also from a signal handler."""
         if self.serving is not None:
-            self._drain_until = time.monotonic()
-            self.serving.loop.drain(0.0)
+            self._drain(0.0)
 
     def on_stop(self) -> None:
         """Wait for the jobs in flight, then stop the engine; again, from a signal handler, is a wish for haste."""
@@ -164,6 +157,7 @@ class DevicePool(TaskPool):
         self.executor.shutdown(wait=not late, cancel_futures=True)
         worker_shutting_down.disconnect(self._on_shutdown_signal)
         stop_serving()
+        gc.unfreeze()
         if self._worker is not None:
             self._worker.stop(is_stuck=late)
 
@@ -172,16 +166,29 @@ class DevicePool(TaskPool):
         self.hand_over()
         self.on_stop()
 
+    def _drain(self, grace_s: float) -> None:
+        """Have no job on the devices after this time, less what writing their states takes."""
+        assert self.serving is not None
+        self._drain_until = time.monotonic() + grace_s
+        if self._worker is not None:
+            self._worker.health.drain()
+        self.serving.loop.drain(grace_s - min(_HAND_OVER_SHARE * grace_s, _HAND_OVER_S))
+
+    def _in_flight(self) -> list[Future[None]]:
+        return [result.f for result in self._results.copy().values()]
+
     def _wait_for_jobs(self) -> bool:
         """Wait until every job has ended; return whether some do not."""
-        until = self._drain_until or time.monotonic()
-        while self._futures and time.monotonic() < (self._drain_until or until) + _STORE_S:
-            wait(self._futures.copy(), 0.2)
-        if not self._futures:
+        started = time.monotonic()
+        while futures := self._in_flight():
+            if time.monotonic() >= (self._drain_until or started) + _STORE_S:  # a signal may have cut it short
+                break
+            wait(futures, 0.2)
+        else:
             return False
         if self._worker is not None:
             self._worker.stopping.set()  # whoever waits for Redis gives up
-        return bool(wait(self._futures.copy(), _STORE_S).not_done)
+        return bool(wait(self._in_flight(), _STORE_S).not_done)
 
     def _on_shutdown_signal(self, sig: str = "", how: str = "", **_: Any) -> None:
         """Count the signals: the second one means at once."""

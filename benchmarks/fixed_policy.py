@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from sdtpu_worker.aggregator.costs import TickCosts
-from sdtpu_worker.aggregator.jobs import Overdue, Terms
+from sdtpu_worker.aggregator.jobs import EVERYBODY, Admission, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Place, Plan
 
 BATCHES_HELD = 8
@@ -31,7 +31,7 @@ class FixedBatches:
         self.phases_per_tick, self.bucketed = phases_per_tick, bucketed
         self._waiting: dict[str, int] = {}
         self._running: dict[str, int] = {}
-        self._admitted: frozenset[str] | None = None
+        self._admission = EVERYBODY
         self._ticks: deque[Plan] = deque()
 
     def add(
@@ -47,8 +47,8 @@ class FixedBatches:
     def overdue(self, now: float) -> list[tuple[str, Overdue]]:
         return []
 
-    def admit_only(self, task_ids: frozenset[str] | None) -> None:
-        self._admitted = task_ids
+    def admit(self, admission: Admission) -> None:
+        self._admission = admission
 
     def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
         """Return the next tick of the batch, however long it takes: a batch that has begun runs to its end."""
@@ -80,8 +80,7 @@ class FixedBatches:
         return {"waiting": len(self._waiting), "running": len(self._running) if self._ticks else 0}
 
     def _admissible(self) -> dict[str, int]:
-        admitted = self._waiting if self._admitted is None else self._admitted
-        return {task: steps for task, steps in self._waiting.items() if task in admitted}
+        return {task: steps for task, steps in self._waiting.items() if task in self._admission}
 
     def _start_batch(self) -> None:
         waiting = self._admissible()

@@ -348,6 +348,17 @@ def test_a_job_that_must_be_alone_shares_no_tick_and_waits_for_nobody(make_loop)
     assert [task_ids for task_ids, was_alone in announced if was_alone] == [["alone"]]
 
 
+def test_suspects_that_keep_coming_leave_the_others_their_half_of_the_devices(make_loop):
+    engine = FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))})
+    loop = make_loop(engine, devices=1, slots=2)
+    good = [loop.submit(FakeJob(f"good {i}", 100)) for i in range(4)]
+    bad = [loop.submit(FakeJob(f"bad {i}", 100), alone=True) for i in range(20)]
+    assert [submission.future.result(20).pixels for submission in good] == [100] * 4
+    assert sum(submission.future.done() for submission in bad) <= 4, "two batches of theirs, two of the others"
+    for submission in bad:
+        loop.cancel(submission.job.task_id)
+
+
 def test_a_job_that_must_be_alone_and_fails_has_no_other_try(make_loop):
     engine = FakeEngine(poison=frozenset({"alone"}))
     loop = make_loop(engine)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
-from sdtpu_worker.aggregator.jobs import AGEING_S, Overdue, Terms
+from sdtpu_worker.aggregator.jobs import AGEING_S, EVERYBODY, Admission, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
 
@@ -22,6 +22,10 @@ def make_policy(devices=4, slots=1, lanes=LANES[:1], step_s=0.25, tick_s=1.0, ph
     cost = Cost(step_s, insert_s=step_s / 4, decode_s=1.6 * step_s)
     costs = {lane: TickCosts(devices, cost, slowdown) for lane in lanes}
     return Aggregator(costs, slots, phases or slots + 1, tick_s, **options)
+
+
+def only(*task_ids: str) -> Admission:
+    return Admission(frozenset(task_ids), others=False)
 
 
 @dataclass
@@ -423,13 +427,13 @@ def test_only_the_admitted_get_slots_and_the_others_keep_their_order():
     device.tick()
     for task_id, priority in (("second", 6), ("first", 3), ("suspect", 9)):
         device.add(task_id, steps=4, priority=priority)
-    device.policy.admit_only(frozenset())
+    device.policy.admit(only())
     device.run()
-    device.policy.admit_only(frozenset({"suspect"}))
+    device.policy.admit(only("suspect"))
     device.run()
     assert device.started == ["running", "suspect"]
     assert device.policy.counts() == {"waiting": 3, "running": 0}
-    device.policy.admit_only(None)
+    device.policy.admit(EVERYBODY)
     device.run()
     assert [task_id for task_id in device.started if task_id in ("first", "second")] == ["first", "second"]
     assert device.ended == Counter(running=1, suspect=1, first=1, second=1)
@@ -443,12 +447,25 @@ def test_whoever_is_not_admitted_leaves_the_slots_within_a_tick_for_each_of_a_de
     while device.policy.counts()["running"] < 12:
         device.tick()
     device.add("suspect", steps=2)
-    device.policy.admit_only(frozenset({"0", "suspect"}))
+    device.policy.admit(only("0", "suspect"))
     ticks = [device.tick() for _ in range(2 * 3)]
     assert {place.task_id for plan in ticks for place in plan.parked} == {str(i) for i in range(1, 12)}
-    device.policy.admit_only(None)
+    device.policy.admit(EVERYBODY)
     device.run()
     assert device.ended == {**{str(i): 1 for i in range(12)}, "suspect": 1}
+
+
+def test_everybody_but_some_may_be_admitted_and_priorities_hold_among_them():
+    device = Device(make_policy(devices=1))
+    device.add("low", steps=40, priority=9)
+    device.tick()
+    device.add("suspect", steps=4, priority=0)
+    device.add("urgent", steps=4, priority=3)
+    device.policy.admit(Admission(frozenset({"suspect"})))
+    device.run()
+    assert device.started == ["low", "urgent"]
+    assert device.ended == Counter(low=1, urgent=1)
+    assert device.policy.counts() == {"waiting": 1, "running": 0}
 
 
 def test_whoever_is_not_admitted_takes_nobodys_slot_and_still_expires():
@@ -456,7 +473,7 @@ def test_whoever_is_not_admitted_takes_nobodys_slot_and_still_expires():
     device.add("low", steps=40, priority=9)
     device.tick()
     device.add("urgent", steps=4, priority=0, expires_at=2.0)
-    device.policy.admit_only(frozenset({"low"}))
+    device.policy.admit(only("low"))
     assert not device.tick().parked
     device.now = 2.0
     assert device.overdue() == [("urgent", Overdue.EXPIRED)]

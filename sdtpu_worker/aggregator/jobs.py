@@ -29,6 +29,20 @@ class Terms:
     time_limit_s: float = math.inf
 
 
+@dataclass(frozen=True)
+class Admission:
+    """Who may have a slot: these jobs, or everybody but these; a job is `in` it or not."""
+
+    task_ids: frozenset[str] = frozenset()
+    others: bool = True
+
+    def __contains__(self, task_id: str) -> bool:
+        return (task_id in self.task_ids) is not self.others
+
+
+EVERYBODY = Admission()
+
+
 class Overdue(Enum):
     """Why a job had to leave."""
 

@@ -239,7 +239,7 @@ class DeviceLoop:
 
     def _dispatch(self, now: float) -> None:
         self._jobs.drop_unwanted(now)
-        self._jobs.tell_policy_who_may_start(not self._flights)
+        self._jobs.tell_policy_who_may_start(not self._flights, now)
         if (drain_at := self._inbox.drain_at) is None:
             plan = self._policy.plan(now)
         else:

@@ -3,7 +3,7 @@ threads, no arrays; the time comes in as an argument.
 
 Invariant: every job that was added leaves exactly once: decoded, cancelled or overdue. A slot holds at most one job.
 No slot stays free while a job of its lane waits past one plan for it, and no job waits for ever behind others, unless
-`admit_only` says so.
+`admit` says so.
 
 A lane is one resolution: its own compiled programs and its own slots on every device. Each plan is one tick of one
 lane. Devices run their phases without asking the host, so the policy knows every slot's step from what it planned:
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from sdtpu_worker.aggregator.costs import TickCosts
-from sdtpu_worker.aggregator.jobs import Overdue, QueuedJob, Terms
+from sdtpu_worker.aggregator.jobs import EVERYBODY, Admission, Overdue, QueuedJob, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
 from sdtpu_worker.aggregator.tick import Slots, TickMaker
 
@@ -37,9 +37,8 @@ class _LaneState:
                 if job is not None:
                     yield device, i, job
 
-    def has_work(self, admitted: frozenset[str] | None = None) -> bool:
-        waits = bool(self.waiting) if admitted is None else not admitted.isdisjoint(self.waiting)
-        return waits or any(True for _ in self.running())
+    def has_work(self, admission: Admission = EVERYBODY) -> bool:
+        return any(task_id in admission for task_id in self.waiting) or any(True for _ in self.running())
 
 
 class Aggregator:
@@ -72,7 +71,7 @@ class Aggregator:
         }
         self._turn = deque(costs)
         self._number = 0
-        self._admitted: frozenset[str] | None = None
+        self._admission = EVERYBODY
 
     def add(
         self,
@@ -126,12 +125,12 @@ class Aggregator:
             self.cancel(task_id)
         return gone
 
-    def admit_only(self, task_ids: frozenset[str] | None) -> None:
-        """Give no slot to anybody but these from now on, whatever the order; None for no such limit.
+    def admit(self, admission: Admission) -> None:
+        """Give no slot to anybody else from now on, whatever the order.
 
         Others that have one lose it, one on each device in a tick, and go on later from where they are.
         """
-        self._admitted = task_ids
+        self._admission = admission
 
     def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
         """Return the next tick, or None when there is nothing to do.
@@ -143,12 +142,12 @@ class Aggregator:
             most_s: no step and no decode is planned that is expected to end later than this from its start.
         """
         for state in self._lanes.values():
-            if not state.has_work(self._admitted):
+            if not state.has_work(self._admission):
                 state.credit_s = 0.0
         fit = {
             lane: self._tick_steps(state, most_s)
             for lane, state in self._lanes.items()
-            if state.has_work(self._admitted)
+            if state.has_work(self._admission)
         }
         if not any(fit.values()):
             return None
@@ -222,16 +221,15 @@ class Aggregator:
         held_back = [job for job in state.waiting.values() if job.task_id not in may]
         occupied = sum(1 for _ in state.running())
         tick = TickMaker(state.slots, queue, state.costs.cost, steps, self.phases_per_tick, self.preview_every, now)
-        if self._admitted is not None:
-            tick.make_room(self._admitted)
-        elif self.preemption and occupied == self.num_devices * self.slots_per_device:
+        tick.make_room(self._admission)
+        if not tick.parked and self.preemption and occupied == self.num_devices * self.slots_per_device:
             tick.preempt()
         tick.fill()
         state.waiting = {job.task_id: job for job in (*held_back, *tick.set_aside, *queue)}
         return tick.to_plan(lane)
 
     def _admissible(self, state: _LaneState) -> list[QueuedJob]:
-        return [job for job in state.waiting.values() if self._admitted is None or job.task_id in self._admitted]
+        return [job for job in state.waiting.values() if job.task_id in self._admission]
 
     def _tick_steps(self, state: _LaneState, most_s: float) -> int:
         """Return how many steps a device that only denoises takes in the next tick; 0 if none fits in `most_s`.

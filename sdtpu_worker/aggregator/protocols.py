@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from sdtpu_worker.aggregator.jobs import Overdue, Terms
+from sdtpu_worker.aggregator.jobs import Admission, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
 
 
@@ -66,8 +66,8 @@ class Policy(Protocol):
     def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
         """Return the next tick, if possible of no more than `most_s`, or None when there is nothing to do in it."""
 
-    def admit_only(self, task_ids: frozenset[str] | None) -> None:
-        """Give no slot to anybody but these from now on, and take it from others; None for no such limit."""
+    def admit(self, admission: Admission) -> None:
+        """Give no slot to anybody else from now on, and take it from them."""
 
     def places(self) -> Mapping[Lane, Sequence[Place]]:
         """Return who has a slot, by lane."""

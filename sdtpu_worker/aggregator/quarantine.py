@@ -5,14 +5,19 @@ and each half has the devices for itself; a half that fails is halved again; a j
 at fault. With n suspects, one of them at fault, the devices fail about log2(n) times more and nobody else pays with
 more than time.
 
-Invariant: a job is in at most one group. While there is a group, only the jobs of the one that runs get slots; who has
-one already leaves it, and goes on later from where it is.
+Invariant: a job is in at most one group, and gets a slot only with its group. While a group runs, nobody else has a
+slot: who had one has left it, and goes on later from where it was. After a group the others have the devices for as
+long as it had them, so that suspects cost others half of the devices' time at most, however many there are.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
+from itertools import chain
+
+from sdtpu_worker.aggregator.jobs import Admission
 
 
 class Quarantine:
@@ -22,6 +27,8 @@ class Quarantine:
         self._groups: deque[list[str]] = deque()
         self._running: list[str] = []
         self._runs_alone = False  # as it started: whoever is left of several was not alone
+        self._since: float | None = None  # when the group that runs got the devices
+        self._others_until = -math.inf
 
     def __len__(self) -> int:
         """Return how many jobs are in it."""
@@ -43,18 +50,22 @@ class Quarantine:
         """Whether the job has the devices for itself and has had since it started."""
         return self._runs_alone and task_id in self._running
 
-    def admitted(self, idle: bool) -> frozenset[str] | None:
-        """Return who may get a slot now; None for everybody.
+    def admission(self, idle: bool, now: float, others: bool = False) -> Admission:
+        """Return who may have a slot now.
 
         Args:
-            idle: nobody has a slot and the devices are at nothing: the next group starts.
+            idle: nobody has a slot and the devices are at nothing: the next group starts, if it is its turn.
+            now: the time.
+            others: there are jobs outside the quarantine.
         """
+        if not self._running and self._since is not None:
+            self._others_until, self._since = now + (now - self._since), None
+        if not self._running and others and now < self._others_until:
+            return Admission(frozenset(chain.from_iterable(self._groups)))
         if not self._running and self._groups and idle:
-            self._running = self._groups.popleft()
+            self._running, self._since = self._groups.popleft(), now
             self._runs_alone = len(self._running) == 1
-        if self._running:
-            return frozenset(self._running)
-        return frozenset() if self._groups else None
+        return Admission(frozenset(self._running), others=not self._running and not self._groups)
 
     def failed(self, suspects: Sequence[str]) -> str | None:
         """Take in that a device program failed.

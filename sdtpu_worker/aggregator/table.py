@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from sdtpu_worker.aggregator.flights import Flight
+from sdtpu_worker.aggregator.jobs import EVERYBODY
 from sdtpu_worker.aggregator.protocols import Policy
 from sdtpu_worker.aggregator.quarantine import Quarantine
 from sdtpu_worker.aggregator.stats import LoopStats
@@ -36,7 +37,7 @@ class JobTable:
         self._policy, self._stats = policy, stats
         self._here: dict[str, Submission] = {}
         self._quarantine = Quarantine()
-        self._admitted: frozenset[str] | None = None
+        self._admission = EVERYBODY
         self._etas_at = -math.inf
 
     def __len__(self) -> int:
@@ -85,12 +86,13 @@ class JobTable:
             if submission.started_at is None and not submission.may_start():
                 self._leave(task_id, JobCancelled(task_id))
 
-    def tell_policy_who_may_start(self, nothing_in_flight: bool) -> None:
-        """Let only the quarantined group have slots while there is one."""
-        admitted = self._quarantine.admitted(nothing_in_flight and not self._policy.counts()["running"])
-        if admitted != self._admitted:
-            self._admitted = admitted
-            self._policy.admit_only(admitted)
+    def tell_policy_who_may_start(self, nothing_in_flight: bool, now: float) -> None:
+        """Let only the quarantined group have slots when it is its turn."""
+        idle = nothing_in_flight and not self._policy.counts()["running"]
+        admission = self._quarantine.admission(idle, now, others=len(self._here) > len(self._quarantine))
+        if admission != self._admission:
+            self._admission = admission
+            self._policy.admit(admission)
 
     def seat(self, task_ids: Iterable[str], now: float) -> list[str]:
         """Take note that jobs are about to get a slot; return those that get their first one here.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 
 from sdtpu_worker.aggregator.costs import Cost
-from sdtpu_worker.aggregator.jobs import QueuedJob
+from sdtpu_worker.aggregator.jobs import Admission, QueuedJob
 from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
 
 Slots = list[QueuedJob | None]
@@ -69,13 +69,13 @@ class TickMaker:
             self._park(device, i, victim)
             self.queue.append(victim)  # behind those that it lost its slot to
 
-    def make_room(self, admitted: Container[str]) -> None:
+    def make_room(self, admission: Admission) -> None:
         """Take jobs that are not admitted off their slots, one on each device; they are `set_aside`, not queued.
 
         A job that is done in this tick anyway is left alone.
         """
         for (device, i), job in self.touched.items():
-            stays = job.task_id in admitted or job.remaining <= self.steps
+            stays = job.task_id in admission or job.remaining <= self.steps
             if not stays and not any(place.device == device for place in self.parked):
                 self._park(device, i, job)
                 self.set_aside.append(job)

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,14 +19,13 @@ import numpy as np
 from flax.errors import FlaxError
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
-from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
+from sdtpu_worker.aggregator.plan import Lane, Place, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
-from sdtpu_worker.diffusion import previews
+from sdtpu_worker.diffusion import warmup
 from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.programs import (
     NOTHING,
-    Decoded,
     Geometry,
     SlotState,
     lower_preview,
@@ -40,6 +38,7 @@ from sdtpu_worker.diffusion.programs import (
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of
+from sdtpu_worker.diffusion.ticks import DecodedImage, PreparedJob, Tick, by_device
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidCheckpoint, InvalidRequest
 from sdtpu_worker.request import GenerationRequest
 
@@ -52,90 +51,6 @@ _LOST = (
     "UNAVAILABLE:", "ABORTED:", "DATA_LOSS:",  # absl's codes of a connection, a runtime or a memory that is gone
     "DEVICE_LOST", "device is lost", "CUDA_ERROR_", "hipError",  # errors that stay with a GPU's context
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PreparedJob:
-    """One job, ready to be inserted: everything that the host computes, done before a slot is free.
-
-    Attributes:
-        prompt_ids: `(2, 77) int32`, negative prompt first.
-        key_data: `(2,) uint32`, high and low word of the key.
-        table: `(MAX_STEPS, columns) float32` coefficients.
-        truncated: a prompt had more than 77 tokens.
-    """
-
-    task_id: str
-    lane: Lane
-    sampler: str
-    prompt_ids: np.ndarray
-    key_data: np.ndarray
-    num_inference_steps: int
-    guidance_scale: float
-    init_noise_sigma: float
-    table: np.ndarray
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class DecodedImage:
-    """One finished job: `pixels` is `(height, width, 3) uint8`; not `finite` means that it is not a picture."""
-
-    task_id: str
-    device: int
-    slot: int
-    pixels: np.ndarray
-    finite: bool
-
-
-class Tick:
-    """A dispatched plan; the devices may still be at it.
-
-    Attributes:
-        parked: the snapshots of the jobs that the plan took off their slots, by task id; on the host after `wait`.
-        previews: small pictures, `(h, w, 3) uint8` of the latents' size, by task id; there after `wait`.
-        done_at: `time.monotonic()` when the devices were done; there after `wait`.
-    """
-
-    def __init__(
-        self, plan: Plan, decoded: Decoded, parked: Mapping[str, JobSnapshot], previews: jax.Array | None = None
-    ) -> None:
-        self.plan, self.parked, self._decoded = plan, parked, decoded
-        self.previews: dict[str, np.ndarray] = {}
-        self.done_at: float | None = None
-        self._previews = _by_device(previews) if previews is not None else {}
-        for place in plan.previews:
-            self._previews[place.device].copy_to_host_async()
-        self._wanted = list(plan.decoded())
-        if self._wanted:
-            decoded.finite.copy_to_host_async()
-            for shard in self._shards().values():
-                shard.copy_to_host_async()
-
-    def wait(self) -> list[DecodedImage]:
-        """Block until the tick is done and return the images that it decoded.
-
-        Raises:
-            Exception: what the device program raised.
-        """
-        jax.block_until_ready(self._decoded)
-        self.done_at = time.monotonic()
-        for snapshot in self.parked.values():
-            _ = snapshot.state
-        self.previews = {place.task_id: np.asarray(self._previews[place.device])[0] for place in self.plan.previews}
-        if not self._wanted:
-            return []
-        finite = np.asarray(self._decoded.finite)
-        shards = {device: np.asarray(shard) for device, shard in self._shards().items()}
-        return [
-            DecodedImage(task_id, device, slot, shards[device][0, phase], bool(finite[device, phase]))
-            for device, phase, slot, task_id in self._wanted
-        ]
-
-    def _shards(self) -> Mapping[int, jax.Array]:
-        """Return the pixels of the devices that decoded something."""
-        wanted = {device for device, *_ in self._wanted}
-        return {device: shard for device, shard in _by_device(self._decoded.pixels).items() if device in wanted}
 
 
 class Engine:
@@ -374,7 +289,7 @@ class Engine:
         """
         self.reset()
         for lane, wanted in self._proofs.items():
-            if not all(np.array_equal(got, wanted) for got in self._prove(lane)):
+            if not all(np.array_equal(got, wanted) for got in warmup.draw_proof(self, lane)):
                 raise EngineUnavailable("a device does not give the pixels any more that it gave at the start")
         self.reset()
 
@@ -408,7 +323,7 @@ class Engine:
             return {}
         slots = put(self._slot_of_each_device(places), self.mesh, SHARDED)
         states = self._programs[_SNAPSHOT, lane](self._slots[lane], slots)
-        rows = [_by_device(leaf) for leaf in states]
+        rows = [by_device(leaf) for leaf in states]
         snapshots = {}
         for place in places:
             arrays = SlotState(*(leaf[place.device] for leaf in rows))
@@ -416,13 +331,6 @@ class Engine:
                 array.copy_to_host_async()
             snapshots[place.task_id] = JobSnapshot(self.fingerprints[lane], lane, arrays)
         return snapshots
-
-    def _prove(self, lane: Lane) -> list[np.ndarray]:
-        """Return the pixels of a picture of one step that every device draws."""
-        job = self.prepare("proof", _with_size(GenerationRequest("proof", seed=0, num_inference_steps=1), lane))
-        phases = Phase(insert=(0, "proof"), steps=job.num_inference_steps), Phase(decode=(0, "proof"))
-        images = self.execute(Plan(lane, (phases,) * self.num_devices), {"proof": job}).wait()
-        return [image.pixels for image in images]
 
     def _preview(self, lane: Lane, places: Sequence[Place]) -> jax.Array:
         slots = put(self._slot_of_each_device(places), self.mesh, SHARDED)
@@ -435,31 +343,6 @@ class Engine:
             slots[place.device] = place.slot
         return slots
 
-    def _empty_tick_s(self, lane: Lane, count: int = 8) -> float:
-        """Return the seconds that a tick takes from the next one, two being in flight."""
-        nothing = Plan(lane, ((),) * self.num_devices)
-        started = time.monotonic()
-        ticks = [self.execute(nothing, {})]
-        for _ in range(count):
-            ticks.append(self.execute(nothing, {}))
-            ticks.pop(0).wait()
-        ticks.pop().wait()
-        return (time.monotonic() - started) / (count + 1)
-
-    def _fit_colours(self, lane: Lane) -> jax.Array:
-        """Draw a picture on every device, to learn what the latents' channels look like."""
-        jobs = {}
-        for i in range(self.num_devices):
-            prompt = previews.PROMPTS[i % len(previews.PROMPTS)]
-            request = GenerationRequest(prompt, seed=i, num_inference_steps=previews.STEPS)
-            jobs[str(i)] = self.prepare(str(i), _with_size(request, lane))
-        places = [Place(str(i), i, 0) for i in range(self.num_devices)]
-        self.execute(Plan(lane, tuple((Phase(insert=(0, p.task_id), steps=previews.STEPS),) for p in places)), jobs)
-        latents = [self.snapshot(lane, p.device, p.slot).state.latents[0] for p in places]
-        images = self.execute(Plan(lane, tuple((Phase(decode=(0, p.task_id)),) for p in places)), jobs).wait()
-        pixels = [image.pixels for image in sorted(images, key=lambda image: image.device)]
-        return put(previews.fit_colours(np.stack(latents), np.stack(pixels)), self.mesh, REPLICATED)
-
     def _put_back(self, lane: Lane, snapshots: Mapping[Place, JobSnapshot]) -> None:
         slots, states = self._slot_of_each_device(snapshots, NOTHING), self._geometries[lane].empty_states()
         for place, snapshot in snapshots.items():
@@ -469,48 +352,16 @@ class Engine:
         self._slots[lane] = restored
 
     def _warm_up(self) -> None:
-        """Really run every program, and measure what work costs by the number of devices that are busy."""
-        request = GenerationRequest("warm-up", seed=0, num_inference_steps=1)
-        for size in self.resolutions:
-            job = self.prepare("warm-up", _with_size(request, size))
-            self.restore(size, 0, 0, self.snapshot(size, 0, 0))
-
-            def seconds(busy: int, phase: Phase, size: Lane = size, job: PreparedJob = job) -> float:
-                """Return the shorter of two runs."""
-                plan = Plan(size, ((phase,),) * busy + ((),) * (self.num_devices - busy))
-                times = []
-                for _ in range(2):
-                    started = time.monotonic()
-                    self.execute(plan, {"warm-up": job}).wait()
-                    jax.block_until_ready(self._slots[size])
-                    times.append(time.monotonic() - started)
-                return min(times)
-
-            insert, steps, decode = Phase(insert=(0, "warm-up")), Phase(steps=4), Phase(decode=(0, "warm-up"))
-            for phase in (insert, steps, decode):
-                seconds(1, phase)
-            overhead_s = self._empty_tick_s(size)
-            insert_s, steps_s, decode_s = (
-                max(1e-6, seconds(1, phase) - overhead_s) for phase in (insert, steps, decode)
-            )
-            slowdown = {
-                busy: max(1.0, (seconds(busy, steps) - overhead_s) / steps_s)
-                for busy in (2, self.num_devices // 2, self.num_devices)
-                if 1 < busy <= self.num_devices
-            }
-            cost = Cost(steps_s / 4, insert_s, decode_s)
-            self.costs[size] = TickCosts(self.num_devices, cost, slowdown, overhead_s)
-            self._proofs[size] = self._prove(size)[0]
-            if (_PREVIEW, size) in self._programs:
-                self._colours[size] = self._fit_colours(size)
+        """Really run every program, and learn from it what work costs and what pictures of the start look like."""
+        for lane in self.resolutions:
+            self.restore(lane, 0, 0, self.snapshot(lane, 0, 0))
+            self.costs[lane] = warmup.measure_costs(self, lane)
+            self._proofs[lane] = warmup.draw_proof(self, lane)[0]
+            if (_PREVIEW, lane) in self._programs:
+                self._colours[lane] = put(warmup.fit_colours(self, lane), self.mesh, REPLICATED)
         self.reset()
         if self._safety_check is not None:
             self.check_safety(np.zeros((*self.resolutions[0], 3), np.uint8))
-
-
-def _by_device(array: jax.Array) -> dict[int, jax.Array]:
-    """Return every device's shard of an array with one row per device."""
-    return {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
 
 
 def choose_dtype(name: str, platform: str) -> Any:
@@ -518,10 +369,6 @@ def choose_dtype(name: str, platform: str) -> Any:
     if name == "auto":
         name = "float32" if platform == "cpu" else "bfloat16"
     return {"bfloat16": jnp.bfloat16, "float32": jnp.float32}[name]
-
-
-def _with_size(request: GenerationRequest, size: Lane) -> GenerationRequest:
-    return GenerationRequest(**{**request.to_json(), "height": size[0], "width": size[1]})
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -1,0 +1,103 @@
+"""What goes into the engine and comes out of it: a prepared job, a dispatched tick, a decoded image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from sdtpu_worker.aggregator.plan import Lane, Plan
+from sdtpu_worker.diffusion.programs import Decoded
+from sdtpu_worker.diffusion.snapshot import JobSnapshot
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """One job, ready to be inserted: everything that the host computes, done before a slot is free.
+
+    Attributes:
+        prompt_ids: `(2, 77) int32`, negative prompt first.
+        key_data: `(2,) uint32`, high and low word of the key.
+        table: `(MAX_STEPS, columns) float32` coefficients.
+        truncated: a prompt had more than 77 tokens.
+    """
+
+    task_id: str
+    lane: Lane
+    sampler: str
+    prompt_ids: np.ndarray
+    key_data: np.ndarray
+    num_inference_steps: int
+    guidance_scale: float
+    init_noise_sigma: float
+    table: np.ndarray
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """One finished job: `pixels` is `(height, width, 3) uint8`; not `finite` means that it is not a picture."""
+
+    task_id: str
+    device: int
+    slot: int
+    pixels: np.ndarray
+    finite: bool
+
+
+class Tick:
+    """A dispatched plan; the devices may still be at it.
+
+    Attributes:
+        parked: the snapshots of the jobs that the plan took off their slots, by task id; on the host after `wait`.
+        previews: small pictures, `(h, w, 3) uint8` of the latents' size, by task id; there after `wait`.
+        done_at: `time.monotonic()` when the devices were done; there after `wait`.
+    """
+
+    def __init__(
+        self, plan: Plan, decoded: Decoded, parked: Mapping[str, JobSnapshot], previews: jax.Array | None = None
+    ) -> None:
+        self.plan, self.parked, self._decoded = plan, parked, decoded
+        self.previews: dict[str, np.ndarray] = {}
+        self.done_at: float | None = None
+        self._previews = by_device(previews) if previews is not None else {}
+        for place in plan.previews:
+            self._previews[place.device].copy_to_host_async()
+        self._wanted = list(plan.decoded())
+        if self._wanted:
+            decoded.finite.copy_to_host_async()
+            for shard in self._shards().values():
+                shard.copy_to_host_async()
+
+    def wait(self) -> list[DecodedImage]:
+        """Block until the tick is done and return the images that it decoded.
+
+        Raises:
+            Exception: what the device program raised.
+        """
+        jax.block_until_ready(self._decoded)
+        self.done_at = time.monotonic()
+        for snapshot in self.parked.values():
+            _ = snapshot.state
+        self.previews = {place.task_id: np.asarray(self._previews[place.device])[0] for place in self.plan.previews}
+        if not self._wanted:
+            return []
+        finite = np.asarray(self._decoded.finite)
+        shards = {device: np.asarray(shard) for device, shard in self._shards().items()}
+        return [
+            DecodedImage(task_id, device, slot, shards[device][0, phase], bool(finite[device, phase]))
+            for device, phase, slot, task_id in self._wanted
+        ]
+
+    def _shards(self) -> Mapping[int, jax.Array]:
+        """Return the pixels of the devices that decoded something."""
+        wanted = {device for device, *_ in self._wanted}
+        return {device: shard for device, shard in by_device(self._decoded.pixels).items() if device in wanted}
+
+
+def by_device(array: jax.Array) -> dict[int, jax.Array]:
+    """Return every device's shard of an array with one row per device."""
+    return {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}

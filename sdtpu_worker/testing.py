@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -76,7 +77,8 @@ class FakeEngine:
         fail_at: numbers of `execute` calls, from 0, that raise instead.
         fail_late_at: numbers of `execute` calls whose tick raises in `wait`, as a device that fails while it works.
         gate: when given, every tick's `wait` blocks until it is set: a device that hangs.
-        costs: when given, a tick takes as long as these say, in real time, one tick after the other.
+        costs: when given, a tick takes as long as these say now, in real time, one tick after the other. A policy
+            may have the same ones and go on learning: what it takes for slower does not get slower by that.
         poison: tasks that make every tick of theirs fail late, with whoever is in it.
         nan: tasks whose images are not finite.
         fatal_at: numbers of `execute` calls whose tick fails late and for good: `recover` raises from then on.
@@ -94,6 +96,7 @@ class FakeEngine:
     ) -> None:
         self.fail_at, self.fail_late_at, self.gate, self.costs = fail_at, fail_late_at, gate, costs
         self.poison, self.nan, self.fatal_at = poison, nan, fatal_at
+        self._durations = copy.deepcopy(costs)
         self.calls = self.recoveries = 0
         self.is_lost = False
         self.slots: dict[tuple[Lane, int, int], FakeSnapshot] = {}  # by (lane, device, slot)
@@ -124,8 +127,8 @@ class FakeEngine:
                     state = FakeSnapshot(job.task_id, job.value, 0, job.num_inference_steps)
                     self.slots[plan.lane, d, phase.insert[0]] = state
                 self._advance(plan.lane, d, phase.steps)
-        if self.costs:
-            self._free_at = max(self._free_at, time.monotonic()) + self.costs[plan.lane].tick_s(plan)
+        if self._durations:
+            self._free_at = max(self._free_at, time.monotonic()) + self._durations[plan.lane].tick_s(plan)
         return FakeTick(images, parked, self.gate, self._free_at, self._failure_of(self.calls - 1))
 
     def is_fatal(self, exc: Exception) -> bool:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.aggregator.loop import DeviceLoop
+from sdtpu_worker.aggregator.plan import Outcome
 from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.aggregator.submission import JobCancelled, JobHandedOver, JobOverdue
 from sdtpu_worker.aggregator.trace import Trace
@@ -40,6 +41,19 @@ def make_loop():
     yield make
     for loop in loops:
         loop.close()
+
+
+def test_a_fake_engine_gets_no_slower_by_what_a_policy_learns():
+    costs = {LANE: TickCosts(1, Cost(0.001))}
+    engine, policy = FakeEngine(costs=costs), Aggregator(costs, 1, 2, 0.01)
+    policy.add("a", LANE, 4, now=0.0)
+    plan = policy.plan(now=0.0)
+    for _ in range(100):
+        policy.update(Outcome(plan, 10.0))
+    assert policy.expected_s(plan) > 1
+    asked_at = time.monotonic()
+    engine.execute(plan, {"a": FakeJob("a", 4)}).wait()
+    assert time.monotonic() - asked_at < 1
 
 
 def test_every_job_gets_its_own_result_from_many_threads(make_loop):

@@ -52,8 +52,7 @@ class PictureEngine(FakeEngine):
     """A `FakeEngine` that a whole worker can run on."""
 
     def __init__(self, devices: int, slots_per_device: int, step_s: float) -> None:
-        self.costs_by_lane = {LANE: TickCosts(devices, Cost(step_s))}
-        super().__init__(costs=self.costs_by_lane)
+        super().__init__(costs={LANE: TickCosts(devices, Cost(step_s))})
         self.num_devices, self.slots_per_device, self.phases_per_tick = devices, slots_per_device, slots_per_device + 1
         self.num_slots = devices * slots_per_device
         self.device_kind, self.resolutions = "fake", (LANE,)

@@ -11,9 +11,11 @@ picture: it fails alone with the cause, and no worker dies.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from random import Random
 
 import pytest
+import redis
 
 from sdtpu_worker import DeliveryLimitExceeded, GenerationFailed
 from sdtpu_worker.worker import EX_ENGINE_LOST
@@ -33,68 +35,75 @@ SETTINGS = {
 JOBS = 100
 
 
-def add_jobs(ledger: Ledger, prompt: str, random: Random) -> str:
-    """Enqueue them with one bad one in their midst; return its id."""
-    at = random.randrange(JOBS // 4, JOBS // 2)
-    ids = [ledger.add(seed, random.randint(10, 60), prompt if seed == at else "x") for seed in range(JOBS)]
-    return ids[at]
+@pytest.fixture
+def jobs(tmp_path):
+    """Yield a function that enqueues jobs with a bad one in their midst, and the fleet that will do them."""
+    with (
+        RedisServer() as server,
+        contextlib.closing(server.client()) as client,
+        client_app(server.url),
+        Fleet(server.url, tmp_path, **SETTINGS) as fleet,
+    ):
+        yield Jobs(client), fleet
+
+
+class Jobs:
+    """Jobs with a bad one in their midst."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client, self.ledger = client, Ledger()
+
+    def add(self, prompt: str, seed: int) -> None:
+        """Enqueue them; `prompt` is that of the bad one."""
+        random = Random(seed)
+        at = random.randrange(JOBS // 4, JOBS // 2)
+        prompts = [prompt if seed == at else "x" for seed in range(JOBS)]
+        self._bad = [self.ledger.add(seed, random.randint(10, 60), each) for seed, each in enumerate(prompts)][at]
+
+    def only_error(self, timeout_s: float, meanwhile: Callable[[], None] = lambda: None) -> Exception:
+        """Wait for all; return what the bad one failed with, when all others are done and nothing is left of any."""
+        self.ledger.wait(timeout_s, meanwhile)
+        wait_until(lambda: not keys_left(self._client), "no key of a job to be left")
+        error = self.ledger.errors.pop(self._bad)
+        assert not self.ledger.errors
+        assert len(self.ledger.results) == JOBS - 1
+        assert not self.ledger.wrong_pictures()
+        return error
 
 
 @pytest.mark.parametrize(("prompt", "code"), [("kill", -9), ("lose", EX_ENGINE_LOST)])
-def test_a_job_that_ends_its_worker_fails_after_three_of_them_and_alone(tmp_path, prompt, code):
-    random, ledger = Random(30), Ledger()
-    with (
-        RedisServer() as server,
-        contextlib.closing(server.client()) as client,
-        client_app(server.url),
-        Fleet(server.url, tmp_path, **SETTINGS) as fleet,
-    ):
-        poison = add_jobs(ledger, prompt, random)
-        workers = [fleet.launch(name) for name in ("a", "b")]
+def test_a_job_that_ends_its_worker_fails_after_three_of_them_and_alone(jobs, prompt, code):
+    jobs, fleet = jobs
+    jobs.add(prompt, 30)
+    workers = [fleet.launch(name) for name in ("a", "b")]
 
-        def supervise() -> None:
-            for i, worker in enumerate(workers):
-                if not worker.is_running:
-                    workers[i] = fleet.launch(f"w{len(fleet.workers)}")
+    def supervise() -> None:
+        for i, worker in enumerate(workers):
+            if not worker.is_running:
+                workers[i] = fleet.launch(f"w{len(fleet.workers)}")
 
-        ledger.wait(90, supervise)
-        wait_until(lambda: not keys_left(client), "no key of a job to be left")
-        error = ledger.errors.pop(poison)
-        assert isinstance(error, DeliveryLimitExceeded)
-        assert not ledger.errors
-        wait_until(lambda: sum(not worker.is_running for worker in fleet.workers) >= 3, "the third to end")
-        dead = [worker for worker in fleet.workers if not worker.is_running]
-        assert [worker.process.returncode for worker in dead] == [code] * 3
-        for worker in dead:
-            assert f"{worker.name}@chaos" in str(error)
-        assert not ledger.wrong_pictures()
-        assert len(ledger.results) == JOBS - 1
-    print(f"\n{JOBS} jobs, one of {prompt!r}: {len(dead)} workers ended, {len(ledger.results)} done, 1 failed: {error}")
+    error = jobs.only_error(90, supervise)
+    assert isinstance(error, DeliveryLimitExceeded)
+    wait_until(lambda: sum(not worker.is_running for worker in fleet.workers) >= 3, "the third to end")
+    dead = [worker for worker in fleet.workers if not worker.is_running]
+    assert [worker.process.returncode for worker in dead] == [code] * 3
+    for worker in dead:
+        assert f"{worker.name}@chaos" in str(error)
+    print(f"\n{JOBS} jobs, one of {prompt!r}: {len(dead)} workers ended, the others are done, 1 failed: {error}")
 
 
 @pytest.mark.parametrize(("prompt", "cause"), [("raise", "the fake device failed on"), ("nan", "NaN or infinite")])
-def test_a_job_that_breaks_the_device_program_fails_alone_and_no_worker_dies(tmp_path, prompt, cause):
-    random, ledger = Random(31), Ledger()
-    with (
-        RedisServer() as server,
-        contextlib.closing(server.client()) as client,
-        client_app(server.url),
-        Fleet(server.url, tmp_path, **SETTINGS) as fleet,
-    ):
-        poison = add_jobs(ledger, prompt, random)
-        worker = fleet.launch("a")
-        ledger.wait(60)
-        wait_until(lambda: not keys_left(client), "no key of a job to be left")
-        error = ledger.errors.pop(poison)
-        assert isinstance(error, GenerationFailed)
-        assert cause in str(error)
-        assert not ledger.errors
-        assert len(ledger.results) == JOBS - 1
-        assert not ledger.wrong_pictures()
-        assert worker.is_running
-        assert worker.stop() == 0
-        stats = worker.loop_stats()
+def test_a_job_that_breaks_the_device_program_fails_alone_and_no_worker_dies(jobs, prompt, cause):
+    jobs, fleet = jobs
+    jobs.add(prompt, 31)
+    worker = fleet.launch("a")
+    error = jobs.only_error(60)
+    assert isinstance(error, GenerationFailed)
+    assert cause in str(error)
+    assert worker.is_running
+    assert worker.stop() == 0
+    stats = worker.loop_stats()
     print(
-        f"\n{JOBS} jobs, one of {prompt!r}: {len(ledger.results)} done, 1 failed, no worker died;"
+        f"\n{JOBS} jobs, one of {prompt!r}: the others are done, 1 failed, no worker died;"
         f" {stats['failures']} device failures, {stats['retried']} retries"
     )

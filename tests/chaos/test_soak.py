@@ -49,6 +49,9 @@ from tests.chaos.servers import wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SEED = 7
+KEEP_NOTHING = {"MALLOC_ARENA_MAX": "1", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+"""glibc keeps what each thread frees for that thread: some MiB, filled in the course of an hour, that look like a leak
+and would hide one."""
 
 
 @pytest.fixture
@@ -169,11 +172,14 @@ class Mix:
             self.kinds[job.id] = "part"
 
 
-def use_every_thread() -> None:
-    """Run so many jobs that each thread and connection that is to be there is there."""
-    ledger = Ledger()
-    for i in range(60):
-        ledger.add(i, 3, priority=i % 10)
+def use_every_thread(app: Any) -> None:
+    """Have the worker hold as many jobs as it can: two batches, and one of urgent ones beyond its prefetch limit."""
+    ledger, slots = Ledger(), pool_stats(app)["slots"]
+    for i in range(2 * slots):
+        ledger.add(i, 100, priority=9)
+    wait_until(lambda: pool_stats(app)["deliveries"]["held"] == 2 * slots, "two batches to be taken")
+    for i in range(slots):
+        ledger.add(i, 100, priority=0)
     ledger.wait(60)
 
 
@@ -184,10 +190,11 @@ def slope_per_minute(samples: list[tuple[float, int]]) -> float:
 
 
 def test_mixed_load_leaves_nothing_behind(start, long, capsys):
-    worker, app, client = start(SDTPU_CPU_DEVICES="4", SDTPU_SLOTS_PER_DEVICE="2", SDTPU_FAKE_STEP_MS="10")
+    settings = {"SDTPU_CPU_DEVICES": "4", "SDTPU_SLOTS_PER_DEVICE": "2", "SDTPU_FAKE_STEP_MS": "10"}
+    worker, app, client = start(**settings, **KEEP_NOTHING)
     warm_s, load_s, drop_s, rate = (60, 540, 60, 8) if long else (4, 10, 5, 10)
     mix, samples, drops = Mix(app, SEED), list[tuple[float, int]](), 0
-    use_every_thread()
+    use_every_thread(app)
     before = footprint(worker, client)
     started = time.monotonic()
     drop_at = started + drop_s
@@ -207,7 +214,7 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
         mix.revoke_due()
         time.sleep(0.05)
     mix.ledger.wait(120)
-    use_every_thread()
+    use_every_thread(app)
     after = settled(worker, client, before, 5)
     slope, grown_kib = slope_per_minute(samples), samples[-1][1] - samples[0][1]
     loop = pool_stats(app)["loop"]
@@ -219,7 +226,7 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
     assert grown_kib < 8_192
     if long:
         assert loop["preemptions"]
-        assert slope < 200
+        assert slope < 100
     ends = Counter(type(error).__name__ for error in mix.ledger.errors.values())
     with capsys.disabled():
         print(

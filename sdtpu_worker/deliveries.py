@@ -34,22 +34,27 @@ _SWEEP_LIMIT = 200
 
 @dataclass
 class Delivery:
-    """A message that this worker holds; `running` when the pool has it, `task_id` once it was read.
+    """A message that this worker holds.
 
-    `suspect`: its job was on devices that hung or were lost, perhaps by its fault.
+    Attributes:
+        task_id: of its job.
+        running: the pool has it.
+        recorded: Redis knows that its job is on our devices.
+        suspect: its job was on devices that hung or were lost, perhaps by its fault.
     """
 
     task_id: str = ""
     running: bool = False
+    recorded: bool = False
     suspect: bool = False
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a message stops being ours: the script that says so to Redis, and the keys of its job that go with it."""
+    """How a message stops being ours: the script that says so to Redis, and the keys of its job that it needs."""
 
     script: str
-    forget: Sequence[str]
+    keys: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class Deliveries:
     def release(self, tag: str) -> None:
         """Give a message back to the front of its queue, marked as redelivered; its job's state stays.
 
-        That it was on these devices is forgotten, unless it is a suspect or its lease has ended.
+        That it was on our devices is forgotten, unless it is a suspect or its lease has ended.
         """
         self._end(tag, self._released)
 
@@ -235,24 +240,33 @@ class Deliveries:
 
         Args:
             task_ids: the jobs.
-            alone: no other job is: those that are stored and acknowledged only are not to blame any more.
+            alone: no other job is: those that were, and have left them for now, are not to blame if it dies.
 
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
         """
+        with self._lock:
+            others = [
+                delivery
+                for delivery in self._held.values()
+                if alone and delivery.recorded and delivery.task_id not in task_ids
+            ]
+            for delivery in others:
+                delivery.recorded = False
         with self.client.pipeline() as pipe:
             for key in map(self.keys.starts, task_ids):
                 pipe.rpush(key, self.host)
                 pipe.expire(key, JOB_FACTS_EXPIRE_S)
-            if alone:
-                with self._lock:
-                    others = {delivery.task_id for delivery in self._held.values()}.difference(task_ids)
-                for key in map(self.keys.starts, others):
-                    pipe.lrem(key, -1, self.host)
+            for delivery in others:
+                pipe.lrem(self.keys.starts(delivery.task_id), -1, self.host)
             pipe.execute()
+        ended = set(task_ids)
         with self._lock:
-            ended = set(task_ids).difference(delivery.task_id for delivery in self._held.values())
-        for key in map(self.keys.starts, ended):  # Redis was slow and they quick: acknowledged before this was written
+            for delivery in self._held.values():
+                if delivery.task_id in task_ids:
+                    delivery.recorded = True
+                    ended.discard(delivery.task_id)
+        for key in map(self.keys.starts, ended):  # Redis was slow and they quick: they ended before this was written
             self.client.lrem(key, -1, self.host)
 
     def job_facts(self, task_id: str) -> JobFacts:
@@ -297,10 +311,11 @@ class Deliveries:
         return Ending(scripts.ACK, (self.keys.starts(delivery.task_id), self.keys.snapshot(delivery.task_id)))
 
     def _released(self, delivery: Delivery) -> Ending:
-        return Ending(scripts.RELEASE, () if delivery.suspect else (self.keys.starts(delivery.task_id),))
+        is_ours = delivery.recorded and not delivery.suspect
+        return Ending(scripts.RELEASE, (self.keys.starts(delivery.task_id),) if is_ours else ())
 
     def _tell(self, tag: str, ending: Ending) -> None:
-        self._eval(ending.script, [self.keys.held, self.keys.leases, *ending.forget], [tag])
+        self._eval(ending.script, [self.keys.held, self.keys.leases, *ending.keys], [tag, self.host])
 
     def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         return self.client.eval(script, len(keys), *keys, *args)

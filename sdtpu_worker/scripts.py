@@ -84,7 +84,7 @@ redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
 for i = 3, #KEYS do redis.call('DEL', KEYS[i]) end
 """
-"""Forget a message, with all that is kept of its job. KEYS: held, leases, those of the job. ARGV: the tag."""
+"""Forget a message, with all that is kept of its job. KEYS: held, leases, those of the job. ARGV: the tag, the host."""
 
 _GIVE_BACK = """
 local function give_back(tag, was_held)
@@ -103,11 +103,11 @@ end
 """Put a message at the front of its queue. `was_held` says what became of its holder, if it had one."""
 
 RELEASE = f"""{_GIVE_BACK}
-if give_back(ARGV[1], 'alive') then
-    for i = 3, #KEYS do redis.call('DEL', KEYS[i]) end
-end
+if give_back(ARGV[1], 'alive') and KEYS[3] then redis.call('LREM', KEYS[3], -1, ARGV[2]) end
 """
-"""Give a message back. KEYS: held, leases, what is to be forgotten of its job. ARGV: the tag."""
+"""Give a message back.
+
+KEYS: held, leases, the job's starts if the last one is ours and does not count. ARGV: the tag, the host."""
 
 RENEW = """
 local now, gone = redis.call('TIME'), {}

@@ -100,15 +100,21 @@ def test_a_released_message_goes_to_the_front_and_bears_one_mark_however_often(c
     assert client.lrange("q", 0, -1) == [b"second", b" first\nline"]
 
 
-def test_a_released_job_keeps_its_state_but_no_count_of_crashes(client, make):
+@pytest.mark.parametrize("starts", [0, 1])
+def test_a_released_job_keeps_its_state_and_its_earlier_crashes_but_does_not_count_ours(client, make, starts):
+    for host in ("other", "host"):  # which died, and was started again under its name
+        dead = make(host=host)
+        dead.hold("0", "task-1")
+        dead.record_starts(["task-1"])
     ours = make()
     client.lpush("q", b"{}")
     claim(ours, "1", "q")
-    ours.record_starts(["task-1"])
+    for _ in range(starts):
+        ours.record_starts(["task-1"])
     ours.save_snapshot("task-1", b"state")
     ours.release("1")
     facts = ours.job_facts("task-1")
-    assert (facts.died_on, facts.snapshot) == ([], b"state")
+    assert (facts.died_on, facts.snapshot) == (["other", "host"], b"state")
 
 
 def test_a_released_suspect_keeps_its_count_of_crashes_also_when_redis_is_told_later(client, make, monkeypatch):
@@ -153,6 +159,18 @@ def test_a_job_that_starts_alone_clears_those_that_have_left_the_devices(client,
     ours.record_starts(["task-3"], alone=True)
     facts = {task_id: ours.job_facts(task_id).died_on for task_id in ("task-1", "task-2", "task-3", "task-9")}
     assert facts == {"task-1": ["other"], "task-2": [], "task-3": ["ours"], "task-9": ["other"]}
+
+
+def test_a_job_that_starts_alone_forgives_no_crash_of_the_worker_that_had_the_same_name_before(client, make):
+    dead, ours = make(host="name"), make(host="name")
+    for worker in (dead, ours):
+        for tag in "12":
+            worker.hold(tag, f"task-{tag}")
+    dead.record_starts(["task-1", "task-2"])
+    ours.record_starts(["task-1"], alone=True)
+    assert [ours.job_facts(f"task-{tag}").died_on for tag in "12"] == [["name", "name"], ["name"]]
+    ours.record_starts(["task-2"], alone=True)
+    assert [ours.job_facts(f"task-{tag}").died_on for tag in "12"] == [["name"], ["name", "name"]]
 
 
 def test_starts_name_their_hosts_and_expire(client, make):

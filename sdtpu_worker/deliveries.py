@@ -15,6 +15,7 @@ import json
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,13 +40,11 @@ class Delivery:
     Attributes:
         task_id: of its job.
         running: the pool has it.
-        recorded: Redis knows that its job is on our devices.
         suspect: its job was on devices that hung or were lost, perhaps by its fault.
     """
 
     task_id: str = ""
     running: bool = False
-    recorded: bool = False
     suspect: bool = False
 
 
@@ -78,7 +77,8 @@ class Deliveries:
     """
 
     def __init__(self, connect: Callable[[], Redis], keys: scripts.Keys, lease_s: float, host: str) -> None:
-        self._connect, self.keys, self.lease_s, self.host = connect, keys, lease_s, host
+        self._connect, self.keys, self.lease_s = connect, keys, lease_s
+        self._name = f"{host}\n{uuid.uuid4().hex}"  # a worker that is started again has its host's name, not this one
         self._lock, self._connecting = threading.Lock(), threading.Lock()
         self._client: Redis | None = None
         self._held: dict[str, Delivery] = {}
@@ -246,28 +246,12 @@ class Deliveries:
             redis.exceptions.RedisError: Redis was not reached.
         """
         with self._lock:
-            others = [
-                delivery
-                for delivery in self._held.values()
-                if alone and delivery.recorded and delivery.task_id not in task_ids
-            ]
-            for delivery in others:
-                delivery.recorded = False
-        with self.client.pipeline() as pipe:
-            for key in map(self.keys.starts, task_ids):
-                pipe.rpush(key, self.host)
-                pipe.expire(key, JOB_FACTS_EXPIRE_S)
-            for delivery in others:
-                pipe.lrem(self.keys.starts(delivery.task_id), -1, self.host)
-            pipe.execute()
-        ended = set(task_ids)
-        with self._lock:
-            for delivery in self._held.values():
-                if delivery.task_id in task_ids:
-                    delivery.recorded = True
-                    ended.discard(delivery.task_id)
-        for key in map(self.keys.starts, ended):  # Redis was slow and they quick: they ended before this was written
-            self.client.lrem(key, -1, self.host)
+            held = list(self._held.items())
+        starts = {tag: self.keys.starts(delivery.task_id) for tag, delivery in held}
+        starting = [tag for tag, delivery in held if delivery.task_id in task_ids]
+        others = [tag for tag in starts if alone and tag not in starting]
+        keys = [self.keys.held, *(starts[tag] for tag in (*starting, *others))]
+        self._eval(scripts.RECORD, keys, [self._name, JOB_FACTS_EXPIRE_S, *starting])
 
     def job_facts(self, task_id: str) -> JobFacts:
         """Return what earlier workers left of a job.
@@ -278,8 +262,9 @@ class Deliveries:
         with self.client.pipeline(transaction=False) as pipe:
             pipe.lrange(self.keys.starts(task_id), 0, -1)
             pipe.get(self.keys.snapshot(task_id))
-            hosts, snapshot = pipe.execute()
-        return JobFacts([host.decode(errors="replace") for host in hosts], snapshot)
+            names, snapshot = pipe.execute()
+        hosts = [name.decode(errors="replace").partition("\n")[0] for name in dict.fromkeys(names)]
+        return JobFacts(hosts, snapshot)
 
     def save_snapshot(self, task_id: str, data: bytes) -> None:
         """Keep a job's state for whoever gets it next.
@@ -311,11 +296,10 @@ class Deliveries:
         return Ending(scripts.ACK, (self.keys.starts(delivery.task_id), self.keys.snapshot(delivery.task_id)))
 
     def _released(self, delivery: Delivery) -> Ending:
-        is_ours = delivery.recorded and not delivery.suspect
-        return Ending(scripts.RELEASE, (self.keys.starts(delivery.task_id),) if is_ours else ())
+        return Ending(scripts.RELEASE, () if delivery.suspect else (self.keys.starts(delivery.task_id),))
 
     def _tell(self, tag: str, ending: Ending) -> None:
-        self._eval(ending.script, [self.keys.held, self.keys.leases, *ending.keys], [tag, self.host])
+        self._eval(ending.script, [self.keys.held, self.keys.leases, *ending.keys], [tag, self._name])
 
     def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         return self.client.eval(script, len(keys), *keys, *args)

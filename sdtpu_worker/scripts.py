@@ -50,7 +50,7 @@ class Keys:
         return f"{self.prefix}sdtpu:dead:counts"
 
     def starts(self, task_id: str) -> str:
-        """A list: the hosts on whose devices a job was."""
+        """A list: the processes on whose devices a job was, by host, a line feed and an id."""
         return f"{self.prefix}sdtpu:starts:{task_id}"
 
     def snapshot(self, task_id: str) -> str:
@@ -84,7 +84,7 @@ redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
 for i = 3, #KEYS do redis.call('DEL', KEYS[i]) end
 """
-"""Forget a message, with all that is kept of its job. KEYS: held, leases, those of the job. ARGV: the tag, the host."""
+"""Forget a message, with all that is kept of its job. KEYS: held, leases, those of the job. ARGV: the tag."""
 
 _GIVE_BACK = """
 local function give_back(tag, was_held)
@@ -103,11 +103,24 @@ end
 """Put a message at the front of its queue. `was_held` says what became of its holder, if it had one."""
 
 RELEASE = f"""{_GIVE_BACK}
-if give_back(ARGV[1], 'alive') and KEYS[3] then redis.call('LREM', KEYS[3], -1, ARGV[2]) end
+if give_back(ARGV[1], 'alive') and KEYS[3] then redis.call('LREM', KEYS[3], 0, ARGV[2]) end
 """
-"""Give a message back.
+"""Give a message back. KEYS: held, leases, the job's starts if ours does not count. ARGV: the tag, our name there."""
 
-KEYS: held, leases, the job's starts if the last one is ours and does not count. ARGV: the tag, the host."""
+RECORD = """
+for i = 2, #KEYS do
+    local tag = ARGV[i + 1]
+    if not tag then
+        redis.call('LREM', KEYS[i], 0, ARGV[1])
+    elseif redis.call('HEXISTS', KEYS[1], tag) == 1 then
+        redis.call('RPUSH', KEYS[i], ARGV[1])
+        redis.call('EXPIRE', KEYS[i], ARGV[2])
+    end
+end
+"""
+"""Write down which jobs are on our devices, as far as their messages are still ours, and which are not any more.
+
+KEYS: held, the starts of the first, those of the others. ARGV: our name there, its expiry in s, tags of the first."""
 
 RENEW = """
 local now, gone = redis.call('TIME'), {}

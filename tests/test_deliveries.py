@@ -49,6 +49,13 @@ def claim(deliveries: Deliveries, tag: str, *lists: str, max_bytes: int = 1000):
     return reply
 
 
+def take(client, deliveries: Deliveries, tag: str, task_id: str) -> None:
+    """Have a message of a task, claimed from a queue of its own."""
+    client.lpush("others", b"{}")
+    assert claim(deliveries, tag, "others")
+    deliveries.hold(tag, task_id)
+
+
 def places(client, deliveries: Deliveries, *lists: str) -> tuple[list[bytes], int, int]:
     """Return the waiting messages, and how many are held and leased."""
     waiting = [message for name in lists for message in client.lrange(name, 0, -1)]
@@ -104,7 +111,7 @@ def test_a_released_message_goes_to_the_front_and_bears_one_mark_however_often(c
 def test_a_released_job_keeps_its_state_and_its_earlier_crashes_but_does_not_count_ours(client, make, starts):
     for host in ("other", "host"):  # which died, and was started again under its name
         dead = make(host=host)
-        dead.hold("0", "task-1")
+        take(client, dead, f"of {host}", "task-1")
         dead.record_starts(["task-1"])
     ours = make()
     client.lpush("q", b"{}")
@@ -140,11 +147,13 @@ def test_giving_back_what_has_gone_to_another_worker_keeps_that_ones_count_of_cr
     hung.record_starts(["task-1"])
     time.sleep(0.25)
     assert alive.sweep() == 1
+    assert claim(alive, "2", "q")
     alive.hold("2", "task-1")
     alive.record_starts(["task-1"])
     hung.release("1")
+    hung.record_starts(["task-1"])
     assert alive.job_facts("task-1").died_on == ["hung", "alive"]
-    assert places(client, alive, "q") == ([b" {}"], 0, 0)
+    assert places(client, alive, "q") == ([], 1, 1)
 
 
 def test_a_job_that_starts_alone_clears_those_that_have_left_the_devices(client, make):
@@ -153,7 +162,7 @@ def test_a_job_that_starts_alone_clears_those_that_have_left_the_devices(client,
     for tag in ("1", "2", "3"):
         claim(ours, tag, "q")
     for tag, task_id in (("8", "task-1"), ("9", "task-9")):
-        other.hold(tag, task_id)
+        take(client, other, tag, task_id)
     other.record_starts(["task-1", "task-9"])
     ours.record_starts(["task-1", "task-2"])
     ours.record_starts(["task-3"], alone=True)
@@ -163,9 +172,9 @@ def test_a_job_that_starts_alone_clears_those_that_have_left_the_devices(client,
 
 def test_a_job_that_starts_alone_forgives_no_crash_of_the_worker_that_had_the_same_name_before(client, make):
     dead, ours = make(host="name"), make(host="name")
-    for worker in (dead, ours):
-        for tag in "12":
-            worker.hold(tag, f"task-{tag}")
+    for who, worker in enumerate((dead, ours)):
+        for job in "12":
+            take(client, worker, f"{who}-{job}", f"task-{job}")
     dead.record_starts(["task-1", "task-2"])
     ours.record_starts(["task-1"], alone=True)
     assert [ours.job_facts(f"task-{tag}").died_on for tag in "12"] == [["name", "name"], ["name"]]
@@ -174,12 +183,13 @@ def test_a_job_that_starts_alone_forgives_no_crash_of_the_worker_that_had_the_sa
 
 
 def test_starts_name_their_hosts_and_expire(client, make):
-    for host in ("a", "b", "a"):
+    for i, host in enumerate(("a", "b", "a")):
         theirs = make(host=host)
-        theirs.hold("1", "job")
-        theirs.hold("2", "other")
-        theirs.record_starts(["job", "other"])
-    assert make().job_facts("job").died_on == ["a", "b", "a"]
+        take(client, theirs, f"{i}-1", "job")
+        take(client, theirs, f"{i}-2", "other")
+        for _ in range(2):
+            theirs.record_starts(["job", "other"])
+    assert make().job_facts("job").died_on == ["a", "b", "a"], "each died once"
     assert 0 < client.ttl("sdtpu:starts:job") <= 24 * 3600
 
 

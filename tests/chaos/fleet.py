@@ -186,5 +186,16 @@ def keys_left(client: Any) -> list[str]:
     return sorted(key for key in keys if not key.startswith(passing) and not _says_that_a_chord_is_done(key))
 
 
+def wait_until_no_key_is_left(client: Any, timeout_s: float = 20) -> None:
+    """Wait until no job has anything in Redis; errors of Redis count as not yet."""
+    deadline = time.monotonic() + timeout_s
+    left: Any = "unknown"
+    while left:
+        assert time.monotonic() < deadline, left
+        with contextlib.suppress(redis.RedisError):
+            left = keys_left(client)
+        time.sleep(0.05)
+
+
 def _says_that_a_chord_is_done(key: str) -> bool:
     return key.startswith("celery-taskset-meta-") and key.endswith(".c")

@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from tests.chaos.fleet import WorkerProcess, keys_left
+from tests.chaos.fleet import WorkerProcess, keys_left, wait_until_no_key_is_left
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,8 @@ def pool_stats(app: Any, timeout_s: float = 20) -> dict[str, Any]:
 
 def assert_nothing_left(app: Any, client: redis.Redis, timeout_s: float = 10) -> None:
     """Assert that no job has left anything in Redis or in the worker."""
+    wait_until_no_key_is_left(client, timeout_s)
     deadline = time.monotonic() + timeout_s
-    while (left := keys_left(client)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert left == []
     while (held := pool_stats(app)["deliveries"]["held"]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert held == 0

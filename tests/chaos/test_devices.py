@@ -17,7 +17,7 @@ import pytest
 from sdtpu_worker.demo.processes import free_port
 from sdtpu_worker.health_http import ask_health
 from sdtpu_worker.worker import EX_ENGINE_LOST
-from tests.chaos.fleet import Fleet, Ledger, client_app, keys_left
+from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
 from tests.chaos.servers import RedisServer, wait_until
 
 pytestmark = [pytest.mark.slow]
@@ -68,7 +68,7 @@ def test_the_jobs_of_a_hung_device_are_done_by_another_worker_and_its_own_ends_i
     began = time.monotonic()
     code = hung.stop(20)
     stopped_s = time.monotonic() - began
-    wait_until(lambda: not keys_left(client), "no key of a job to be left")
+    wait_until_no_key_is_left(client)
     assert "the devices make no progress" in hung.text()
     assert stopped_s < 12
     print(
@@ -90,7 +90,7 @@ def test_a_worker_that_loses_its_devices_exits_with_75_and_the_next_one_does_all
     ledger.wait(30)
     assert not ledger.errors
     assert not ledger.wrong_pictures()
-    wait_until(lambda: not keys_left(client), "no key of a job to be left")
+    wait_until_no_key_is_left(client)
     print(
         f"\nlost devices: the worker exits with {EX_ENGINE_LOST} after {ended_s:.1f} s, the next one does all 10 jobs"
     )

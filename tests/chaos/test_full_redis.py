@@ -13,7 +13,7 @@ import pytest
 
 from sdtpu_worker import generate
 from sdtpu_worker.errors import BrokerUnavailable, StorageError
-from tests.chaos.fleet import Fleet, Ledger, client_app, keys_left
+from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
 from tests.chaos.proxies import FlakyProxy
 from tests.chaos.servers import RedisServer, wait_until
 
@@ -57,7 +57,7 @@ def test_a_full_redis_takes_no_job_and_no_picture_and_all_goes_on_when_there_is_
         done_while_full = len(ledger.results) - len(early)
         admin.config_set("maxmemory", 0)
         ledger.wait(60)
-        wait_until(lambda: not keys_left(admin), "no keys left", 3 * LEASE_S)
+        wait_until_no_key_is_left(admin, 3 * LEASE_S)
         assert not ledger.wrong_pictures()
         assert ledger.errors.keys() == without_room
         late = [ledger.add(seed, 5) for seed in range(4)]

@@ -17,7 +17,7 @@ from random import Random
 
 import pytest
 
-from tests.chaos.fleet import Fleet, Ledger, client_app, keys_left
+from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
 from tests.chaos.servers import RedisServer, wait_until
 from tests.chaos.witness import Witness
 
@@ -57,7 +57,7 @@ def test_killed_workers_lose_no_job_and_no_result_is_seen_twice(long, tmp_path):
                 killed += 1
         producer.join()
         wait_until(lambda: len(witness.ends) == jobs, "all jobs to end", 300)
-        wait_until(lambda: not keys_left(client), "no key of a job to be left")
+        wait_until_no_key_is_left(client)
         ended_s = time.monotonic() - began
         assert ledger.collect() == 0
         assert not ledger.errors

@@ -20,7 +20,7 @@ import redis
 
 from sdtpu_worker import DeliveryLimitExceeded, GenerationFailed
 from sdtpu_worker.worker import EX_ENGINE_LOST
-from tests.chaos.fleet import Fleet, Ledger, client_app, keys_left
+from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
 from tests.chaos.servers import RedisServer, wait_until
 
 pytestmark = [pytest.mark.slow]
@@ -64,7 +64,7 @@ class Jobs:
     def only_error(self, timeout_s: float, meanwhile: Callable[[], None] = lambda: None) -> Exception:
         """Wait for all; return what the bad one failed with, when all others are done and nothing is left of any."""
         self.ledger.wait(timeout_s, meanwhile)
-        wait_until(lambda: not keys_left(self._client), "no key of a job to be left")
+        wait_until_no_key_is_left(self._client)
         error = self.ledger.errors.pop(self._bad)
         assert not self.ledger.errors
         assert len(self.ledger.results) == JOBS - 1

@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from sdtpu_worker.demo.processes import free_port
 from sdtpu_worker.errors import BrokerUnavailable
 from sdtpu_worker.health import WorkerHealth
-from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, keys_left
+from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, wait_until_no_key_is_left
 from tests.chaos.health_log import HealthLog
 from tests.chaos.proxies import FlakyProxy
 from tests.chaos.servers import RedisServer, wait_until
@@ -100,7 +100,7 @@ class Stage:
         self.ledger.wait(90)
         ids = list(self.ledger.jobs)[begun:]
         with contextlib.closing(self.server.client()) as client:
-            wait_until(lambda: not keys_left(client), "no keys left", 3 * LEASE_S)
+            wait_until_no_key_is_left(client, 3 * LEASE_S)
         needed = sum(self.ledger.jobs[task_id][2] for task_id in ids)
         repeated = self.job_steps() - steps_before - needed
         print(

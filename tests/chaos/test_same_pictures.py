@@ -19,7 +19,7 @@ import pytest
 
 from sdtpu_worker.demo.processes import wait_for_line
 from sdtpu_worker.storage import read_image_bytes
-from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, keys_left
+from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, wait_until_no_key_is_left
 from tests.chaos.servers import RedisServer, wait_until
 from tests.chaos.witness import Witness
 from tests.conftest import XLA_CACHE
@@ -101,7 +101,7 @@ def test_pictures_whose_workers_were_killed_are_the_same_bytes(studio, long):
             studio.workers[victim] = studio.launch()
         ledger.wait(300)
         ended_s = time.monotonic() - began
-        wait_until(lambda: not keys_left(client), "no key of a job to be left")
+        wait_until_no_key_is_left(client)
         assert not witness.changed()
         assert not witness.different_images()
     found = pictures(ledger)
@@ -125,7 +125,7 @@ def test_pictures_that_were_handed_over_in_mid_denoise_are_the_same_bytes(studio
         assert first.stop() == 0
         ledger.wait(120)
         assert second.stop() == 0
-        wait_until(lambda: not keys_left(client), "no key of a job to be left")
+        wait_until_no_key_is_left(client)
     handed_over = first.loop_stats()["handed_over"]
     assert handed_over >= 1
     found = pictures(ledger)

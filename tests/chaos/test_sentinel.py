@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sdtpu_worker import generate
 from sdtpu_worker.errors import BrokerUnavailable
-from tests.chaos.fleet import Fleet, Ledger, client_app, keys_left
+from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
 from tests.chaos.sentinel import SentinelCluster
 from tests.chaos.servers import wait_until
 
@@ -65,7 +65,7 @@ def test_workers_follow_a_failover_and_leases_work_after_it(tmp_path: Path, long
         dead_at = time.monotonic()
         second = fleet.launch("second")
         ledger.wait(60)
-        wait_until(lambda: not keys_left(client), "no keys left", 3 * LEASE_S)
+        wait_until_no_key_is_left(client, 3 * LEASE_S)
         taken_over_s = time.monotonic() - dead_at
         assert not ledger.errors
         assert not ledger.wrong_pictures()

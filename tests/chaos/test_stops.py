@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, keys_left
+from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, wait_until_no_key_is_left
 from tests.chaos.servers import RedisServer, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -84,7 +84,7 @@ def test_rolling_stops_lose_no_job_and_repeat_next_to_no_step(fleet, client, lon
     assert holder.stop() == 0
     assert not ledger.errors
     assert not ledger.wrong_pictures()
-    wait_until(lambda: not keys_left(client), "no key of a job to be left")
+    wait_until_no_key_is_left(client)
     repeated = steps_done(fleet) / (jobs * steps) - 1
     handed_over = sum(worker.loop_stats()["handed_over"] for worker in fleet.workers)
     assert stopped >= 3

@@ -172,14 +172,14 @@ class Mix:
             self.kinds[job.id] = "part"
 
 
-def use_every_thread(app: Any) -> None:
+def use_every_thread(app: Any, client: redis.Redis) -> None:
     """Have the worker hold as many jobs as it can: two batches, and one of urgent ones beyond its prefetch limit."""
     ledger, slots = Ledger(), pool_stats(app)["slots"]
     for i in range(2 * slots):
-        ledger.add(i, 100, priority=9)
-    wait_until(lambda: pool_stats(app)["deliveries"]["held"] == 2 * slots, "two batches to be taken")
+        ledger.add(i, 200, priority=9)
+    wait_until(lambda: client.hlen("sdtpu:unacked") >= 2 * slots, "two batches to be taken")
     for i in range(slots):
-        ledger.add(i, 100, priority=0)
+        ledger.add(i, 50, priority=0)
     ledger.wait(60)
 
 
@@ -194,7 +194,7 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
     worker, app, client = start(**settings, **KEEP_NOTHING)
     warm_s, load_s, drop_s, rate = (60, 540, 60, 8) if long else (4, 10, 5, 10)
     mix, samples, drops = Mix(app, SEED), list[tuple[float, int]](), 0
-    use_every_thread(app)
+    use_every_thread(app, client)
     before = footprint(worker, client)
     started = time.monotonic()
     drop_at = started + drop_s
@@ -214,7 +214,7 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
         mix.revoke_due()
         time.sleep(0.05)
     mix.ledger.wait(120)
-    use_every_thread(app)
+    use_every_thread(app, client)
     after = settled(worker, client, before, 5)
     slope, grown_kib = slope_per_minute(samples), samples[-1][1] - samples[0][1]
     loop = pool_stats(app)["loop"]

@@ -58,9 +58,9 @@ def steps_done(fleet: Fleet) -> int:
     return sum(worker.loop_stats()["job_steps"] for worker in fleet.workers)
 
 
-def wait_for_slots(client: Any) -> None:
-    """Wait until the worker has its slots full, and some time more."""
-    wait_until(lambda: len(client.keys("sdtpu:starts:*")) >= SLOTS, "jobs to have slots")
+def wait_for_slots(client: Any, count: int = SLOTS) -> None:
+    """Wait until so many jobs have slots, by default in all that there are, and some time more."""
+    wait_until(lambda: len(client.keys("sdtpu:starts:*")) >= count, "jobs to have slots")
     time.sleep(0.5)
 
 
@@ -139,6 +139,7 @@ def test_celerys_soft_shutdown_is_the_time_that_it_says(fleet, client, number, e
     soft = ("--", "worker_soft_shutdown_timeout=3.0")
     first = fleet.start("first", *soft, SDTPU_GRACE_S="600", **environment)
     short = [ledger.add(seed, 100) for seed in range(2)]
+    wait_for_slots(client, len(short))
     ids = [ledger.add(seed, STEPS) for seed in range(2, 6)]
     wait_for_slots(client)
     began = time.monotonic()

@@ -31,6 +31,7 @@ _HAND_OVER_SHARE, _HAND_OVER_S = 0.3, 2.0
 """How much of the grace period is kept for writing states to Redis: a share, and at most so many seconds."""
 _STORE_S = 10.0
 """How long jobs that left the devices may take to encode, store and end."""
+_GC_THRESHOLD = gc.get_threshold()
 
 
 class DeviceApplyResult(ApplyResult):
@@ -157,6 +158,7 @@ class DevicePool(TaskPool):
         worker_shutting_down.disconnect(self._on_shutdown_signal)
         stop_serving()
         gc.unfreeze()
+        gc.set_threshold(*_GC_THRESHOLD)
         if self._worker is not None:
             self._worker.stop(is_stuck=late)
 
@@ -245,11 +247,14 @@ class DevicePool(TaskPool):
 def _keep_out_of_garbage_collection() -> None:
     """Let the collector never look again at what start-up made: with JAX it would stop the world for 0.2 s each time.
 
-    The second collection has it take note of how little is left, so that a job's garbage goes soon.
+    The second collection has it take note of how little is left. Looking at that is cheap, so it does so five times as
+    often as Python would: the memory of a job that failed, with all of its traceback, is free soon.
     """
     gc.collect()
     gc.freeze()
     gc.collect()
+    young, middle, _ = _GC_THRESHOLD
+    gc.set_threshold(young, middle, 2)
 
 
 def _stop_worker() -> None:

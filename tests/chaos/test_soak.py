@@ -189,6 +189,17 @@ def slope_per_minute(samples: list[tuple[float, int]]) -> float:
     return 60 * float(np.polyfit(at - at[0], values, 1)[0])
 
 
+def growth_of_most_minutes(samples: list[tuple[float, int]]) -> float:
+    """Return the median growth from one minute to the next: a leak is in all of them.
+
+    Python takes memory by the MiB, now and then, as the most garbage that there ever was grows more and more slowly.
+    """
+    minutes: dict[int, list[int]] = {}
+    for at, kib in samples:
+        minutes.setdefault(int((at - samples[0][0]) // 60), []).append(kib)
+    return float(np.median(np.diff([np.median(each) for each in minutes.values()])))
+
+
 def test_mixed_load_leaves_nothing_behind(start, long, capsys):
     settings = {"SDTPU_CPU_DEVICES": "4", "SDTPU_SLOTS_PER_DEVICE": "2", "SDTPU_FAKE_STEP_MS": "10"}
     worker, app, client = start(**settings, **KEEP_NOTHING)
@@ -223,10 +234,10 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
     assert_as_before(before, after, slots=8)
     assert loop["retried"]
     assert_nothing_left(app, client)
-    assert grown_kib < 8_192
+    assert grown_kib < (4_096 if long else 8_192)
     if long:
         assert loop["preemptions"]
-        assert slope < 100
+        assert growth_of_most_minutes(samples) < 100
     ends = Counter(type(error).__name__ for error in mix.ledger.errors.values())
     with capsys.disabled():
         print(
@@ -234,6 +245,7 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
             f" ({len(mix.ledger.results):,} pictures, all right; {dict(ends)}, {mix.refused} refused),"
             f" {drops} dropped connections,"
             f" {loop['preemptions']} preemptions, {loop['failures']} failed programs: memory {slope:+.0f} KiB a minute"
+            f" in all, {growth_of_most_minutes(samples) if long else 0:+.0f} in most"
             f" ({before.memory_kib:,} to {after.memory_kib:,} KiB), {difference(before, after)}"
         )
 

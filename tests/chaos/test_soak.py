@@ -238,6 +238,7 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
     assert grown_kib < (4_096 if long else 8_192)
     if long:
         assert loop["preemptions"]
+        assert slope < 200
         assert growth_of_most_minutes(samples) < 200
     ends = Counter(type(error).__name__ for error in mix.ledger.errors.values())
     with capsys.disabled():

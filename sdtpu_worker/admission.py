@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from sdtpu_worker.broker import plain_client
 from sdtpu_worker.config import read_setting
 from sdtpu_worker.errors import DeadlineUnreachable, QueueFull
-from sdtpu_worker.load import WorkerLoad, estimated_start_s, living_loads, load_key, plain_client
+from sdtpu_worker.load import WorkerLoad, estimated_start_s, living_loads, load_key
 from sdtpu_worker.request import GenerationRequest
 from sdtpu_worker.tenants import shard_queues
 

@@ -1,4 +1,4 @@
-"""The broker as a client meets it: how long to wait for it, and what to say when it takes no job."""
+"""The broker as a client meets it: its keys, how long to wait for it, what to say when it takes no job."""
 
 from __future__ import annotations
 
@@ -93,6 +93,14 @@ def unavailable(app: Celery, exc: BaseException, at_backend: bool = False) -> Br
         f"the job was not enqueued: {where} at {without_password(urls or 'redis://localhost:6379/0')} {state} ({text});"
         f" {remedy}"
     )
+
+
+def plain_client(client: Any) -> tuple[Any, str]:
+    """Return a client that does not touch keys, and the prefix for them: kombu's prefixes some commands only."""
+    from redis import Redis
+
+    prefix = getattr(client, "global_keyprefix", "")
+    return (Redis(connection_pool=client.connection_pool), prefix) if prefix else (client, "")
 
 
 def without_password(urls: Any) -> str:

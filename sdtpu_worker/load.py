@@ -140,14 +140,6 @@ def estimated_start_s(loads: Iterable[WorkerLoad], ahead: int, priority: int, ha
     return start_s
 
 
-def plain_client(client: Any) -> tuple[Any, str]:
-    """Return a client that does not touch keys, and the prefix for them: kombu's prefixes some commands only."""
-    from redis import Redis
-
-    prefix = getattr(client, "global_keyprefix", "")
-    return (Redis(connection_pool=client.connection_pool), prefix) if prefix else (client, "")
-
-
 def load_key(queue: str) -> str:
     """Return the key of the hash of a queue's reports, by host."""
     return _KEY_PREFIX + queue

@@ -14,8 +14,8 @@ from typing import Any
 from celery import bootsteps
 from kombu.transport.redis import Channel
 
+from sdtpu_worker.broker import plain_client
 from sdtpu_worker.config import read_setting
-from sdtpu_worker.load import plain_client
 
 logger = logging.getLogger(__name__)
 

@@ -58,14 +58,16 @@ class Quarantine:
             now: the time.
             others: there are jobs outside the quarantine.
         """
-        if not self._running and self._since is not None:
+        if self._running:
+            return Admission(frozenset(self._running), others=False)
+        if self._since is not None:
             self._others_until, self._since = now + (now - self._since), None
-        if not self._running and others and now < self._others_until:
+        if not self._groups or (others and now < self._others_until):
             return Admission(frozenset(chain.from_iterable(self._groups)))
-        if not self._running and self._groups and idle:
+        if idle:
             self._running, self._since = self._groups.popleft(), now
             self._runs_alone = len(self._running) == 1
-        return Admission(frozenset(self._running), others=not self._running and not self._groups)
+        return Admission(frozenset(self._running), others=False)
 
     def failed(self, suspects: Sequence[str]) -> str | None:
         """Take in that a device program failed.

@@ -18,9 +18,10 @@ import redis
 from celery import Celery
 
 from sdtpu_worker import generate, install
-from sdtpu_worker.demo.processes import running, wait_for_line, worker_command, worker_env
+from sdtpu_worker.demo.processes import StartFailed, running, wait_for_line, worker_command, worker_env
 from sdtpu_worker.storage import read_image_bytes
 from tests.chaos.pictures import expected_count, shown_count
+from tests.chaos.servers import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 FAKE_APP = "tests.chaos.fake_worker"
@@ -187,14 +188,11 @@ def keys_left(client: Any) -> list[str]:
 
 
 def wait_until_no_key_is_left(client: Any, timeout_s: float = 20) -> None:
-    """Wait until no job has anything in Redis; errors of Redis count as not yet."""
-    deadline = time.monotonic() + timeout_s
-    left: Any = "unknown"
-    while left:
-        assert time.monotonic() < deadline, left
-        with contextlib.suppress(redis.RedisError):
-            left = keys_left(client)
-        time.sleep(0.05)
+    """Wait until no job has anything in Redis; say what it is that stays."""
+    try:
+        wait_until(lambda: not keys_left(client), "no key of a job to be left", timeout_s)
+    except StartFailed as exc:
+        raise AssertionError(keys_left(client)) from exc
 
 
 def _says_that_a_chord_is_done(key: str) -> bool:

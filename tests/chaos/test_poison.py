@@ -38,7 +38,7 @@ JOBS = 100
 
 @pytest.fixture
 def jobs(tmp_path):
-    """Yield a function that enqueues jobs with a bad one in their midst, and the fleet that will do them."""
+    """Yield the jobs, and the fleet that will do them."""
     with (
         RedisServer() as server,
         contextlib.closing(server.client()) as client,
@@ -58,8 +58,8 @@ class Jobs:
         """Enqueue them; `prompt` is that of the bad one."""
         random = Random(seed)
         at = random.randrange(JOBS // 4, JOBS // 2)
-        prompts = [prompt if seed == at else "x" for seed in range(JOBS)]
-        self._bad = [self.ledger.add(seed, random.randint(10, 60), each) for seed, each in enumerate(prompts)][at]
+        ids = [self.ledger.add(i, random.randint(10, 60), prompt if i == at else "x") for i in range(JOBS)]
+        self._bad = ids[at]
 
     def only_error(self, timeout_s: float, meanwhile: Callable[[], None] = lambda: None) -> Exception:
         """Wait for all; return what the bad one failed with, when all others are done and nothing is left of any."""

@@ -14,7 +14,7 @@ from celery import Celery
 from benchmarks.fixed_policy import BATCHES_HELD, FixedBatches
 from sdtpu_worker import install
 from sdtpu_worker.config import DEFAULT_QUEUE
-from sdtpu_worker.pool import DevicePool
+from sdtpu_worker.worker.pool import DevicePool
 
 
 class BucketedPool(DevicePool):

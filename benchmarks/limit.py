@@ -35,15 +35,15 @@ from pathlib import Path
 from benchmarks.serving_constant_speed import hold_speed
 from sdtpu_worker import GenerationRequest, install
 from sdtpu_worker.aggregator.costs import Cost
-from sdtpu_worker.aggregator.loop import DeviceLoop
 from sdtpu_worker.aggregator.plan import Phase, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
-from sdtpu_worker.demo.processes import private_redis, running, wait_for_line, worker_command, worker_env
+from sdtpu_worker.device_loop.loop import DeviceLoop
 from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine, choose_dtype
+from sdtpu_worker.diffusion.engine_io import PreparedJob
 from sdtpu_worker.diffusion.sharding import find_devices
-from sdtpu_worker.diffusion.ticks import PreparedJob
+from sdtpu_worker.testing.processes import private_redis, running, wait_for_line, worker_command, worker_env
 
 MIXES = {"all 30 steps": (30,), "10, 20, 30, 50 steps mixed": (10, 20, 30, 50)}
 BARE_TICKS_S = (0.1, 0.2, 0.4, 0.8)

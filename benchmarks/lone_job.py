@@ -18,7 +18,7 @@ from pathlib import Path
 from celery import Celery
 
 from sdtpu_worker import generate, install
-from sdtpu_worker.demo.processes import private_redis, running, wait_for_line, worker_command, worker_env
+from sdtpu_worker.testing.processes import private_redis, running, wait_for_line, worker_command, worker_env
 
 
 def main() -> None:

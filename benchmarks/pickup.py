@@ -20,10 +20,10 @@ import redis
 from kombu import Connection, Consumer, Queue
 from kombu.asynchronous import Hub, set_event_loop
 
-from sdtpu_worker import transport
-from sdtpu_worker.deliveries import Deliveries
-from sdtpu_worker.demo.processes import private_redis
-from sdtpu_worker.scripts import Keys
+from sdtpu_worker.delivery import transport
+from sdtpu_worker.delivery.deliveries import Deliveries
+from sdtpu_worker.delivery.scripts import Keys
+from sdtpu_worker.testing.processes import private_redis
 
 SEND = """
 import sys, time

@@ -47,7 +47,7 @@ from benchmarks.serving_load import MIXES, draw_arrivals
 from benchmarks.serving_report import write_report
 from benchmarks.serving_run import Run, measure
 from benchmarks.serving_systems import ROOT, SAME_VERSIONS, SYSTEMS, Environment, Worker, make_peers_python
-from sdtpu_worker.demo.processes import StartFailed
+from sdtpu_worker.testing.processes import StartFailed
 
 GUESSED_LIMIT = 10.0
 """Images per second, to say how long it will take before anything is measured."""

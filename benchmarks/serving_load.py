@@ -19,7 +19,7 @@ from typing import Any
 
 from celery import Celery
 
-from sdtpu_worker.demo.scenes import every_scene
+from tools.embedded_checkpoint.scenes import every_scene
 
 MIXES = {"equal": (30,), "mixed": (10, 20, 30, 50)}
 """Step counts, each as frequent as the others."""

@@ -18,7 +18,7 @@ from celery import Celery
 
 import sdtpu_worker
 from benchmarks.serving_load import MIXES, Arrival, Message
-from sdtpu_worker.demo.processes import StartFailed, private_redis, running, worker_env
+from sdtpu_worker.testing.processes import StartFailed, private_redis, running, worker_env
 
 DEVICES = 8
 INSERT_STEPS, DECODE_STEPS = 0.1, 1.6
@@ -26,7 +26,7 @@ INSERT_STEPS, DECODE_STEPS = 0.1, 1.6
 START_TIMEOUT_S = 300.0
 ROOT = Path(__file__).parent.parent
 PEERS = Path(__file__).parent / "peers"
-CHECKPOINT = Path(sdtpu_worker.__file__).parent / "demo" / "checkpoint"
+CHECKPOINT = Path(sdtpu_worker.__file__).parent / "checkpoint"
 SAME_VERSIONS = ("jax", "jaxlib", "flax", "diffusers", "transformers", "numpy", "pillow", "redis")
 """What the peers' environment has in the versions of this one."""
 

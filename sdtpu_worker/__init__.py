@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sdtpu_worker.client.task import generate
+    from sdtpu_worker.contract.request import GenerationRequest
+    from sdtpu_worker.contract.result import GenerationResult
     from sdtpu_worker.errors import (
         BrokerUnavailable,
         ConfigurationError,
@@ -27,20 +30,17 @@ if TYPE_CHECKING:
         SdtpuError,
         StorageError,
     )
-    from sdtpu_worker.images import image_grid
+    from sdtpu_worker.images.encode import image_grid
+    from sdtpu_worker.images.store import open_image
     from sdtpu_worker.plugin import install
-    from sdtpu_worker.request import GenerationRequest
-    from sdtpu_worker.result import GenerationResult
-    from sdtpu_worker.storage import open_image
-    from sdtpu_worker.task import generate
 
 _HOMES = {
-    "generate": "task",
+    "generate": "client.task",
     "install": "plugin",
-    "open_image": "storage",
-    "image_grid": "images",
-    "GenerationRequest": "request",
-    "GenerationResult": "result",
+    "open_image": "images.store",
+    "image_grid": "images.encode",
+    "GenerationRequest": "contract.request",
+    "GenerationResult": "contract.result",
     "BrokerUnavailable": "errors",
     "SdtpuError": "errors",
     "InvalidRequest": "errors",

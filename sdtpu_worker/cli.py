@@ -49,7 +49,7 @@ def settings() -> None:
 def health(ready: bool, address: str | None) -> None:
     """Ask the worker on this machine how it is: one check a line, exit code 0 or 1."""
     from sdtpu_worker.config import SETTINGS
-    from sdtpu_worker.health_http import ask_health
+    from sdtpu_worker.operations.health_http import ask_health
 
     if not address:
         raise click.ClickException(

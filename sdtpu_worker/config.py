@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdtpu_worker.contract.request import MAX_SIDE, SIDE_MULTIPLE
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.request import MAX_SIDE, SIDE_MULTIPLE
 
 DEFAULT_QUEUE = "sdtpu"
 

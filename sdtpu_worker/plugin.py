@@ -11,10 +11,10 @@ from celery import Celery, _state, bootsteps, signals
 from celery.concurrency import get_implementation
 
 from sdtpu_worker.config import read_config, read_setting
+from sdtpu_worker.contract.queues import shard_queues
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.logs import install_prompt_guard
-from sdtpu_worker.remote_control import guard
-from sdtpu_worker.tenants import shard_queues
+from sdtpu_worker.operations.prompt_guard import install_prompt_guard
+from sdtpu_worker.worker.remote_control import guard
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,11 @@ def install(app: Celery) -> Celery:
     ordinary one. Unless there is a default app already, this one becomes it, so that `generate.delay` finds it from
     every thread of a web server. Returns the app.
     """
-    import sdtpu_worker.task  # noqa: F401  registers the shared task
+    import sdtpu_worker.client.task  # noqa: F401  registers the shared task
 
     set_defaults(app, _DEFAULTS)
     app.steps["worker"].add(DeviceWorkerStep)
-    app.steps["consumer"].add("sdtpu_worker.prefetch:UrgentPrefetchStep")
+    app.steps["consumer"].add("sdtpu_worker.worker.urgent:UrgentPrefetchStep")
     app.steps["consumer"].add(DeliveryStep)
     signals.worker_init.connect(_leave_other_workers_alone, dispatch_uid="sdtpu_worker")
     if _state.default_app is None:
@@ -103,7 +103,7 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
 
     def _configure(self, worker: Any) -> None:
         """Make an ordinary worker a device worker: its queues, its transport, what it logs."""
-        from sdtpu_worker.worker import DeviceWorker, set_current
+        from sdtpu_worker.worker.services import DeviceWorker, set_current
 
         app = worker.app
         try:
@@ -152,7 +152,7 @@ class DeliveryStep(bootsteps.StartStopStep):
 
 
 def _worker() -> Any:
-    from sdtpu_worker.worker import current
+    from sdtpu_worker.worker.services import current
 
     return current()
 
@@ -161,7 +161,7 @@ def _is_device_pool(pool: Any) -> bool:
     """Whether a pool, a class or its path, is `DevicePool` or made of it; does not import it to find out."""
     if isinstance(pool, str):
         return pool == POOL
-    return any(f"{base.__module__}:{base.__qualname__}" == POOL for base in pool.__mro__)
+    return getattr(pool, "holds_devices", False)
 
 
 def _refuse(reason: str) -> None:

@@ -51,7 +51,7 @@ def engine(shipped):
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give the folder of a tiny epsilon checkpoint of random weights, 8 x 8 pixels, PNDM by default."""
-    from tests.checkpoints import make_random_checkpoint
+    from tests.device.checkpoints import make_random_checkpoint
 
     return make_random_checkpoint(tmp_path_factory.mktemp("random") / "checkpoint")
 
@@ -59,7 +59,7 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
     """Run a private Redis for the session."""
-    from sdtpu_worker.demo.processes import private_redis
+    from sdtpu_worker.testing.processes import private_redis
 
     with private_redis() as url:
         yield url

@@ -1,1 +1,1 @@
-"""Who runs when: the pure policy (`plan`) and the thread that executes it on the engine (`loop`)."""
+"""Who runs when, and what a plan is. Pure: no clock, no threads, no arrays."""

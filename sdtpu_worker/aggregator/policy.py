@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.jobs import EVERYBODY, Admission, Overdue, QueuedJob, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
-from sdtpu_worker.aggregator.tick import Slots, TickMaker
+from sdtpu_worker.aggregator.plan_builder import Slots, TickMaker
 
 
 @dataclass

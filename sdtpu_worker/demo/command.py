@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from sdtpu_worker.demo.processes import (
+from sdtpu_worker.testing.processes import (
     StartFailed,
     private_redis,
     running,
@@ -151,7 +151,7 @@ def labelled_grid(images: Sequence[Any], labels: Sequence[str], columns: int = 6
     """Return a contact sheet: each image, enlarged to `side` pixels, with its label below."""
     from PIL import Image, ImageDraw, ImageFont
 
-    from sdtpu_worker.images import image_grid
+    from sdtpu_worker.images.encode import image_grid
 
     cells, font = [], ImageFont.load_default(11)
     for image, label in zip(images, labels, strict=True):

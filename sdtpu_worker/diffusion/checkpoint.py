@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sdtpu_worker.diffusion.weights import Params, find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
 
 EMBEDDED = "embedded"
-_EMBEDDED_FOLDER = Path(__file__).parent.parent / "demo" / "checkpoint"
+_EMBEDDED_FOLDER = Path(str(resources.files("sdtpu_worker"))) / "checkpoint"
 _FILES = ["*.json", "*/*.json", "tokenizer/*.txt"]
 # One format after the other, until every part has its weights: a hub often has the same weights in several.
 _WEIGHTS = (["*/*.msgpack"], ["*/*model.safetensors", "*/*model-*-of-*.safetensors"], ["*/*fp16*.safetensors"])

@@ -21,9 +21,11 @@ from flax.errors import FlaxError
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Place, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
-from sdtpu_worker.diffusion import warmup
+from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.diffusion import calibration as warmup
 from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
+from sdtpu_worker.diffusion.engine_io import DecodedImage, PreparedJob, Tick, by_device
 from sdtpu_worker.diffusion.programs import (
     NOTHING,
     Geometry,
@@ -38,9 +40,7 @@ from sdtpu_worker.diffusion.programs import (
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of
-from sdtpu_worker.diffusion.ticks import DecodedImage, PreparedJob, Tick, by_device
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidCheckpoint, InvalidRequest
-from sdtpu_worker.request import GenerationRequest
 
 _SAFETY, _SNAPSHOT, _RESTORE, _PREVIEW = "safety check", "snapshot", "restore", "preview"
 

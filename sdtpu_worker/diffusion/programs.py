@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from sdtpu_worker.aggregator.plan import phases_per_tick
+from sdtpu_worker.contract.request import MAX_STEPS
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.sharding import AXIS, REPLICATED, SHARDED
-from sdtpu_worker.request import MAX_STEPS
 
 NOTHING = -1
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from sdtpu_worker.contract.request import MAX_STEPS, SAMPLER_NAMES
 from sdtpu_worker.errors import InvalidCheckpoint, InvalidRequest
-from sdtpu_worker.request import MAX_STEPS, SAMPLER_NAMES
 
 COLUMNS = ("t", "c_in", "p", "q", "a", "b", "c", "d", "e", "push")
 PREDICTION_TYPES = ("epsilon", "v_prediction")

@@ -26,9 +26,9 @@ from typing import Any
 
 from celery.backends.redis import RedisBackend
 
-from sdtpu_worker.deliveries import Deliveries
-from sdtpu_worker.request import GenerationRequest
-from sdtpu_worker.storage import ImageStore
+from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.delivery.deliveries import Deliveries
+from sdtpu_worker.images.store import ImageStore
 from tests.chaos import fake_worker
 from tests.chaos.fake_worker import FakeDevicePool, PictureEngine, PictureJob, app
 

@@ -29,11 +29,11 @@ import numpy as np
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.app import app
 from sdtpu_worker.config import Config
-from sdtpu_worker.pool import DevicePool
-from sdtpu_worker.request import GenerationRequest
-from sdtpu_worker.serving import Hooks, Serving, serve
-from sdtpu_worker.storage import ImageStore
-from sdtpu_worker.testing import FakeEngine, FakeJob, FakeSnapshot
+from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.images.store import ImageStore
+from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob, FakeSnapshot
+from sdtpu_worker.worker.pool import DevicePool
+from sdtpu_worker.worker.serving import Hooks, Serving, serve
 from tests.chaos.pictures import LANE, expected_count, picture
 
 __all__ = ["app"]

@@ -18,8 +18,8 @@ import redis
 from celery import Celery
 
 from sdtpu_worker import generate, install
-from sdtpu_worker.demo.processes import StartFailed, running, wait_for_line, worker_command, worker_env
-from sdtpu_worker.storage import read_image_bytes
+from sdtpu_worker.images.store import read_image_bytes
+from sdtpu_worker.testing.processes import StartFailed, running, wait_for_line, worker_command, worker_env
 from tests.chaos.pictures import expected_count, shown_count
 from tests.chaos.servers import wait_until
 

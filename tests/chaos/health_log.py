@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from sdtpu_worker.health_http import ask_health
+from sdtpu_worker.operations.health_http import ask_health
 
 
 class Sample(NamedTuple):

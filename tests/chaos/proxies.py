@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sdtpu_worker.demo.processes import StartFailed
+from sdtpu_worker.testing.processes import StartFailed
 from tests.chaos.servers import steady_port
 
 

@@ -9,7 +9,7 @@ import redis
 from redis.exceptions import RedisError
 from redis.sentinel import Sentinel
 
-from sdtpu_worker.demo.processes import StartFailed
+from sdtpu_worker.testing.processes import StartFailed
 from tests.chaos.servers import Options, RedisServer, wait_until
 
 

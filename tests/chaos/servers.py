@@ -17,7 +17,7 @@ from typing import Any
 import redis
 from redis.exceptions import RedisError
 
-from sdtpu_worker.demo.processes import StartFailed, find_redis_server, running
+from sdtpu_worker.testing.processes import StartFailed, find_redis_server, running
 
 Options = Mapping[str, str | list[str]]
 

@@ -16,8 +16,8 @@ import redis
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
 
 from sdtpu_worker import generate
-from sdtpu_worker.demo.processes import private_redis
-from sdtpu_worker.storage import read_image_bytes
+from sdtpu_worker.images.store import read_image_bytes
+from sdtpu_worker.testing.processes import private_redis
 from tests.chaos.fleet import Fleet, client_app
 from tests.chaos.footprint import assert_nothing_left
 from tests.chaos.pictures import expected_count, shown_count

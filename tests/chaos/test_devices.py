@@ -14,9 +14,9 @@ import time
 
 import pytest
 
-from sdtpu_worker.demo.processes import free_port
-from sdtpu_worker.health_http import ask_health
-from sdtpu_worker.worker import EX_ENGINE_LOST
+from sdtpu_worker.operations.health_http import ask_health
+from sdtpu_worker.testing.processes import free_port
+from sdtpu_worker.worker.services import EX_ENGINE_LOST
 from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
 from tests.chaos.servers import RedisServer, wait_until
 

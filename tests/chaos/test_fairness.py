@@ -14,9 +14,9 @@ import pytest
 import redis
 
 from sdtpu_worker import DeadlineUnreachable, QueueFull, generate
-from sdtpu_worker.demo.processes import private_redis
-from sdtpu_worker.load import LOAD_TTL_S, read_loads
-from sdtpu_worker.tenants import tenant_queue
+from sdtpu_worker.contract.load_report import LOAD_TTL_S, read_loads
+from sdtpu_worker.contract.queues import tenant_queue
+from sdtpu_worker.testing.processes import private_redis
 from tests.chaos.fleet import Fleet, client_app
 from tests.chaos.footprint import assert_nothing_left, pool_stats
 from tests.chaos.servers import wait_until

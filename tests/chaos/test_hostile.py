@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from kombu.utils.json import dumps
 
 from sdtpu_worker import InvalidRequest, generate
-from sdtpu_worker.deliveries import MAX_DEAD_LETTERS
-from sdtpu_worker.demo.processes import private_redis
+from sdtpu_worker.delivery.deliveries import MAX_DEAD_LETTERS
 from sdtpu_worker.errors import InvalidMessage
+from sdtpu_worker.testing.processes import private_redis
 from tests.chaos.fleet import Fleet, Ledger, client_app
 from tests.chaos.footprint import assert_as_before, assert_nothing_left, difference, footprint, pool_stats, settled
 from tests.chaos.hostile import REQUEST, hostile_messages

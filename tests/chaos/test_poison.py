@@ -19,7 +19,7 @@ import pytest
 import redis
 
 from sdtpu_worker import DeliveryLimitExceeded, GenerationFailed
-from sdtpu_worker.worker import EX_ENGINE_LOST
+from sdtpu_worker.worker.services import EX_ENGINE_LOST
 from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
 from tests.chaos.servers import RedisServer, wait_until
 

@@ -19,9 +19,9 @@ from functools import partial
 import pytest
 from redis.exceptions import RedisError
 
-from sdtpu_worker.demo.processes import free_port
 from sdtpu_worker.errors import BrokerUnavailable
-from sdtpu_worker.health import WorkerHealth
+from sdtpu_worker.operations.health import WorkerHealth
+from sdtpu_worker.testing.processes import free_port
 from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, wait_until_no_key_is_left
 from tests.chaos.health_log import HealthLog
 from tests.chaos.proxies import FlakyProxy

@@ -17,8 +17,8 @@ from random import Random
 
 import pytest
 
-from sdtpu_worker.demo.processes import wait_for_line
-from sdtpu_worker.storage import read_image_bytes
+from sdtpu_worker.images.store import read_image_bytes
+from sdtpu_worker.testing.processes import wait_for_line
 from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, wait_until_no_key_is_left
 from tests.chaos.servers import RedisServer, wait_until
 from tests.chaos.witness import Witness

@@ -14,7 +14,7 @@ import redis
 from celery import Celery
 from redis.exceptions import AuthenticationError, ConnectionError, NoPermissionError, TimeoutError
 
-from sdtpu_worker.demo.processes import StartFailed
+from sdtpu_worker.testing.processes import StartFailed
 from tests.chaos.proxies import FlakyProxy, TlsProxy
 from tests.chaos.sentinel import SentinelCluster
 from tests.chaos.servers import RedisServer, wait_until

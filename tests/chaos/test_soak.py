@@ -31,10 +31,10 @@ from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimit
 from sdtpu_worker import DeadlineUnreachable, GenerationFailed, InvalidRequest, generate
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.jobs import Terms
-from sdtpu_worker.aggregator.loop import DeviceLoop
 from sdtpu_worker.aggregator.policy import Aggregator
-from sdtpu_worker.demo.processes import private_redis
-from sdtpu_worker.testing import FakeEngine, FakeJob
+from sdtpu_worker.device_loop.loop import DeviceLoop
+from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob
+from sdtpu_worker.testing.processes import private_redis
 from tests.chaos.fleet import Fleet, Ledger, client_app
 from tests.chaos.footprint import (
     assert_as_before,

@@ -1,0 +1,142 @@
+"""The Celery task `sdtpu.generate`: one prompt, one image, one ordinary `AsyncResult`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from celery import Task, current_task, shared_task
+from celery.canvas import Signature
+from celery.utils.time import maybe_iso8601, maybe_make_aware
+from kombu.exceptions import OperationalError
+
+from sdtpu_worker.client.admission import admit
+from sdtpu_worker.client.broker_errors import bounded_wait, unavailable
+from sdtpu_worker.config import read_setting
+from sdtpu_worker.contract.queues import tenant_queue
+from sdtpu_worker.contract.request import DEFAULT_PRIORITY, GenerationRequest, check_arguments, draw_seed
+from sdtpu_worker.errors import SdtpuError
+
+TASK_NAME = "sdtpu.generate"
+SENT_AT_HEADER = "sdtpu_sent_at"
+
+
+class GenerateTask(Task):
+    """Checks the parameters and draws a seed where the job is enqueued.
+
+    Inside a worker (a chain's next task, a chord's body) nothing is raised: the preceding task must not fail for a
+    bad parameter of this one, so the job is sent and fails by itself.
+    """
+
+    abstract = True
+    typing = False
+    Request = "sdtpu_worker.worker.job:DeviceRequest"
+
+    def signature(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Signature:
+        """Build a signature; the parameters given so far are checked at once, so that a group fails as a whole."""
+        if not current_task:
+            check_arguments(args or (), kwargs or {})
+        return super().signature(args, kwargs, *rest, **options)
+
+    subtask = signature
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Any:
+        """Enqueue the job; see `GenerationRequest` for the parameters.
+
+        The further parameter `tenant` chooses the job's queue, so that tenants are served in turn.
+
+        Raises:
+            InvalidRequest: a parameter is not allowed.
+            QueueFull: too many jobs wait already (`sdtpu_max_queue`).
+            DeadlineUnreachable: the job clearly could not have a slot before it `expires`.
+            BrokerUnavailable: Redis cannot be reached or refuses the job.
+        """
+        args, kwargs = tuple(args or ()), dict(kwargs or {})
+        request = None if current_task else GenerationRequest.parse(args, kwargs)
+        if kwargs.get("seed") is None:
+            kwargs["seed"] = draw_seed()
+        if options.get("priority") is None:
+            default = self.app.conf.task_default_priority
+            options["priority"] = DEFAULT_PRIORITY if default is None else default
+        self._choose_queue(kwargs.get("tenant"), options)
+        options["headers"] = {SENT_AT_HEADER: time.time(), **(options.get("headers") or {})}
+        if request is None or self.app.conf.task_always_eager:
+            return self._send(args, kwargs, *rest, **options)
+        if not options.get("retries"):
+            self._admit(request, rest, options)
+        with bounded_wait(self.app):
+            return self._send(args, kwargs, *rest, **options)
+
+    def _choose_queue(self, tenant: Any, options: dict[str, Any]) -> None:
+        """Send a tenant's job to the tenant's queue; another queue that was asked for, and a retry's, stay."""
+        queue = read_setting("sdtpu_queue", self.app.conf)
+        if options.get("queue") is None:
+            options["queue"] = queue
+        if options["queue"] == queue and not options.get("retries") and isinstance(tenant, str):
+            options["queue"] = tenant_queue(queue, tenant, read_setting("sdtpu_tenant_shards", self.app.conf))
+
+    def _admit(self, request: GenerationRequest, rest: Sequence[Any], options: Mapping[str, Any]) -> None:
+        queue, priority = options["queue"], options["priority"]
+        producer = options.get("producer") or options.get("publisher") or (rest[1] if len(rest) > 1 else None)
+        admit(
+            self.app,
+            request,
+            getattr(queue, "name", queue),
+            priority if isinstance(priority, int) else 0,
+            None if options.get("countdown") or options.get("eta") else _seconds_left(self, options),
+            producer,
+        )
+
+    def _send(self, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        try:
+            return super().apply_async(args, kwargs, *rest, **options)
+        except (OperationalError, ConnectionError) as exc:
+            raise unavailable(self.app, exc) from exc
+        except RuntimeError as exc:
+            if "Retry limit exceeded" not in str(exc):
+                raise
+            raise unavailable(self.app, exc, at_backend=True) from exc
+
+
+@shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=False, throws=(SdtpuError,))
+def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Generate one image; parameters as `GenerationRequest`, result as `GenerationResult` in JSON.
+
+    It stores the state STARTED itself (`DeviceJob.begin`): Celery does so before anybody has looked whether a
+    redelivered job has an end already, and would replace a FAILURE.
+    """
+    from sdtpu_worker.worker.job import CRASHES_TO_RUN_ALONE, current_job
+    from sdtpu_worker.worker.serving import JobControl, current
+
+    request = GenerationRequest.parse(args, kwargs).with_seed(self.request.id)
+    sent_at = self.request.get(SENT_AT_HEADER)
+    sent_at = sent_at if isinstance(sent_at, int | float) and not isinstance(sent_at, bool) else None
+    serving, job = current(), current_job()
+    if job is None:
+        return serving.run(self.request.id, request, sent_at).to_json()
+    with job.in_celerys_words():
+        facts = job.recall(self, request)
+        job.begin(self)
+        control = JobControl(
+            job.terms(),
+            job.may_start,
+            lambda progress: job.report(self, progress),
+            facts.snapshot,
+            alone=len(facts.died_on) >= CRASHES_TO_RUN_ALONE,
+        )
+        return serving.run(self.request.id, request, sent_at, control).to_json()
+
+
+def _seconds_left(task: Task, options: Mapping[str, Any]) -> float | None:
+    """Return how long a job is wanted, of any form of `expires` that Celery knows; None for ever or unknown."""
+    expires = options.get("expires", task.expires)
+    try:
+        if isinstance(expires, str):
+            expires = maybe_iso8601(expires)
+        if isinstance(expires, datetime):
+            return (maybe_make_aware(expires) - task.app.now()).total_seconds()
+    except (TypeError, ValueError):
+        return None  # Celery's to refuse
+    return float(expires) if isinstance(expires, int | float) else None

@@ -1,0 +1,1 @@
+"""What client and worker agree on: requests, results, queues and load reports. Neither Celery nor JAX."""

@@ -1,0 +1,169 @@
+"""What workers say that they can do, in Redis for a few seconds, and what follows from it for a newcomer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sdtpu_worker.contract.request import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+LOAD_TTL_S = 15.0
+_KEY_PREFIX = "sdtpu:load:"
+
+
+@dataclass(frozen=True)
+class WorkerLoad:
+    """What one worker reports.
+
+    Attributes:
+        host: the worker's name, unique among those of its queue.
+        num_slots: jobs that its devices denoise at the same time.
+        step_s: seconds of one denoising step with every slot in use, by size ("512x512", height first); the
+            checkpoint's own size comes first.
+        mean_job_s: how long a job has occupied its slot lately, on average; before the first job, 50 steps.
+        held: how many jobs it holds, in a slot or waiting for one, by priority number.
+        next_free_s: until the next slot is free; 0 when one is.
+    """
+
+    host: str
+    num_slots: int
+    step_s: Mapping[str, float]
+    mean_job_s: float
+    held: Mapping[int, int]
+    next_free_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        seconds = (self.mean_job_s, self.next_free_s, *self.step_s.values())
+        if self.num_slots < 1 or self.mean_job_s <= 0 or not all(math.isfinite(s) and s >= 0 for s in seconds):
+            raise ValueError(f"a worker's load needs slots and finite seconds, got {self}")
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> WorkerLoad:
+        """Rebuild what `to_json` gave; fields that this version does not know are left out.
+
+        Raises:
+            ValueError: it is no report.
+        """
+        try:
+            facts = json.loads(text)
+            return cls(
+                host=str(facts["host"]),
+                num_slots=int(facts["num_slots"]),
+                step_s={str(size): float(seconds) for size, seconds in facts["step_s"].items()},
+                mean_job_s=float(facts["mean_job_s"]),
+                held={int(priority): int(count) for priority, count in facts["held"].items()},
+                next_free_s=float(facts["next_free_s"]),
+            )
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
+            raise ValueError(f"not a worker's load: {exc!r}") from exc
+
+    def starts(self, priority: int, has_deadline: bool) -> tuple[float, float]:
+        """Return `(first_s, every_s)`: when the worker would start newcomers of a priority, one after the other.
+
+        A slot of a less urgent job counts as free (`sdtpu_preemption`). Jobs of the same priority that wait in the
+        worker come first, except before a job with a deadline, which passes them. Each free slot beyond the first
+        moves `first_s` by one job below zero.
+        """
+        every_s = self.mean_job_s / self.num_slots
+        in_slots = sum(count for held, count in self.held.items() if held <= priority)
+        if in_slots < self.num_slots:
+            return (in_slots - self.num_slots) * every_s, every_s
+        ahead = sum(count for held, count in self.held.items() if held < priority) if has_deadline else in_slots
+        return self.next_free_s + max(0, ahead - self.num_slots) * every_s, every_s
+
+    def job_s(self, request: GenerationRequest) -> float:
+        """Return how long a request would occupy its slot."""
+        own_size = next(iter(self.step_s.values()), None)
+        step_s = self.step_s.get(f"{request.height}x{request.width}", own_size)
+        return self.mean_job_s if step_s is None else request.num_inference_steps * step_s
+
+
+def publish_load(client: Any, queue: str, load: WorkerLoad, prefix: str = "", ttl_s: float = LOAD_TTL_S) -> None:
+    """Replace a worker's report; it is gone after `ttl_s`, by the clock of Redis.
+
+    Args:
+        client: of the broker's Redis.
+        queue: `sdtpu_queue`, also when the worker serves tenants' queues.
+        load: the report.
+        prefix: kombu's `global_keyprefix`.
+        ttl_s: three times the seconds between two reports, so that one may be lost.
+    """
+    key = prefix + load_key(queue)
+    now_s, reports = client.pipeline(transaction=False).time().hgetall(key).execute()
+    dead = [host for host, text in reports.items() if not _is_alive(text, now_s)]
+    pipeline = client.pipeline()
+    pipeline.hset(key, load.host, json.dumps({**json.loads(load.to_json()), "until": _seconds(now_s) + ttl_s}))
+    if dead:
+        pipeline.hdel(key, *dead)
+    pipeline.expire(key, math.ceil(ttl_s)).execute()
+
+
+def withdraw_load(client: Any, queue: str, host: str, prefix: str = "") -> None:
+    """Remove a worker's report when it stops taking jobs."""
+    client.hdel(prefix + load_key(queue), host)
+
+
+def read_loads(client: Any, queue: str, prefix: str = "") -> list[WorkerLoad]:
+    """Return the reports of the workers that live, in the order of their names."""
+    now_s, reports = client.pipeline(transaction=False).time().hgetall(prefix + load_key(queue)).execute()
+    return living_loads(reports, now_s)
+
+
+def estimated_start_s(loads: Iterable[WorkerLoad], ahead: int, priority: int, has_deadline: bool) -> float | None:
+    """Return the seconds until a job has a slot.
+
+    Args:
+        loads: the workers that may take it; none for an unknown start.
+        ahead: messages that are taken before its own.
+        priority: its own; lower is more urgent.
+        has_deadline: whether it expires.
+    """
+    starts = sorted(load.starts(priority, has_deadline) for load in loads)
+    jobs_per_s = offset = 0.0
+    start_s = None
+    for i, (first_s, every_s) in enumerate(starts):
+        jobs_per_s += 1 / every_s
+        offset += first_s / every_s
+        start_s = max(0.0, (ahead + offset) / jobs_per_s)
+        if i + 1 < len(starts) and start_s <= starts[i + 1][0]:
+            break  # it starts before the others take part
+    return start_s
+
+
+def load_key(queue: str) -> str:
+    """Return the key of the hash of a queue's reports, by host."""
+    return _KEY_PREFIX + queue
+
+
+def living_loads(reports: Mapping[Any, Any], now_s: Any) -> list[WorkerLoad]:
+    """Return the reports that have not run out, of what HGETALL and TIME answered."""
+    loads = []
+    for text in reports.values():
+        if _is_alive(text, now_s):
+            try:
+                loads.append(WorkerLoad.from_json(text))
+            except ValueError as exc:
+                logger.warning("a worker's load is left out: %s", exc)
+    return sorted(loads, key=lambda load: load.host)
+
+
+def _is_alive(text: str | bytes, now_s: Any) -> bool:
+    try:
+        return float(json.loads(text)["until"]) > _seconds(now_s)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return False
+
+
+def _seconds(redis_time: tuple[int, int]) -> float:
+    seconds, microseconds = redis_time
+    return seconds + microseconds / 1e6

@@ -1,0 +1,293 @@
+"""Image bytes by task id: in Redis, with the result's expiry, or at any fsspec URL.
+
+A name in a store is made of the task id alone and cannot leave the store's own prefix. A result names its image by
+URI; since whoever can write to the result backend can write any URI, only one that the configured store would have
+given is ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sdtpu_worker.contract.request import IMAGE_FORMATS
+from sdtpu_worker.contract.result import GenerationResult
+from sdtpu_worker.errors import ConfigurationError, StorageError
+from sdtpu_worker.images.retry import PUT_BUDGET_S, never, store_patiently
+from sdtpu_worker.operations.prompt_guard import sanitize_url
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from PIL.Image import Image
+    from redis import Redis
+
+REDIS_URI_PREFIX = "redis:"
+_KEY_PREFIX = "sdtpu:image:"
+_CONNECT_TIMEOUT_S, _REPLY_TIMEOUT_S = 5.0, 10.0
+_SAFE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")  # no capitals: file systems may take "A" for "a"
+_STORED_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # no separator, no "..", no hidden name
+
+
+class ImageStore(Protocol):
+    """Where a worker puts image bytes."""
+
+    def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = ...) -> str:
+        """Store the bytes and return their URI; storing the same id again replaces them.
+
+        A store that does not answer, or is full, is tried again for `PUT_BUDGET_S`; what cannot pass by itself
+        (no permission, a wrong password) is not.
+
+        Args:
+            task_id: names the image.
+            image_format: its file name's extension.
+            data: the encoded image.
+            give_up: asked while waiting, several times a second; True ends the waiting.
+
+        Raises:
+            StorageError: the store refused them.
+        """
+
+    def read(self, uri: str) -> bytes:
+        """Return the bytes at a URI that `put` gave.
+
+        Raises:
+            StorageError: it is none of this store's, nothing is there any more, or the store cannot be read.
+        """
+
+
+class RedisImageStore:
+    """Images under `sdtpu:image:{name}`, expiring with the results.
+
+    One attempt takes as long as the client lets it: of the result backend's client that is Celery's
+    `redis_socket_timeout` (120 s by default), and it does not try again by itself.
+    """
+
+    def __init__(self, client: Redis, expires_s: int | None, budget_s: float = PUT_BUDGET_S) -> None:
+        self.client, self.expires_s, self.budget_s = client, expires_s, budget_s
+
+    def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = never) -> str:
+        """Store the bytes; see `ImageStore`."""
+        from redis.exceptions import (
+            AuthenticationError,
+            AuthorizationError,
+            DataError,
+            NoPermissionError,
+            RedisError,
+        )
+
+        key = _KEY_PREFIX + stored_name(task_id)
+        lasting = (AuthenticationError, AuthorizationError, NoPermissionError, DataError)
+        store_patiently(
+            lambda: self.client.set(key, data, ex=self.expires_s),
+            f"Redis did not take the image of task {task_id!r} ({len(data):,} bytes)",
+            lambda exc: isinstance(exc, RedisError | OSError) and not isinstance(exc, lasting),
+            self.budget_s,
+            give_up,
+        )
+        return REDIS_URI_PREFIX + key
+
+    def read(self, uri: str) -> bytes:
+        """Return the bytes; see `ImageStore`."""
+        from redis.exceptions import RedisError
+
+        key = uri.removeprefix(REDIS_URI_PREFIX)
+        if key == uri or not key.startswith(_KEY_PREFIX):
+            raise _foreign(uri, f"{REDIS_URI_PREFIX}{_KEY_PREFIX}…")
+        try:
+            data: Any = self.client.get(key)
+        except RedisError as exc:
+            raise StorageError(f"Redis could not be read for {uri}: {sanitize_url(str(exc))}") from exc
+        if data is None:
+            raise StorageError(f"no image at {uri}: it expired (result_expires) or was deleted")
+        return data
+
+
+class FileImageStore:
+    """Images as `{name}.{format}` below an fsspec URL."""
+
+    def __init__(self, url: str, budget_s: float = PUT_BUDGET_S) -> None:
+        import fsspec
+
+        self.budget_s = budget_s
+        try:
+            fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError, OSError) as exc:
+            raise _unusable(url, exc) from None
+        self.fs, self.root = fs, root.rstrip("/")
+        self._prefix: str = fs.unstrip_protocol(f"{self.root}/_").removesuffix("_")
+
+    def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = never) -> str:
+        """Store the bytes; see `ImageStore`."""
+        name = f"{stored_name(task_id)}.{image_format}"
+        store_patiently(
+            lambda: self._write(f"{self.root}/{name}", data),
+            f"the image of task {task_id!r} could not be written to {sanitize_url(self._prefix + name)}",
+            lambda exc: not isinstance(exc, PermissionError | NotADirectoryError | IsADirectoryError),
+            self.budget_s,
+            give_up,
+        )
+        return self._prefix + name
+
+    def read(self, uri: str) -> bytes:
+        """Return the bytes; see `ImageStore`."""
+        name = uri.removeprefix(self._prefix)
+        if name == uri or not _STORED_NAME.fullmatch(name):
+            raise _foreign(uri, f"{self._prefix}…")
+        try:
+            return bytes(self.fs.cat_file(f"{self.root}/{name}"))
+        except Exception as exc:  # every file system of fsspec has its own errors
+            raise StorageError(f"no image at {sanitize_url(uri)}: {sanitize_url(str(exc))}") from exc
+
+    def prepare(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ConfigurationError: it cannot be made.
+        """
+        try:
+            self.fs.makedirs(self.root, exist_ok=True)
+        except (ImportError, ValueError, OSError) as exc:
+            raise _unusable(self._prefix, exc) from None
+
+    def _write(self, path: str, data: bytes) -> None:
+        try:
+            if "file" in self.fs.protocol:
+                _write_local_atomically(path, data)
+            else:  # object stores show an object only when it is complete
+                self.fs.pipe_file(path, data)
+        except FileNotFoundError:  # someone removed the folder
+            self.fs.makedirs(self.root, exist_ok=True)
+            raise
+
+
+def stored_name(task_id: str) -> str:
+    """Return the name of a task's image in a store: the id if it is harmless everywhere, else its hash.
+
+    No two ids have the same name: a hash starts with a character that no harmless id has.
+    """
+    if _SAFE_ID.fullmatch(task_id):
+        return task_id
+    return "_" + hashlib.sha256(task_id.encode(errors="surrogatepass")).hexdigest()
+
+
+def make_image_store(app: Celery, url: str) -> ImageStore:
+    """Return the store that `sdtpu_image_store` names, ready to be written to.
+
+    Raises:
+        ConfigurationError: the URL cannot be used, or `redis` was asked for and the result backend is not Redis.
+    """
+    store = _find_store(app, url)
+    if isinstance(store, FileImageStore):
+        store.prepare()
+    return store
+
+
+def read_image_bytes(result: Mapping[str, Any] | GenerationResult, app: Celery | None = None) -> bytes:
+    """Return the stored bytes of a result's image.
+
+    They come from the store that `sdtpu_image_store` names. Where that is not set, a result may also name a file or an
+    object elsewhere, if its name is the one that a worker gives to this task's image.
+
+    Args:
+        result: what `AsyncResult.get()` returned, or a `GenerationResult`.
+        app: whose settings and Redis to use; default: the current Celery app.
+
+    Raises:
+        StorageError: the image is not there any more, is not in the store, or the store cannot be read.
+    """
+    from celery import current_app
+
+    from sdtpu_worker.config import read_setting
+
+    try:
+        parsed = result if isinstance(result, GenerationResult) else GenerationResult.from_json(result)
+        uri, task_id = str(parsed.image.uri), str(parsed.task_id)
+    except (TypeError, AttributeError) as exc:
+        raise StorageError(
+            f"not a result of sdtpu.generate, which alone has an image: {type(result).__name__}"
+        ) from exc
+    app = app or current_app._get_current_object()
+    url = read_setting("sdtpu_image_store", app.conf)
+    folder, _, name = uri.rpartition("/")
+    if url == "redis" and folder and name in {f"{stored_name(task_id)}.{suffix}" for suffix in IMAGE_FORMATS}:
+        return FileImageStore(folder).read(uri)
+    return _find_store(app, url).read(uri)
+
+
+def open_image(result: Mapping[str, Any] | GenerationResult, app: Celery | None = None) -> Image:
+    """Return a result's image, read and decoded; arguments and errors as for `read_image_bytes`."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(read_image_bytes(result, app)))
+    image.load()
+    return image
+
+
+def _find_store(app: Celery, url: str) -> RedisImageStore | FileImageStore:
+    expires = app.conf.result_expires
+    expires_s = int(getattr(expires, "total_seconds", lambda: expires or 0)()) or None
+    if url == "redis":
+        return RedisImageStore(_backend_client(app), expires_s)
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        return FileImageStore(url)
+    from redis import Redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    try:  # by itself it would try ten times, without asking whether to give up
+        client = Redis.from_url(
+            url,
+            retry=Retry(NoBackoff(), 1),
+            socket_connect_timeout=_CONNECT_TIMEOUT_S,
+            socket_timeout=_REPLY_TIMEOUT_S,
+        )
+    except ValueError as exc:
+        raise _unusable(url, exc) from None
+    return RedisImageStore(client, expires_s)
+
+
+def _write_local_atomically(path: str, data: bytes) -> None:
+    """Write next to the target and rename, so that a reader never sees half an image."""
+    target = Path(path)
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(data)
+            file.flush()
+            temporary.chmod(0o644)
+            temporary.replace(target)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _foreign(uri: str, wanted: str) -> StorageError:
+    return StorageError(
+        f"the image at {sanitize_url(uri)!r} is not in the configured store, which has {sanitize_url(wanted)}; set"
+        " sdtpu_image_store to what the worker has"
+    )
+
+
+def _unusable(url: str, exc: Exception) -> ConfigurationError:
+    """Say that a URL cannot be used; an error of parsing may quote a part of a password."""
+    cause = type(exc).__name__ + ("" if "@" in url else f": {exc}")
+    return ConfigurationError(
+        f"sdtpu_image_store must be redis, a redis:// URL or a writable fsspec URL, got {sanitize_url(url)!r} ({cause})"
+    )
+
+
+def _backend_client(app: Celery) -> Redis:
+    from celery.backends.redis import RedisBackend
+
+    if not isinstance(app.backend, RedisBackend):
+        raise ConfigurationError(
+            "sdtpu_image_store = 'redis' needs a Redis result backend, got"
+            f" {sanitize_url(repr(app.conf.result_backend))}; set result_backend to redis://…, or sdtpu_image_store to"
+            " a redis:// or fsspec URL"
+        )
+    return app.backend.client

@@ -1,0 +1,1 @@
+"""What an operator sees of a worker: health, checks of Redis at the start, a log without prompts."""

@@ -1,0 +1,202 @@
+"""What may not stand in a log: passwords, and prompts.
+
+Celery logs what it holds: a result when a task succeeded, the text of an exception when it failed, a whole message
+when it cannot be read; kombu too. `install_prompt_guard` cleans these records where they are made, so that no handler,
+formatter or error tracker sees more, whichever of their loggers they come from.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+NOT_LOGGED = "[not logged: sdtpu_log_prompts is off]"
+
+_USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<userinfo>[^\s;]*)@")
+_SECRET_OPTION = re.compile(
+    r"(?P<name>[?&;][^=&;\s]*(?:passw|pwd|secret|token|key|sig|credential)[^=&;\s]*=)[^&;\s'\"]+", re.IGNORECASE
+)
+_MASK = "**"
+
+_LIBRARIES = ("celery", "kombu", "py")  # py.warnings: Celery also warns with the text of an exception
+_INTAKE = "sdtpu_worker.delivery.transport"  # says why a message was put aside, and what was got instead
+_CONTEXTS = ("celery.app.trace", "celery.worker.strategy")  # their records have a dict of all about a task
+_CONTENT = ("args", "kwargs", "argsrepr", "kwargsrepr", "body", "payload", "result", "return_value", "traceback", "exc")
+_PLAIN = (str, bool, int, float, type(None))
+_QUOTED_VALUE = re.compile(r"(\bgot |\bunknown parameter |\bvalue )(?!-?\d).*", re.DOTALL)
+_PIPELINED = re.compile(r"\(([A-Z]+)\b.*\)(?= of pipeline caused error)", re.DOTALL)  # redis-py quotes the command
+_OUTSIDE_BODY = "Exception raised outside body: "
+_IMAGE_OF_RESULT = re.compile(r"\{'task_id': '[^']*', 'image': \{'uri': '([^'\s]*)'")
+# Whose exceptions have texts of their own making, which cannot quote a prompt.
+_TRUSTED_PACKAGES = ("sdtpu_worker", "redis", "jax", "jaxlib", "billiard")
+_TRUSTED_OF_CELERY = ("NotRegistered", "ImproperlyConfigured", "OperationalError", "ContentDisallowed")
+
+
+def sanitize_url(text: str) -> str:
+    """Return a text without the passwords of the URLs in it, one or several, also joined by `;`.
+
+    Whatever stands before the last `@` of a URL counts as its credentials; of these only a user's name stays. An
+    option of a URL whose name sounds like a secret loses its value.
+    """
+
+    def mask(match: re.Match[str]) -> str:
+        user, colon, _ = match["userinfo"].partition(":")
+        return f"{match['scheme']}{user + colon if colon else ''}{_MASK}@"
+
+    return _SECRET_OPTION.sub(rf"\g<name>{_MASK}", _USERINFO.sub(mask, text))
+
+
+def install_prompt_guard(app: Celery) -> None:
+    """Keep prompts out of this process's log above DEBUG, or let them in if `sdtpu_log_prompts` is on.
+
+    For a worker of the device pool, where every task may be given or may return a prompt. Safe to call again.
+    """
+    from sdtpu_worker.config import read_setting
+
+    current = logging.getLogRecordFactory()
+    if isinstance(current, PromptGuard):
+        logging.setLogRecordFactory(current.make_record)
+    if not read_setting("sdtpu_log_prompts", app.conf):
+        logging.setLogRecordFactory(PromptGuard(logging.getLogRecordFactory()))
+
+
+class PromptGuard:
+    """A factory of log records that cleans those of Celery, kombu and the worker's own intake; any thread.
+
+    Args:
+        make_record: the factory that makes them.
+    """
+
+    def __init__(self, make_record: Callable[..., logging.LogRecord]) -> None:
+        self.make_record = make_record
+
+    def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        """Make a record without prompts; one that cannot be cleaned loses its text."""
+        record = self.make_record(*args, **kwargs)
+        guarded = record.name == _INTAKE or record.name.partition(".")[0] in _LIBRARIES
+        if guarded and record.levelno > logging.DEBUG:
+            try:
+                _clean(record)
+            except Exception as exc:  # whatever a message holds must not end the thread that logs it
+                record.msg, record.args = f"a line of the log was withheld ({type(exc).__name__})", ()
+                record.exc_info = record.exc_text = None
+        return record
+
+
+def describe(exc: BaseException | None) -> str:
+    """Return what a log may say of an exception: its type, and its text where that cannot quote a prompt."""
+    from sdtpu_worker.errors import InvalidRequest
+
+    exc = getattr(exc, "exc", None) if type(exc).__name__ == "ExceptionWithTraceback" else exc
+    kind = type(exc)
+    if kind.__name__ == "Retry":
+        cause = getattr(exc, "exc", None)
+        return f"Retry in {getattr(exc, 'when', None)} s: {describe(cause) if cause else 'asked for by the task'}"
+    if isinstance(exc, InvalidRequest) or kind.__name__ == "InvalidTaskError":
+        return f"{kind.__name__}({_without_quotes(str(exc))!r})"
+    ours = kind.__module__.partition(".")[0] in _TRUSTED_PACKAGES or kind.__name__ in _TRUSTED_OF_CELERY
+    if ours or isinstance(exc, OSError | MemoryError):
+        text = _PIPELINED.sub(r"(\1 …)", sanitize_url(str(exc)))
+        return f"{kind.__name__}({text!r})"
+    return f"{kind.__name__}({NOT_LOGGED})"
+
+
+def _without_quotes(text: str) -> str:
+    return _QUOTED_VALUE.sub(lambda match: match[1] + NOT_LOGGED, text)
+
+
+class _Words(str):
+    """A text that stands for an object, and so looks the same as `%r`."""
+
+    __repr__ = str.__str__
+
+
+def _clean(record: logging.LogRecord) -> None:
+    exc_info = record.exc_info
+    if isinstance(record.args, dict) and record.name in _CONTEXTS:
+        # Made for this record alone; also its attribute `data`, and so changed in place.
+        record.args.update(_clean_context(record.args, exc_info[1] if exc_info else sys.exc_info()[1]))
+    elif isinstance(record.args, Mapping):
+        record.args = _clean_mapping(record.args)
+    elif record.args:
+        dump = _clean_dump(str(record.msg), record.args, exc_info[1] if exc_info else None)
+        record.args = dump or tuple(_clean_value(value) for value in record.args)
+        if record.name == _INTAKE:
+            record.args = tuple(_without_quotes(value) if isinstance(value, str) else value for value in record.args)
+    if exc_info:
+        record.exc_text = _format_exception(exc_info[1], exc_info[2])
+        record.exc_info = None
+    if _OUTSIDE_BODY in record.getMessage():
+        record.msg, record.args = _OUTSIDE_BODY + NOT_LOGGED, ()
+
+
+def _clean_context(context: Mapping[str, Any], exc: BaseException | None) -> dict[str, Any]:
+    """Return the new values of a context of `celery.app.trace` or `celery.worker.strategy`."""
+    clean = {key: NOT_LOGGED for key in _CONTENT if key in context}
+    if "return_value" in context:
+        image = _IMAGE_OF_RESULT.match(str(context["return_value"]))
+        clean["return_value"] = image[1] if image else NOT_LOGGED
+    if "exc" in context and exc is not None:
+        clean["exc"] = describe(exc)
+    return clean
+
+
+def _clean_mapping(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: NOT_LOGGED if key in _CONTENT else _clean_value(value) for key, value in values.items()}
+
+
+def _clean_value(value: Any) -> Any:
+    """Return what a log may show of one value: plain ones as they are, of others what names them."""
+    if isinstance(value, _PLAIN) or callable(value):
+        return value
+    if isinstance(value, BaseException):
+        return _Words(describe(value))
+    if isinstance(value, Mapping):
+        return {key: NOT_LOGGED if key in _CONTENT or not isinstance(part, _PLAIN) else part
+                for key, part in value.items()}  # fmt: skip
+    if callable(name := getattr(value, "humaninfo", None)):
+        return _Words(name())
+    return _Words(f"<{type(value).__name__}>")
+
+
+def _clean_dump(message: str, args: tuple[Any, ...], exc: BaseException | None) -> tuple[Any, ...] | None:
+    """Return the new arguments of a record whose strings hold a message or an exception's text; None for others."""
+    from celery.worker.consumer import consumer
+
+    if message.startswith("Chord %r raised"):
+        return args[0], _Words(describe(exc))
+    if message == consumer.UNKNOWN_FORMAT:
+        return (NOT_LOGGED,)
+    if message == consumer.UNKNOWN_TASK_ERROR:
+        headers = {key: args[2].get(key) for key in ("id", "task")} if isinstance(args[2], Mapping) else NOT_LOGGED
+        return repr(args[0].args[0]), NOT_LOGGED, headers, _clean_value(args[3])
+    if message == consumer.INVALID_TASK_ERROR:
+        return _clean_value(args[0]), NOT_LOGGED
+    if message == consumer.MESSAGE_DECODE_ERROR:
+        return _clean_value(args[0]), *args[1:3], NOT_LOGGED, NOT_LOGGED
+    return None
+
+
+def _format_exception(exc: BaseException | None, trace: TracebackType | None) -> str:
+    """Return a traceback with its chain of causes, every exception as `describe` has it."""
+    lines: list[str] = []
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        seen.add(id(exc))
+        head = ["Traceback (most recent call last):\n", *traceback.format_tb(trace)] if trace else []
+        lines = [*head, describe(exc), *lines]
+        cause = exc.__cause__
+        if cause is None and not exc.__suppress_context__:
+            cause = exc.__context__
+        if cause is not None:
+            lines.insert(0, "\n\nwhich led to:\n\n")
+        exc, trace = cause, cause.__traceback__ if cause is not None else None
+    return "".join(lines)

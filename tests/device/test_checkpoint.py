@@ -1,0 +1,329 @@
+"""Checkpoints in msgpack and safetensors; those missing, half-written or of another kind: one clear error each."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import pickle
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.serialization import msgpack_serialize
+from safetensors.numpy import save_file
+
+from sdtpu_worker.diffusion.checkpoint import load_checkpoint
+from sdtpu_worker.diffusion.weights import find_weights, read_weights
+from sdtpu_worker.errors import InvalidCheckpoint
+from tests.device.checkpoints import SHIPPED, make_random_checkpoint
+from tests.device.pytorch_layout import rewrite_as_pytorch, to_pytorch
+
+
+@pytest.fixture
+def folder(random_checkpoint, tmp_path):
+    return Path(shutil.copytree(random_checkpoint, tmp_path / "checkpoint"))
+
+
+def test_a_checkpoint_brings_its_own_size_sampler_and_prediction_type(random_checkpoint, tmp_path):
+    own = load_checkpoint(str(random_checkpoint), jnp.bfloat16)
+    assert (own.default_size, own.default_sampler, own.schedule.prediction_type) == ((8, 8), "pndm", "epsilon")
+    assert own.params["unet"]["conv_in"]["kernel"].dtype == jnp.bfloat16
+    other = make_random_checkpoint(
+        tmp_path / "v", prediction_type="v_prediction", sampler_class="EulerDiscreteScheduler"
+    )
+    loaded = load_checkpoint(str(other))
+    assert (loaded.default_sampler, loaded.schedule.prediction_type) == ("euler", "v_prediction")
+
+
+@pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "nothing", "a/b/c"])
+def test_a_folder_that_is_not_there(name):
+    with pytest.raises(InvalidCheckpoint, match="there is no folder"):
+        load_checkpoint(name)
+
+
+def test_a_hub_that_does_not_answer(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InvalidCheckpoint, match=r"the hub did not give a checkpoint .* check sdtpu_model"):
+        load_checkpoint("nobody/has-this")
+
+
+def fake_hub(monkeypatch, source: Path, target: Path) -> list[str]:
+    """Replace the hub by a folder; return the list that fills with what is downloaded."""
+    downloaded: list[str] = []
+
+    def snapshot_download(name, revision, allow_patterns):
+        assert (name, revision) == ("owner/name", "bf16")
+        for path in source.rglob("*"):
+            file = path.relative_to(source).as_posix()
+            if path.is_file() and any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target / file)
+                downloaded.append(path.name)
+        return str(target)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return downloaded
+
+
+def test_a_hub_checkpoint_with_flax_weights_is_downloaded_without_the_other_formats(monkeypatch, folder, tmp_path):
+    for name in ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin", "tokenizer/a.bin"):
+        (folder / name).write_bytes(b"")
+    downloaded = fake_hub(monkeypatch, folder, tmp_path / "hub")
+    assert load_checkpoint("owner/name", revision="bf16").name == "owner/name"
+    assert [name for name in downloaded if name.endswith((".bin", ".safetensors"))] == []
+
+
+@pytest.mark.parametrize("variant", ["", "fp16"])
+def test_a_hub_checkpoint_without_flax_weights_is_downloaded_as_safetensors(monkeypatch, folder, tmp_path, variant):
+    rewrite_as_pytorch(folder, variant=variant)
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"")
+    (folder / "unet" / "diffusion_pytorch_model.non_ema.safetensors").write_bytes(b"")
+    if not variant:
+        shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", folder / "vae" / "other.fp16.safetensors")
+    downloaded = fake_hub(monkeypatch, folder, tmp_path / "hub")
+    load_checkpoint("owner/name", revision="bf16")
+    weights = sorted({name for name in downloaded if name.endswith((".bin", ".safetensors", ".msgpack"))})
+    dot = f".{variant}" if variant else ""
+    assert weights == [f"diffusion_pytorch_model{dot}.safetensors", f"model{dot}.safetensors"]
+
+
+def assert_same_params(one: Any, other: Any) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert jax.tree.map(lambda leaf: leaf.dtype, one) == jax.tree.map(lambda leaf: leaf.dtype, other)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pytorch_safetensors_give_the_same_parameters(folder, dtype):
+    own = load_checkpoint(str(folder), dtype)
+    rewrite_as_pytorch(folder)
+    assert_same_params(load_checkpoint(str(folder), dtype).params, own.params)
+
+
+def test_the_shipped_checkpoint_as_pytorch_safetensors_of_the_old_attention_names(shipped, tmp_path):
+    folder = Path(shutil.copytree(SHIPPED, tmp_path / "shipped"))
+    rewrite_as_pytorch(folder, old_attention=True)
+    names = to_pytorch(shipped.params["vae"], old_attention=True)
+    assert "decoder.mid_block.attentions.0.query.weight" in names
+    assert_same_params(load_checkpoint(str(folder)).params, shipped.params)
+
+
+def test_the_safety_checker_from_pytorch_safetensors(tmp_path):
+    folder = make_random_checkpoint(tmp_path / "checked", safety_checker=True)
+    own = load_checkpoint(str(folder))
+    rewrite_as_pytorch(folder)
+    assert_same_params(load_checkpoint(str(folder)).params, own.params)
+
+
+def test_bfloat16_safetensors(folder):
+    rewrite_as_pytorch(folder)
+    own = load_checkpoint(str(folder), jnp.bfloat16)
+    rewrite_as_pytorch(folder, own.params, dtype=jnp.bfloat16)
+    assert_same_params(load_checkpoint(str(folder), jnp.bfloat16).params, own.params)
+    assert load_checkpoint(str(folder)).params["unet"]["conv_in"]["kernel"].dtype == np.float32
+
+
+def test_safetensors_in_several_files(folder):
+    own = load_checkpoint(str(folder))
+    rewrite_as_pytorch(folder, shards=3)
+    assert find_weights(folder, "unet").name == "diffusion_pytorch_model.safetensors.index.json"
+    assert_same_params(load_checkpoint(str(folder)).params, own.params)
+    (folder / "unet" / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(InvalidCheckpoint, match=r"00002-of-00003.safetensors is not a complete .* \(missing\)"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "weights.bin"])
+def test_an_index_cannot_name_other_files(folder, name):
+    rewrite_as_pytorch(folder, shards=2)
+    index = folder / "vae" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
+    with pytest.raises(InvalidCheckpoint, match=r"may only name \.safetensors files beside it"):
+        load_checkpoint(str(folder))
+
+
+def test_flax_weights_that_transformers_wrote_as_safetensors(folder):
+    own = load_checkpoint(str(folder))
+    (path,) = (folder / "text_encoder").glob("*.msgpack")
+    path.unlink()
+    flat = {".".join(key.key for key in keys): leaf
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(own.params["text_encoder"])}  # fmt: skip
+    save_file(flat, folder / "text_encoder" / "model.safetensors", {"format": "flax"})
+    assert_same_params(load_checkpoint(str(folder)).params, own.params)
+
+
+def test_an_attention_of_1_by_1_convolutions(shipped):
+    """Old conversions kept the convolutions of the original code where diffusers has linear layers."""
+    shapes = {"query": {"kernel": SimpleNamespace(shape=(2, 3)), "bias": SimpleNamespace(shape=(3,))}}
+    weight = np.arange(6, dtype=np.float32).reshape(3, 2, 1, 1)
+    from sdtpu_worker.diffusion import weights
+
+    found = weights._from_pytorch({"query.weight": weight, "query.bias": weight[:, 0, 0, 0]}, {
+        ("query", name): leaf.shape for name, leaf in shapes["query"].items()
+    })  # fmt: skip
+    np.testing.assert_array_equal(found["query", "kernel"], weight[:, :, 0, 0].T)
+
+
+def test_msgpack_is_preferred(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not read")
+    load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_half_written_weights(folder, part, keep):
+    (path,) = (folder / part).glob("*.msgpack")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(InvalidCheckpoint, match=f"{part}.*not a complete weights file"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_configs_that_are_missing_or_broken(folder, name):
+    (folder / name).write_text("{")
+    with pytest.raises(InvalidCheckpoint, match="cannot be read as JSON"):
+        load_checkpoint(str(folder))
+    (folder / name).write_text("[]")
+    with pytest.raises(InvalidCheckpoint, match="must hold a JSON object"):
+        load_checkpoint(str(folder))
+    (folder / name).unlink()
+    with pytest.raises(InvalidCheckpoint, match=f"{name} is missing"):
+        load_checkpoint(str(folder))
+
+
+def test_a_tokenizer_that_is_missing(folder):
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(InvalidCheckpoint, match="tokenizer cannot be used"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_half_written_safetensors(folder, keep):
+    rewrite_as_pytorch(folder)
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(InvalidCheckpoint, match=r"vae/diffusion_pytorch_model.safetensors is not a complete weights"):
+        load_checkpoint(str(folder))
+
+
+class Bomb:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth", ".pkl"])
+def test_pickles_are_refused_with_the_remedy(folder, tmp_path, suffix):
+    (path,) = (folder / "unet").glob("*.msgpack")
+    path.unlink()
+    path.with_name(f"diffusion_pytorch_model{suffix}").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    with pytest.raises(InvalidCheckpoint, match=rf"unet has no weights .*\(found diffusion_pytorch_model{suffix}\)"
+                       r".* it reads diffusion_flax_model.msgpack, .*safe_serialization=True"):  # fmt: skip
+        load_checkpoint(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("name", ["diffusion_flax_model.msgpack", "diffusion_pytorch_model.safetensors"])
+def test_a_pickle_under_another_name_is_refused_and_never_run(folder, tmp_path, name, protocol):
+    (path,) = (folder / "unet").glob("*.msgpack")
+    path.unlink()
+    path.with_name(name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol))
+    with pytest.raises(InvalidCheckpoint, match="is a pickle, whatever its name says" if protocol >= 2 else name):
+        load_checkpoint(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_zip_of_pytorch_under_another_name_is_refused(folder):
+    (path,) = (folder / "unet").glob("*.msgpack")
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(InvalidCheckpoint, match="is a pickle"):
+        load_checkpoint(str(folder))
+
+
+def test_msgpack_cannot_smuggle_in_objects(folder):
+    from flax.serialization import _MsgpackExtType
+    from msgpack import ExtType, packb
+
+    (path,) = (folder / "unet").glob("*.msgpack")
+    array = ExtType(_MsgpackExtType.ndarray, packb(((1,), "object", bytes(8))))
+    path.write_bytes(packb({"conv_in": {"kernel": array}}))
+    with pytest.raises(InvalidCheckpoint, match="not a complete weights file"):
+        load_checkpoint(str(folder))
+
+
+def test_a_single_file_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "sd.ckpt").write_bytes(b"")
+    with pytest.raises(InvalidCheckpoint, match=r"must be a folder .*got the file .*from_single_file"):
+        load_checkpoint(str(tmp_path / "sd.ckpt"))
+
+
+@pytest.mark.parametrize("layout", ["flax", "pytorch"])
+def test_leaves_that_are_missing_or_unexpected_or_of_another_kind_are_named(tmp_path, layout):
+    shapes = {name: SimpleNamespace(shape=(2, 3)) for name in ("kernel", "other", "counts")}
+    shapes = {"conv_in": shapes, "norm": {"scale": SimpleNamespace(shape=(4,))}}
+    found = {
+        "conv_in": {"kernel": np.zeros((3, 3), np.float32), "more": np.zeros(1), "counts": np.zeros((2, 3), np.int8)},
+        "norm": {"scale": np.zeros(4, np.float32)},
+    }
+    (tmp_path / "unet").mkdir()
+    if layout == "flax":
+        (tmp_path / "unet" / "diffusion_flax_model.msgpack").write_bytes(msgpack_serialize(found))
+    else:
+        save_file(to_pytorch(found), tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    more = "conv_in/more" if layout == "flax" else "conv_in.more"
+    with pytest.raises(InvalidCheckpoint) as caught:
+        read_weights(tmp_path, "unet", shapes, np.float32)
+    assert (
+        f"(missing: conv_in/other; unexpected: {more}; of another shape: conv_in/kernel ((3, 3), the config makes it"
+        " (2, 3)); not floating point: conv_in/counts)"
+    ) in str(caught.value)
+
+
+def test_a_checkpoint_of_another_kind(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "T5EncoderModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InvalidCheckpoint, match="must name CLIPTextModel as text_encoder, got T5EncoderModel"):
+        load_checkpoint(str(folder))
+
+
+def test_an_inpainting_unet(folder):
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
+    with pytest.raises(InvalidCheckpoint, match="takes 9 channels and the VAE has 4; inpainting"):
+        load_checkpoint(str(folder))
+
+
+def test_weights_that_do_not_fit_the_config(folder):
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "block_out_channels": [32, 96]}))
+    with pytest.raises(InvalidCheckpoint, match=r"unet.*do not fit the config .*of another shape: .* and \d+ more"):
+        load_checkpoint(str(folder))
+
+
+def test_a_config_that_makes_no_model(folder):
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "block_out_channels": [30, 64]}))
+    with pytest.raises(InvalidCheckpoint, match="a config cannot be used"):
+        load_checkpoint(str(folder))
+
+
+def test_the_shipped_checkpoint_is_small_and_whole():
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) < 12e6
+    checkpoint = load_checkpoint("embedded")
+    assert checkpoint.default_size == (64, 64)
+    ids = checkpoint.tokenizer("a red circle on the left of a blue background").input_ids
+    assert len(ids) == 12

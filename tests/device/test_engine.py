@@ -1,0 +1,325 @@
+"""The engine on eight simulated devices: same pixels whatever the company, parity with diffusers, no recompiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffusers import (
+    FlaxDDIMScheduler,
+    FlaxDPMSolverMultistepScheduler,
+    FlaxPNDMScheduler,
+    FlaxStableDiffusionPipeline,
+)
+
+from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.aggregator.jobs import Terms
+from sdtpu_worker.aggregator.plan import Phase, Place, Plan
+from sdtpu_worker.aggregator.policy import Aggregator
+from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.device_loop.loop import DeviceLoop
+from sdtpu_worker.device_loop.submission import JobHandedOver
+from sdtpu_worker.diffusion.checkpoint import load_checkpoint
+from sdtpu_worker.diffusion.engine import Engine
+from sdtpu_worker.diffusion.sharding import SHARDED, put
+from sdtpu_worker.diffusion.snapshot import JobSnapshot
+from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidRequest
+from tests.device.checkpoints import SHIPPED, make_random_checkpoint
+from tests.device.engines import generate_all, on_one_device, run_alone
+
+PROMPTS = (
+    "a red circle on a blue background",
+    "a small yellow star on a black background",
+    "a white heart on the left of a green background",
+    "a large purple ring on an orange background",
+    "a blue square on a white background",
+    "a black triangle at the top of a red background",
+    "an orange star on a purple background",
+    "a green circle on a yellow background",
+)
+SAMPLERS = ("pndm", "ddim", "euler", "dpmsolver++")
+
+
+def mixed_requests(count: int, seed: int) -> list[GenerationRequest]:
+    rng = random.Random(seed)
+    return [
+        GenerationRequest(
+            rng.choice(PROMPTS),
+            negative_prompt=rng.choice(("", "a red square")),
+            seed=rng.randrange(2**63),
+            num_inference_steps=rng.randint(1, 12),
+            guidance_scale=rng.choice((1.0, 4.0, 7.5)),
+            sampler=rng.choice(SAMPLERS),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(
+    scope="module", params=[(1, "float32"), (3, "float32"), (2, "bfloat16")], ids=lambda p: f"{p[0]}x{p[1]}"
+)
+def any_engine(request, random_checkpoint):
+    slots, dtype = request.param
+    checkpoint = load_checkpoint(str(random_checkpoint), getattr(jnp, dtype))
+    return Engine(checkpoint, pytest.devices, slots, None, pytest.compile_cache)
+
+
+def test_the_same_request_gives_the_same_pixels_on_every_device_and_slot_with_any_neighbours(any_engine):
+    wanted = GenerationRequest("a red circle", seed=2**40 + 7, num_inference_steps=9, sampler="dpmsolver++")
+    job = any_engine.prepare("it", wanted)
+    generate_all(any_engine, mixed_requests(any_engine.num_slots, 1))  # leaves strangers' state in every slot
+    rng = random.Random(0)
+    reference = run_alone(any_engine, job, 0, 0, [9]).pixels
+    assert reference.std() > 0
+    for portions in ([1] * 9, [4, 5], [2, 3, 20]):
+        device, slot = rng.randrange(any_engine.num_devices), rng.randrange(any_engine.slots_per_device)
+        np.testing.assert_array_equal(run_alone(any_engine, job, device, slot, portions).pixels, reference)
+    places = set()
+    for trial in range(4):
+        crowd = mixed_requests(20, trial)
+        position = rng.randrange(20)
+        image = generate_all(any_engine, [*crowd[:position], wanted, *crowd[position:]], trial + 1)[position]
+        places.add((image.device, image.slot))
+        np.testing.assert_array_equal(image.pixels, reference)
+    assert len(places) > 1
+
+
+def test_five_hundred_mixed_jobs_trace_and_compile_nothing(any_engine):
+    before = any_engine.traces_since_ready
+    lane, jobs = any_engine.resolutions[0], mixed_requests(500, 5)
+    policy = Aggregator(any_engine.costs, any_engine.slots_per_device, any_engine.phases_per_tick, tick_s=0.02)
+    loop = DeviceLoop(any_engine, policy)
+    loop.start()
+    submissions = [
+        loop.submit(any_engine.prepare(str(i), request), Terms(priority=9 - i // 60)) for i, request in enumerate(jobs)
+    ]
+    for submission in submissions:
+        assert submission.future.result(60).pixels.shape == (*lane, 3)
+    loop.close()
+    assert any_engine.traces_since_ready == before
+    assert loop.stats.preemptions > 0
+
+
+def test_a_trace_would_be_counted(any_engine):
+    before = any_engine.traces_since_ready
+    jax.jit(lambda x: x + before)(1)
+    assert any_engine.traces_since_ready > before
+
+
+def test_one_trace_makes_each_program(random_checkpoint):
+    traces: Counter[str] = Counter()
+
+    def count(event: str, _: float, **options: object) -> None:
+        if event.endswith("jaxpr_trace_duration"):
+            traces[str(options.get("fun_name"))] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        engine = Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:2], 1, ((8, 8), (8, 16)))
+        generate_all(engine, mixed_requests(5, 0))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert traces["local_tick"] == traces["local_snapshot"] == traces["local_restore"] == 2
+
+
+def test_several_resolutions_are_served_by_programs_of_their_own(random_checkpoint):
+    engine = Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:2], 1, ((8, 8), (8, 16)))
+    requests = [
+        GenerationRequest("a", seed=i, num_inference_steps=2, height=8, width=width)
+        for i, width in enumerate((8, 16, 16, 8, 16))
+    ]
+    images = generate_all(engine, requests)
+    assert [image.pixels.shape for image in images] == [(8, request.width, 3) for request in requests]
+    with pytest.raises(InvalidRequest, match=r"height x width must be one of 8x8, 8x16 .*got 64x64"):
+        engine.prepare("x", GenerationRequest("a", seed=0, height=64, width=64))
+
+
+def test_a_configured_size_that_the_model_cannot_make_is_refused(random_checkpoint):
+    with pytest.raises(ConfigurationError, match="sdtpu_resolutions must be multiples of 4"):
+        Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:1], 1, ((8, 10),))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sampler", "scheduler_class"),
+    [("pndm", FlaxPNDMScheduler), ("ddim", FlaxDDIMScheduler), ("dpmsolver++", FlaxDPMSolverMultistepScheduler)],
+)
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+def test_pixels_agree_with_the_flax_pipeline(request, tmp_path, sampler, scheduler_class, prediction_type):
+    if prediction_type == "v_prediction":
+        folder, engine = SHIPPED, request.getfixturevalue("engine")
+    else:
+        folder = make_random_checkpoint(tmp_path / "checkpoint")
+        engine = Engine(load_checkpoint(str(folder)), pytest.devices, 1, None, pytest.compile_cache)
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(
+        str(folder), safety_checker=None, feature_extractor=None, dtype=jnp.float32
+    )
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    params["scheduler"] = pipeline.scheduler.create_state()
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32) if leaf.dtype == np.float16 else leaf, params)
+    params = put(jax.tree.map(lambda leaf: np.stack([leaf] * 8), params), engine.mesh, SHARDED)
+    keys = jnp.stack([jax.random.PRNGKey(seed) for seed in range(8)])
+    prompt_ids = pipeline.prepare_inputs(list(PROMPTS)).reshape(8, 1, -1)
+    theirs = pipeline(prompt_ids, params, keys, num_inference_steps=20, guidance_scale=7.5, jit=True).images
+    theirs = np.asarray(theirs)[:, 0] * 255
+    ours = generate_all(
+        engine,
+        [
+            GenerationRequest(prompt, seed=seed, num_inference_steps=20, sampler=sampler)
+            for seed, prompt in enumerate(PROMPTS)
+        ],
+    )
+    difference = np.abs(np.stack([image.pixels for image in ours]) - np.round(theirs))
+    assert difference.max() <= 2
+    assert difference.mean() <= 0.02
+
+
+def test_the_key_words_of_a_seed_are_jaxs_own_and_every_bit_counts(engine):
+    def words(seed):
+        return engine.prepare("x", GenerationRequest("a", seed=seed)).key_data
+
+    np.testing.assert_array_equal(words(7), jax.random.key_data(jax.random.key(7)))
+    np.testing.assert_array_equal(words(2**32 - 1), jax.random.key_data(jax.random.PRNGKey(2**32 - 1)))
+    assert len({tuple(words(seed)) for seed in (5, 2**32 + 5, 2**62 + 5)}) == 3
+
+
+def test_prompts_of_more_than_77_tokens_are_cut_and_reported(engine):
+    ids, truncated = engine.tokenise(["red " * 75])
+    assert (ids.shape, truncated) == ((1, 77), False)
+    ids, truncated = engine.tokenise(["red " * 76])
+    assert (ids.shape, truncated) == ((1, 77), True)
+    tokenizer = engine.checkpoint.tokenizer
+    theirs = tokenizer(["red " * 200], padding="max_length", max_length=77, truncation=True, return_tensors="np")
+    np.testing.assert_array_equal(engine.tokenise(["red " * 200])[0], theirs.input_ids)
+    assert engine.prepare("x", GenerationRequest("red " * 200, seed=0)).truncated
+
+
+def test_values_that_are_not_finite_are_reported_for_their_job_alone(engine):
+    requests = [GenerationRequest(prompt, seed=i, num_inference_steps=2) for i, prompt in enumerate(PROMPTS)]
+    good = generate_all(engine, requests)
+    jobs = {str(i): engine.prepare(str(i), request) for i, request in enumerate(requests)}
+    jobs["3"].table[:, 4] = np.nan
+    phases = [(Phase(insert=(0, str(i)), steps=2), Phase(decode=(0, str(i)))) for i in range(8)]
+    plan = Plan(engine.resolutions[0], tuple(phases))
+    images = engine.execute(plan, jobs).wait()
+    assert [image.finite for image in images] == [i != 3 for i in range(8)]
+    for i in (2, 4):
+        np.testing.assert_array_equal(images[i].pixels, good[i].pixels)
+
+
+def test_devices_that_work_recover_with_empty_slots_and_compile_nothing(engine):
+    request = GenerationRequest(PROMPTS[0], seed=1, num_inference_steps=3)
+    job = engine.prepare("it", request)
+    (before,) = generate_all(engine, [request])
+    engine.execute(on_one_device(engine, job.lane, 5, Phase(insert=(0, "it"), steps=2)), {"it": job})
+    traces = engine.traces_since_ready
+    for leaf in engine._slots[job.lane]:
+        leaf.delete()  # as a program that failed takes them with it
+    with pytest.raises(RuntimeError, match="deleted"):
+        engine.execute(on_one_device(engine, job.lane, 5, Phase(steps=1)), {})
+    engine.recover()
+    assert engine.traces_since_ready == traces
+    assert not any(np.asarray(leaf).any() for leaf in engine._slots[job.lane])
+    (after,) = generate_all(engine, [request])
+    np.testing.assert_array_equal(after.pixels, before.pixels)
+
+
+def test_devices_that_draw_something_else_than_at_the_start_do_not_recover(engine, monkeypatch):
+    lane = engine.resolutions[0]
+    monkeypatch.setitem(engine._proofs, lane, 255 - engine._proofs[lane])
+    with pytest.raises(EngineUnavailable, match="pixels"):
+        engine.recover()
+
+
+@pytest.mark.parametrize(
+    ("exc", "fatal"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Error allocating device buffer: 2.00G"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: Core halted unexpectedly: INTERNAL: Accelerator device halted"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: the connection to the runtime was closed"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access"), True),
+        (MemoryError("out of memory"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: during context [post-optimization]: something else"), False),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: buffer 3 has another shape"), False),
+        (RuntimeError("Array has been deleted with shape=float32[8,4,8,8]."), False),
+        (ValueError("the prompt says that all work is halted"), False),
+    ],
+)
+def test_lost_devices_and_memory_that_is_full_are_told_from_what_another_try_may_mend(engine, exc, fatal):
+    assert engine.is_fatal(exc) is fatal
+
+
+@pytest.mark.parametrize("any_engine", [(3, "float32"), (2, "bfloat16")], indirect=True, ids=["3", "2"])
+def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engine):
+    costs = {lane: TickCosts(any_engine.num_devices, Cost(0.01)) for lane in any_engine.resolutions}
+    requests = [
+        dataclasses.replace(request, num_inference_steps=40) for request in mixed_requests(any_engine.num_slots + 3, 7)
+    ]
+    wanted = generate_all(any_engine, requests)
+
+    def run(snapshots=None) -> tuple[list, DeviceLoop]:
+        policy = Aggregator(costs, any_engine.slots_per_device, any_engine.phases_per_tick, tick_s=0.02)
+        loop = DeviceLoop(any_engine, policy)
+        loop.start()
+        jobs = [any_engine.prepare(str(i), request) for i, request in enumerate(requests)]
+        snapshots = snapshots or [None] * len(jobs)
+        return [loop.submit(job, snapshot=state) for job, state in zip(jobs, snapshots, strict=True)], loop
+
+    submissions, loop = run()
+    deadline = time.monotonic() + 30
+    while sum(submission.progress.current > 0 for submission in submissions) < any_engine.num_slots:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    loop.drain(0)
+    ends = [submission.future.exception(30) for submission in submissions]
+    steps = loop.stats.job_steps
+    loop.close()
+    assert all(isinstance(end, JobHandedOver) for end in ends)
+    states = [end.snapshot and JobSnapshot.from_bytes(end.snapshot.to_bytes()) for end in ends]
+    assert sum(state is not None for state in states) == any_engine.num_slots
+    any_engine.recover()
+    submissions, loop = run(states)
+    for submission, image in zip(submissions, wanted, strict=True):
+        np.testing.assert_array_equal(submission.future.result(30).pixels, image.pixels)
+    loop.close()
+    total = sum(submission.job.num_inference_steps for submission in submissions)
+    assert steps + loop.stats.job_steps == total, "no step was lost or repeated"
+
+
+def test_a_safety_checker_in_the_checkpoint_is_run_and_one_that_is_not_gives_none(engine, tmp_path):
+    assert engine.check_safety(np.zeros((64, 64, 3), np.uint8)) is None
+    folder = make_random_checkpoint(tmp_path / "checkpoint", safety_checker=True)
+    checkpoint = load_checkpoint(str(folder))
+    assert Engine(checkpoint, pytest.devices[:2]).check_safety(np.zeros((8, 8, 3), np.uint8)) in (True, False)
+    weights = checkpoint.params["safety_checker"]
+    verdicts = []
+    for threshold in (2.0, -2.0):
+        weights["concept_embeds_weights"] = np.full(17, threshold, np.float32)
+        weights["special_care_embeds_weights"] = np.full(3, threshold, np.float32)
+        verdicts.append(Engine(checkpoint, pytest.devices[:2]).check_safety(np.full((8, 8, 3), 99, np.uint8)))
+    assert verdicts == [False, True]
+
+
+def test_a_preview_shows_the_picture_of_a_slot_and_changes_no_pixel(engine, shipped):
+    previewing = Engine(shipped, pytest.devices, 1, None, pytest.compile_cache, with_previews=True)
+    lane = previewing.resolutions[0]
+    for sampler in ("ddim", "euler"):
+        request = GenerationRequest(
+            "a red circle on a blue background", seed=1, num_inference_steps=20, sampler=sampler
+        )  # fmt: skip
+        job = previewing.prepare("a", request)
+        previewing.execute(on_one_device(previewing, lane, 3, Phase(insert=(0, "a"), steps=19)), {"a": job})
+        plan = on_one_device(previewing, lane, 3, Phase(steps=1))
+        tick = previewing.execute(dataclasses.replace(plan, previews=(Place("a", 3, 0),)), {})
+        assert tick.wait() == []
+        (image,) = previewing.execute(on_one_device(previewing, lane, 3, Phase(decode=(0, "a"))), {}).wait()
+        blocks = image.pixels.reshape(8, 8, 8, 8, 3).mean((1, 3))
+        assert tick.previews["a"].shape == (8, 8, 3)
+        assert np.abs(tick.previews["a"] - blocks).mean() < 40, "as good as a linear map gets"
+        np.testing.assert_array_equal(image.pixels, run_alone(engine, job, 0, 0, [20]).pixels)

@@ -1,0 +1,76 @@
+"""`sdtpu_slots_per_device = auto`: the cost curve decides, once."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.diffusion.engine import Engine
+from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, memory_file
+
+
+class Bench:
+    """Makes engines whose step of all slots takes what a curve says; `made` counts them."""
+
+    def __init__(self, step_ms: dict[int, float]) -> None:
+        self.step_ms, self.made = step_ms, []
+
+    def __call__(self, slots: int) -> SimpleNamespace:
+        self.made.append(slots)
+        if slots not in self.step_ms:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
+        costs = {(64, 64): TickCosts(8, Cost(self.step_ms[slots] / 1000))}
+        return SimpleNamespace(costs=costs, num_devices=8, slots_per_device=slots)
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "best"),
+    [
+        ({1: 20, 2: 24, 4: 34, 8: 60}, 8),  # a device that is far from full
+        ({1: 20, 2: 26, 4: 50, 8: 100}, 2),  # full from two on
+        ({1: 20, 2: 39.5, 4: 79}, 1),  # full with one: more would only delay every job
+        ({1: 20, 2: 24}, 2),  # no memory for four
+    ],
+)
+def test_the_fewest_slots_with_the_best_rate_are_chosen(tmp_path, step_ms, best):
+    memory = tmp_path / "slots.json"
+    assert choose_slots_per_device(Bench(step_ms), memory).slots_per_device == best
+    again = Bench(step_ms)
+    assert choose_slots_per_device(again, memory).slots_per_device == best
+    assert again.made == [best], "the choice is kept for good"
+    assert json.loads(memory.read_text())["slots_per_device"] == best
+
+
+def test_a_failure_that_is_not_about_memory_is_not_hidden():
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        choose_slots_per_device(Bench({}), None)
+
+    def broken(slots: int) -> SimpleNamespace:
+        if slots > 1:
+            raise ValueError("a bug")
+        return Bench({1: 20})(1)
+
+    with pytest.raises(ValueError, match="a bug"):
+        choose_slots_per_device(broken, None)
+
+
+@pytest.mark.slow
+def test_real_engines_are_measured_and_the_choice_is_found_again(random_checkpoint, tmp_path):
+    from sdtpu_worker.diffusion.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(str(random_checkpoint))
+    made = []
+
+    def make(slots: int) -> Engine:
+        made.append(slots)
+        return Engine(checkpoint, pytest.devices[:2], slots, None, pytest.compile_cache)
+
+    memory = memory_file(tmp_path, checkpoint, pytest.devices[0], None)
+    first = choose_slots_per_device(make, memory)
+    assert first.slots_per_device in made
+    made.clear()
+    assert choose_slots_per_device(make, memory).slots_per_device == first.slots_per_device
+    assert made == [first.slots_per_device]

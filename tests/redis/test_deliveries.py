@@ -1,0 +1,482 @@
+"""What a worker holds, on a real Redis: every move is atomic, and nothing is in two places or in none."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+import redis
+
+from sdtpu_worker.delivery.deliveries import MAX_DEAD_LETTERS, Deliveries
+from sdtpu_worker.delivery.lease import Lease
+from sdtpu_worker.delivery.scripts import CLAIM, Keys
+from sdtpu_worker.testing.processes import private_redis
+
+
+@pytest.fixture(scope="module")
+def server():
+    with private_redis() as url, redis.Redis.from_url(url) as client:
+        yield client
+
+
+@pytest.fixture
+def client(server):
+    server.flushall()
+    return server
+
+
+@pytest.fixture
+def make(client):
+    made = []
+
+    def deliveries(lease_s: float = 30.0, host: str = "host", prefix: str = "") -> Deliveries:
+        url = client.connection_pool.connection_kwargs
+        made.append(Deliveries(lambda: redis.Redis(port=url["port"], socket_timeout=5), Keys(prefix), lease_s, host))
+        return made[-1]
+
+    yield deliveries
+    for each in made:
+        each.close()
+
+
+def claim(deliveries: Deliveries, tag: str, *lists: str, max_bytes: int = 1000):
+    keys = [deliveries.keys.held, deliveries.keys.leases, *lists]
+    reply = deliveries.client.eval(CLAIM, len(keys), *keys, tag, deliveries.lease_s, max_bytes, 10)
+    if reply is not None:
+        deliveries.hold(tag, f"task-{tag}")
+    return reply
+
+
+def take(client, deliveries: Deliveries, tag: str, task_id: str) -> None:
+    """Have a message of a task, claimed from a queue of its own."""
+    client.lpush("others", b"{}")
+    assert claim(deliveries, tag, "others")
+    deliveries.hold(tag, task_id)
+
+
+def places(client, deliveries: Deliveries, *lists: str) -> tuple[list[bytes], int, int]:
+    """Return the waiting messages, and how many are held and leased."""
+    waiting = [message for name in lists for message in client.lrange(name, 0, -1)]
+    return waiting, client.hlen(deliveries.keys.held), client.zcard(deliveries.keys.leases)
+
+
+def test_a_claim_takes_the_first_message_of_the_first_list_that_has_one(client, make):
+    ours = make()
+    for message in (b"first", b"second"):
+        client.lpush("b", message)
+    client.lpush("c", b"third")
+    assert claim(ours, "1", "a", "b", "c") == [1, b"first"]
+    assert claim(ours, "2", "a", "b", "c") == [1, b"second"]
+    assert claim(ours, "3", "a", "b", "c") == [2, b"third"]
+    assert claim(ours, "4", "a", "b", "c") is None
+    assert places(client, ours, "a", "b", "c") == ([], 3, 3)
+    assert len(ours) == 3
+
+
+def test_a_message_that_is_too_large_is_claimed_but_not_read_whole(client, make):
+    ours = make()
+    client.lpush("q", b"a" * 500 + b"b" * 501)
+    assert claim(ours, "1", "q") == [0, 1001, b"a" * 10, b"b" * 10]
+    assert places(client, ours, "q") == ([], 1, 1)
+    ours.release("1")
+    assert client.lrange("q", 0, -1) == [b" " + b"a" * 500 + b"b" * 501]
+
+
+def test_an_acknowledged_message_is_nowhere_and_its_jobs_facts_are_gone(client, make):
+    ours = make()
+    client.lpush("q", b"{}")
+    claim(ours, "1", "q")
+    ours.record_starts(["task-1"])
+    ours.save_snapshot("task-1", b"state")
+    ours.ack("1")
+    assert places(client, ours, "q") == ([], 0, 0)
+    assert client.keys("sdtpu:*") == []
+    ours.ack("1")
+    ours.release("1")
+    assert places(client, ours, "q") == ([], 0, 0), "what is not held any more is left alone"
+
+
+def test_a_released_message_goes_to_the_front_and_bears_one_mark_however_often(client, make):
+    ours = make()
+    client.lpush("q", b"first\nline", b"second")
+    for tag in "123":
+        assert claim(ours, tag, "q")[1].strip() == b"first\nline"
+        ours.release(tag)
+    assert client.lrange("q", 0, -1) == [b"second", b" first\nline"]
+
+
+@pytest.mark.parametrize("starts", [0, 1])
+def test_a_released_job_keeps_its_state_and_its_earlier_crashes_but_does_not_count_ours(client, make, starts):
+    for host in ("other", "host"):  # which died, and was started again under its name
+        dead = make(host=host)
+        take(client, dead, f"of {host}", "task-1")
+        dead.record_starts(["task-1"])
+    ours = make()
+    client.lpush("q", b"{}")
+    claim(ours, "1", "q")
+    for _ in range(starts):
+        ours.record_starts(["task-1"])
+    ours.save_snapshot("task-1", b"state")
+    ours.release("1")
+    facts = ours.job_facts("task-1")
+    assert (facts.died_on, facts.snapshot) == (["other", "host"], b"state")
+
+
+def test_a_released_suspect_keeps_its_count_of_crashes_also_when_redis_is_told_later(client, make, monkeypatch):
+    ours = make()
+    client.lpush("q", b"{}", b"{}")
+    for tag in ("1", "2"):
+        claim(ours, tag, "q")
+        ours.record_starts([f"task-{tag}"])
+        ours.suspect(tag)
+    ours.release("1")
+    with monkeypatch.context() as patch:
+        patch.setattr(ours, "_eval", lambda *_: 1 / 0)
+        ours.release("2")
+    ours.flush()
+    assert places(client, ours, "q") == ([b" {}", b" {}"], 0, 0)
+    assert [ours.job_facts(f"task-{tag}").died_on for tag in "12"] == [["host"], ["host"]]
+
+
+def test_giving_back_what_has_gone_to_another_worker_keeps_that_ones_count_of_crashes(client, make):
+    hung, alive = make(lease_s=0.2, host="hung"), make(host="alive")
+    client.lpush("q", b"{}")
+    claim(hung, "1", "q")
+    hung.record_starts(["task-1"])
+    time.sleep(0.25)
+    assert alive.sweep() == 1
+    assert claim(alive, "2", "q")
+    alive.hold("2", "task-1")
+    alive.record_starts(["task-1"])
+    hung.release("1")
+    hung.record_starts(["task-1"])
+    assert alive.job_facts("task-1").died_on == ["hung", "alive"]
+    assert places(client, alive, "q") == ([], 1, 1)
+
+
+def test_a_job_that_starts_alone_clears_those_that_have_left_the_devices(client, make):
+    ours, other = make(host="ours"), make(host="other")
+    client.lpush("q", b"{}", b"{}", b"{}")
+    for tag in ("1", "2", "3"):
+        claim(ours, tag, "q")
+    for tag, task_id in (("8", "task-1"), ("9", "task-9")):
+        take(client, other, tag, task_id)
+    other.record_starts(["task-1", "task-9"])
+    ours.record_starts(["task-1", "task-2"])
+    ours.record_starts(["task-3"], alone=True)
+    facts = {task_id: ours.job_facts(task_id).died_on for task_id in ("task-1", "task-2", "task-3", "task-9")}
+    assert facts == {"task-1": ["other"], "task-2": [], "task-3": ["ours"], "task-9": ["other"]}
+
+
+def test_a_job_that_starts_alone_forgives_no_crash_of_the_worker_that_had_the_same_name_before(client, make):
+    dead, ours = make(host="name"), make(host="name")
+    for who, worker in enumerate((dead, ours)):
+        for job in "12":
+            take(client, worker, f"{who}-{job}", f"task-{job}")
+    dead.record_starts(["task-1", "task-2"])
+    ours.record_starts(["task-1"], alone=True)
+    assert [ours.job_facts(f"task-{tag}").died_on for tag in "12"] == [["name", "name"], ["name"]]
+    ours.record_starts(["task-2"], alone=True)
+    assert [ours.job_facts(f"task-{tag}").died_on for tag in "12"] == [["name"], ["name", "name"]]
+
+
+def test_starts_name_their_hosts_and_expire(client, make):
+    for i, host in enumerate(("a", "b", "a")):
+        theirs = make(host=host)
+        take(client, theirs, f"{i}-1", "job")
+        take(client, theirs, f"{i}-2", "other")
+        for _ in range(2):
+            theirs.record_starts(["job", "other"])
+    assert make().job_facts("job").died_on == ["a", "b", "a"], "each died once"
+    assert 0 < client.ttl("sdtpu:starts:job") <= 24 * 3600
+
+
+def test_a_start_that_is_written_down_after_the_job_has_ended_leaves_nothing(client, make):
+    ours = make()
+    client.lpush("q", b"{}")
+    claim(ours, "1", "q")
+    ours.ack("1")
+    ours.record_starts(["task-1"])
+    assert client.keys("*") == []
+
+
+def test_only_a_lease_that_ended_is_swept_and_its_crash_count_stays(client, make):
+    dead, alive = make(lease_s=0.2, host="dead"), make(lease_s=30)
+    client.lpush("q", b"lost", b"kept")
+    claim(dead, "1", "q")
+    claim(alive, "2", "q")
+    dead.record_starts(["task-1"])
+    assert alive.sweep() == 0
+    time.sleep(0.25)
+    assert alive.sweep() == 1
+    assert places(client, alive, "q") == ([b" lost"], 1, 1)
+    assert alive.job_facts("task-1").died_on == ["dead"]
+    assert dead.renew() == ["1"], "it hears that the message is not its own any more"
+    dead.ack("1")
+    assert places(client, alive, "q") == ([b" lost"], 1, 1), "and cannot take it away from the next"
+
+
+def test_renewing_makes_a_short_lease_last(client, make):
+    ours, other = make(lease_s=0.3), make()
+    client.lpush("q", b"long")
+    claim(ours, "1", "q")
+    for _ in range(6):
+        time.sleep(0.1)
+        assert ours.renew() == []
+        assert other.sweep() == 0
+
+
+def test_a_job_that_ends_while_its_lease_is_renewed_has_not_gone_to_another_worker(client, make, monkeypatch):
+    ours = make()
+    client.lpush("q", b"{}")
+    claim(ours, "1", "q")
+    evaluate = ours._eval
+
+    def end_first(*args):
+        monkeypatch.undo()
+        ours.ack("1")
+        return evaluate(*args)
+
+    monkeypatch.setattr(ours, "_eval", end_first)
+    assert ours.renew() == []
+
+
+def test_what_redis_cannot_be_told_is_told_later(client, make, monkeypatch):
+    ours = make()
+    client.lpush("q", b"done", b"back")
+    claim(ours, "1", "q")
+    claim(ours, "2", "q")
+    working, away = ours.client, redis.Redis(port=1)
+    freed = []
+    ours.on_free = lambda: freed.append(True)
+    ours._client = away
+    ours.ack("1")
+    ours.release("2")
+    assert (len(ours), len(freed)) == (0, 2)
+    with pytest.raises(redis.exceptions.ConnectionError):
+        ours.flush()
+    ours._client = working
+    assert places(client, ours, "q") == ([], 2, 2)
+    ours.flush()
+    assert places(client, ours, "q") == ([b" back"], 0, 0)
+
+
+def test_waiting_messages_go_back_when_a_connection_ends_and_running_ones_stay(client, make):
+    ours = make()
+    client.lpush("q", b"waits", b"runs")
+    claim(ours, "1", "q")
+    claim(ours, "2", "q")
+    ours.run("2")
+    ours.release_waiting()
+    assert places(client, ours, "q") == ([], 2, 2), "Redis may be away: it is not asked now"
+    ours.flush()
+    assert places(client, ours, "q") == ([b" waits"], 1, 1)
+    ours.release_all()
+    ours.flush()
+    assert client.llen("q") == 2
+    assert len(ours) == 0
+
+
+def test_a_message_bears_a_mark_for_every_holder_that_died(client, make):
+    dying, alive = make(lease_s=0.05), make()
+    client.lpush("q", b"{}")
+    for tag in "123":
+        claim(dying, tag, "q")
+        time.sleep(0.1)
+        alive.sweep()
+    claim(alive, "4", "q")
+    alive.release("4")
+    assert client.lrange("q", 0, -1) == [b"   {}"]
+
+
+def test_a_job_that_could_not_be_ended_comes_again_when_its_lease_ends(client, make):
+    ours = make(lease_s=0.2)
+    client.lpush("q", b"stuck")
+    claim(ours, "1", "q")
+    ours.let_go("1")
+    assert (len(ours), ours.renew()) == (0, [])
+    time.sleep(0.25)
+    assert make().sweep() == 1
+    assert client.lrange("q", 0, -1) == [b" stuck"]
+
+
+def test_buried_messages_are_counted_by_kind_and_the_last_ones_kept(client, make):
+    ours = make()
+    for i in range(5):
+        client.lpush("q", b"\xff bad %d" % i)
+        _, message = claim(ours, str(i), "q")
+        ours.bury(str(i), "InvalidMessage", "q", "it is no JSON", len(message), message)
+    assert places(client, ours, "q")[1:] == (0, 0)
+    assert client.hgetall("sdtpu:dead:counts") == {b"InvalidMessage": b"5"}
+    letter = json.loads(client.lindex("sdtpu:dead", 0))
+    assert (letter["queue"], letter["reason"], letter["bytes"]) == ("q", "it is no JSON", 7)
+    assert letter["message"] == "\\xff bad 4"
+    client.lpush("sdtpu:dead", *range(2 * MAX_DEAD_LETTERS))
+    ours.bury("x", "InvalidMessage", "q", "", 0, b"")
+    assert client.llen("sdtpu:dead") == MAX_DEAD_LETTERS
+
+
+def test_every_key_bears_the_prefix(client, make):
+    ours = make(prefix="shop:")
+    client.lpush("shop:q", b"{}", b"{}")
+    claim(ours, "1", "shop:q")
+    claim(ours, "2", "shop:q")
+    ours.record_starts(["task-1"])
+    ours.save_snapshot("task-1", b"state")
+    ours.bury("2", "kind", "q", "reason", 0, b"")
+    assert ours.delay("1", time.time() + 60)
+    assert all(key.startswith(b"shop:") for key in client.keys("*"))
+
+
+def test_a_full_redis_still_gives_messages_keeps_their_leases_and_takes_them_back(client, make):
+    ours, dead = make(), make(lease_s=0.05)
+    client.lpush("q", b"one", b"two", b"three")
+    claim(ours, "1", "q")
+    client.config_set("maxmemory", 1)
+    try:
+        assert claim(ours, "2", "q")[1] == b"two"
+        before = client.zscore(ours.keys.leases, "2")
+        assert ours.renew() == []
+        assert client.zscore(ours.keys.leases, "2") > before
+        ours.ack("1")
+        ours.release("2")
+        assert client.lrange("q", 0, -1) == [b"three", b" two"]
+        claim(dead, "3", "q")
+        time.sleep(0.1)
+        assert ours.sweep() == 1
+        assert client.lrange("q", 0, -1) == [b"three", b"  two"]
+    finally:
+        client.config_set("maxmemory", 0)
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_lease_sweeps_only_after_a_whole_lease_of_unbroken_contact(client, make):
+    dead, ours = make(lease_s=0.05), make(lease_s=30)
+    client.lpush("q", b"lost")
+    claim(dead, "1", "q")
+    time.sleep(0.1)
+    clock = Clock()
+    lease = Lease(ours, lambda: True, clock=clock)
+    lease.pulse()
+    clock.now += 29
+    lease.pulse()
+    working = ours.client
+    ours._client = redis.Redis(port=1)
+    clock.now += 2
+    lease.pulse()
+    ours._client = working
+    for seconds in (1, 15, 14):
+        clock.now += seconds
+        lease.pulse()
+        assert client.llen("q") == 0, "contact was lost: everybody may renew first"
+    clock.now += 16
+    lease.pulse()
+    assert client.lrange("q", 0, -1) == [b" lost"]
+
+
+def test_a_hung_device_loses_its_leases_and_a_mended_one_renews_again(client, make, caplog):
+    ours, other = make(lease_s=0.3), make()
+    client.lpush("q", b"job")
+    claim(ours, "1", "q")
+    clock, well, contacts = Clock(), threading.Event(), []
+    lease = Lease(ours, well.is_set, lambda: contacts.append(True), clock)
+    lease.pulse()
+    assert contacts, "Redis is there, whatever the devices do"
+    time.sleep(0.35)
+    clock.now += 1
+    lease.pulse()
+    assert "no progress" in caplog.text
+    assert other.sweep() == 1
+    well.set()
+    client.lpush("q", b"another")
+    claim(ours, "2", "q")
+    clock.now += 1
+    lease.pulse()
+    assert "gone to another worker as well" in caplog.text
+
+
+def test_a_lease_thread_starts_renews_and_stops(client, make):
+    ours, other = make(lease_s=0.6), make()
+    client.lpush("q", b"job")
+    claim(ours, "1", "q")
+    lease = Lease(ours, lambda: True)
+    lease.start()
+    for _ in range(5):
+        time.sleep(0.25)
+        assert other.sweep() == 0
+    lease.stop()
+    assert "sdtpu-lease" not in {thread.name for thread in threading.enumerate()}
+
+
+def redis_time(client) -> float:
+    seconds, microseconds = client.time()
+    return seconds + microseconds / 1e6
+
+
+def test_a_message_that_is_not_due_is_nobodys_and_comes_to_the_front_of_its_queue_in_time(client, make):
+    ours = make()
+    client.lpush("q", b"later", b"soon", b"now")
+    now = redis_time(client)
+    for tag, due_at in (("later", now + 0.4), ("soon", now + 0.3), ("now", now - 1)):
+        assert claim(ours, tag, "q")[1].decode() == tag
+        assert ours.delay(tag, due_at) == (tag != "now")
+    assert client.zrange("sdtpu:unacked_index", 0, -1) == [b"now"]
+    assert client.zrange("sdtpu:delayed", 0, -1) == [b"soon", b"later"]
+    client.lpush("q", b"another")
+    assert 0 < ours.bring_due() <= 0.3
+    assert client.llen("q") == 1
+    time.sleep(0.41)
+    assert make().bring_due() is None, "any worker brings it"
+    assert client.lrange("q", 0, -1) == [b"another", b"later", b"soon"], "unmarked: nobody has had it"
+    assert not client.exists("sdtpu:delayed")
+    assert client.hkeys("sdtpu:unacked") == [b"now"]
+
+
+def test_a_message_that_another_worker_has_by_now_is_not_put_aside(client, make):
+    slow, other = make(lease_s=0.05), make()
+    client.lpush("q", b"{}")
+    claim(slow, "1", "q")
+    time.sleep(0.06)
+    assert other.sweep() == 1
+    assert not slow.delay("1", redis_time(client) + 60)
+    assert not client.exists("sdtpu:delayed")
+
+
+def test_many_messages_that_are_due_at_once_come_in_their_order(client, make):
+    ours = make()
+    now = redis_time(client)
+    client.lpush("q", *(b"%d" % i for i in range(450)))
+    for i in range(450):
+        claim(ours, str(i), "q")
+        assert ours.delay(str(i), now + 5 + i / 1000)
+    client.zadd("sdtpu:delayed", {str(i): now - 5 + i / 1000 for i in range(450)})
+    assert ours.bring_due() == 0.0, "some are left for the next time"
+    order = [client.rpop("q") for _ in range(200)]
+    assert order == [b"%d" % i for i in range(200)]
+    ours.bring_due()
+    assert ours.bring_due() is None
+    assert client.llen("q") == 250
+
+
+def test_a_lease_thread_brings_a_job_when_it_is_due(client, make):
+    ours = make()
+    client.lpush("q", b"{}")
+    claim(ours, "1", "q")
+    lease = Lease(ours, lambda: True)
+    lease.start()
+    due_at = redis_time(client) + 1.5
+    assert ours.delay("1", due_at)
+    while not client.llen("q"):
+        assert redis_time(client) < due_at + 5
+        time.sleep(0.002)
+    late_s = redis_time(client) - due_at
+    lease.stop()
+    assert 0 <= late_s < 0.5

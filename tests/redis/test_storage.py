@@ -1,0 +1,348 @@
+"""The image store: names that stay where they belong, URIs that are ours, stores that are in trouble."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from celery import Celery
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from redis import Redis, exceptions
+
+from sdtpu_worker import ConfigurationError, StorageError
+from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
+from sdtpu_worker.images.store import FileImageStore, RedisImageStore, make_image_store, read_image_bytes, stored_name
+from sdtpu_worker.operations.prompt_guard import sanitize_url
+from sdtpu_worker.testing.processes import find_redis_server, free_port, private_redis, running
+
+pytestmark = pytest.mark.timeout(60)
+
+HOSTILE = [
+    "..", ".", "", "/", "../x", "a/../../x", "/etc/passwd", "a\x00b", "a\nb", ".hidden", "~", "%2e%2e%2f", "A", "a",
+    "ä", "\ud800", "x" * 5000, "C:\\x", "\\\\host\\x", "a" * 64, stored_name(".."), "con", "a.png", "-", "*",
+]  # fmt: skip
+HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
+TASK_IDS = st.one_of(st.text(st.characters()), st.sampled_from(HOSTILE), st.uuids().map(str), HEX, HEX.map("_".__add__))
+
+
+class FlakyRedis:
+    """Raises the given errors one after the other, then takes what it gets."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.data = list(errors), {}
+
+    def set(self, key: str, data: bytes, ex: int | None) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.data[key] = data
+
+    def get(self, key: str) -> bytes | None:
+        return self.data.get(key)
+
+
+def result_at(uri: str) -> dict[str, Any]:
+    image = StoredImage(uri, "png", 8, 8, 4)
+    result = GenerationResult("id", image, "a fox", "", 1, 1, 1.0, "ddim", "m", False, None, Timings(0, 0, 0),
+                              BatchPlace(0, 0, 1, 1))  # fmt: skip
+    return result.to_json()
+
+
+def app_with(store: str, **conf: Any) -> Celery:
+    app = Celery(broker="memory://", backend="cache+memory://", set_as_current=False)
+    app.conf.update(sdtpu_image_store=store, **conf)
+    return app
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
+@given(task_id=TASK_IDS)
+@example(task_id="../../escaped")
+def test_whatever_the_task_id_its_file_is_in_the_folder(tmp_path, task_id):
+    before = files_in(tmp_path)
+    store = make_image_store(app_with(""), f"file://{tmp_path}/store")
+    uri = store.put(task_id, "png", b"data")
+    new = files_in(tmp_path) - before - {"store"}
+    assert new <= {f"store/{stored_name(task_id)}.png"}
+    assert (tmp_path / "store" / f"{stored_name(task_id)}.png").read_bytes() == b"data"
+    assert len(os.path.basename(uri)) < 200
+    assert store.read(uri) == b"data"
+
+
+@settings(deadline=None, max_examples=200)
+@given(task_id=TASK_IDS)
+def test_whatever_the_task_id_its_object_has_the_prefix(task_id):
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    store = make_image_store(app_with(""), "memory://images/here")
+    uri = store.put(task_id, "png", task_id.encode(errors="surrogatepass"))
+    assert list(fs.store) == [f"/images/here/{stored_name(task_id)}.png"]
+    assert store.read(uri) == task_id.encode(errors="surrogatepass")
+
+
+@settings(deadline=None, max_examples=200)
+@given(task_id=TASK_IDS)
+def test_whatever_the_task_id_its_key_is_short_and_has_the_prefix(task_id):
+    redis = FlakyRedis()
+    uri = RedisImageStore(redis, 60).put(task_id, "png", b"data")
+    (key,) = redis.data
+    assert uri == f"redis:{key}"
+    assert key.startswith("sdtpu:image:")
+    assert key.isascii()
+    assert key.isprintable()
+    assert len(key) <= 150
+
+
+@settings(deadline=None, max_examples=500)
+@given(one=TASK_IDS, other=TASK_IDS)
+@example(one="A", other="a")
+@example(one="..", other=stored_name(".."))
+@example(one="..", other=stored_name("..")[1:])
+def test_two_task_ids_never_share_a_name_also_where_case_does_not_count(one, other):
+    assert (stored_name(one).casefold() == stored_name(other).casefold()) == (one == other)
+
+
+def test_an_ordinary_id_is_its_own_name_and_a_second_write_replaces_the_first(tmp_path):
+    store = make_image_store(app_with(""), f"file://{tmp_path}")
+    task_id = "4c1a4f0e-1111-4222-8333-444455556666"
+    assert store.put(task_id, "png", b"one") == store.put(task_id, "png", b"two") == f"file://{tmp_path}/{task_id}.png"
+    assert files_in(tmp_path) == {f"{task_id}.png"}
+    assert (tmp_path / f"{task_id}.png").read_bytes() == b"two"
+
+
+@pytest.mark.parametrize("uri", [
+    "file:///etc/passwd", "/etc/passwd", "file://{root}/../secret", "file://{root}/%2e%2e/secret", "file://{root}/",
+    "file://{root}/a/b.png", "file://{root}/.hidden", "file://{root}2/x.png", "simplecache::file://{root}/x.png",
+    "http://127.0.0.1:1/x", "memory://x", "redis:sdtpu:image:x", "redis:celery-task-meta-1", "", "local://{root}/x.png",
+    "file://{root}/x.png\n", "file://{root}/x\x00.png", "FILE://{root}/x.png",
+])  # fmt: skip
+def test_a_result_cannot_name_a_file_outside_the_store(tmp_path, uri):
+    (tmp_path / "secret").write_bytes(b"secret")
+    app = app_with(f"file://{tmp_path}/store")
+    with pytest.raises(StorageError, match=r"is not in the configured store, .*; set sdtpu_image_store to what"):
+        read_image_bytes(result_at(uri.format(root=f"{tmp_path}/store")), app)
+
+
+@pytest.mark.parametrize(
+    "uri", ["redis:celery-task-meta-1", "redis:unacked", "redis:", "sdtpu:image:x", "file:///etc/passwd"]
+)
+def test_a_result_cannot_name_a_foreign_key(redis_url, uri):
+    app = Celery(broker=redis_url, backend=redis_url, set_as_current=False)
+    for key in ("celery-task-meta-1", "unacked", "sdtpu:image:x"):
+        app.backend.client.set(key, b"secret", ex=60)
+    with pytest.raises(StorageError, match="is not in the configured store"):
+        read_image_bytes(result_at(uri), app)
+    assert read_image_bytes(result_at("redis:sdtpu:image:x"), app) == b"secret"
+    app.backend.client.delete("celery-task-meta-1", "unacked", "sdtpu:image:x")
+    app.close()
+
+
+def test_a_client_that_sets_no_store_reads_files_that_are_named_like_the_tasks_image(tmp_path, redis_url):
+    app = Celery(broker=redis_url, backend=redis_url, set_as_current=False)
+    for name in ("id.png", "other.png", "secret"):
+        (tmp_path / name).write_bytes(name.encode())
+    assert read_image_bytes(result_at(f"file://{tmp_path}/id.png"), app) == b"id.png"
+    for name in ("other.png", "secret", "id.png/", "id.png/../secret", "id.py", "id.webp"):
+        with pytest.raises(StorageError):
+            read_image_bytes(result_at(f"file://{tmp_path}/{name}"), app)
+    app.close()
+
+
+@pytest.mark.parametrize("broken", [None, 7, [], {}, {"image": 3}, {"image": {"uri": "x"}}])
+def test_what_is_no_result_is_a_storage_error(broken):
+    with pytest.raises(StorageError, match=r"not a result of sdtpu\.generate"):
+        read_image_bytes(broken, app_with("memory://x"))
+
+
+def test_an_image_that_is_gone(tmp_path):
+    app = app_with(f"file://{tmp_path}")
+    with pytest.raises(StorageError, match="no image at file://"):
+        read_image_bytes(result_at(f"file://{tmp_path}/x.png"), app)
+
+
+def test_reading_makes_no_folder(tmp_path):
+    with pytest.raises(StorageError):
+        read_image_bytes(result_at(f"file://{tmp_path}/new/x.png"), app_with(f"file://{tmp_path}/new"))
+    assert files_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("error", [
+    exceptions.ConnectionError("refused"), exceptions.TimeoutError("slow"), exceptions.BusyLoadingError("LOADING"),
+    exceptions.ReadOnlyError("READONLY"), exceptions.OutOfMemoryError("OOM"), exceptions.ResponseError("MISCONF"),
+    ConnectionResetError(),
+], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_trouble_that_passes_is_waited_for(caplog, error):
+    redis = FlakyRedis(error, error)
+    with caplog.at_level(logging.WARNING):
+        assert RedisImageStore(redis, 60).put("x", "png", b"data") == "redis:sdtpu:image:x"
+    assert redis.data == {"sdtpu:image:x": b"data"}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "trying again for 30 s" in caplog.text
+
+
+@pytest.mark.parametrize("error", [exceptions.AuthenticationError("WRONGPASS"), exceptions.NoPermissionError("NOPERM")])
+def test_trouble_that_does_not_pass_is_an_error_at_once(error):
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"Redis did not take the image of task 'x' \(4 bytes\): ") as caught:
+        RedisImageStore(FlakyRedis(*[error] * 100), 60).put("x", "png", b"data")
+    assert time.monotonic() - started < 0.1
+    assert caught.value.__cause__ is error
+
+
+def test_the_budget_ends_the_waiting_and_the_pauses_grow(monkeypatch):
+    now, pauses = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    redis = FlakyRedis(*[exceptions.OutOfMemoryError("command not allowed")] * 100)
+    with pytest.raises(StorageError, match=r"OutOfMemoryError: command not allowed \(tried again for 30 s\)"):
+        RedisImageStore(redis, 60).put("x", "png", b"data")
+    assert 25 < now[0] <= 30
+    assert 15 < 100 - len(redis.errors) < 25
+    assert max(pauses) <= 0.1 + 1e-9
+
+
+def test_the_caller_may_give_up():
+    stop = threading.Event()
+    threading.Timer(0.3, stop.set).start()
+    redis = FlakyRedis(*[exceptions.ConnectionError("refused")] * 1000)
+    started = time.monotonic()
+    with pytest.raises(StorageError, match="not tried again: the job was given up"):
+        RedisImageStore(redis, 60).put("x", "png", b"data", stop.is_set)
+    assert 0.25 < time.monotonic() - started < 1
+
+
+def test_a_redis_that_restarts_gets_the_image(tmp_path):
+    """Connection refused, then LOADING or an answer: the image arrives when the server does."""
+    port, uris = free_port(), []
+    store = make_image_store(app_with(""), f"redis://127.0.0.1:{port}/0")
+    thread = threading.Thread(target=lambda: uris.append(store.put("x", "png", b"data")))
+    thread.start()
+    time.sleep(0.5)
+    assert not uris
+    with running([find_redis_server(), "--port", str(port), "--save", ""], tmp_path / "redis.log", cwd=tmp_path):
+        thread.join(20)
+        assert uris == ["redis:sdtpu:image:x"]
+        assert store.read(uris[0]) == b"data"
+
+
+def test_a_redis_without_memory_gets_the_image_when_there_is_room_again():
+    with private_redis("--maxmemory-policy", "noeviction") as url:
+        client = Redis.from_url(url)
+        client.config_set("maxmemory", 1)
+        with pytest.raises(StorageError, match="OutOfMemoryError"):
+            RedisImageStore(client, 60, budget_s=0.05).put("x", "png", bytes(1000))
+        threading.Timer(0.5, client.config_set, ["maxmemory", 0]).start()
+        assert make_image_store(app_with(""), url).put("x", "png", bytes(1000)) == "redis:sdtpu:image:x"
+
+
+def test_a_full_disk_is_waited_for_and_a_removed_folder_is_made_again(tmp_path, monkeypatch):
+    store = make_image_store(app_with(""), f"file://{tmp_path}/store")
+    (tmp_path / "store").rmdir()
+    store.put("x", "png", b"data")
+    replace, failures = Path.replace, [OSError(errno.ENOSPC, "No space left on device")] * 2
+
+    def full(self: Path, target: Path) -> Path:
+        if failures:
+            raise failures.pop()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    store.put("y", "png", b"data")
+    assert files_in(tmp_path) == {"store", "store/x.png", "store/y.png"}
+
+
+def test_a_folder_without_permission_is_an_error_at_once(monkeypatch, tmp_path):
+    store = FileImageStore(f"file://{tmp_path}")
+    monkeypatch.setattr(
+        "sdtpu_worker.images.store._write_local_atomically", lambda *_: (_ for _ in ()).throw(PermissionError())
+    )
+    with pytest.raises(StorageError, match=r"could not be written to file://.*PermissionError"):
+        store.put("x", "png", b"data")
+
+
+def test_reading_from_a_redis_that_is_gone():
+    app = app_with(f"redis://127.0.0.1:{free_port()}/0")
+    with pytest.raises(StorageError, match="Redis could not be read for redis:sdtpu:image:x"):
+        read_image_bytes(result_at("redis:sdtpu:image:x"), app)
+
+
+PASSWORDS = st.text(st.characters(codec="ascii", exclude_characters="\\"), min_size=8).filter(lambda p: p.strip("*"))
+
+
+@settings(deadline=None)
+@given(password=PASSWORDS, user=st.sampled_from(["", "worker"]))
+def test_no_password_of_any_url_is_left(password, user):
+    secret = quote(password, safe="")
+    urls = [f"redis://{user}:{secret}@host:6379/0", f"rediss://{user}:{secret}@host/0?ssl_cert_reqs=required",
+            f"sentinel://:{secret}@one:26379;sentinel://:{secret}@two:26379", f"s3://KEY:{secret}@bucket/x",
+            f"unix://{user}@/run/redis.sock?db=0&password={secret}", f"abfs://c@a.dfs/x?sig={secret}"]  # fmt: skip
+    for url in urls:
+        for text in (url, f"got {url!r}: no", f"{url} and {url}", json.dumps({"url": url})):
+            assert f":{secret}" not in sanitize_url(text)
+            assert f"={secret}" not in sanitize_url(text)
+            assert "host" in sanitize_url(text) or "host" not in text.replace(password, "")
+
+
+@pytest.mark.parametrize("url", ["redis://localhost:6379/0", "file:///srv/images", "s3://bucket/images", "no url", ""])
+def test_a_url_without_secrets_is_left_as_it_is(url):
+    assert sanitize_url(url) == url
+
+
+def test_a_raw_at_sign_or_slash_in_a_password_does_not_show():
+    assert sanitize_url("redis://:p@ss/w0rd@host/0") == "redis://:**@host/0"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://me:hunter2-s3cret@127.0.0.1:port/0",
+        "redis://:hunter2/s3cret@host/0",
+        "nonsense://me:hunter2-s3cret@x",
+        "ftp://me:hunter2-s3cret@127.0.0.1:1/x",
+    ],
+)
+def test_no_error_about_a_url_has_its_password(url):
+    with pytest.raises(ConfigurationError, match="sdtpu_image_store must be") as caught:
+        make_image_store(app_with(""), url)
+    assert "s3cret" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_no_password_in_errors_and_representations_of_a_store():
+    url = f"redis://me:hunter2-s3cret@127.0.0.1:{free_port()}/0"
+    store = make_image_store(app_with(""), url)
+    store.budget_s = 0
+    with pytest.raises(StorageError) as caught:
+        store.put("x", "png", b"data")
+    app = app_with("redis", result_backend="cache+memory://me:hunter2-s3cret@host/")
+    with pytest.raises(ConfigurationError, match="needs a Redis result backend") as refused:
+        make_image_store(app, "redis")
+    for text in (repr(store), repr(store.client), str(caught.value), str(refused.value)):
+        assert "s3cret" not in text
+
+
+def test_results_read_from_a_dataclass_too(tmp_path):
+    app = app_with(f"file://{tmp_path}")
+    uri = make_image_store(app, f"file://{tmp_path}").put("x", "png", b"data")
+    result = GenerationResult.from_json(result_at("elsewhere"))
+    result = dataclasses.replace(result, image=dataclasses.replace(result.image, uri=uri))
+    assert read_image_bytes(result, app) == b"data"

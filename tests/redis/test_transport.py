@@ -1,0 +1,375 @@
+"""kombu's transport, made safe, on a real Redis and a real event loop, without Celery's worker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import threading
+import time
+
+import pytest
+import redis
+from celery import Celery
+from kombu import Connection, Consumer, Exchange, Queue
+from kombu import transport as kombu_transports
+from kombu.asynchronous import Hub, get_event_loop, set_event_loop
+from kombu.exceptions import OperationalError
+
+from sdtpu_worker.delivery import transport
+from sdtpu_worker.delivery.deliveries import Deliveries
+from sdtpu_worker.delivery.scripts import Keys
+from sdtpu_worker.errors import DeliveryLimitExceeded
+from sdtpu_worker.testing.processes import private_redis
+
+
+@pytest.fixture(scope="module")
+def url():
+    with private_redis() as url:
+        yield url
+
+
+class Worker:
+    """A consumer on kombu's event loop, with our transport; runs in the test's own thread."""
+
+    def __init__(self, url: str, queues: tuple[str, ...] = ("q",), prefetch: int = 4, **options):
+        self.client = redis.Redis.from_url(url)
+        self.prefix = options.get("global_keyprefix", "")
+        self.deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(self.prefix), 30, "host")
+        self.bad, self.got, self.well = [], [], True
+        self.contacts = 0
+        transport.use_in_this_process(
+            transport.Intake(self.deliveries, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_contact)
+        )
+        self.hub = Hub()
+        set_event_loop(self.hub)
+        self.deliveries.on_free = lambda: self.hub.call_soon(lambda: None)
+        self.url, self.queues, self.prefetch, self.options = url, queues, prefetch, options
+        self.connect()
+
+    def _on_contact(self) -> None:
+        self.contacts += 1
+
+    def connect(self) -> None:
+        self.connection = Connection(self.url, transport_options=self.options)
+        self.connection.connect()
+        self.connection.transport.register_with_event_loop(self.connection.connection, self.hub)
+        self.channel = self.connection.default_channel
+        self.channel.basic_qos(0, self.prefetch, False)
+        queues = [Queue(name) for name in self.queues]
+        self.consumer = Consumer(self.channel, queues, on_message=self.got.append, accept=["json"])
+        self.consumer.consume()
+        self.hub.propagate_errors = self.connection.connection_errors
+        self.loop = self.hub.create_loop()
+
+    def run(self, condition, timeout_s: float = 5.0) -> bool:
+        """Turn the event loop until the condition holds."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            next(self.loop)
+        return True
+
+    def run_for(self, seconds: float) -> None:
+        self.run(lambda: False, seconds)
+
+    def ids(self) -> list[str]:
+        return [message.headers["id"] for message in self.got]
+
+    def close(self) -> None:
+        with contextlib.suppress(OperationalError, redis.ConnectionError):
+            self.connection.close()
+        self.deliveries.close()
+        self.client.close()
+
+
+@pytest.fixture
+def make_worker(url):
+    workers = []
+    before, loop = dict(kombu_transports.TRANSPORT_ALIASES), get_event_loop()
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+
+    def make(*args, **kwargs) -> Worker:
+        workers.append(Worker(url, *args, **kwargs))
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.close()
+    transport.use_in_this_process(None)
+    kombu_transports.TRANSPORT_ALIASES.update(before)
+    for alias in ("redis", "rediss", "sentinel"):
+        kombu_transports._transport_cache.pop(alias, None)
+    set_event_loop(loop)
+
+
+@pytest.fixture
+def send(url):
+    """Give what an ordinary client sends with: stock kombu, made before ours is in place."""
+    app = Celery("client", broker=url, set_as_current=False)
+    app.conf.task_ignore_result = True
+    producer = app.amqp.Producer(app.connection_for_write(), auto_declare=False)
+
+    def send(task_id: str, queue: str = "q", **options) -> None:
+        app.send_task("t", task_id=task_id, queue=queue, producer=producer, **options)
+
+    yield send
+    producer.connection.close()
+    app.close()
+
+
+def test_a_message_is_held_until_it_is_acknowledged(make_worker, send):
+    send("a")
+    worker = make_worker()
+    assert worker.run(lambda: worker.got)
+    assert worker.ids() == ["a"]
+    assert (worker.client.hlen("sdtpu:unacked"), worker.client.llen("q")) == (1, 0)
+    assert not worker.client.exists("unacked", "unacked_index"), "other apps' own keys are not touched"
+    worker.got[0].ack()
+    assert worker.client.keys("sdtpu:*") == []
+    assert worker.contacts
+
+
+def test_a_worker_tries_to_reach_its_broker_every_three_seconds_at_least(monkeypatch):
+    monkeypatch.setattr("kombu.utils.functional.sleep", lambda _: None)
+    pauses_s = []
+    connection = transport.EagerConnection("redis://127.0.0.1:1")
+    with pytest.raises(OperationalError):
+        connection.ensure_connection(lambda exc, pause_s: pauses_s.append(pause_s), 12)
+    assert pauses_s == [0.5, 1, 1.5, 2, 2.5, *[3] * 7]
+
+
+def test_priorities_go_first_and_queues_take_turns(make_worker, send):
+    for i in range(4):
+        send(f"low-{i}", priority=9)
+    for i in range(2):
+        send(f"other-{i}", queue="other", priority=9)
+    send("high", priority=0)
+    worker = make_worker(("q", "other"), 10)
+    assert worker.run(lambda: len(worker.got) == 7)
+    assert worker.ids()[0] == "high"
+    assert {"other-0", "other-1"} <= set(worker.ids()[1:5]), worker.ids()
+
+
+def test_no_more_than_the_prefetch_limit_is_held_also_over_a_reconnect(make_worker, send):
+    for i in range(12):
+        send(str(i))
+    worker = make_worker()
+    worker.run(lambda: len(worker.got) == 4)
+    worker.run_for(0.2)
+    assert len(worker.got) == 4
+    for message in worker.got[:3]:
+        worker.deliveries.run(message.delivery_tag)
+    worker.connection.close()
+    worker.deliveries.flush()
+    assert worker.client.hlen("sdtpu:unacked") == 3, "what waited went back, what runs stays"
+    worker.connect()
+    assert worker.run(lambda: len(worker.got) == 5)
+    worker.run_for(0.2)
+    assert worker.ids() == ["0", "1", "2", "3", "3"]
+    assert worker.got[-1].delivery_info["redelivered"]
+    worker.got[0].ack()
+    assert worker.run(lambda: len(worker.got) == 6), "an acknowledgement of the old connection frees its place"
+
+
+def test_a_worker_whose_devices_hang_takes_nothing(make_worker, send):
+    send("a")
+    worker = make_worker()
+    worker.well = False
+    worker.run_for(0.3)
+    assert worker.got == []
+    worker.well = True
+    assert worker.run(lambda: worker.got)
+
+
+def test_a_rejected_message_goes_to_the_front_or_away(make_worker, send):
+    send("a")
+    send("b")
+    worker = make_worker(prefetch=1)
+    assert worker.run(lambda: worker.got)
+    worker.got[0].reject(requeue=True)
+    assert worker.run(lambda: len(worker.got) == 2)
+    assert worker.ids() == ["a", "a"]
+    worker.got[1].reject()
+    assert worker.run(lambda: len(worker.got) == 3)
+    assert worker.ids()[-1] == "b"
+
+
+def test_what_celery_must_not_see_is_put_aside_and_has_its_error(make_worker, send):
+    worker = make_worker()
+    for raw in (b"", b"[]", b"[" * 5000, b"x" * 20_000, json.dumps({"headers": {"id": "bad"}, "body": 5}).encode()):
+        worker.client.lpush("q", raw)
+    send("good")
+    assert worker.run(lambda: worker.got)
+    assert worker.ids() == ["good"]
+    assert [bad.task_id for bad in worker.bad] == ["bad"]
+    assert worker.client.hgetall("sdtpu:dead:counts") == {b"InvalidMessage": b"5"}
+    assert len(worker.deliveries) == 1
+
+
+def test_a_message_whose_holders_keep_dying_is_put_aside_with_its_error(make_worker, send):
+    send("deadly")
+    client = redis.Redis.from_url(make_worker().url)
+    raw = client.rpop("q") or next(iter(client.hvals("sdtpu:unacked"))).split(b"\n", 1)[1]
+    client.flushall()
+    worker = make_worker()
+    worker.client.lpush("q", b" " * 4 + raw)
+    assert worker.run(lambda: worker.got), "four times is not often enough"
+    worker.got[0].ack()
+    worker.client.lpush("q", b" " * 5 + raw)
+    assert worker.run(lambda: worker.bad)
+    assert worker.bad[0].task_id == "deadly"
+    assert isinstance(worker.bad[0].error, DeliveryLimitExceeded)
+    assert worker.client.hgetall("sdtpu:dead:counts") == {b"DeliveryLimitExceeded": b"1"}
+
+
+def test_a_lost_connection_is_an_error_of_the_loop_and_nothing_is_lost(make_worker, send):
+    worker = make_worker()
+    send("a")
+    assert worker.run(lambda: worker.got)
+    worker.deliveries.run(worker.got[0].delivery_tag)
+    for other in worker.client.client_list():
+        if int(other["id"]) != worker.client.client_id():
+            worker.client.client_kill_filter(_id=other["id"])
+    with pytest.raises(worker.connection.connection_errors):
+        worker.run_for(3)
+    worker.connection.collect()
+    worker.hub.reset()
+    assert worker.client.hlen("sdtpu:unacked") == 1
+    worker.connect()
+    send("b")
+    assert worker.run(lambda: len(worker.got) == 2)
+    assert worker.ids() == ["a", "b"]
+    worker.got[0].ack()
+    worker.got[1].ack()
+    assert worker.client.keys("sdtpu:*") == []
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_job_is_picked_up_at_once_also_where_redis_does_not_tell_of_it(make_worker, send, monkeypatch, tells):
+    if not tells:
+        real = transport._ask
+
+        def refuse(connection, *command):
+            if command[:2] == ("CLIENT", "TRACKING"):
+                raise redis.ResponseError("unknown subcommand")
+            return real(connection, *command)
+
+        monkeypatch.setattr(transport, "_ask", refuse)
+    worker = make_worker()
+    delays, done = [], threading.Event()
+
+    def produce() -> None:
+        for i in range(30):
+            time.sleep(0.02)
+            before, sent_at = len(worker.got), time.monotonic()
+            send(str(i))
+            while len(worker.got) == before and time.monotonic() < sent_at + 5:
+                time.sleep(0.0005)
+            delays.append(time.monotonic() - sent_at)
+            worker.got[-1].ack()
+        done.set()
+        worker.hub.call_soon(lambda: None)
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    worker.run(done.is_set, 20)
+    thread.join()
+    assert len(delays) == 30
+    assert statistics.median(delays) < 0.1, "not only at the safety look once a second"
+
+
+def test_an_idle_worker_hardly_turns(make_worker):
+    worker = make_worker()
+    worker.run_for(0.2)
+    turns, until = 0, time.monotonic() + 2
+    while time.monotonic() < until:
+        next(worker.loop)
+        turns += 1
+    assert turns < 20
+
+
+def test_keys_have_the_prefix_that_clients_use(make_worker, url):
+    app = Celery("prefixed", broker=url, set_as_current=False)
+    app.conf.broker_transport_options = {"global_keyprefix": "shop:"}
+    app.send_task("t", task_id="a", queue="q", ignore_result=True)
+    worker = make_worker(global_keyprefix="shop:")
+    assert worker.run(lambda: worker.got)
+    assert all(key.startswith(b"shop:") for key in worker.client.keys("*"))
+    worker.got[0].ack()
+    assert worker.client.keys("shop:sdtpu:*") == []
+    app.close()
+
+
+def test_a_job_for_later_waits_in_redis_and_neither_takes_a_place_nor_keeps_others_waiting(make_worker, send):
+    for i in range(20):
+        send(f"later-{i}", countdown=3600)
+    send("soon", countdown=0.5)
+    send("now")
+    worker = make_worker(prefetch=2)
+    assert worker.run(lambda: len(worker.got) == 2)
+    assert worker.ids() == ["soon", "now"], "Celery's timer is exact where it matters"
+    assert (len(worker.deliveries), worker.client.zcard("sdtpu:delayed")) == (2, 20)
+    for message in worker.got:
+        message.ack()
+    (first, *_) = worker.client.zrange("sdtpu:delayed", 0, 0)
+    worker.client.zadd("sdtpu:delayed", {first: 0})
+    worker.deliveries.bring_due()
+    worker.run_for(0.3)
+    assert worker.client.zcard("sdtpu:delayed") == 20, "it is not due by its own header"
+    send("past", countdown=-5)
+    assert worker.run(lambda: len(worker.got) == 3)
+
+
+FANOUT_NOISE = (
+    b"",
+    b"x",
+    b"\xff\xfe",
+    b"null",
+    b"7",
+    b'"text"',
+    b"[]",
+    b"{}",
+    b"[[],{}]",
+    b"[" * 100_000,
+    b'{"properties": null}',
+    b'{"properties": {}}',
+    b'{"properties": {"delivery_tag": 1}, "body": 7}',
+    b'{"properties": {"delivery_tag": 1, "body_encoding": "rot13"}, "body": "x"}',
+    b'{"properties": {"delivery_tag": [], "body_encoding": "base64"}, "body": "%"}',
+    b'{"properties": {"delivery_tag": 1}, "headers": 7, "body": "x"}',
+    b'{"properties": {"delivery_tag": 1}, "content-type": "application/x-python-serialize", "body": "x"}',
+)
+
+
+def test_noise_on_a_fanout_channel_costs_neither_the_worker_nor_its_connection(make_worker, send):
+    worker = make_worker()
+    heard = []
+
+    def on_message(message) -> None:
+        if not isinstance(message.payload, dict):
+            raise TypeError("as Celery's own consumers do")
+        heard.append(message.payload)
+
+    channel = worker.connection.channel()
+    queue = Queue("mailbox", Exchange("control", "fanout"), auto_delete=True)
+    fanout = Consumer(channel, [queue], on_message=on_message, accept=["json"], no_ack=True)
+    fanout.consume()
+    worker.run_for(0.2)
+    for noise in FANOUT_NOISE:
+        assert worker.client.publish("/0.control", noise) == 1
+    worker.connection.Producer().publish({"method": "ping"}, exchange=queue.exchange, declare=[queue])
+    send("a")
+    assert worker.run(lambda: heard and worker.got)
+    assert heard == [{"method": "ping"}]
+    assert worker.ids() == ["a"]
+
+
+def test_every_redis_address_gets_our_transport_and_others_do_not(make_worker):
+    make_worker()
+    for address in ("redis://a", "rediss://a", "redis://a;redis://b"):
+        assert type(Connection(address).transport) is transport.Transport
+    assert type(Connection("sentinel://a").transport) is transport.SentinelTransport
+    assert not isinstance(Connection("memory://").transport, transport.Transport)

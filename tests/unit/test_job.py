@@ -1,0 +1,120 @@
+"""What a device job makes of values that nobody checked before it, and of states that Celery cannot store."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import redis
+from celery import Celery, signals
+from celery.worker import state
+from celery.worker.request import Request
+
+from sdtpu_worker.config import read_config
+from sdtpu_worker.errors import EngineUnavailable
+from sdtpu_worker.worker.job import DeviceJob, DeviceRequest
+from sdtpu_worker.worker.services import DeviceWorker
+
+
+def make_job(soft=None, hard=None, **stamps) -> DeviceJob:
+    request = SimpleNamespace(id="a-task", delivery_info={}, expires=None, stamps=stamps)
+    return DeviceJob(request, soft, hard, None, lambda task_id: None)
+
+
+@pytest.fixture
+def revoked_stamps():
+    yield state.revoked_stamps
+    state.revoked_stamps.clear()
+
+
+@pytest.mark.parametrize("limit", ["10", [], {}, True, -1, 0, math.nan, None])
+def test_a_time_limit_that_is_none_does_not_reach_the_device_loop(limit):
+    """Celery's control command `time_limit` takes any JSON value for it."""
+    terms = make_job(limit, limit).terms()
+    assert (terms.soft_time_limit_s, terms.time_limit_s) == (math.inf, math.inf)
+
+
+def test_a_time_limit_counts():
+    terms = make_job(1.5, 3).terms()
+    assert (terms.soft_time_limit_s, terms.time_limit_s) == (1.5, 3)
+
+
+def test_a_job_with_a_revoked_stamp_may_not_start_whatever_else_is_in_the_stamps(revoked_stamps):
+    revoked_stamps.update(user=[[1], {"a": 1}, "mallory"], order=["7"])
+    assert make_job(user="alice").may_start()
+    assert make_job(user=[["alice"], {}], order=None, other=[[]]).may_start()
+    assert not make_job(user="mallory").may_start()
+    assert not make_job(user=["alice", "mallory"]).may_start()
+    assert not make_job(user=[[1]]).may_start()
+
+
+@pytest.fixture
+def told(monkeypatch) -> list[str]:
+    """Give what the broker was told."""
+    told: list[str] = []
+    monkeypatch.setattr(Request, "acknowledge", lambda self: told.append("done"))
+    monkeypatch.setattr(Request, "reject", lambda self, requeue: told.append("goes back"))
+    return told
+
+
+@pytest.fixture
+def request_of_a_job():
+    request = DeviceRequest.__new__(DeviceRequest)
+    request._request_dict = {"id": "some-id"}
+    request.id = "some-id"
+    return request
+
+
+def fail_outside(request: DeviceRequest, *errors: Exception) -> None:
+    """Do what Celery does when it fails around a task, in the task's thread."""
+    job = DeviceJob(request, None, None, None, lambda task_id: None)
+    with job.in_this_thread():
+        for error in errors:
+            signals.task_internal_error.send(sender=None, task_id=request.id, exception=error)
+
+
+def test_a_job_whose_error_was_stored_is_acknowledged(request_of_a_job, told):
+    fail_outside(request_of_a_job, ValueError("no such thing"))
+    request_of_a_job.acknowledge()
+    assert told == ["done"]
+
+
+def test_a_job_of_which_nothing_could_be_stored_is_not_acknowledged(request_of_a_job, told, caplog):
+    fail_outside(request_of_a_job, *[redis.exceptions.OutOfMemoryError("maxmemory")] * 2)
+    request_of_a_job.acknowledge()
+    assert told == []
+    assert "the state of task some-id could not be stored: OutOfMemoryError" in caplog.text
+
+
+def test_a_job_that_a_stopping_worker_could_not_store_goes_back(request_of_a_job, told):
+    fail_outside(request_of_a_job, *[EngineUnavailable("the worker stopped")] * 2)
+    request_of_a_job.acknowledge()
+    assert told == ["goes back"]
+
+
+def test_errors_in_other_threads_concern_no_job():
+    signals.task_internal_error.send(sender=None, task_id="other", exception=ValueError())
+
+
+def test_a_thread_that_runs_jobs_waits_for_its_result_backend(monkeypatch):
+    app = Celery("patient", broker="memory://", backend="redis://127.0.0.1:1", set_as_current=False)
+    worker = DeviceWorker(app, "host", read_config(app.conf))
+    worker.wait_for_results()
+    passing = [redis.ConnectionError("away"), redis.exceptions.OutOfMemoryError(), redis.exceptions.ReadOnlyError()]
+    tries = iter([*passing, b"{}"])
+
+    def answer(key: str) -> bytes:
+        found = next(tries)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    app.backend.client = SimpleNamespace(get=answer)
+    monkeypatch.setattr("kombu.utils.functional.sleep", lambda _: None)
+    assert app.backend.get("some-key") == b"{}"
+    worker.stopping.set()
+    tries = iter([redis.ConnectionError("away")] * 2)
+    with pytest.raises(EngineUnavailable):
+        app.backend.get("some-key")
+    app.close()

@@ -1,0 +1,117 @@
+"""Bad parameters: one clear error each, at the client and again in the worker."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from sdtpu_worker import GenerationRequest, GenerationResult, InvalidRequest
+from sdtpu_worker.contract.request import check_arguments, seed_from_task_id
+
+BAD = [
+    ((), {}, "prompt is missing"),
+    (("",), {}, "prompt must not be empty"),
+    ((" \n\t ",), {}, "prompt must not be empty"),
+    ((7,), {}, "prompt must be a string, got int: 7"),
+    ((None,), {}, "prompt must be a string, got NoneType"),
+    ((["a fox"],), {}, "prompt must be a string, got list"),
+    (("a" * 10_001,), {}, "prompt must have at most 10,000 characters, got 10,001"),
+    (("a\x00fox",), {}, r"prompt must not have control characters, got '\\x00' at position 1"),
+    (("a\x1b[31m",), {}, "control characters"),
+    (("a\ud800",), {}, "control characters"),
+    (("a",), {"negative_prompt": None}, "negative_prompt must be a string"),
+    (("a",), {"negative_prompt": "\x07"}, "negative_prompt must not have control characters"),
+    (("a",), {"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
+    (("a",), {"num_inference_steps": 1001}, "got 1001"),
+    (("a",), {"num_inference_steps": 30.0}, "got 30.0"),
+    (("a",), {"num_inference_steps": True}, "got True"),
+    (("a",), {"guidance_scale": math.nan}, "guidance_scale must be a finite number .*got nan"),
+    (("a",), {"guidance_scale": math.inf}, "got inf"),
+    (("a",), {"guidance_scale": 1e30}, r"got 1e\+30"),
+    (("a",), {"guidance_scale": "7.5"}, "got '7.5'"),
+    (("a",), {"height": 63}, "height must be a multiple of 8 up to 4096 pixels, got 63"),
+    (("a",), {"width": 0}, "width must be a multiple of 8"),
+    (("a",), {"width": 8192}, "got 8192"),
+    (("a",), {"sampler": "heun"}, "sampler must be one of pndm, ddim, euler, dpmsolver.*got 'heun'"),
+    (("a",), {"sampler": ["pndm"]}, "sampler must be one of"),
+    (("a",), {"image_format": "gif"}, "image_format must be one of png, jpeg, webp, got 'gif'"),
+    (("a",), {"seed": -1}, r"seed must be an integer from 0 to 2\*\*63 - 1, got -1"),
+    (("a",), {"seed": 2**63}, "seed must be"),
+    (("a",), {"seed": 1.0}, "seed must be"),
+    (("a",), {"stepz": 3}, "unknown parameter 'stepz'; the parameters are prompt, negative_prompt, seed"),
+    (("a", "b"), {}, "only the prompt is positional, got 2"),
+    (("a",), {"prompt": "b"}, "given twice"),
+    (("a",), {"tenant": ""}, "tenant must be a string of 1 to 128 characters, got ''"),
+    (("a",), {"tenant": "x" * 129}, "tenant must be a string of 1 to 128 characters, got 'xxx"),
+    (("a",), {"tenant": 7}, "tenant must be a string of 1 to 128 characters, got 7"),
+    (("a",), {"tenant": "a\nb"}, r"tenant must not have control characters, got 'a\\nb'"),
+    (("a",), {"tenant": "a\ud800"}, "tenant must not have control characters"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "message"), BAD)
+def test_a_bad_parameter_gets_an_error_that_says_what_is_allowed(args, kwargs, message):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        GenerationRequest.parse(args, kwargs)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"seed": 2**63 - 1, "num_inference_steps": 1000, "guidance_scale": 1}])
+def test_good_parameters_cross_json_unchanged(kwargs):
+    request = GenerationRequest.parse(("an ünïcode 🦊\nin two lines",), kwargs)
+    assert GenerationRequest.parse((), json.loads(json.dumps(request.to_json()))) == request
+
+
+def test_the_documented_defaults():
+    assert GenerationRequest("a fox").to_json() == {
+        "prompt": "a fox",
+        "negative_prompt": "",
+        "seed": None,
+        "num_inference_steps": 50,
+        "guidance_scale": 7.5,
+        "height": None,
+        "width": None,
+        "sampler": None,
+        "image_format": "png",
+    }
+
+
+def test_a_tenant_is_checked_but_is_no_parameter_of_the_image():
+    request = GenerationRequest.parse(("a",), {"seed": 3, "tenant": "Ümlaut & Söhne"})
+    assert request == GenerationRequest.parse(("a",), {"seed": 3}) == GenerationRequest.parse((), request.to_json())
+    assert GenerationRequest.parse(("a",), {"seed": 3, "tenant": None}) == request
+
+
+def test_partial_arguments_are_checked_as_far_as_they_go():
+    check_arguments((), {"seed": 3})
+    with pytest.raises(InvalidRequest, match="seed"):
+        check_arguments((), {"seed": -3})
+
+
+def test_the_seed_of_a_task_without_one_follows_from_its_id():
+    request = GenerationRequest("a fox")
+    assert request.with_seed("abc").seed == seed_from_task_id("abc") == request.with_seed("abc").seed
+    assert 0 <= seed_from_task_id("abc") < 2**63
+    assert seed_from_task_id("abc") != seed_from_task_id("abd")
+    assert GenerationRequest("a", seed=5).with_seed("abc").seed == 5
+
+
+def test_a_result_crosses_json_unchanged():
+    data = {
+        "task_id": "t",
+        "image": {"uri": "redis:sdtpu:image:t", "format": "png", "width": 64, "height": 64, "bytes": 5},
+        "prompt": "a",
+        "negative_prompt": "",
+        "seed": 1,
+        "num_inference_steps": 2,
+        "guidance_scale": 7.5,
+        "sampler": "ddim",
+        "model": "m",
+        "prompt_truncated": False,
+        "nsfw_content_detected": None,
+        "timings": {"queued_s": 0.1, "device_s": 0.2, "total_s": 0.3},
+        "batch": {"device": 0, "slot": 0, "occupied": 1, "num_slots": 8},
+    }
+    assert GenerationResult.from_json(data).to_json() == data

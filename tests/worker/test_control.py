@@ -1,0 +1,184 @@
+"""A running job under Celery's control: progress, priorities, revokes and limits, on a real worker."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
+
+from sdtpu_worker import GenerationRequest, generate, install, open_image
+from tests.device.engines import generate_all
+from tests.test_worker import start_worker
+
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def app(redis_url):
+    app = install(Celery("test-control", broker=redis_url, backend=redis_url, set_as_current=True))
+    app.set_default()
+    yield app
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def worker(redis_url, tmp_path_factory, random_checkpoint):
+    """Run the shipped checkpoint on two devices with one slot each; yields the folder with its trace."""
+    folder = tmp_path_factory.mktemp("control")
+    settings = {
+        "SDTPU_QUEUE": "control",
+        "SDTPU_CPU_DEVICES": "2",
+        "SDTPU_PROGRESS_S": "0.1",
+        "SDTPU_PREVIEW_EVERY": "5",
+        "SDTPU_TRACE": str(folder / "trace.json"),
+    }
+    with start_worker(redis_url, folder, "-Q", "control", **settings):
+        yield folder
+
+
+def order(steps: int, seed: int = 1, **options):
+    kwargs = {"seed": seed, "num_inference_steps": steps, "sampler": "ddim"}
+    return generate.apply_async(("a red circle on a blue background",), kwargs, queue="control", **options)
+
+
+def wait_for(job, condition, timeout_s: float = 30):
+    deadline = time.monotonic() + timeout_s
+    while not condition(job):
+        assert time.monotonic() < deadline, (job.state, job.info)
+        time.sleep(0.005)
+
+
+def progress_of(job) -> dict:
+    """Read state and progress at once; empty when the job is not in progress."""
+    meta = job.backend.get_task_meta(job.id)
+    return meta["result"] if meta["status"] == "PROGRESS" else {}
+
+
+def is_denoising(job) -> bool:
+    return progress_of(job).get("pending") is False
+
+
+def test_progress_grows_to_the_end_and_has_the_shape_that_celery_progress_reads(app, worker):
+    job = order(300)
+    seen = []
+    while not job.ready():
+        info = progress_of(job)
+        if info and info not in seen[-1:]:
+            seen.append(info)
+        time.sleep(0.01)
+    assert len(seen) > 3
+    assert set(seen[-1]) >= {"current", "total", "percent", "pending", "description", "eta_s"}
+    assert [info["current"] for info in seen] == sorted(info["current"] for info in seen)
+    assert {info["total"] for info in seen} == {300}
+    assert all(info["percent"] == info["current"] // 3 for info in seen)
+    assert seen[-1]["description"] == "denoising"
+    etas = [info["eta_s"] for info in seen if info["eta_s"] is not None]
+    assert len(etas) > 3
+    assert etas[-1] < etas[0]
+
+
+def test_previews_are_small_pictures(app, worker):
+    import base64
+    import io
+
+    from PIL import Image
+
+    job = order(300)
+    wait_for(job, lambda job: "preview" in progress_of(job))
+    preview = progress_of(job)["preview"].removeprefix("data:image/png;base64,")
+    assert Image.open(io.BytesIO(base64.b64decode(preview))).size == (8, 8), "as large as the latents"
+    job.get(timeout=30)
+
+
+def test_a_job_that_waits_says_so_with_its_eta(app, worker):
+    jobs = [order(200, seed=i) for i in range(4)]
+    wait_for(jobs[-1], lambda job: progress_of(job).get("pending") and progress_of(job).get("eta_s"))
+    assert progress_of(jobs[-1])["description"] == "waiting for a slot"
+    assert progress_of(jobs[-1])["current"] == 0
+    for job in jobs:
+        job.get(timeout=60)
+
+
+def test_revoke_terminate_frees_the_slot_of_a_running_job_and_leaves_its_neighbours_pixels(app, worker, engine):
+    neighbour, doomed = order(150, seed=5), order(1000, seed=6)
+    waiting = [order(2, seed=i) for i in range(3)]
+    wait_for(doomed, is_denoising)
+    revoked_at = time.monotonic()
+    doomed.revoke(terminate=True)
+    with pytest.raises(TaskRevokedError):
+        doomed.get(timeout=10)
+    for job in waiting:
+        job.get(timeout=30)
+    assert time.monotonic() - revoked_at < 8, "its slot was free long before its thousand steps"
+    pixels = np.asarray(open_image(neighbour.get(timeout=60)))
+    request = GenerationRequest(
+        "a red circle on a blue background", seed=5, num_inference_steps=150, sampler="ddim"
+    )  # fmt: skip
+    (own,) = generate_all(engine, [request], 25)
+    np.testing.assert_array_equal(pixels, own.pixels)
+    time.sleep(0.5)
+    assert doomed.state == "REVOKED", "nothing is stored afterwards"
+
+
+def test_plain_revoke_and_expires_hold_until_a_job_has_its_slot(app, worker):
+    running = [order(400, seed=i) for i in range(2)]
+    wait_for(running[1], is_denoising)
+    revoked = order(2)
+    kwargs = {"num_inference_steps": 2}
+    expired = app.send_task("sdtpu.generate", ["a"], kwargs, queue="control", priority=6, expires=0.4)
+    time.sleep(0.2)
+    revoked.revoke()
+    for job in (revoked, expired):
+        with pytest.raises(TaskRevokedError):
+            job.get(timeout=30)
+    assert not any(job.ready() for job in running), "they were not waited for"
+    running[0].revoke()
+    for job in running:
+        assert job.get(timeout=60)["num_inference_steps"] == 400
+
+
+def test_time_limits_end_a_running_job_with_celerys_own_exceptions(app, worker):
+    soft, hard = order(1000, soft_time_limit=0.3), order(1000, time_limit=0.3)
+    with pytest.raises(SoftTimeLimitExceeded):
+        soft.get(timeout=10)
+    with pytest.raises(TimeLimitExceeded):
+        hard.get(timeout=10)
+    assert order(2).get(timeout=10)["num_inference_steps"] == 2
+
+
+def test_an_urgent_job_takes_a_slot_even_from_behind_the_prefetch_limit(app, worker, engine):
+    low = [order(250, seed=i, priority=9) for i in range(12)]
+    wait_for(low[0], is_denoising)
+    wait_for(low[3], lambda job: job.state in ("STARTED", "PROGRESS"))
+    sent_at = time.monotonic()
+    urgent = order(4, seed=99, priority=0)
+    urgent.get(timeout=30)
+    urgent_s = time.monotonic() - sent_at
+    assert not any(job.ready() for job in low[2:])
+    assert urgent_s < 2.5
+    results = [job.get(timeout=120) for job in low]
+    for i in (0, 1):
+        request = GenerationRequest(
+            "a red circle on a blue background", seed=i, num_inference_steps=250, sampler="ddim"
+        )  # fmt: skip
+        (own,) = generate_all(engine, [request], 25)
+        np.testing.assert_array_equal(np.asarray(open_image(results[i])), own.pixels)
+    stats = next(iter(app.control.inspect(timeout=5).stats().values()))
+    assert stats["pool"]["sdtpu"]["loop"]["preemptions"] >= 1
+    assert stats["pool"]["sdtpu"]["traces_since_ready"] == 0
+    assert stats["prefetch_count"] == 4, "the credit was taken back"
+
+
+def test_the_trace_opens_as_json_and_shows_devices_and_host(app, worker):
+    order(10).get(timeout=30)
+    text = (worker / "trace.json").read_text()
+    events = [json.loads(line.rstrip(",")) for line in text.splitlines()[1:-1] if line.endswith("},")]
+    names = Counter(event["name"] for event in events)
+    assert all(
+        names[name] for name in ("insert", "advance", "decode", "prepare", "transfer", "encode", "store", "occupancy")
+    )

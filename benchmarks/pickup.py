@@ -22,7 +22,7 @@ from kombu.asynchronous import Hub, set_event_loop
 
 from sdtpu_worker.delivery import transport
 from sdtpu_worker.delivery.deliveries import Deliveries
-from sdtpu_worker.delivery.scripts import Keys
+from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.testing.processes import private_redis
 
 SEND = """

@@ -106,20 +106,20 @@ class QoS(kombu_redis.QoS):
     def ack(self, delivery_tag: str) -> None:
         """Acknowledge, also when the connection that it came on is gone."""
         if _intake is not None:
-            _intake.deliveries.ack(delivery_tag)
+            _intake.deliveries.acknowledge(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Give it back to the front of its queue, or acknowledge it."""
         if _intake is not None:
-            (_intake.deliveries.release if requeue else _intake.deliveries.ack)(delivery_tag)
+            (_intake.deliveries.requeue if requeue else _intake.deliveries.acknowledge)(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """The channel closes: give back what no job runs for; what runs goes on."""
         self._on_collect.cancel()
         if _intake is not None and self.prefetch_count:
-            _intake.deliveries.release_waiting()
+            _intake.deliveries.requeue_waiting()
 
     def restore_visible(self, *_: Any, **__: Any) -> None:
         """Nothing: `sdtpu_worker.delivery.lease` sweeps."""
@@ -231,18 +231,18 @@ class ClaimingChannel:
             logger.warning("a message of %d bytes in the queue %s was put aside: %s", size, queue, exc.reason)
             if exc.task_id is not None:
                 intake.on_bad(exc)
-            intake.deliveries.bury(tag, type(exc.error).__name__, queue, exc.reason, size, raw)
+            intake.deliveries.dead_letter(tag, type(exc.error).__name__, queue, exc.reason, size, raw)
             return
         properties, headers = message["properties"], message["headers"]
         due_at = _due_at(headers)
-        if due_at - time.time() > PROMPT_S and intake.deliveries.delay(tag, due_at):
+        if due_at - time.time() > PROMPT_S and intake.deliveries.defer(tag, due_at):
             return
         properties["delivery_tag"] = tag
         if raw.startswith(REDELIVERED):
             headers["redelivered"] = properties["delivery_info"]["redelivered"] = True
         intake.deliveries.hold(tag, headers.get("id") or properties.get("correlation_id") or "")
         if self._closing or queue not in self.connection._callbacks:
-            intake.deliveries.release(tag)
+            intake.deliveries.requeue(tag)
         else:
             self.connection._deliver(message, queue)
 

@@ -190,7 +190,7 @@ class DeviceJob:
         It is acknowledged or given back by now, unless that failed: then it comes again when its lease ends.
         """
         if self._deliveries is not None:
-            self._deliveries.let_go(self.request.message.delivery_tag)
+            self._deliveries.release(self.request.message.delivery_tag)
 
     def begin(self, task: Task) -> None:
         """Store the state STARTED, unless the job was terminated; what Celery does for `track_started`."""
@@ -228,7 +228,7 @@ class DeviceJob:
                 raise self._leave_to_the_announcement() from None
             self._save(getattr(exc, "snapshot", None))
             if getattr(exc, "suspect", False) and self._deliveries is not None:
-                self._deliveries.suspect(self.request.message.delivery_tag)
+                self._deliveries.mark_suspect(self.request.message.delivery_tag)
             logger.info("task %s goes back to its queue: another worker goes on with it", self.task_id)
             raise self._go_back() from None
         except (JobCancelled, JobOverdue) as exc:

@@ -112,7 +112,7 @@ class DevicePool(TaskPool):
             return super().on_apply(target, args, kwargs, callback, accept_callback)
         deliveries = self._worker.deliveries if self._worker else None
         if deliveries is not None:
-            deliveries.run(request.message.delivery_tag)
+            deliveries.mark_running(request.message.delivery_tag)
             answer_directly(request)
         job = DeviceJob(
             request,

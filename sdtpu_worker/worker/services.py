@@ -25,8 +25,8 @@ from sdtpu_worker.contract.load_report import publish_load, withdraw_load
 from sdtpu_worker.delivery import transport
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.envelope import BadEnvelope
+from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
-from sdtpu_worker.delivery.scripts import Keys
 from sdtpu_worker.errors import EngineUnavailable
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
@@ -154,7 +154,7 @@ class DeviceWorker:
         if self._lease is not None:
             self._lease.stop()
         if self.deliveries is not None:
-            self.deliveries.release_all()
+            self.deliveries.requeue_all()
             try:
                 self.deliveries.flush()
                 prefix = self.deliveries.keys.prefix

@@ -27,18 +27,20 @@ if TYPE_CHECKING:
         SdtpuError,
         StorageError,
     )
-    from sdtpu_worker.images import image_grid
+    from sdtpu_worker.images import image_content_type, image_grid
     from sdtpu_worker.plugin import install
     from sdtpu_worker.request import GenerationRequest
     from sdtpu_worker.result import GenerationResult
-    from sdtpu_worker.storage import open_image
+    from sdtpu_worker.storage import open_image, read_image_bytes
     from sdtpu_worker.task import generate
 
 _HOMES = {
     "generate": "task",
     "install": "plugin",
     "open_image": "storage",
+    "read_image_bytes": "storage",
     "image_grid": "images",
+    "image_content_type": "images",
     "GenerationRequest": "request",
     "GenerationResult": "result",
     "BrokerUnavailable": "errors",
@@ -72,9 +74,11 @@ __all__ = [
     "SdtpuError",
     "StorageError",
     "generate",
+    "image_content_type",
     "image_grid",
     "install",
     "open_image",
+    "read_image_bytes",
 ]
 
 

@@ -13,6 +13,7 @@ from celery.concurrency import get_implementation
 from sdtpu_worker.config import read_config, read_setting
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.logs import install_prompt_guard
+from sdtpu_worker.operations.settings_guard import guard_settings
 from sdtpu_worker.remote_control import guard
 from sdtpu_worker.tenants import shard_queues
 
@@ -40,6 +41,7 @@ def install(app: Celery) -> Celery:
     import sdtpu_worker.task  # noqa: F401  registers the shared task
 
     set_defaults(app, _DEFAULTS)
+    guard_settings(app)
     app.steps["worker"].add(DeviceWorkerStep)
     app.steps["consumer"].add("sdtpu_worker.prefetch:UrgentPrefetchStep")
     app.steps["consumer"].add(DeliveryStep)

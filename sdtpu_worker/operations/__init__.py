@@ -1,0 +1,1 @@
+"""What whoever runs a worker sees of it."""

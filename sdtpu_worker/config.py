@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sdtpu_worker.contract.queues import DEFAULT_QUEUE
 from sdtpu_worker.contract.request import MAX_SIDE, SIDE_MULTIPLE
 from sdtpu_worker.errors import ConfigurationError
+from sdtpu_worker.redaction import sanitize_url
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,14 @@ def _resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
     return sizes
 
 
+def _urls(value: Any) -> tuple[str, ...]:
+    """Parse "redis,file:///srv/old", or a list of such URLs; empty for none."""
+    urls = value.split(",") if isinstance(value, str) else value
+    if not isinstance(urls, list | tuple) or not all(isinstance(url, str) for url in urls):
+        raise ValueError("a list of `redis`, redis:// URLs and fsspec URLs, or one string with commas between them")
+    return tuple(dict.fromkeys(url.strip() for url in urls if url.strip()))
+
+
 SETTINGS = (
     Setting(
         "sdtpu_model", "embedded", _text,
@@ -156,6 +165,8 @@ SETTINGS = (
         "where images go: `redis` is the result backend's Redis, with the result's expiry; else a `redis://` URL"
         " or any fsspec URL (`file:///…`, `gs://…`, `s3://…`)",
     ),
+    Setting("sdtpu_read_image_stores", (), _urls,
+            "further stores to read images from, each as for `sdtpu_image_store`: a list, or a string with commas"),
     Setting("sdtpu_compile_cache", "auto", _text,
             "folder of JAX's persistent compilation cache; `auto` is `~/.cache/sdtpu_worker/xla`, `off` for none"),
 )  # fmt: skip
@@ -188,7 +199,8 @@ class Config:
     max_deliveries: int
     health_address: tuple[str, int] | None
     log_prompts: bool
-    image_store: str
+    image_store: str = field(repr=False)  # this and the next may hold passwords
+    read_image_stores: tuple[str, ...] = field(repr=False)
     compile_cache: str
 
 
@@ -206,7 +218,7 @@ def read_setting(name: str, conf: Mapping[str, Any]) -> Any:
     try:
         return setting.parse(raw)
     except ValueError as exc:
-        raise ConfigurationError(f"{source} must be {exc}, got {raw!r}") from exc
+        raise ConfigurationError(f"{source} must be {exc}, got {sanitize_url(repr(raw))}") from exc
 
 
 def read_config(conf: Mapping[str, Any]) -> Config:

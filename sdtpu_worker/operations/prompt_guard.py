@@ -24,10 +24,7 @@ NOT_LOGGED = "[not logged: sdtpu_log_prompts is off]"
 
 _LIBRARIES = ("celery", "kombu", "py")  # py.warnings: Celery also warns with the text of an exception
 _INTAKE = "sdtpu_worker.delivery.transport"  # logs why a message is dead-lettered, and quotes it
-_CONTEXTS = (
-    "celery.app.trace",
-    "celery.worker.strategy",
-)  # their records carry a dict of a task's values
+_CONTEXTS = ("celery.app.trace", "celery.worker.strategy")  # their records carry a dict of a task's values
 _CONTENT = ("args", "kwargs", "argsrepr", "kwargsrepr", "body", "payload", "result", "return_value", "traceback", "exc")
 _PLAIN = (str, bool, int, float, type(None))
 _QUOTED_VALUE = re.compile(r"(\bgot |\bunknown parameter |\bvalue )(?!-?\d).*", re.DOTALL)

@@ -1,14 +1,15 @@
-"""Calibrate the shipped checkpoint's guidance, so that 7.5 is right under every sampler.
+"""Calibrate the guidance of the shipped checkpoint, so that a scale of 7.5 is right under every sampler.
 
     python -m tools.embedded_checkpoint.calibrate --work DIR [--strength 2.4]
 
-A model of this little world is sure of itself: at a guidance scale of 7.5 it overshoots, and PNDM, which extrapolates
-from earlier outputs, then diverges. Its pictures are best at a scale of about 2. So this trains a copy to give at 7.5
-what the trained model gives at `--strength`: conditional outputs move towards the unconditional ones, which stay. The
-targets are the trained model's own outputs, without noise, so a quarter of an hour on two cores is enough.
+The trained model knows few scenes and predicts them with great confidence. At a guidance scale of 7.5 it overshoots,
+and PNDM, which extrapolates from earlier outputs, diverges; its pictures are best at a scale of about 2. This script
+therefore trains a copy of the model whose output at 7.5 is the trained model's output at `--strength`: the conditional
+outputs move towards the unconditional ones, which stay. The targets are the trained model's own outputs, without noise,
+so a quarter of an hour on two cores is enough.
 
-Reads and rewrites `DIR/checkpoint` (see train_diffusion.py); the model as it was trained is kept in `DIR/uncalibrated`.
-A second run goes on from where the first one ended.
+Reads and rewrites `DIR/checkpoint` (see train_diffusion.py), and keeps the trained model in `DIR/uncalibrated`. A
+second run continues from the checkpoint of the first one.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from tools.embedded_checkpoint.train_vae import draw_training_set
 GUIDANCE_SCALE = 7.5
 BATCH = 32
 EMA_DECAY = 0.99
-PARTS_WEIGHT = 1.0  # of the two outputs by themselves, against their guided combination
+PARTS_WEIGHT = 1.0  # of the error of the two outputs alone, beside the error of their guided combination
 
 
 def main() -> None:
-    """Train, log, save."""
+    """Train the copy, log its error and save it as the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder with the trained checkpoint")
     parser.add_argument("--strength", type=float, default=2.4, help="guidance scale of the trained model to reproduce")

@@ -1,10 +1,10 @@
-"""Score the shipped checkpoint, judged from pixels.
+"""Score the shipped checkpoint: what share of its pictures shows what the prompt says, judged from pixels.
 
     python -m tools.embedded_checkpoint.score [--checkpoint DIR] [--out DIR]
 
-Draws prompts whose combination of colour, shape and background was never trained on, makes a picture of each with
-every sampler, and lets the judge in `scenes.py` read them. About eight minutes on two cores for 200 prompts. Prints
-one row per sampler; with `--out` also writes `scores.json` and the contact sheet `samples.png`.
+Chooses prompts whose combination of colour, shape and background was never trained on, generates an image of each with
+every sampler, and has the judge in `scenes.py` read them. Takes about eight minutes on two cores for 200 prompts.
+Prints one row per sampler; with `--out` it also writes `scores.json` and the contact sheet `samples.png`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from sdtpu_worker.contract.request import SAMPLER_NAMES, GenerationRequest
 from sdtpu_worker.demo.command import labelled_grid
 from tools.embedded_checkpoint.scenes import Scene, every_scene, judge
 
-EVERY = 5  # how many prompts there are for each one that is also drawn with another seed
+EVERY = 5  # one prompt in five is also generated with a second seed
 COLUMNS = ("colour", "background", "shape", "all three", "size", "position", "seeds differ")
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """Return different scenes that no training picture showed, half of them with a size or a position word."""
+    """Return different scenes that were never trained on, half of them with a size or a position word."""
     rng = random.Random(seed)
     scenes = [scene for scene in every_scene() if scene.held_out]
     plain = [scene for scene in scenes if scene.size is None and scene.position is None]
@@ -41,8 +41,8 @@ def score(scenes: list[Scene], pictures: list[Image.Image], others: list[Image.I
 
     Args:
         scenes: what the pictures should show.
-        pictures: one each.
-        others: every fifth prompt with another seed.
+        pictures: one picture of each scene.
+        others: pictures of every fifth scene with another seed.
     """
     hits: dict[str, list[bool]] = {column: [] for column in COLUMNS}
     for scene, picture in zip(scenes, pictures, strict=True):
@@ -61,7 +61,7 @@ def score(scenes: list[Scene], pictures: list[Image.Image], others: list[Image.I
 
 
 def main() -> None:
-    """Generate, judge, print."""
+    """Generate the images, judge them and print the scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="embedded", help="folder; default: the shipped one")
     parser.add_argument("--prompts", type=int, default=200, help="prompts per sampler")

@@ -41,7 +41,7 @@ def settings() -> None:
 
     for setting in SETTINGS:
         default = "not set" if setting.default is None else setting.default
-        click.echo(f"{setting.name}  (default: {default}; environment: {setting.name.upper()})\n    {setting.doc}")
+        click.echo(f"{setting.name}  (default: {default}; environment: {setting.name.upper()})\n    {setting.doc}.")
 
 
 @sdtpu.command()

@@ -95,7 +95,32 @@ def main() -> None:
 
     text_encoder = FlaxCLIPTextModel(text_config(tokenizer), _do_init=False)
     unet = FlaxUNet2DConditionModel(**UNET_CONFIG)
-    params = {
+    params = init_params(text_encoder, unet)
+    schedule = optax.warmup_cosine_decay_schedule(1e-5, 1e-3, 300, args.steps, 1e-5)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+
+    step = make_step(make_loss(text_encoder, unet), optimiser, mesh, EMA_DECAY)
+    print(f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(params)):,}", flush=True)
+    average, state = jax.tree.map(jnp.copy, params), optimiser.init(params)
+    draw, started, losses = np.random.default_rng(3), time.monotonic(), []
+    for i in range(args.steps):
+        chosen = draw.integers(len(latents), size=BATCH)
+        batch_ids = ids[chosen, draw.integers(CAPTIONS_PER_SCENE, size=BATCH)]
+        batch_ids = np.where(draw.random((BATCH, 1)) < EMPTY_CAPTIONS, empty_ids, batch_ids)
+        params, average, state, loss = step(
+            params, average, state, None, (latents[chosen], batch_ids, words[chosen]), jax.random.key(i)
+        )
+        losses.append(loss)
+        if (i + 1) % 100 == 0:
+            mean = float(jnp.mean(jnp.stack(losses[-100:])))
+            print(f"{i + 1}/{args.steps} loss {mean:.4f} {time.monotonic() - started:.0f} s", flush=True)
+        if (i + 1) % 1_000 == 0 or i + 1 == args.steps:
+            save(average, text_encoder, args.work, out)
+
+
+def init_params(text_encoder: FlaxCLIPTextModel, unet: FlaxUNet2DConditionModel) -> dict:
+    """Return the parameters to train: of both models, and of the heads that read the caption's words back."""
+    return {
         "text_encoder": text_encoder.init_weights(jax.random.key(1), (1, MAX_LENGTH)),
         "unet": unet.init_weights(jax.random.key(2)),
         "read_back": {
@@ -103,6 +128,10 @@ def main() -> None:
             for i, (name, names) in enumerate(FIELDS)
         },
     }
+
+
+def make_loss(text_encoder: FlaxCLIPTextModel, unet: FlaxUNet2DConditionModel) -> Any:
+    """Return the loss for `make_step`; a batch is latents, token ids and the words of the captions as numbers."""
     signal = jnp.asarray(NoiseSchedule.from_config(SCHEDULER_CONFIG).alphas_cumprod, jnp.float32)
 
     def loss_fn(params, _, x0, ids, words, key):
@@ -124,26 +153,7 @@ def main() -> None:
         )
         return loss + READ_BACK_WEIGHT * read_back, loss
 
-    schedule = optax.warmup_cosine_decay_schedule(1e-5, 1e-3, 300, args.steps, 1e-5)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-
-    step = make_step(loss_fn, optimiser, mesh, EMA_DECAY)
-    print(f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(params)):,}", flush=True)
-    average, state = jax.tree.map(jnp.copy, params), optimiser.init(params)
-    draw, started, losses = np.random.default_rng(3), time.monotonic(), []
-    for i in range(args.steps):
-        chosen = draw.integers(len(latents), size=BATCH)
-        batch_ids = ids[chosen, draw.integers(CAPTIONS_PER_SCENE, size=BATCH)]
-        batch_ids = np.where(draw.random((BATCH, 1)) < EMPTY_CAPTIONS, empty_ids, batch_ids)
-        params, average, state, loss = step(
-            params, average, state, None, (latents[chosen], batch_ids, words[chosen]), jax.random.key(i)
-        )
-        losses.append(loss)
-        if (i + 1) % 100 == 0:
-            mean = float(jnp.mean(jnp.stack(losses[-100:])))
-            print(f"{i + 1}/{args.steps} loss {mean:.4f} {time.monotonic() - started:.0f} s", flush=True)
-        if (i + 1) % 1_000 == 0 or i + 1 == args.steps:
-            save(average, text_encoder, args.work, out)
+    return loss_fn
 
 
 def make_step(loss_fn: Any, optimiser: optax.GradientTransformation, mesh: Mesh, ema_decay: float) -> Any:

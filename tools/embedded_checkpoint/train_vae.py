@@ -18,6 +18,7 @@ import random
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,19 +91,7 @@ def main() -> None:
     vae = FlaxAutoencoderKL(**CONFIG)
     params = vae.init_weights(jax.random.key(0))
 
-    def joint_loss(params, x, key):
-        posterior = vae.apply({"params": params}, x, method=vae.encode).latent_dist
-        z = posterior.sample(key).transpose(0, 3, 1, 2)
-        y = vae.apply({"params": params}, z, method=vae.decode).sample
-        return reconstruction_loss(x, y) + KL_WEIGHT * jnp.mean(posterior.kl()) / posterior.mean[0].size
-
-    def decoder_loss(params, x, key):
-        z = vae.apply({"params": params}, x, method=vae.encode).latent_dist.mean
-        z = jax.lax.stop_gradient(z)
-        z = z + LATENT_NOISE * jnp.std(z) * jax.random.normal(key, z.shape)
-        y = vae.apply({"params": params}, z.transpose(0, 3, 1, 2), method=vae.decode).sample
-        return reconstruction_loss(x, y)
-
+    joint_loss, decoder_loss = make_losses(vae)
     for name, loss_fn, steps, peak in (
         ("joint", joint_loss, args.steps, 2e-3),
         ("decoder", decoder_loss, args.decoder_steps, 1e-3),
@@ -135,6 +124,25 @@ def main() -> None:
                 print(f"{name} {i + 1}/{steps} loss {mean:.5f} {time.monotonic() - started:.0f} s", flush=True)
             if (i + 1) % 400 == 0 or i + 1 == steps:
                 save(vae, params, images, out)
+
+
+def make_losses(vae: FlaxAutoencoderKL) -> tuple[Any, Any]:
+    """Return the losses of the two phases, each `loss_fn(params, x, key)` of a batch in [-1, 1]."""
+
+    def joint_loss(params, x, key):
+        posterior = vae.apply({"params": params}, x, method=vae.encode).latent_dist
+        z = posterior.sample(key).transpose(0, 3, 1, 2)
+        y = vae.apply({"params": params}, z, method=vae.decode).sample
+        return reconstruction_loss(x, y) + KL_WEIGHT * jnp.mean(posterior.kl()) / posterior.mean[0].size
+
+    def decoder_loss(params, x, key):
+        z = vae.apply({"params": params}, x, method=vae.encode).latent_dist.mean
+        z = jax.lax.stop_gradient(z)
+        z = z + LATENT_NOISE * jnp.std(z) * jax.random.normal(key, z.shape)
+        y = vae.apply({"params": params}, z.transpose(0, 3, 1, 2), method=vae.decode).sample
+        return reconstruction_loss(x, y)
+
+    return joint_loss, decoder_loss
 
 
 def save(vae: FlaxAutoencoderKL, params: dict, images: np.ndarray, out: Path) -> None:

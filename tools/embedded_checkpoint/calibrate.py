@@ -35,7 +35,6 @@ from tools.embedded_checkpoint.train_diffusion import (
     encode_all,
     make_step,
     save,
-    tokenise,
 )
 from tools.embedded_checkpoint.train_vae import draw_training_set
 
@@ -65,8 +64,8 @@ def main() -> None:
     del images
     rng = random.Random(5)
     captions = [scene.varied_caption(rng) for scene in scenes for _ in range(CAPTIONS_PER_SCENE)]
-    ids = tokenise(teacher.tokenizer, captions).reshape(len(scenes), CAPTIONS_PER_SCENE, MAX_LENGTH)
-    empty_ids = tokenise(teacher.tokenizer, [""])
+    ids = teacher.tokenizer.encode(captions)[0].reshape(len(scenes), CAPTIONS_PER_SCENE, MAX_LENGTH)
+    empty_ids = teacher.tokenizer.encode([""])[0]
 
     schedule = optax.warmup_cosine_decay_schedule(1e-5, 6e-4, 50, args.steps, 1e-6)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))

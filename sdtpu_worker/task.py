@@ -21,6 +21,8 @@ from sdtpu_worker.tenants import tenant_queue
 
 TASK_NAME = "sdtpu.generate"
 SENT_AT_HEADER = "sdtpu_sent_at"
+MAX_TIME = 2**40
+"""Seconds since 1970 that a message may say that it was sent at: anything later is no time."""
 
 
 class GenerateTask(Task):
@@ -112,7 +114,8 @@ def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
     request = GenerationRequest.parse(args, kwargs).with_seed(self.request.id)
     sent_at = self.request.get(SENT_AT_HEADER)
-    sent_at = sent_at if isinstance(sent_at, int | float) and not isinstance(sent_at, bool) else None
+    is_time = isinstance(sent_at, int | float) and not isinstance(sent_at, bool) and 0 <= sent_at <= MAX_TIME
+    sent_at = sent_at if is_time else None
     serving, job = current(), current_job()
     if job is None:
         return serving.run(self.request.id, request, sent_at).to_json()
@@ -137,6 +140,6 @@ def _seconds_left(task: Task, options: Mapping[str, Any]) -> float | None:
             expires = maybe_iso8601(expires)
         if isinstance(expires, datetime):
             return (maybe_make_aware(expires) - task.app.now()).total_seconds()
-    except (TypeError, ValueError):
+        return float(expires) if isinstance(expires, int | float) else None
+    except (TypeError, ValueError, OverflowError):
         return None  # Celery's to refuse
-    return float(expires) if isinstance(expires, int | float) else None

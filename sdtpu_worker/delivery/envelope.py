@@ -39,9 +39,9 @@ from sdtpu_worker.delivery.message_rules import (
     Refusal,
     check_fields,
     is_usable_id,
-    show,
 )
 from sdtpu_worker.errors import InvalidMessage
+from sdtpu_worker.redaction import brief
 
 MAX_DEPTH = 64
 """How deeply the values of a message may be nested."""
@@ -108,7 +108,7 @@ def check_envelope(raw: bytes, known_tasks: Container[str], max_bytes: int) -> d
             raise Refusal(f"the body of protocol 1 must have at most {MAX_PROTOCOL_1_VALUES:,} values, got {values:,}")
         return message
     except Exception as exc:  # any other than a Refusal is an error of this code, and must not end the worker
-        refusal = exc if isinstance(exc, Refusal) else Refusal(f"the message cannot be checked: {show(exc)}")
+        refusal = exc if isinstance(exc, Refusal) else Refusal(f"the message cannot be checked: {brief(exc)}")
         if not is_usable_id(fields.get("id")):
             fields["id"] = find_task_id(raw[:GUESSED_BYTES], raw[-GUESSED_BYTES:])
         raise BadEnvelope(str(refusal), fields, refusal.error) from exc
@@ -138,20 +138,20 @@ def _check_protocol_2(fields: Mapping[str, Any], body: Any, known_tasks: Contain
     _check_task_fields(fields, known_tasks)
     check_fields("headers", fields, dict.fromkeys(EMBED, NULL))
     if not isinstance(body, list) or len(body) != 3:
-        raise Refusal(f"the body must be [args, kwargs, embed], got {show(body)}")
+        raise Refusal(f"the body must be [args, kwargs, embed], got {brief(body)}")
     args, kwargs, embed = body
     check_fields("body", {"args": args, "kwargs": kwargs}, ARGUMENTS)
     if embed is None:
         return
     check_fields("embed", embed, EMBED)
     if unknown := embed.keys() - EMBED.keys():
-        raise Refusal(f"embed must have only {', '.join(EMBED)}, got {show(min(unknown))}")
+        raise Refusal(f"embed must have only {', '.join(EMBED)}, got {brief(min(unknown))}")
     _check_signatures(embed)
 
 
 def _check_protocol_1(fields: dict[str, Any], body: Any, known_tasks: Container[str]) -> None:
     if not isinstance(body, dict):
-        raise Refusal(f"without a task in the headers the body must be a dict (protocol 1), got {show(body)}")
+        raise Refusal(f"without a task in the headers the body must be a dict (protocol 1), got {brief(body)}")
     fields.update({**body, **fields})  # as Celery does
     _check_task_fields(fields, known_tasks)
     check_fields("body", body, ARGUMENTS)
@@ -162,9 +162,9 @@ def _check_protocol_1(fields: dict[str, Any], body: Any, known_tasks: Container[
 def _check_task_fields(fields: Mapping[str, Any], known_tasks: Container[str]) -> None:
     check_fields("headers", fields, HEADERS)
     if reserved := fields.keys() & RESERVED_NAMES:
-        raise Refusal(f"headers must not have the name of a method of Celery's request, got {show(min(reserved))}")
+        raise Refusal(f"headers must not have the name of a method of Celery's request, got {brief(min(reserved))}")
     if (name := fields["task"]) not in known_tasks:
-        raise Refusal(f"task must be one of this app's, got {show(name)}", NotRegistered(name))
+        raise Refusal(f"task must be one of this app's, got {brief(name)}", NotRegistered(name))
 
 
 def _load(what: str, raw: bytes) -> Any:
@@ -178,7 +178,7 @@ def _load(what: str, raw: bytes) -> Any:
     except RecursionError:
         raise Refusal(f"{what} must be nested at most {MAX_DEPTH} levels deep, got far more") from None
     except Exception as exc:  # the decoders of kombu's `__type__` raise any kind
-        raise Refusal(f"{what} must be JSON text in UTF-8, got {show(raw)}: {show(str(exc))}") from exc
+        raise Refusal(f"{what} must be JSON text in UTF-8, got {brief(raw)}: {brief(str(exc))}") from exc
 
 
 def _refuse_number(text: str) -> None:
@@ -203,7 +203,7 @@ def _check_plain(what: str, value: Any) -> int:
         for item in level:
             if isinstance(item, str):
                 if not item.isascii() and _SURROGATE.search(item):
-                    raise Refusal(f"{what} must not have half a surrogate pair, got {show(item)}")
+                    raise Refusal(f"{what} must not have half a surrogate pair, got {brief(item)}")
             elif isinstance(item, dict):
                 below += item
                 below += item.values()
@@ -224,7 +224,7 @@ def _body_bytes(message: dict[str, Any], max_bytes: int) -> bytes:
         try:
             body = base64.b64decode(body, validate=True)
         except ValueError as exc:
-            raise Refusal(f"the body must be base64, got {show(message['body'])}: {exc}") from exc
+            raise Refusal(f"the body must be base64, got {brief(message['body'])}: {exc}") from exc
     elif compression:
         raise Refusal("a compressed body must be in base64: set body_encoding to base64")
     if not compression:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from reprlib import Repr
 from typing import Any, NamedTuple
 
 from celery.app.task import Context
@@ -12,16 +11,13 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import compression
 from kombu.serialization import registry
 
+from sdtpu_worker.redaction import brief
+
 MAX_ID_CHARACTERS = 255
 MAX_RETRIES = 1_000_000
 MAX_SECONDS = 1_000_000_000
 EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9999, 12, 1, tzinfo=UTC)
 """Dates between these two can be converted to any time zone and to the seconds of a timer."""
-
-_REPR = Repr()
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
-_REPR.maxlevel = 2
-show = _REPR.repr
 
 
 class Refusal(Exception):
@@ -52,11 +48,11 @@ def check_fields(where: str, fields: Any, rules: Mapping[str, Rule]) -> None:
         Refusal: `fields` is not a dict, or a field is missing or has a value that is not allowed.
     """
     if not isinstance(fields, dict):
-        raise Refusal(f"{where} must be a dict, got {show(fields)}")
+        raise Refusal(f"{where} must be a dict, got {brief(fields)}")
     for name, rule in rules.items():
         if name in fields:
             if not rule.holds(fields[name]):
-                raise Refusal(f"{where}: {name} must be {rule.allowed}, got {show(fields[name])}")
+                raise Refusal(f"{where}: {name} must be {rule.allowed}, got {brief(fields[name])}")
         elif rule.required:
             raise Refusal(f"{where}: {name} is missing; it must be {rule.allowed}")
 

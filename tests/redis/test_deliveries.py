@@ -194,7 +194,7 @@ def test_a_state_of_any_size_and_starts_of_any_number_are_not_read_whole(client,
     client.rpush("sdtpu:starts:job", *(f"{i:04}" + "y" * 10_000 for i in range(50)))
     facts = ours.job_facts("job")
     assert facts.snapshot is None
-    assert "has more than 100 bytes, it starts anew" in caplog.text
+    assert "has more than 100 bytes and is not used" in caplog.text
     assert [(name[:4], len(name)) for name in facts.died_on] == [("0000", 512), ("0001", 512), ("0002", 512)]
 
 

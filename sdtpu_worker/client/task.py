@@ -118,6 +118,6 @@ def _seconds_left(task: Task, options: Mapping[str, Any]) -> float | None:
             expires = maybe_iso8601(expires)
         if isinstance(expires, datetime):
             return (maybe_make_aware(expires) - task.app.now()).total_seconds()
-    except (TypeError, ValueError):
+        return float(expires) if isinstance(expires, int | float) else None
+    except (TypeError, ValueError, OverflowError):
         return None  # Celery's to refuse
-    return float(expires) if isinstance(expires, int | float) else None

@@ -35,6 +35,10 @@ DEAD_LETTER_BYTES = 4096
 """How many bytes of a dead-lettered message Redis keeps."""
 JOB_FACTS_EXPIRE_S = 24 * 3600
 """Seconds that Redis keeps a job's starts and its snapshot."""
+MAX_SNAPSHOT_BYTES = 2**26
+"""The largest snapshot, deflated, that is read. One of 1024 x 1024 pixels has about 2 MB; a forged one could fill the
+worker's memory."""
+_MAX_STARTS, _MAX_NAME_BYTES = 10_000, 512  # of a job's starts, and of the name in each: more is not read
 _MAX_MOVES = 200  # messages that one sweep, or one look for due messages, moves
 
 
@@ -282,11 +286,16 @@ class Deliveries:
             redis.exceptions.RedisError: Redis was not reached.
         """
         with self.client.pipeline(transaction=False) as pipe:
-            pipe.lrange(self.keys.starts(task_id), 0, -1)
-            pipe.get(self.keys.snapshot(task_id))
+            pipe.lrange(self.keys.starts(task_id), 0, _MAX_STARTS - 1)
+            pipe.getrange(self.keys.snapshot(task_id), 0, MAX_SNAPSHOT_BYTES)
             names, snapshot = pipe.execute()
-        hosts = [name.decode(errors="replace").partition("\n")[0] for name in dict.fromkeys(names)]
-        return JobFacts(hosts, snapshot)
+        cut = (name[:_MAX_NAME_BYTES].decode(errors="replace") for name in dict.fromkeys(names))
+        hosts = [name.partition("\n")[0] for name in cut]
+        if len(snapshot) > MAX_SNAPSHOT_BYTES:
+            logger.warning("the snapshot of task %s has more than %d bytes and is not used: the job starts from its"
+                           " first step", task_id, MAX_SNAPSHOT_BYTES)  # fmt: skip
+            snapshot = b""
+        return JobFacts(hosts, snapshot or None)
 
     def save_snapshot(self, task_id: str, data: bytes) -> None:
         """Keep a job's snapshot for the worker that continues it.

@@ -59,6 +59,14 @@ def test_the_device_side_and_the_policy_do_not_load_celery():
     assert run_python(code) == "[]"
 
 
+@pytest.mark.parametrize("options", [{"guidance_scale": 10**400}, {"seed": 10**5000}, {"tenant": 10**5000}])
+def test_a_number_of_any_size_is_refused_where_the_job_is_enqueued(app, options):
+    for enqueue in (generate.delay, generate.s, generate.si):
+        with pytest.raises(InvalidRequest, match=f"{next(iter(options))} must be .*, got an integer of about"):
+            enqueue("a fox", **options)
+    assert queued(app) == []
+
+
 def test_importing_the_package_creates_no_celery_app():
     code = "import sdtpu_worker.client.task, sdtpu_worker.plugin, celery; print(len(celery._state._get_active_apps()))"
     assert run_python(code) == "0"

@@ -31,13 +31,14 @@ if TYPE_CHECKING:
         StorageError,
     )
     from sdtpu_worker.images.encode import image_grid
-    from sdtpu_worker.images.store import open_image
+    from sdtpu_worker.images.store import open_image, read_image_bytes
     from sdtpu_worker.plugin import install
 
 _HOMES = {
     "generate": "client.task",
     "install": "plugin",
     "open_image": "images.store",
+    "read_image_bytes": "images.store",
     "image_grid": "images.encode",
     "GenerationRequest": "contract.request",
     "GenerationResult": "contract.result",
@@ -75,6 +76,7 @@ __all__ = [
     "image_grid",
     "install",
     "open_image",
+    "read_image_bytes",
 ]
 
 

@@ -59,7 +59,10 @@ def _integer(low: int, high: int) -> Callable[[Any], int]:
 
 
 def _slots(value: Any) -> int | str:
-    return "auto" if value == "auto" else _integer(1, 64)(value)
+    try:
+        return "auto" if value == "auto" else _integer(1, 64)(value)
+    except ValueError as exc:
+        raise ValueError(f"auto, or {exc}") from None
 
 
 def _switch(value: Any) -> bool:

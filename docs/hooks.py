@@ -28,14 +28,7 @@ BORROWED = {
 }
 """Files of the site by their place in docs/, and where in the repository they are."""
 _UNITS = {"_s": "seconds", "_bytes": "bytes"}
-_MOREBORROWED = {
-    "security.md": "SECURITY.md",
-    "reference/shipped-checkpoint.md": "sdtpu_worker/checkpoint/README.md",
-    "reference/samples.png": "sdtpu_worker/checkpoint/samples.png",
-    "images/serving-constant-speed.png": "benchmarks/results/serving-constant-speed/serving.png",
-}
-"""Files of the site by their place in docs/, and where in the repository they are."""
-_UNITS = {"sdtpu_resolutions": "pixels", "sdtpu_preview_every": "denoising steps"}
+_MORE_UNITS = {"sdtpu_resolutions": "pixels", "sdtpu_preview_every": "denoising steps"}
 
 
 class _Nothing:

@@ -67,16 +67,17 @@ def render(markdown: str, source: str) -> str:
 
 def describe(setting: Setting) -> str:
     """Return a setting's section: heading, what it does, and a table of its facts."""
-    rows = {
+    facts = {
         "default": f"`{_written(setting.default)}`" if setting.default is not None else "not set",
         "allowed": allowed_values(setting),
         "unit": unit(setting),
         "environment": f"`{setting.name.upper()}`",
         "Django": f"`CELERY_{setting.name.upper()}`",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
+    facts = {name: fact for name, fact in facts.items() if fact}
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (facts, ["---"] * len(facts), facts.values()))
     doc = setting.doc[0].upper() + setting.doc[1:]
-    return f"### {setting.name}\n\n{doc}.\n\n| | |\n|---|---|\n{table}\n"
+    return f"### {setting.name}\n\n{doc}.\n\n{table}\n"
 
 
 def allowed_values(setting: Setting) -> str:

@@ -61,7 +61,8 @@ def render(markdown: str, source: str) -> str:
     if unknown := set(wanted) - set(settings):
         raise ValueError(f"{source} documents {', '.join(sorted(unknown))}, which sdtpu_worker/config.py does not have")
     if wanted and (missing := set(settings) - set(wanted)):
-        raise ValueError(f"{source} leaves {', '.join(sorted(missing))} out; add a line {{{{ setting NAME }}}} for each")
+        names = ", ".join(sorted(missing))
+        raise ValueError(f"{source} leaves {names} out; add a line {{{{ setting NAME }}}} for each")
     return PLACEHOLDER.sub(lambda match: describe(settings[match[1]]), markdown)
 
 

@@ -7,16 +7,17 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 
 import click
 
 from sdtpu_worker.config import SETTINGS
 from tests.docs.pages import ROOT, Block
 
-OUTSIDE = frozenset(
-    (".", "apt-get", "cd", "curl", "django-admin", "docker", "export", "flask", "journalctl", "mkdir", "pip")
-    + ("redis-cli", "redis-server", "systemctl")
-)
+OUTSIDE = {
+    ".", "cd", "curl", "django-admin", "docker", "export", "flask", "journalctl", "mkdir", "pip", "redis-cli",
+    "systemctl",
+}  # fmt: skip
 """Programs of others, whose options are not looked at here."""
 OTHER_VARIABLES = {
     "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "HF_HOME", "HF_TOKEN", "MALLOC_ARENA_MAX",
@@ -104,11 +105,12 @@ def check_click(command: click.Command, arguments: list[str]) -> None:
     for word in words:
         if word.startswith("-") and word != "-":
             name = word.partition("=")[0]
-            options = [p for p in command.params if name in (*p.opts, *p.secondary_opts)]
+            options = [
+                p for p in command.params if name in (*p.opts, *p.secondary_opts) and isinstance(p, click.Option)
+            ]
             if not options and name != "--help":
                 raise NoSuchCommand(f"{command.name} has no option {name}")
-            takes_value = options and isinstance(options[0], click.Option) and not options[0].is_flag
-            if takes_value and "=" not in word and not options[0].count:
+            if options and "=" not in word and not (options[0].is_flag or options[0].count):
                 next(words, None)
         elif isinstance(command, click.Group):
             found = command.get_command(click.Context(command), word)
@@ -151,6 +153,6 @@ def _check_extras(arguments: list[str]) -> None:
 
 
 def _check_files(arguments: list[str]) -> None:
-    for option, value in zip(arguments, arguments[1:], strict=False):
+    for option, value in pairwise(arguments):
         if option == "-f" and not (ROOT / value).is_file():
             raise NoSuchCommand(f"there is no file {value}")

@@ -21,7 +21,14 @@ import yaml
 from celery.app.defaults import NAMESPACES, flatten
 
 from sdtpu_worker.config import SETTINGS
-from tests.docs.commands import OTHER_VARIABLES, NoSuchCommand, check_command, check_variable, commands_in, split_commands
+from tests.docs.commands import (
+    OTHER_VARIABLES,
+    NoSuchCommand,
+    check_command,
+    check_variable,
+    commands_in,
+    split_commands,
+)
 from tests.docs.pages import PAGES, ROOT, Block, all_blocks, prose
 
 PACKAGE = ROOT / "sdtpu_worker"
@@ -115,7 +122,7 @@ def test_data_can_be_read(block: Block) -> None:
             parser = configparser.ConfigParser(strict=False, interpolation=None)
             parser.optionxform = str  # type: ignore[assignment, method-assign]  # names keep their capitals
             parser.read_string(text)
-            for name in parser["environment"] if "environment" in parser else ():
+            for name in parser["environment"] if parser.has_section("environment") else ():
                 check_variable(name)
 
 
@@ -153,7 +160,7 @@ def test_the_settings_page_has_every_setting_with_its_facts() -> None:
 
 def test_a_settings_page_that_leaves_one_out_or_names_another_is_refused() -> None:
     hooks = load_hooks()
-    with pytest.raises(ValueError, match="leaves .*sdtpu_revision.* out"):
+    with pytest.raises(ValueError, match=r"leaves .*sdtpu_revision.* out"):
         hooks.render("{{ setting sdtpu_model }}\n", "page.md")
     with pytest.raises(ValueError, match="sdtpu_typo"):
         hooks.render("{{ setting sdtpu_typo }}\n", "page.md")
@@ -210,8 +217,7 @@ def test_the_architecture_page_has_every_key_of_redis_and_no_other() -> None:
 
 def test_the_architecture_page_has_every_thread_and_no_other() -> None:
     started = set(re.findall(r"""(?:name|thread_name_prefix)=["'](sdtpu-[a-z-]+)["']""", source_text()))
-    named = {text for text in re.findall(r"`(sdtpu-[a-z-]+)`", ARCHITECTURE)}
-    assert named == started
+    assert set(re.findall(r"`(sdtpu-[a-z-]+)`", ARCHITECTURE)) == started
 
 
 # Errors

@@ -11,6 +11,7 @@ the callback that receives.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -20,9 +21,9 @@ import redis
 from kombu import Connection, Consumer, Queue
 from kombu.asynchronous import Hub, set_event_loop
 
-from sdtpu_worker.delivery import transport
+from sdtpu_worker.delivery import transport, wake_up
 from sdtpu_worker.delivery.deliveries import Deliveries
-from sdtpu_worker.delivery.scripts import Keys
+from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.testing.processes import private_redis
 
 SEND = """
@@ -37,11 +38,10 @@ for _ in range(messages):
 """
 
 
-def use_ours(url: str) -> None:
-    """Make kombu's Redis transport in this process ours."""
+def use_ours(url: str) -> contextlib.AbstractContextManager[None]:
+    """Make kombu's Redis transport in this process ours meanwhile."""
     deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(), 30, "benchmark")
-    ours = transport.Intake(deliveries, {"t"}, 262_144, 30, print, lambda: True, lambda: None)
-    transport.use_in_this_process(ours)
+    return transport.installed(transport.Intake(deliveries, {"t"}, 262_144, 30, print, lambda: True, lambda: None))
 
 
 def measure(url: str, messages: int, every_s: float) -> list[float]:
@@ -73,12 +73,11 @@ def main() -> None:
     parser.add_argument("--polled", action="store_true", help="as if Redis did not tell of new messages")
     args = parser.parse_args()
     if args.polled:
-        transport.ClaimingChannel._start_tracking = lambda self, connection: None
+        wake_up.WakeUp.track = lambda self, claims: None
     for name in ("stock kombu", "ours"):
         with private_redis() as url:
-            if name == "ours":
-                use_ours(url)
-            delays = sorted(measure(url, args.messages, args.every_ms / 1000))
+            with use_ours(url) if name == "ours" else contextlib.nullcontext():
+                delays = sorted(measure(url, args.messages, args.every_ms / 1000))
         print(
             f"{name:12} median {statistics.median(delays):5.1f} ms, 99 % within {delays[-len(delays) // 100]:5.1f} ms"
         )

@@ -12,15 +12,13 @@ from celery.canvas import Signature
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
 
-from sdtpu_worker.client.admission import admit
-from sdtpu_worker.client.broker_errors import bounded_wait, unavailable
+from sdtpu_worker.client.admission import check_admission
+from sdtpu_worker.client.backend_wait import bounded_wait
+from sdtpu_worker.client.broker_errors import unavailable
 from sdtpu_worker.config import read_setting
-from sdtpu_worker.contract.queues import tenant_queue
-from sdtpu_worker.contract.request import DEFAULT_PRIORITY, GenerationRequest, check_arguments, draw_seed
+from sdtpu_worker.contract.queues import DEFAULT_PRIORITY, SENT_AT_HEADER, TASK_NAME, tenant_queue
+from sdtpu_worker.contract.request import GenerationRequest, check_arguments, draw_seed
 from sdtpu_worker.errors import SdtpuError
-
-TASK_NAME = "sdtpu.generate"
-SENT_AT_HEADER = "sdtpu_sent_at"
 
 
 class GenerateTask(Task):
@@ -32,7 +30,7 @@ class GenerateTask(Task):
 
     abstract = True
     typing = False
-    Request = "sdtpu_worker.worker.job:DeviceRequest"
+    Request = "sdtpu_worker.worker.celery_request:DeviceRequest"
 
     def signature(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Signature:
         """Build a signature; the parameters given so far are checked at once, so that a group fails as a whole."""
@@ -65,7 +63,7 @@ class GenerateTask(Task):
         if request is None or self.app.conf.task_always_eager:
             return self._send(args, kwargs, *rest, **options)
         if not options.get("retries"):
-            self._admit(request, rest, options)
+            self._check_admission(request, rest, options)
         with bounded_wait(self.app):
             return self._send(args, kwargs, *rest, **options)
 
@@ -77,10 +75,10 @@ class GenerateTask(Task):
         if options["queue"] == queue and not options.get("retries") and isinstance(tenant, str):
             options["queue"] = tenant_queue(queue, tenant, read_setting("sdtpu_tenant_shards", self.app.conf))
 
-    def _admit(self, request: GenerationRequest, rest: Sequence[Any], options: Mapping[str, Any]) -> None:
+    def _check_admission(self, request: GenerationRequest, rest: Sequence[Any], options: Mapping[str, Any]) -> None:
         queue, priority = options["queue"], options["priority"]
         producer = options.get("producer") or options.get("publisher") or (rest[1] if len(rest) > 1 else None)
-        admit(
+        check_admission(
             self.app,
             request,
             getattr(queue, "name", queue),
@@ -107,26 +105,9 @@ def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
     It stores the state STARTED itself (`DeviceJob.begin`): Celery does so before anybody has looked whether a
     redelivered job has an end already, and would replace a FAILURE.
     """
-    from sdtpu_worker.worker.job import CRASHES_TO_RUN_ALONE, current_job
-    from sdtpu_worker.worker.serving import JobControl, current
+    from sdtpu_worker.worker.run_job import run_job
 
-    request = GenerationRequest.parse(args, kwargs).with_seed(self.request.id)
-    sent_at = self.request.get(SENT_AT_HEADER)
-    sent_at = sent_at if isinstance(sent_at, int | float) and not isinstance(sent_at, bool) else None
-    serving, job = current(), current_job()
-    if job is None:
-        return serving.run(self.request.id, request, sent_at).to_json()
-    with job.in_celerys_words():
-        facts = job.recall(self, request)
-        job.begin(self)
-        control = JobControl(
-            job.terms(),
-            job.may_start,
-            lambda progress: job.report(self, progress),
-            facts.snapshot,
-            alone=len(facts.died_on) >= CRASHES_TO_RUN_ALONE,
-        )
-        return serving.run(self.request.id, request, sent_at, control).to_json()
+    return run_job(self, args, kwargs)
 
 
 def _seconds_left(task: Task, options: Mapping[str, Any]) -> float | None:

@@ -12,13 +12,12 @@ import pytest
 import redis
 from celery import Celery
 from kombu import Connection, Consumer, Exchange, Queue
-from kombu import transport as kombu_transports
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 from kombu.exceptions import OperationalError
 
-from sdtpu_worker.delivery import transport
+from sdtpu_worker.delivery import transport, wake_up
 from sdtpu_worker.delivery.deliveries import Deliveries
-from sdtpu_worker.delivery.scripts import Keys
+from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.errors import DeliveryLimitExceeded
 from sdtpu_worker.testing.processes import private_redis
 
@@ -38,9 +37,11 @@ class Worker:
         self.deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(self.prefix), 30, "host")
         self.bad, self.got, self.well = [], [], True
         self.contacts = 0
-        transport.use_in_this_process(
-            transport.Intake(self.deliveries, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_contact)
+        intake = transport.Intake(
+            self.deliveries, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_contact
         )
+        self.installed = contextlib.ExitStack()
+        self.installed.enter_context(transport.installed(intake))
         self.hub = Hub()
         set_event_loop(self.hub)
         self.deliveries.on_free = lambda: self.hub.call_soon(lambda: None)
@@ -80,6 +81,7 @@ class Worker:
     def close(self) -> None:
         with contextlib.suppress(OperationalError, redis.ConnectionError):
             self.connection.close()
+        self.installed.close()
         self.deliveries.close()
         self.client.close()
 
@@ -87,7 +89,7 @@ class Worker:
 @pytest.fixture
 def make_worker(url):
     workers = []
-    before, loop = dict(kombu_transports.TRANSPORT_ALIASES), get_event_loop()
+    loop = get_event_loop()
     with redis.Redis.from_url(url) as client:
         client.flushall()
 
@@ -96,12 +98,8 @@ def make_worker(url):
         return workers[-1]
 
     yield make
-    for worker in workers:
+    for worker in reversed(workers):
         worker.close()
-    transport.use_in_this_process(None)
-    kombu_transports.TRANSPORT_ALIASES.update(before)
-    for alias in ("redis", "rediss", "sentinel"):
-        kombu_transports._transport_cache.pop(alias, None)
     set_event_loop(loop)
 
 
@@ -161,7 +159,7 @@ def test_no_more_than_the_prefetch_limit_is_held_also_over_a_reconnect(make_work
     worker.run_for(0.2)
     assert len(worker.got) == 4
     for message in worker.got[:3]:
-        worker.deliveries.run(message.delivery_tag)
+        worker.deliveries.mark_running(message.delivery_tag)
     worker.connection.close()
     worker.deliveries.flush()
     assert worker.client.hlen("sdtpu:unacked") == 3, "what waited went back, what runs stays"
@@ -229,7 +227,7 @@ def test_a_lost_connection_is_an_error_of_the_loop_and_nothing_is_lost(make_work
     worker = make_worker()
     send("a")
     assert worker.run(lambda: worker.got)
-    worker.deliveries.run(worker.got[0].delivery_tag)
+    worker.deliveries.mark_running(worker.got[0].delivery_tag)
     for other in worker.client.client_list():
         if int(other["id"]) != worker.client.client_id():
             worker.client.client_kill_filter(_id=other["id"])
@@ -250,14 +248,14 @@ def test_a_lost_connection_is_an_error_of_the_loop_and_nothing_is_lost(make_work
 @pytest.mark.parametrize("tells", [True, False])
 def test_a_job_is_picked_up_at_once_also_where_redis_does_not_tell_of_it(make_worker, send, monkeypatch, tells):
     if not tells:
-        real = transport._ask
+        real = wake_up._ask
 
         def refuse(connection, *command):
             if command[:2] == ("CLIENT", "TRACKING"):
                 raise redis.ResponseError("unknown subcommand")
             return real(connection, *command)
 
-        monkeypatch.setattr(transport, "_ask", refuse)
+        monkeypatch.setattr(wake_up, "_ask", refuse)
     worker = make_worker()
     delays, done = [], threading.Event()
 
@@ -316,7 +314,7 @@ def test_a_job_for_later_waits_in_redis_and_neither_takes_a_place_nor_keeps_othe
         message.ack()
     (first, *_) = worker.client.zrange("sdtpu:delayed", 0, 0)
     worker.client.zadd("sdtpu:delayed", {first: 0})
-    worker.deliveries.bring_due()
+    worker.deliveries.requeue_due()
     worker.run_for(0.3)
     assert worker.client.zcard("sdtpu:delayed") == 20, "it is not due by its own header"
     send("past", countdown=-5)
@@ -370,6 +368,6 @@ def test_noise_on_a_fanout_channel_costs_neither_the_worker_nor_its_connection(m
 def test_every_redis_address_gets_our_transport_and_others_do_not(make_worker):
     make_worker()
     for address in ("redis://a", "rediss://a", "redis://a;redis://b"):
-        assert type(Connection(address).transport) is transport.Transport
-    assert type(Connection("sentinel://a").transport) is transport.SentinelTransport
+        assert isinstance(Connection(address).transport, transport.Transport)
+    assert isinstance(Connection("sentinel://a").transport, transport.SentinelTransport)
     assert not isinstance(Connection("memory://").transport, transport.Transport)

@@ -29,7 +29,7 @@ from tests.docs.commands import (
     commands_in,
     split_commands,
 )
-from tests.docs.pages import PAGES, ROOT, Block, all_blocks, prose
+from tests.docs.pages import PAGES, ROOT, Block, all_blocks, prose, read_blocks
 
 PACKAGE = ROOT / "sdtpu_worker"
 SHELL = ("bash", "console")
@@ -71,6 +71,20 @@ def is_in_package(name: str) -> bool:
 
 def source_text() -> str:
     return "\n".join(path.read_text() for path in PACKAGE.rglob("*") if path.suffix in (".py", ".lua"))
+
+
+TWO_COMMANDS = (
+    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[demo]' && .venv/bin/sdtpu demo",
+    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest",
+)
+
+
+def test_the_readme_is_short_and_has_its_two_commands() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    assert (
+        tuple(block.text.strip() for block in read_blocks(ROOT / "README.md") if "venv" in block.text) == TWO_COMMANDS
+    )
 
 
 # Blocks

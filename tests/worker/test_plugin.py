@@ -59,7 +59,10 @@ def test_a_tpu_that_is_not_there_is_refused_with_the_found_and_the_wanted_kind(t
     ("settings", "message"),
     [
         ({"SDTPU_MODEL": "/no/such/folder"}, "there is no folder '/no/such/folder'"),
-        ({"SDTPU_SLOTS_PER_DEVICE": "zero"}, "SDTPU_SLOTS_PER_DEVICE must be an integer from 1 to 64, got 'zero'"),
+        (
+            {"SDTPU_SLOTS_PER_DEVICE": "zero"},
+            "SDTPU_SLOTS_PER_DEVICE must be auto, or an integer from 1 to 64, got 'zero'",
+        ),
         ({"SDTPU_IMAGE_STORE": "nonsense://x"}, "sdtpu_image_store must be redis, a redis:// URL or a writable fsspec"),
     ],
 )

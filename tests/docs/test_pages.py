@@ -234,6 +234,15 @@ def test_the_architecture_page_has_every_thread_and_no_other() -> None:
     assert set(re.findall(r"`(sdtpu-[a-z-]+)`", ARCHITECTURE)) == started
 
 
+def test_the_architecture_page_says_where_each_lock_is() -> None:
+    section = ARCHITECTURE.partition("\n## Locks\n")[2].partition("\n## ")[0]
+    holders = [path for path in PACKAGE.rglob("*.py") if re.search(r"\b(Lock|RLock|Condition)\(\)", path.read_text())]
+    assert len(holders) > 5
+    for path in holders:
+        file, folder = path.relative_to(ROOT), path.parent.relative_to(ROOT)
+        assert f"`{file}`" in section or f"`{folder}/`" in section, file
+
+
 # Errors
 
 

@@ -24,8 +24,7 @@ from celery import Celery, states
 from flask import Flask, Response, request, url_for
 from redis.exceptions import RedisError
 
-from sdtpu_worker import BrokerUnavailable, InvalidRequest, StorageError, generate, install
-from sdtpu_worker.images.store import read_image_bytes
+from sdtpu_worker import BrokerUnavailable, InvalidRequest, StorageError, generate, install, read_image_bytes
 
 REDIS_URL = "redis://localhost:6379/0"
 NUMBERS = {"seed": int, "num_inference_steps": int, "height": int, "width": int, "guidance_scale": float}

@@ -12,8 +12,7 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_POST
 from redis.exceptions import RedisError
 
-from sdtpu_worker import BrokerUnavailable, InvalidRequest, StorageError, generate
-from sdtpu_worker.images.store import read_image_bytes
+from sdtpu_worker import BrokerUnavailable, InvalidRequest, StorageError, generate, read_image_bytes
 
 NUMBERS = {"seed": int, "num_inference_steps": int, "height": int, "width": int, "guidance_scale": float}
 STATUS_OF = {InvalidRequest: 400, StorageError: 404, BrokerUnavailable: 503, RedisError: 503}

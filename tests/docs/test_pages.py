@@ -122,6 +122,17 @@ def test_a_wrong_option_is_found() -> None:
             check_command(words)
 
 
+def test_the_systemd_unit_runs_a_command_that_exists_and_waits_for_the_grace_period() -> None:
+    (unit,) = [block for block in all_blocks("ini") if (block.title or "").endswith(".service")]
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read_string(unit.text)
+    service = parser["Service"]
+    for words in split_commands(service["ExecStart"]):
+        check_command(words)
+    grace_s = next(setting.default for setting in SETTINGS if setting.name == "sdtpu_grace_s")
+    assert int(service["TimeoutStopSec"]) >= grace_s + 30
+
+
 @pytest.mark.parametrize("block", all_blocks("json", "ini", "toml", "yaml"), ids=str)
 def test_data_can_be_read(block: Block) -> None:
     match block.language:

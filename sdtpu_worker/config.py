@@ -77,7 +77,10 @@ def _whole(value: Any) -> int | None:
 
 
 def _slots(value: Any) -> int | str:
-    return "auto" if value == "auto" else _integer(1, 64)(value)
+    try:
+        return "auto" if value == "auto" else _integer(1, 64)(value)
+    except ValueError as exc:
+        raise ValueError(f"auto, or {exc}") from None
 
 
 def _switch(value: Any) -> bool:

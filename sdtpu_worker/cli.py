@@ -40,7 +40,7 @@ def settings() -> None:
     from sdtpu_worker.config import SETTINGS
 
     for setting in SETTINGS:
-        default = "not set" if setting.default is None else setting.default
+        default = "not set" if setting.default in (None, ()) else setting.default
         click.echo(f"{setting.name}  (default: {default}; environment: {setting.name.upper()})\n    {setting.doc}.")
 
 

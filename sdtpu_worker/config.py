@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sdtpu_worker.contract.queues import DEFAULT_QUEUE
@@ -127,6 +127,14 @@ def _resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
     return sizes
 
 
+def _urls(value: Any) -> tuple[str, ...]:
+    """Parse "redis,file:///srv/old", or a list of such URLs; empty for none."""
+    urls = value.split(",") if isinstance(value, str) else value
+    if not isinstance(urls, list | tuple) or not all(isinstance(url, str) for url in urls):
+        raise ValueError("a list of `redis`, redis:// URLs and fsspec URLs, or one string with commas between them")
+    return tuple(dict.fromkeys(url.strip() for url in urls if url.strip()))
+
+
 SETTINGS = (
     Setting(
         "sdtpu_model", "embedded", _text,
@@ -238,6 +246,11 @@ SETTINGS = (
         " `redis://` URL; or an fsspec URL (`file:///…`, `gs://…`, `s3://…`). Clients read from the same place",
     ),
     Setting(
+        "sdtpu_read_image_stores", (), _urls,
+        "Further stores to read images from, such as the one before `sdtpu_image_store` was changed: each as for"
+        " `sdtpu_image_store`, in a list, or in one string with commas between them",
+    ),
+    Setting(
         "sdtpu_compile_cache", "auto", _text,
         "The folder of JAX's persistent compilation cache. `auto` is `~/.cache/sdtpu_worker/xla`; with `off` every"
         " start compiles anew",
@@ -272,7 +285,8 @@ class Config:
     max_deliveries: int
     health_address: tuple[str, int] | None
     log_prompts: bool
-    image_store: str
+    image_store: str = field(repr=False)  # this and the next may hold passwords
+    read_image_stores: tuple[str, ...] = field(repr=False)
     compile_cache: str
 
 

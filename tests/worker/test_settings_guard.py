@@ -16,7 +16,7 @@ from sdtpu_worker.config import read_config
 
 pytestmark = pytest.mark.timeout(60)
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize("namespace", ["", "CELERY"])

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ANNOUNCEMENT_TIMEOUT_S = 10.0
+_MOST_HOSTS_NAMED = 20
 _current = threading.local()
 
 
@@ -166,7 +167,7 @@ class DeviceJob:
         if len(facts.died_on) >= self._max_deliveries:
             raise DeliveryLimitExceeded(
                 f"the job was on the devices of {len(facts.died_on)} workers when they died, hung or were lost"
-                f" ({', '.join(facts.died_on)}); sdtpu_max_deliveries allows {self._max_deliveries}"
+                f" ({', '.join(facts.died_on[:_MOST_HOSTS_NAMED])}); sdtpu_max_deliveries allows {self._max_deliveries}"
             )
         state_of_it = facts.snapshot or b""
         is_ours = state_of_it.startswith(self._digest)

@@ -1,7 +1,7 @@
 """What Redis keeps of a job beyond its message, by task id, for the worker that gets the job next.
 
 `sdtpu:starts:…` lists the processes on whose devices the job was when they died, hung or were lost; `sdtpu:snap:…` is
-its snapshot, if a worker handed it over. Anyone who can write to the broker can write both, so they are read with bounds.
+its snapshot, if a worker handed it over. Anyone who can write to the broker can write both: they are read with bounds.
 """
 
 from __future__ import annotations

@@ -288,7 +288,7 @@ class Deliveries:
         with self.client.pipeline(transaction=False) as pipe:
             pipe.lrange(self.keys.starts(task_id), 0, _MAX_STARTS - 1)
             pipe.getrange(self.keys.snapshot(task_id), 0, MAX_SNAPSHOT_BYTES)
-            names, snapshot = pipe.execute()
+            names, snapshot = map(_value_of, pipe.execute(raise_on_error=False))
         cut = (name[:_MAX_NAME_BYTES].decode(errors="replace") for name in dict.fromkeys(names))
         hosts = [name.partition("\n")[0] for name in cut]
         if len(snapshot) > MAX_SNAPSHOT_BYTES:
@@ -338,3 +338,16 @@ class Deliveries:
 
     def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         return self.client.eval(script, len(keys), *keys, *args)
+
+
+def _value_of(answer: Any) -> Any:
+    """Return a value that Redis answered with; nothing for a key of another type, which no worker wrote.
+
+    Raises:
+        redis.exceptions.RedisError: Redis answered with any other error.
+    """
+    if not isinstance(answer, Exception):
+        return answer
+    if "WRONGTYPE" in str(answer):
+        return b""
+    raise answer

@@ -14,7 +14,7 @@ from typing import Any
 from sdtpu_worker.contract.queues import DEFAULT_QUEUE
 from sdtpu_worker.contract.request import MAX_SIDE, SIDE_MULTIPLE
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.redaction import brief
+from sdtpu_worker.redaction import brief, sanitize_url
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,10 @@ def _whole(value: Any) -> int | None:
 
 
 def _slots(value: Any) -> int | str:
-    return "auto" if value == "auto" else _integer(1, 64)(value)
+    try:
+        return "auto" if value == "auto" else _integer(1, 64)(value)
+    except ValueError as exc:
+        raise ValueError(f"auto, or {exc}") from None
 
 
 def _switch(value: Any) -> bool:
@@ -248,7 +251,7 @@ SETTINGS = (
     Setting(
         "sdtpu_read_image_stores", (), _urls,
         "Further stores to read images from, such as the one before `sdtpu_image_store` was changed: each as for"
-        " `sdtpu_image_store`, in a list, or in one string with commas between them",
+        " `sdtpu_image_store`, in a list, or in one string with commas between them. An image anywhere else is refused",
     ),
     Setting(
         "sdtpu_compile_cache", "auto", _text,
@@ -308,7 +311,7 @@ def read_setting(name: str, conf: Mapping[str, Any]) -> Any:
     try:
         return setting.parse(raw)
     except ValueError as exc:
-        raise ConfigurationError(f"{source} must be {exc}, got {brief(raw)}") from exc
+        raise ConfigurationError(f"{source} must be {exc}, got {sanitize_url(brief(raw))}") from exc
 
 
 def read_config(conf: Mapping[str, Any]) -> Config:

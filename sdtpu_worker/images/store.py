@@ -77,13 +77,7 @@ class RedisImageStore:
 
     def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = never) -> str:
         """Store an image; see `ImageStore`."""
-        from redis.exceptions import (
-            AuthenticationError,
-            AuthorizationError,
-            DataError,
-            NoPermissionError,
-            RedisError,
-        )
+        from redis.exceptions import AuthenticationError, AuthorizationError, DataError, NoPermissionError, RedisError
 
         key = _KEY_PREFIX + stored_name(task_id)
         lasting = (AuthenticationError, AuthorizationError, NoPermissionError, DataError)
@@ -249,11 +243,7 @@ def read_image_bytes(result: Mapping[str, Any] | GenerationResult, app: Celery |
 
 
 def open_image(result: Mapping[str, Any] | GenerationResult, app: Celery | None = None) -> Image:
-    """Return the decoded image of a result.
-
-    Args:
-        result: what `AsyncResult.get()` returned, or a `GenerationResult`.
-        app: the app with the settings and the result backend; None for the current Celery app.
+    """Return the decoded image of a result; the arguments are those of `read_image_bytes`.
 
     Raises:
         StorageError: as for `read_image_bytes`; also if the stored data have another format or size than the result

@@ -10,7 +10,8 @@ from redis.exceptions import RedisError
 from redis.sentinel import Sentinel
 
 from sdtpu_worker.testing.processes import StartFailed
-from tests.chaos.servers import Options, RedisServer, wait_until
+from tests.chaos.servers import Options, RedisServer
+from tests.support.waiting import wait_until
 
 
 class SentinelCluster:

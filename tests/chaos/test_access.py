@@ -22,9 +22,12 @@ from celery import Celery
 from redis.exceptions import NoPermissionError
 
 from sdtpu_worker import generate
-from tests.chaos.fleet import ROOT, Fleet, Ledger, client_app
+from tests.chaos.fleet import Fleet, Ledger
 from tests.chaos.proxies import FlakyProxy, TlsProxy
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.servers import RedisServer
+from tests.support.clients import client_app
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 
 LEASE_S = 2
 WORKER = {"SDTPU_CPU_DEVICES": "2", "SDTPU_FAKE_STEP_MS": "10", "SDTPU_LEASE_S": str(LEASE_S)}
@@ -148,6 +151,7 @@ def test_a_broker_that_is_not_redis(tmp_path: Path):
     for name in ("queue", "processed", "results", "images"):
         (tmp_path / name).mkdir()
     folders = {f"data_folder_{way}": str(tmp_path / "queue") for way in ("in", "out")}
+    folders["control_folder"] = str(tmp_path / "control")
     store = f"file://{tmp_path}/images"
     transport = {**folders, "store_processed": False}
     conf = {"broker_transport_options": transport}

@@ -22,11 +22,12 @@ from sdtpu_worker import InvalidRequest, generate
 from sdtpu_worker.delivery.deliveries import MAX_DEAD_LETTERS
 from sdtpu_worker.errors import InvalidMessage
 from sdtpu_worker.testing.processes import private_redis
-from tests.chaos.fleet import Fleet, Ledger, client_app
+from tests.chaos.fleet import Fleet, Ledger
 from tests.chaos.footprint import assert_as_before, assert_nothing_left, difference, footprint, pool_stats, settled
-from tests.chaos.hostile import REQUEST, hostile_messages
 from tests.chaos.hostile_control import hostile_control_messages
-from tests.chaos.servers import wait_until
+from tests.support.clients import client_app
+from tests.support.hostile import REQUEST, hostile_messages
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

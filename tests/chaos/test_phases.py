@@ -18,9 +18,11 @@ import pytest
 from celery import chain, chord
 
 from sdtpu_worker import generate
-from tests.chaos.fleet import Fleet, Ledger, client_app, keys_left
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.fleet import Fleet, Ledger, keys_left
+from tests.chaos.servers import RedisServer
 from tests.chaos.witness import Witness
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
 PHASES = ("waiting", "encoding", "denoising", "decoding", "storing", "stored", "announced", "done")
 """Where a job that is in no chord can die; see `dying_worker`, which is only ever imported by a worker: it patches."""

@@ -22,10 +22,12 @@ from redis.exceptions import RedisError
 from sdtpu_worker.errors import BrokerUnavailable
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.testing.processes import free_port
-from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, wait_until_no_key_is_left
+from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, wait_until_no_key_is_left
 from tests.chaos.health_log import HealthLog
 from tests.chaos.proxies import FlakyProxy
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.servers import RedisServer
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
 STEP_MS, LEASE_S = 20, 5.0
 SLACK_S = 2.5

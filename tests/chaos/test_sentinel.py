@@ -14,9 +14,10 @@ from pathlib import Path
 
 from sdtpu_worker import generate
 from sdtpu_worker.errors import BrokerUnavailable
-from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
+from tests.chaos.fleet import Fleet, Ledger, wait_until_no_key_is_left
 from tests.chaos.sentinel import SentinelCluster
-from tests.chaos.servers import wait_until
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
 LEASE_S = 4
 PASSWORD, SENTINEL_PASSWORD = "correct-horse", "battery-staple"

@@ -20,8 +20,8 @@ from safetensors.numpy import save_file
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.weights import find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
-from tests.device.checkpoints import SHIPPED, make_random_checkpoint
 from tests.device.pytorch_layout import rewrite_as_pytorch, to_pytorch
+from tests.support.checkpoints import SHIPPED, make_random_checkpoint
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def test_a_failure_that_is_not_about_memory_is_not_hidden():
 
 
 @pytest.mark.slow
-def test_real_engines_are_measured_and_the_choice_is_found_again(random_checkpoint, tmp_path):
+def test_real_engines_are_measured_and_the_choice_is_found_again(random_checkpoint, devices, compile_cache, tmp_path):
     from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(str(random_checkpoint))
@@ -66,9 +66,9 @@ def test_real_engines_are_measured_and_the_choice_is_found_again(random_checkpoi
 
     def make(slots: int) -> Engine:
         made.append(slots)
-        return Engine(checkpoint, pytest.devices[:2], slots, None, pytest.compile_cache)
+        return Engine(checkpoint, devices[:2], slots, None, compile_cache)
 
-    memory = memory_file(tmp_path, checkpoint, pytest.devices[0], None)
+    memory = memory_file(tmp_path, checkpoint, devices[0], None)
     first = choose_slots_per_device(make, memory)
     assert first.slots_per_device in made
     made.clear()

@@ -24,22 +24,6 @@ from sdtpu_worker.contract.queues import shard_queues, tenant_queue
 BUSY = WorkerLoad("a", num_slots=4, step_s={"64x64": 0.1}, mean_job_s=8.0, held={6: 4}, next_free_s=3.0)
 
 
-@pytest.fixture
-def redis(redis_url):
-    client = Redis.from_url(redis_url)
-    client.flushdb()
-    yield client
-    client.flushdb()
-    client.close()
-
-
-@pytest.fixture
-def app(redis, redis_url):
-    app = install(Celery("test-admission", broker=redis_url, backend=redis_url, set_as_current=True))
-    yield app
-    app.close()
-
-
 def waiting(redis: Redis, queue: str = "sdtpu") -> int:
     return sum(redis.llen(queue + step) for step in ("", "\x06\x163", "\x06\x166", "\x06\x169"))
 

@@ -10,7 +10,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,11 +24,12 @@ from sdtpu_worker import GenerationFailed, InvalidRequest
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.operations.prompt_guard import NOT_LOGGED, PromptGuard, describe, install_prompt_guard
 from sdtpu_worker.testing.processes import private_redis
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
 SECRET = "a portrait of my secret neighbour"
-ROOT = Path(__file__).parent.parent.parent
 
 
 class Log(logging.Handler):
@@ -47,11 +47,10 @@ class Log(logging.Handler):
         return [line for _, line, _ in self.entries if text in line]
 
     def wait_for(self, text: str) -> str:
-        deadline = time.monotonic() + 20
-        while not (lines := self.lines(text)):
-            assert time.monotonic() < deadline, "\n".join(line for _, line, _ in self.entries)
-            time.sleep(0.02)
-        return lines[0]
+        def all_lines() -> str:
+            return "\n".join([text, *(line for _, line, _ in self.entries)])
+
+        return wait_until(lambda: self.lines(text), all_lines)[0]
 
     def leaks(self) -> list[str]:
         return [everything for level, _, everything in self.entries if level > logging.DEBUG and SECRET in everything]

@@ -17,6 +17,7 @@ from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations import health_http
 from sdtpu_worker.operations.health import Check, WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer, ask_health
+from tests.support.waiting import wait_until
 
 FINE = [Check("device", True, "on time")]
 
@@ -163,13 +164,6 @@ def get(address, path, method="GET"):
 
 def handlers() -> int:
     return sum("process_request_thread" in thread.name for thread in threading.enumerate())
-
-
-def wait_until(condition, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_the_endpoint_answers_with_verdict_and_checks():

@@ -21,6 +21,7 @@ from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, Job
 from sdtpu_worker.device_loop.trace import Trace
 from sdtpu_worker.errors import EngineUnavailable, GenerationFailed
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob, FakeSnapshot
+from tests.support.waiting import wait_until
 
 LANE = (64, 64)
 
@@ -118,13 +119,6 @@ def test_closing_fails_what_is_still_here_and_refuses_more(make_loop):
             future.result(10)
     with pytest.raises(EngineUnavailable, match="closed"):
         loop.submit(FakeJob("late", 1))
-
-
-def wait_until(condition, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.002)
 
 
 def test_an_urgent_job_parks_another_which_ends_with_the_same_result(make_loop):

@@ -8,22 +8,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
 
-from sdtpu_worker import GenerationRequest, generate, install, open_image
-from tests.device.engines import generate_all
-from tests.test_worker import start_worker
+from sdtpu_worker import GenerationRequest, generate, open_image
+from tests.support.engines import generate_all
+from tests.support.waiting import wait_until
+from tests.worker.workers import start_worker
 
 pytestmark = [pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def app(redis_url):
-    app = install(Celery("test-control", broker=redis_url, backend=redis_url, set_as_current=True))
-    app.set_default()
-    yield app
-    app.close()
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +39,7 @@ def order(steps: int, seed: int = 1, **options):
 
 
 def wait_for(job, condition, timeout_s: float = 30):
-    deadline = time.monotonic() + timeout_s
-    while not condition(job):
-        assert time.monotonic() < deadline, (job.state, job.info)
-        time.sleep(0.005)
+    wait_until(lambda: condition(job), lambda: f"{job.state}, {job.info}", timeout_s)
 
 
 def progress_of(job) -> dict:

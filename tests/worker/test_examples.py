@@ -8,7 +8,6 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from sdtpu_worker import GenerationFailed
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
 from sdtpu_worker.images.store import make_image_store
 from sdtpu_worker.testing.processes import free_port, private_redis, worker_env
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 FLASK = """
 from examples.flask_app import app, celery_app
 

@@ -29,7 +29,7 @@ from kombu.utils import json as kombu_json
 import sdtpu_worker.client.task  # noqa: F401  registers sdtpu.generate with every app
 from sdtpu_worker.delivery.envelope import BadEnvelope, check_envelope, find_task_id, is_usable_id
 from sdtpu_worker.errors import EngineUnavailable, InvalidMessage, InvalidRequest
-from tests.chaos.hostile import KINDS, MAX_BYTES, REQUEST, WRONG, Draft, hostile_messages
+from tests.support.hostile import KINDS, MAX_BYTES, REQUEST, WRONG, Draft, hostile_messages
 
 QUEUE = "envelope"
 KNOWN = {"sdtpu.generate", "probe"}

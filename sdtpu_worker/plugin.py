@@ -103,6 +103,7 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
 
     def _configure(self, worker: Any) -> None:
         """Make an ordinary worker a device worker: its queues, its transport, what it logs."""
+        from sdtpu_worker.delivery import transport
         from sdtpu_worker.worker.services import DeviceWorker, set_current
 
         app = worker.app
@@ -118,7 +119,7 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
             app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
         warnings.filterwarnings("ignore", r"\s*In Celery 5\.1 we introduced", PendingDeprecationWarning)  # on the same
         app.conf.worker_enable_prefetch_count_reduction = False  # the transport counts what is held itself
-        install_prompt_guard(app)
+        install_prompt_guard(app, transport.logger)
         set_current(DeviceWorker(app, worker.hostname, config))
 
     def start(self, worker: Any) -> None:

@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ _SECRET_OPTION = re.compile(
 _MASK = "**"
 
 _LIBRARIES = ("celery", "kombu", "py")  # py.warnings: Celery also warns with the text of an exception
-_INTAKE = "sdtpu_worker.delivery.transport"  # says why a message was put aside, and what was got instead
 _CONTEXTS = ("celery.app.trace", "celery.worker.strategy")  # their records have a dict of all about a task
 _CONTENT = ("args", "kwargs", "argsrepr", "kwargsrepr", "body", "payload", "result", "return_value", "traceback", "exc")
 _PLAIN = (str, bool, int, float, type(None))
@@ -54,10 +53,15 @@ def sanitize_url(text: str) -> str:
     return _SECRET_OPTION.sub(rf"\g<name>{_MASK}", _USERINFO.sub(mask, text))
 
 
-def install_prompt_guard(app: Celery) -> None:
+def install_prompt_guard(app: Celery, *quoting: logging.Logger) -> None:
     """Keep prompts out of this process's log above DEBUG, or let them in if `sdtpu_log_prompts` is on.
 
     For a worker of the device pool, where every task may be given or may return a prompt. Safe to call again.
+
+    Args:
+        app: whose setting counts.
+        quoting: loggers of this package that quote what a message held, as objects: a module that moves takes its
+            logger's name with it.
     """
     from sdtpu_worker.config import read_setting
 
@@ -65,26 +69,28 @@ def install_prompt_guard(app: Celery) -> None:
     if isinstance(current, PromptGuard):
         logging.setLogRecordFactory(current.make_record)
     if not read_setting("sdtpu_log_prompts", app.conf):
-        logging.setLogRecordFactory(PromptGuard(logging.getLogRecordFactory()))
+        logging.setLogRecordFactory(PromptGuard(logging.getLogRecordFactory(), quoting))
 
 
 class PromptGuard:
-    """A factory of log records that cleans those of Celery, kombu and the worker's own intake; any thread.
+    """A factory of log records that cleans those of Celery, kombu and some of this package's loggers; any thread.
 
     Args:
         make_record: the factory that makes them.
+        quoting: the loggers of this package whose records quote what a message held.
     """
 
-    def __init__(self, make_record: Callable[..., logging.LogRecord]) -> None:
+    def __init__(self, make_record: Callable[..., logging.LogRecord], quoting: Iterable[logging.Logger]) -> None:
         self.make_record = make_record
+        self._quoting = frozenset(logger.name for logger in quoting)
 
     def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
         """Make a record without prompts; one that cannot be cleaned loses its text."""
         record = self.make_record(*args, **kwargs)
-        guarded = record.name == _INTAKE or record.name.partition(".")[0] in _LIBRARIES
-        if guarded and record.levelno > logging.DEBUG:
+        quotes = record.name in self._quoting
+        if (quotes or record.name.partition(".")[0] in _LIBRARIES) and record.levelno > logging.DEBUG:
             try:
-                _clean(record)
+                _clean(record, quotes)
             except Exception as exc:  # whatever a message holds must not end the thread that logs it
                 record.msg, record.args = f"a line of the log was withheld ({type(exc).__name__})", ()
                 record.exc_info = record.exc_text = None
@@ -119,7 +125,8 @@ class _Words(str):
     __repr__ = str.__str__
 
 
-def _clean(record: logging.LogRecord) -> None:
+def _clean(record: logging.LogRecord, quotes: bool) -> None:
+    """Take out of a record what may be a prompt; of one that `quotes`, also from its strings."""
     exc_info = record.exc_info
     if isinstance(record.args, dict) and record.name in _CONTEXTS:
         # Made for this record alone; also its attribute `data`, and so changed in place.
@@ -129,7 +136,7 @@ def _clean(record: logging.LogRecord) -> None:
     elif record.args:
         dump = _clean_dump(str(record.msg), record.args, exc_info[1] if exc_info else None)
         record.args = dump or tuple(_clean_value(value) for value in record.args)
-        if record.name == _INTAKE:
+        if quotes:
             record.args = tuple(_without_quotes(value) if isinstance(value, str) else value for value in record.args)
     if exc_info:
         record.exc_text = _format_exception(exc_info[1], exc_info[2])

@@ -16,26 +16,6 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_importing_the_package_loads_neither_jax_nor_celery():
-    out = run_python(
-        "import sys, sdtpu_worker; print([m for m in ('jax', 'celery', 'PIL', 'redis') if m in sys.modules])"
-    )
-    assert out == "[]"
-
-
-def test_using_the_client_loads_no_jax():
-    code = "import sys; from sdtpu_worker import *; from sdtpu_worker.app import app; print('jax' in sys.modules)"
-    assert run_python(code) == "False"
-
-
-def test_the_device_loop_and_the_policy_load_neither_celery_nor_jax():
-    code = (
-        "import sys, sdtpu_worker.device_loop.loop, sdtpu_worker.testing.fake_engine;"
-        "print([m for m in ('celery', 'jax', 'numpy') if m in sys.modules])"
-    )
-    assert run_python(code) == "[]"
-
-
 def test_importing_the_package_creates_no_celery_app():
     code = "import sdtpu_worker.client.task, sdtpu_worker.plugin, celery; print(len(celery._state._get_active_apps()))"
     assert run_python(code) == "0"

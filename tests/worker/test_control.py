@@ -120,7 +120,7 @@ def test_plain_revoke_and_expires_hold_until_a_job_has_its_slot(app, worker):
     revoked = order(2)
     kwargs = {"num_inference_steps": 2}
     expired = app.send_task("sdtpu.generate", ["a"], kwargs, queue="control", priority=6, expires=0.4)
-    time.sleep(0.2)
+    wait_for(revoked, lambda job: job.state in ("STARTED", "PROGRESS"))
     revoked.revoke()
     for job in (revoked, expired):
         with pytest.raises(TaskRevokedError):

@@ -245,9 +245,7 @@ def test_sigterm_finishes_the_jobs_in_hand_and_exits_with_zero(redis_url, app, t
     settings |= {"SDTPU_MODEL": str(random_checkpoint), "SDTPU_GRACE_S": "100"}
     with start_worker(redis_url, tmp_path, "-Q", "drained", **settings) as (process, _):
         jobs = [generate.apply_async(("a",), {"num_inference_steps": 100}, queue="drained") for _ in range(8)]
-        wait_until(
-            lambda: not queue_length(app, "drained") and jobs[0].state != "PENDING", "the worker to take the jobs"
-        )
+        wait_until(lambda: not queue_length(app, "drained") and jobs[0].state != "PENDING", "all jobs to be taken")
         process.terminate()
         assert process.wait(60) == 0
     assert {job.get(timeout=1)["num_inference_steps"] for job in jobs} == {100}

@@ -13,7 +13,7 @@ Answer = TypeVar("Answer")
 
 
 def wait_until(
-    condition: Callable[[], Answer],
+    condition: Callable[..., Answer],
     what: str | Callable[[], object] = "the condition to hold",
     timeout_s: float = 20.0,
 ) -> Answer:

@@ -24,9 +24,9 @@ class BucketedPool(DevicePool):
     def make_policy(cls, engine: Any, config: Any) -> FixedBatches:
         return FixedBatches(engine.costs, engine.slots_per_device, engine.phases_per_tick, cls.bucketed)
 
-    def on_start(self) -> None:
-        super().on_start()
-        self.limit = BATCHES_HELD * self.serving.engine.num_slots
+    def serve(self, services: Any) -> None:
+        super().serve(services)
+        self.limit = BATCHES_HELD * services.serving.engine.num_slots
         self.executor = ThreadPoolExecutor(self.limit, thread_name_prefix="sdtpu-job")
 
 

@@ -27,8 +27,7 @@ from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.plan import Plan
 from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.worker.pool import DevicePool
-from sdtpu_worker.worker.serving import make_aggregator
+from sdtpu_worker.worker.pool import DevicePool, make_aggregator
 
 
 @dataclass(frozen=True)

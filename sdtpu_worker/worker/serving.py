@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.aggregator.jobs import Terms
-from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.load_report import WorkerLoad
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
 from sdtpu_worker.device_loop.loop import DeviceLoop
+from sdtpu_worker.device_loop.protocols import Policy
 from sdtpu_worker.device_loop.submission import Finished, Progress, Submission
 from sdtpu_worker.device_loop.trace import NoTrace, Trace
-from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, SnapshotMismatch
+from sdtpu_worker.errors import ConfigurationError, SnapshotMismatch
 from sdtpu_worker.images.encode import encode_image
 from sdtpu_worker.images.store import ImageStore
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STEPS_OF_A_JOB, _LEARNING_RATE = 50, 0.1
-PolicyMaker = Callable[["Engine", Config], Any]
 
 
 @dataclass(frozen=True)
@@ -59,25 +58,11 @@ class Hooks:
         on_death: told when the device loop cannot go on.
         on_start: told, in the device loop's thread, which jobs are about to get a slot, and whether no other has one.
         give_up: asked while an image cannot be stored: whether to stop trying.
-        make_policy: makes another policy than `Aggregator`.
     """
 
     on_death: Callable[[], None] = lambda: None
     on_start: Callable[[Sequence[str], bool], None] = lambda task_ids, alone: None
     give_up: Callable[[], bool] = lambda: False
-    make_policy: PolicyMaker | None = None
-
-
-def make_aggregator(engine: Engine, config: Config) -> Aggregator:
-    """Return the policy for an engine."""
-    return Aggregator(
-        engine.costs,
-        engine.slots_per_device,
-        engine.phases_per_tick,
-        config.tick_s,
-        config.preemption,
-        config.preview_every,
-    )
 
 
 class Serving:
@@ -87,6 +72,7 @@ class Serving:
         self,
         engine: Engine,
         store: ImageStore,
+        policy: Policy,
         config: Config,
         hooks: Hooks | None = None,
     ) -> None:
@@ -101,7 +87,6 @@ class Serving:
                 self.trace = Trace(Path(config.trace), costs, engine.num_devices)
             except OSError as exc:
                 raise ConfigurationError(f"sdtpu_trace must be a file that can be written: {exc}") from exc
-        policy = (hooks.make_policy or make_aggregator)(engine, config)
         self.loop = DeviceLoop(engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start)
         self.loop.start()
 
@@ -233,103 +218,3 @@ class Serving:
     def close(self) -> None:
         """Stop the device loop."""
         self.loop.close()
-
-
-_current: Serving | None = None
-
-
-def start_serving(
-    config: Config,
-    store: ImageStore,
-    hooks: Hooks | None = None,
-) -> Serving:
-    """Find the devices, load the checkpoint, compile and really run every program; make the result `current()`.
-
-    Args:
-        config: the settings.
-        store: where images go.
-        hooks: what the process around it is told, and asked.
-
-    Raises:
-        ConfigurationError: a device, a checkpoint or a size that is configured is not there.
-    """
-    started = time.monotonic()
-    from sdtpu_worker.diffusion.cache import CompileCache
-    from sdtpu_worker.diffusion.sharding import find_devices
-
-    devices = find_devices(config.platform, config.cpu_devices)
-    logger.info(
-        "found %d devices of kind %s (platform %s, sdtpu_platform = %s)",
-        len(devices), devices[0].device_kind, devices[0].platform, config.platform,
-    )  # fmt: skip
-    cache = CompileCache(config.compile_cache)
-    from sdtpu_worker.diffusion.checkpoint import load_checkpoint
-    from sdtpu_worker.diffusion.engine import Engine, choose_dtype
-    from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, memory_file
-
-    dtype: Any = choose_dtype(config.dtype, devices[0].platform)
-    checkpoint = load_checkpoint(config.model, dtype, config.revision)
-    logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
-
-    def make_engine(slots_per_device: int) -> Engine:
-        return Engine(checkpoint, devices, slots_per_device, config.resolutions, cache, config.preview_every > 0)
-
-    if isinstance(config.slots_per_device, int):
-        engine = make_engine(config.slots_per_device)
-    else:
-        memory = memory_file(cache.path, checkpoint, devices[0], config.resolutions)
-        engine = choose_slots_per_device(make_engine, memory)
-    logger.info(
-        "traced %d programs in %.2f s, compiled in %.2f s (compile cache: %d hits, %d misses)",
-        len(engine.resolutions), engine.trace_s, engine.compile_s, engine.cache_hits, engine.cache_misses,
-    )  # fmt: skip
-    serving = serve(engine, store, config, hooks)
-    sizes = ", ".join(
-        f"{height}x{width} ({1000 * costs.step_s(engine.num_devices):.1f} ms a step)"
-        for (height, width), costs in engine.costs.items()
-    )
-    logger.info(
-        "ready: %d devices of kind %s, %d slots, %s, %s, sampler %s by default, after %.1f s",
-        engine.num_devices, engine.device_kind, engine.num_slots, dtype.__name__, sizes, checkpoint.default_sampler,
-        time.monotonic() - started,
-    )  # fmt: skip
-    return serving
-
-
-def serve(engine: Any, store: ImageStore, config: Config, hooks: Hooks | None = None) -> Serving:
-    """Start the device loop on a warm engine; make the result `current()`."""
-    global _current
-    _current = Serving(engine, store, config, hooks)
-    return _current
-
-
-def stop_serving() -> None:
-    """Close what `start_serving` started, if anything."""
-    global _current
-    if _current is not None:
-        _current.close()
-        _current = None
-
-
-def is_well(stall_s: float) -> bool:
-    """Whether this process's devices make progress: no tick is later than this; True while there are none yet."""
-    return _current is None or (_current.loop.alive and _current.loop.stalled_s <= stall_s)
-
-
-def load(host: str) -> WorkerLoad | None:
-    """Return what this process's engine can do at the moment, if there is one."""
-    return _current.load(host) if _current is not None else None
-
-
-def current() -> Serving:
-    """Return this process's engine.
-
-    Raises:
-        EngineUnavailable: this process has none.
-    """
-    if _current is None:
-        raise EngineUnavailable(
-            "no engine runs in this process: sdtpu.generate runs only in a worker with the pool"
-            " sdtpu_worker.pool:DevicePool (call sdtpu_worker.install(app), then `celery worker -Q sdtpu`)"
-        )
-    return _current

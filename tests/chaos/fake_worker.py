@@ -30,10 +30,9 @@ from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.app import app
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.images.store import ImageStore
+from sdtpu_worker.images.store import ImageStore, make_image_store
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob, FakeSnapshot
 from sdtpu_worker.worker.pool import DevicePool
-from sdtpu_worker.worker.serving import Hooks, Serving, serve
 from tests.chaos.pictures import LANE, expected_count, picture
 
 __all__ = ["app"]
@@ -105,14 +104,18 @@ class FakeDevicePool(DevicePool):
     """The device worker's pool, on the fake engine."""
 
     @staticmethod
-    def start_serving(config: Config, store: ImageStore, hooks: Hooks | None = None) -> Serving:
-        """Start at once: there is nothing to compile."""
+    def make_engine(config: Config) -> PictureEngine:
+        """Make the engine at once: there is nothing to compile."""
         step_s = float(os.environ.get("SDTPU_FAKE_STEP_MS", "1")) / 1000
-        engine = PictureEngine(config.cpu_devices, int(config.slots_per_device), step_s)
+        return PictureEngine(config.cpu_devices, int(config.slots_per_device), step_s)
+
+    @staticmethod
+    def make_store(app: Any, url: str) -> ImageStore:
+        """Make the store, with the patience that the test asks for."""
+        store = make_image_store(app, url)
         if budget_s := os.environ.get("SDTPU_FAKE_PUT_BUDGET_S"):
             store.budget_s = float(budget_s)  # type: ignore[attr-defined]
-        print(f"ready: {engine.num_slots} slots of a fake device", flush=True)
-        return serve(engine, store, config, hooks)
+        return store
 
 
 app.conf.update(json.loads(os.environ.get("SDTPU_FAKE_CONF", "{}")))

@@ -62,7 +62,7 @@ class WorkerProcess:
     def memory_kib(self) -> int:
         """Return how much memory it has in use."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
     def threads(self) -> int:
         """Return how many threads it has."""

@@ -135,12 +135,12 @@ def test_a_key_prefix_a_database_a_socket_priorities_and_several_queues(tmp_path
         )
         url = f"redis+socket://{socket}?virtual_host=3"
         prefixed = {"global_keyprefix": "shop:"}
-        conf = {"broker_transport_options": prefixed, "result_backend_transport_options": prefixed}
+        conf: dict[str, Any] = {"broker_transport_options": prefixed, "result_backend_transport_options": prefixed}
         stack.enter_context(client_app(url, **conf))
         fleet = stack.enter_context(Fleet(url, tmp_path, **WORKER, SDTPU_FAKE_CONF=json.dumps(conf)))
         _, took_s = kill_and_take_over(fleet, admin, "shop:")
         print(f"\nsocket, database, prefix, queues, priorities: taken over {took_s:.1f} s after SIGKILL")
-        keys = admin.keys("*")
+        keys: Any = admin.keys("*")
         assert [key for key in keys if not key.startswith(("shop:", "sdtpu:image:"))] == []
         text = fleet.workers[0].text()
         assert "maxmemory-policy is allkeys-lru" in text

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 import redis
@@ -60,7 +61,8 @@ def hostile_worker(tmp_path_factory):
 
 
 def dead_counts(client: redis.Redis) -> Counter[str]:
-    return Counter({kind.decode(): int(count) for kind, count in client.hgetall("sdtpu:dead:counts").items()})
+    counts: dict[Any, Any] = client.hgetall("sdtpu:dead:counts")
+    return Counter({kind.decode(): int(count) for kind, count in counts.items()})
 
 
 def waiting(client: redis.Redis) -> int:

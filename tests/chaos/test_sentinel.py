@@ -11,6 +11,7 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from sdtpu_worker import generate
 from sdtpu_worker.errors import BrokerUnavailable
@@ -27,7 +28,7 @@ def test_workers_follow_a_failover_and_leases_work_after_it(tmp_path: Path, long
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(SentinelCluster(PASSWORD, SENTINEL_PASSWORD))
         options = {"socket_timeout": 5, **cluster.transport_options}
-        conf = {"broker_transport_options": options, "result_backend_transport_options": options}
+        conf: dict[str, Any] = {"broker_transport_options": options, "result_backend_transport_options": options}
         stack.enter_context(client_app(cluster.broker_url, **conf))
         client = stack.enter_context(contextlib.closing(cluster.client()))
         fleet = stack.enter_context(

@@ -395,7 +395,8 @@ class Copies:
     def __init__(self, client: redis.Redis) -> None:
         self.client, self.count = client, 0
         self.template_id = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 1}, queue="elsewhere").id
-        self.raw = client.rpop("elsewhere\x06\x166").decode()
+        raw: Any = client.rpop("elsewhere\x06\x166")
+        self.raw = raw.decode()
 
     def send(self, count: int, eta: datetime | None = None) -> None:
         raw = self.raw.replace('"eta": null', f'"eta": "{eta.isoformat()}"') if eta else self.raw

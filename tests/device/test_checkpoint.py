@@ -272,7 +272,7 @@ def test_a_single_file_is_refused_with_the_remedy(tmp_path):
 
 @pytest.mark.parametrize("layout", ["flax", "pytorch"])
 def test_leaves_that_are_missing_or_unexpected_or_of_another_kind_are_named(tmp_path, layout):
-    shapes = {name: SimpleNamespace(shape=(2, 3)) for name in ("kernel", "other", "counts")}
+    shapes: dict[str, Any] = {name: SimpleNamespace(shape=(2, 3)) for name in ("kernel", "other", "counts")}
     shapes = {"conv_in": shapes, "norm": {"scale": SimpleNamespace(shape=(4,))}}
     found = {
         "conv_in": {"kernel": np.zeros((3, 3), np.float32), "more": np.zeros(1), "counts": np.zeros((2, 3), np.int8)},

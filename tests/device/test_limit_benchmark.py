@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 from benchmarks import limit
 from benchmarks.simulation import LANE
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
@@ -12,12 +15,10 @@ STEPS = (10, 20, 30, 50)
 
 
 def test_the_bare_loop_of_the_limit_makes_every_picture_once_in_balanced_ticks():
-    class Shape:
-        resolutions, num_devices, phases_per_tick, costs = (LANE,), 8, 2, {LANE: COSTS}
-
-    jobs = {str(i): FakeJob(str(i), STEPS[i % 4], lane=LANE) for i in range(96)}
+    shape: Any = SimpleNamespace(resolutions=(LANE,), num_devices=8, phases_per_tick=2, costs={LANE: COSTS})
+    jobs: dict[str, Any] = {str(i): FakeJob(str(i), STEPS[i % 4], lane=LANE) for i in range(96)}
     engine, images, seconds = FakeEngine(), {}, 0.0
-    for plan in limit.plan_ahead(Shape, list(jobs.values()), 0.4):
+    for plan in limit.plan_ahead(shape, list(jobs.values()), 0.4):
         images |= {image.task_id: image.pixels for image in engine.execute(plan, jobs).wait()}
         seconds += COSTS.tick_s(plan)
     assert images == {task_id: job.num_inference_steps for task_id, job in jobs.items()}

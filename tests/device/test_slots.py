@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ class Bench:
     def __init__(self, step_ms: dict[int, float]) -> None:
         self.step_ms, self.made = step_ms, []
 
-    def __call__(self, slots: int) -> SimpleNamespace:
+    def __call__(self, slots: int) -> Any:
         self.made.append(slots)
         if slots not in self.step_ms:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
@@ -48,7 +49,7 @@ def test_a_failure_that_is_not_about_memory_is_not_hidden():
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         choose_slots_per_device(Bench({}), None)
 
-    def broken(slots: int) -> SimpleNamespace:
+    def broken(slots: int) -> Any:
         if slots > 1:
             raise ValueError("a bug")
         return Bench({1: 20})(1)

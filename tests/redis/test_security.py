@@ -70,7 +70,7 @@ def make_app(**conf) -> Celery:
     @app.task(name="fail", bind=True, shared=False, max_retries=1)
     def fail(self: Task, prompt, how):
         if how == "invalid":
-            GenerationRequest(prompt=[prompt])
+            GenerationRequest(prompt=[prompt])  # type: ignore[arg-type]  # the client's mistake
         if how == "foreign":
             raise ValueError(f"cannot do {prompt}")
         if how == "unicode":

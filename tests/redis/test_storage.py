@@ -36,7 +36,7 @@ HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
 TASK_IDS = st.one_of(st.text(st.characters()), st.sampled_from(HOSTILE), st.uuids().map(str), HEX, HEX.map("_".__add__))
 
 
-class FlakyRedis:
+class FlakyRedis(Any):
     """Raises the given errors one after the other, then takes what it gets."""
 
     def __init__(self, *errors: Exception) -> None:
@@ -327,7 +327,7 @@ def test_no_error_about_a_url_has_its_password(url):
 
 def test_no_password_in_errors_and_representations_of_a_store():
     url = f"redis://me:hunter2-s3cret@127.0.0.1:{free_port()}/0"
-    store = make_image_store(app_with(""), url)
+    store: Any = make_image_store(app_with(""), url)
     store.budget_s = 0
     with pytest.raises(StorageError) as caught:
         store.put("x", "png", b"data")

@@ -156,7 +156,8 @@ def serving(live=lambda: FINE, ready=lambda: FINE, host="127.0.0.1"):
 
 
 def get(address, path, method="GET"):
-    with contextlib.closing(http.client.HTTPConnection(*address, timeout=10)) as connection:
+    host, port = address
+    with contextlib.closing(http.client.HTTPConnection(host, port, timeout=10)) as connection:
         connection.request(method, path)
         response = connection.getresponse()
         return response.status, response.read()

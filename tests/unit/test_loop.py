@@ -7,6 +7,8 @@ import math
 import threading
 import time
 from collections import Counter
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -487,7 +489,7 @@ def test_draining_finishes_what_can_be_and_hands_over_the_rest_without_losing_a_
     waiting = [submission for submission in submissions if submission.started_at is None]
     for submission in waiting:
         assert isinstance(submission.future.exception(0.2), JobHandedOver), "they cannot be done in time"
-    ends = {submission.job: submission.future.exception(5) for submission in submissions}
+    ends: dict[Any, Any] = {submission.job: submission.future.exception(5) for submission in submissions}
     assert 0.3 < time.monotonic() - started_at < 0.8
     handed_over = {job: end for job, end in ends.items() if end is not None}
     assert [job.task_id for job, end in ends.items() if end is None] == [str(i) for i in range(slots)]
@@ -643,7 +645,7 @@ def test_every_job_ends_once_with_its_own_result_whatever_comes_is_cancelled_or_
     for i, (lane, steps, priority, cancels, expires_s, kind) in enumerate(wishes):
         terms = Terms(priority, time.monotonic() + expires_s)
         submission = loop.submit(FakeJob(str(i), steps, lane, 1000 * i), terms, alone=kind == "alone")
-        submission.future.add_done_callback(lambda _, i=i: ended.update([i]))
+        submission.future.add_done_callback(partial(lambda i, _: ended.update([i]), i))
         submissions.append(submission)
         if cancels:
             cancelled.add(str(i // 2))

@@ -35,7 +35,7 @@ def test_the_demo_draws_what_its_prompts_say_and_accounts_for_its_devices(tmp_pa
     assert len({result["task_id"] for result in report["results"]}) == 24
     pictures = sorted(tmp_path.glob("[0-9]*.png"))
     assert len(pictures) == 24
-    assert Image.open(pictures[0]).text["prompt"] == PROMPTS[0]
+    assert Image.open(pictures[0]).info["prompt"] == PROMPTS[0]
     scenes = {scene.caption(): scene for scene in every_scene()}
     right = Counter()
     for path, prompt in zip(pictures, PROMPTS, strict=True):

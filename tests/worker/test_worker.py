@@ -80,8 +80,8 @@ def test_a_prompt_comes_back_as_the_picture_that_the_engine_makes_of_it(app, wor
     assert 0 < parsed.timings.device_s < parsed.timings.total_s
     image = open_image(result)
     assert (image.format, image.size) == ("PNG", (64, 64))
-    assert (image.text["prompt"], image.text["seed"], image.text["sampler"]) == (PROMPT, "7", "ddim")
-    assert not {"task_id", "timings"} & set(image.text)
+    assert (image.info["prompt"], image.info["seed"], image.info["sampler"]) == (PROMPT, "7", "ddim")
+    assert not {"task_id", "timings"} & set(image.info)
     assert len(read_image_bytes(result)) == parsed.image.bytes
     from sdtpu_worker import GenerationRequest
 
@@ -109,7 +109,7 @@ def test_sixty_four_jobs_at_once_keep_all_devices_busy_and_each_gets_its_own_pic
     assert [result["task_id"] for result in results] == [job.id for job in jobs]
     assert [result["seed"] for result in results] == list(range(64))
     for i, result in enumerate(results):
-        assert open_image(result).text["seed"] == str(i)
+        assert open_image(result).info["seed"] == str(i)
     occupied = Counter(result["batch"]["occupied"] for result in results)
     assert sum(count for number, count in occupied.items() if number < 8) < 8, occupied
     assert {result["batch"]["device"] for result in results} == set(range(8))

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.diffusion import slot_count
+from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, memory_file
 
@@ -59,9 +61,10 @@ def test_a_failure_that_is_not_about_memory_is_not_hidden():
 
 
 @pytest.mark.slow
-def test_real_engines_are_measured_and_the_choice_is_found_again(random_checkpoint, devices, compile_cache, tmp_path):
-    from sdtpu_worker.diffusion.checkpoint import load_checkpoint
-
+def test_real_engines_are_measured_and_the_choice_is_found_again(
+    random_checkpoint, devices, compile_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(slot_count, "CANDIDATES", (1, 2))  # each is compiled
     checkpoint = load_checkpoint(str(random_checkpoint))
     made = []
 

@@ -13,7 +13,7 @@ from celery import Celery
 
 from benchmarks.fixed_policy import BATCHES_HELD, FixedBatches
 from sdtpu_worker import install
-from sdtpu_worker.config import DEFAULT_QUEUE
+from sdtpu_worker.contract.queues import DEFAULT_QUEUE
 from sdtpu_worker.worker.pool import DevicePool
 
 

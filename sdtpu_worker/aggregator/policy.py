@@ -86,8 +86,10 @@ class Aggregator:
 
         Raises:
             KeyError: the lane has no programs.
-            ValueError: the task is here already.
+            ValueError: the task is here already, or has done more steps than it has.
         """
+        if not 0 <= steps_done <= num_steps:
+            raise ValueError(f"task {task_id} cannot have done {steps_done} of its {num_steps} steps")
         if any(task_id == job.task_id for job in self._jobs()):
             raise ValueError(f"task {task_id} is already here")
         self._number += 1

@@ -112,8 +112,8 @@ class DeviceLoop:
             job: prepared by the engine.
             terms: priority, deadline and limits, in this loop's time.
             may_start: asked again and again, in the loop's thread, until the job has its slot.
-            snapshot: the state to go on from, with its `step`; None to start. One of another configuration is
-                dropped, and the job starts anew.
+            snapshot: the state to go on from, with its `step`; None to start. One of another configuration, or with
+                a step that the job does not have, is dropped, and the job starts anew.
             alone: no other job may be on the devices with it, and a failure is its own fault at once; for jobs that
                 were there when workers died.
 
@@ -125,8 +125,11 @@ class DeviceLoop:
         Raises:
             EngineUnavailable: it is closed already.
         """
-        if snapshot is not None and not self._engine.accepts(snapshot):
-            logger.warning("task %s starts anew: its state was made by another configuration", job.task_id)
+        fits = snapshot is None or (self._engine.accepts(snapshot) and 0 <= snapshot.step <= job.num_inference_steps)
+        if not fits:
+            logger.warning(
+                "task %s starts anew: its state is of another configuration or of no step of it", job.task_id
+            )
             snapshot = None
         steps_done = snapshot.step if snapshot is not None else 0
         progress = Progress(steps_done, job.num_inference_steps, True, "waiting for a slot")

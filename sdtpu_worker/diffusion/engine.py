@@ -39,7 +39,7 @@ from sdtpu_worker.diffusion.programs import (
 )
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
-from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of
+from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of, layout_of
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidCheckpoint, InvalidRequest
 
 _SAFETY, _SNAPSHOT, _RESTORE, _PREVIEW = "safety check", "snapshot", "restore", "preview"
@@ -98,6 +98,7 @@ class Engine:
         self._geometries = {
             size: Geometry.of(checkpoint, self.num_devices, slots_per_device, *size) for size in self.resolutions
         }
+        self._layouts = {size: layout_of(geometry) for size, geometry in self._geometries.items()}
         self.phases_per_tick = self._geometries[self.resolutions[0]].phases
         self.fingerprints = {
             size: fingerprint_of(checkpoint, size, slots_per_device, self.device_kind) for size in self.resolutions
@@ -183,16 +184,7 @@ class Engine:
 
     def tokenise(self, prompts: list[str]) -> tuple[np.ndarray, bool]:
         """Return token ids, `(len(prompts), 77) int32`, and whether any prompt had to be cut."""
-        tokenizer = self.checkpoint.tokenizer
-        length = tokenizer.model_max_length
-        rows, truncated = [], False
-        for prompt in prompts:
-            ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-            truncated |= len(ids) > length
-            if len(ids) > length:
-                ids = [*ids[: length - 1], ids[-1]]
-            rows.append(ids + [tokenizer.pad_token_id] * (length - len(ids)))
-        return np.array(rows, np.int32), truncated
+        return self.checkpoint.tokenizer.encode(prompts)
 
     def execute(
         self, plan: Plan, jobs: Mapping[str, PreparedJob], snapshots: Mapping[str, JobSnapshot] | None = None
@@ -231,13 +223,16 @@ class Engine:
         self._slots[plan.lane], decoded = self._programs[plan.lane](self.params, self._slots[plan.lane], todo)
         return Tick(plan, decoded, parked, self._preview(plan.lane, plan.previews) if plan.previews else None)
 
-    def read_snapshot(self, data: bytes) -> JobSnapshot:
-        """Rebuild a snapshot from its bytes.
+    def read_snapshot(self, data: bytes, job: PreparedJob) -> JobSnapshot:
+        """Rebuild a job's snapshot from bytes that may come from anybody.
 
         Raises:
-            SnapshotMismatch: the bytes are not a snapshot.
+            SnapshotMismatch: the bytes are not a snapshot of this job in this configuration.
         """
-        return JobSnapshot.from_bytes(data)
+        snapshot = JobSnapshot.from_bytes(data, self._layouts)
+        snapshot.check(self.fingerprints[job.lane])
+        snapshot.check_job(job)
+        return snapshot
 
     def accepts(self, snapshot: JobSnapshot) -> bool:
         """Whether a job can go on from a snapshot here, bit for bit."""

@@ -17,8 +17,9 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.states import FAILURE
 from celery.utils.functional import noop
@@ -31,8 +32,8 @@ from sdtpu_worker.contract.load_report import publish_load, withdraw_load
 from sdtpu_worker.delivery import transport
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.envelope import BadEnvelope
+from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
-from sdtpu_worker.delivery.scripts import Keys
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
 from sdtpu_worker.operations.redis_checks import redis_warnings
@@ -44,8 +45,6 @@ from sdtpu_worker.worker.start_recorder import StartRecorder
 if TYPE_CHECKING:
     from redis import Redis
 
-    from sdtpu_worker.worker.pool import DevicePool
-
 logger = logging.getLogger(__name__)
 
 EX_ENGINE_LOST = 75
@@ -55,6 +54,22 @@ _HOLDERS_PER_DELIVERY = 10
 """How many more times than on the devices a message may be in the hands of workers that die: it is seldom why."""
 _REPORT_EVERY_S = 5.0
 _LEAVE_AFTER_S = 5.0
+
+
+class PartMakers(Protocol):
+    """Makes the parts that differ between device workers; `DevicePool` does, and its subclasses differ in them."""
+
+    @property
+    def make_engine(self) -> Callable[[Config], Any]:
+        """Make a warm engine on this host's devices."""
+
+    @property
+    def make_store(self) -> Callable[[Any, str], Any]:
+        """Make the image store for an app and the setting `sdtpu_image_store`."""
+
+    @property
+    def make_policy(self) -> Callable[[Any, Config], Any]:
+        """Make the policy for an engine."""
 
 
 class DeviceServices:
@@ -85,11 +100,11 @@ class DeviceServices:
         self._visibility_timeout: float | None = None
         self._undo = ExitStack()
 
-    def start(self, pool: DevicePool) -> None:
+    def start(self, pool: PartMakers) -> None:
         """Make everything ready for the first message. When that fails, what was started is stopped again.
 
         Args:
-            pool: says which engine, image store and policy are made; see `DevicePool`.
+            pool: makes the engine, the image store and the policy.
 
         Raises:
             ConfigurationError: a device, a checkpoint, a size, an address or a store that is configured is not there.
@@ -190,7 +205,7 @@ class DeviceServices:
                     max_message_bytes=config.max_message_bytes,
                     max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
                     on_bad=self._store_error,
-                    is_well=self.devices_make_progress,
+                    devices_make_progress=self.devices_make_progress,
                     on_contact=self.health.contact,
                 )
             )
@@ -210,7 +225,7 @@ class DeviceServices:
         assert self.deliveries is not None
         if self._lease is not None:
             self._lease.stop()
-        self.deliveries.release_all()
+        self.deliveries.requeue_all()
         try:
             self.deliveries.flush()
             prefix = self.deliveries.keys.prefix

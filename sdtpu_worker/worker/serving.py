@@ -25,6 +25,7 @@ from sdtpu_worker.images.store import ImageStore
 
 if TYPE_CHECKING:
     from sdtpu_worker.diffusion.engine import Engine
+    from sdtpu_worker.diffusion.engine_io import PreparedJob
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Serving:
             try:
                 costs = {lane: costs.cost for lane, costs in engine.costs.items()}
                 self.trace = Trace(Path(config.trace), costs, engine.num_devices)
-            except OSError as exc:
+            except (OSError, ValueError) as exc:
                 raise ConfigurationError(f"sdtpu_trace must be a file that can be written: {exc}") from exc
         self.loop = DeviceLoop(engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start)
         self.loop.start()
@@ -122,7 +123,7 @@ class Serving:
         with self.trace.span("prepare", task_id):
             job = self.engine.prepare(task_id, request)
         submission = self.loop.submit(
-            job, control.terms, control.may_start, self._read_snapshot(task_id, control.snapshot), control.alone
+            job, control.terms, control.may_start, self._read_snapshot(job, control.snapshot), control.alone
         )
         self._here[submission] = control.terms.priority
         try:
@@ -189,13 +190,13 @@ class Serving:
         mean_s = self._mean_job_s
         self._mean_job_s = max(1e-3, job_s if mean_s is None else mean_s + _LEARNING_RATE * (job_s - mean_s))
 
-    def _read_snapshot(self, task_id: str, data: bytes | None) -> Any:
+    def _read_snapshot(self, job: PreparedJob, data: bytes | None) -> Any:
         if data is None:
             return None
         try:
-            return self.engine.read_snapshot(data)
+            return self.engine.read_snapshot(data, job)
         except SnapshotMismatch as exc:
-            logger.warning("task %s starts anew: %s", task_id, exc)
+            logger.warning("task %s starts anew: %s", job.task_id, exc)
             return None
 
     def _wait(self, submission: Submission, report: Callable[[Progress], None] | None) -> Finished:

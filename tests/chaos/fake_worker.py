@@ -71,9 +71,9 @@ class PictureEngine(FakeEngine):
     def check_safety(self, pixels: np.ndarray) -> None:
         """Have no safety checker."""
 
-    def read_snapshot(self, data: bytes) -> FakeSnapshot:
+    def read_snapshot(self, data: bytes, job: FakeJob) -> FakeSnapshot:
         """Rebuild what `to_bytes` gave."""
-        return FakeSnapshot.from_bytes(data)
+        return FakeSnapshot.from_bytes(data, job.num_inference_steps)
 
     def execute(self, plan: Any, jobs: Any, snapshots: Any = None) -> Any:
         """Follow a plan; accidents happen."""

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("redis")
 def queued(app: Celery) -> list[dict]:
     with app.connection_for_write() as connection:
         channel = connection.default_channel
-        queues = [channel._q_for_pri("sdtpu", step) for step in channel.priority_steps]
+        queues = [channel._q_for_pri("sdtpu", band) for band in channel.priority_steps]
         return [json.loads(message) for queue in queues for message in channel.client.lrange(queue, 0, -1)]
 
 

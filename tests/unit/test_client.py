@@ -39,9 +39,11 @@ def test_the_public_names_are_these():
         "SdtpuError",
         "StorageError",
         "generate",
+        "image_content_type",
         "image_grid",
         "install",
         "open_image",
+        "read_image_bytes",
     ]
     for name in sdtpu_worker.__all__:
         assert getattr(sdtpu_worker, name).__doc__

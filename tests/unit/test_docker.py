@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from sdtpu_worker.config import SETTINGS
+from tests.support.paths import ROOT
 
-DOCKER = Path(__file__).parent.parent.parent / "docker"
+DOCKER = ROOT / "docker"
 DOCKERFILE = DOCKER / "Dockerfile"
 COMPOSE = DOCKER / "compose.yaml"
 TARGETS = ("client", "cpu", "tpu")

@@ -250,8 +250,8 @@ SETTINGS = (
     ),
     Setting(
         "sdtpu_read_image_stores", (), _urls,
-        "Further stores from which this process reads images, each named as in `sdtpu_image_store`. An image anywhere"
-        " else is refused, whatever a result says",
+        "Further stores to read images from, such as the one before `sdtpu_image_store` was changed: each as for"
+        " `sdtpu_image_store`, in a list, or in one string with commas between them. An image anywhere else is refused",
     ),
     Setting(
         "sdtpu_compile_cache", "auto", _text,

@@ -64,7 +64,11 @@ def _show(url: str) -> str:
 
 
 class _ShortRepr(Repr):
-    """`reprlib`'s shortened `repr`, also of integers that have too many digits for Python to write."""
+    """`reprlib`'s shortened `repr`, without passwords, also of integers too large for Python to write."""
+
+    def repr_str(self, value: str, level: int) -> str:
+        """Return the shortened text; passwords are masked first, while the URLs in it are whole."""
+        return super().repr_str(sanitize_url(value), level)
 
     def repr_int(self, value: int, level: int) -> str:
         """Return a large integer's number of digits instead of the digits."""

@@ -25,7 +25,8 @@ from redis.exceptions import RedisError
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.delivery.deliveries import Deliveries, JobFacts
+from sdtpu_worker.delivery.deliveries import Deliveries
+from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
 from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ANNOUNCEMENT_TIMEOUT_S = 10.0
+_MOST_HOSTS_NAMED = 20
 
 
 class DeviceJob:
@@ -116,7 +118,7 @@ class DeviceJob:
         if len(facts.died_on) >= self._max_deliveries:
             raise DeliveryLimitExceeded(
                 f"the job was on the devices of {len(facts.died_on)} workers when they died, hung or were lost"
-                f" ({', '.join(facts.died_on)}); sdtpu_max_deliveries allows {self._max_deliveries}"
+                f" ({', '.join(facts.died_on[:_MOST_HOSTS_NAMED])}); sdtpu_max_deliveries allows {self._max_deliveries}"
             )
         snapshot = facts.snapshot or b""
         fits = snapshot.startswith(self._digest)  # made for the same parameters

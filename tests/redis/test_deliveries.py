@@ -9,7 +9,8 @@ import time
 import pytest
 import redis
 
-from sdtpu_worker.delivery.deliveries import MAX_DEAD_LETTERS, Deliveries, JobFacts
+from sdtpu_worker.delivery.deliveries import MAX_DEAD_LETTERS, Deliveries
+from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.scripts import CLAIM
@@ -190,8 +191,8 @@ def test_a_job_that_starts_alone_forgives_no_crash_of_the_worker_that_had_the_sa
 
 
 def test_a_state_of_any_size_and_starts_of_any_number_are_not_read_whole(client, make, monkeypatch, caplog):
-    monkeypatch.setattr("sdtpu_worker.delivery.deliveries.MAX_SNAPSHOT_BYTES", 100)
-    monkeypatch.setattr("sdtpu_worker.delivery.deliveries._MAX_STARTS", 3)
+    monkeypatch.setattr("sdtpu_worker.delivery.job_facts.MAX_SNAPSHOT_BYTES", 100)
+    monkeypatch.setattr("sdtpu_worker.delivery.job_facts._MAX_STARTS", 3)
     ours = make()
     assert ours.job_facts("job") == JobFacts([], None)
     ours.save_snapshot("job", b"x" * 100)
@@ -202,6 +203,13 @@ def test_a_state_of_any_size_and_starts_of_any_number_are_not_read_whole(client,
     assert facts.snapshot is None
     assert "has more than 100 bytes and is not used" in caplog.text
     assert [(name[:4], len(name)) for name in facts.died_on] == [("0000", 512), ("0001", 512), ("0002", 512)]
+
+
+def test_keys_of_another_type_in_the_place_of_a_jobs_facts_are_none(client, make):
+    """The job went back to its queue again and again."""
+    client.set("sdtpu:starts:job", "x")
+    client.rpush("sdtpu:snap:job", "x")
+    assert make().job_facts("job") == JobFacts([], None)
 
 
 def test_starts_name_their_hosts_and_expire(client, make):

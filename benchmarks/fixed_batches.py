@@ -21,7 +21,7 @@ class BucketedPool(DevicePool):
     bucketed = True
 
     @classmethod
-    def make_policy(cls, engine: Any, config: Any) -> FixedBatches:
+    def make_policy(cls, engine: Any, config: Any) -> Any:
         return FixedBatches(engine.costs, engine.slots_per_device, engine.phases_per_tick, cls.bucketed)
 
     def serve(self, services: Any) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 from celery import Celery
 
 from benchmarks.fixed_batches import BucketedPool, MixedPool, make_app
-from benchmarks.fixed_policy import FixedBatches
 from benchmarks.serving_systems import DECODE_STEPS, INSERT_STEPS
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.plan import Plan
@@ -99,7 +98,7 @@ class OurPoolAtConstantSpeed(DevicePool):
 
 class BucketedPoolAtConstantSpeed(BucketedPool):
     @classmethod
-    def make_policy(cls, engine: Any, config: Any) -> FixedBatches:
+    def make_policy(cls, engine: Any, config: Any) -> Any:
         hold_speed(engine)
         return super().make_policy(engine, config)
 

@@ -17,6 +17,7 @@ from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.aggregator.plan import Outcome
 from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.device_loop.loop import DeviceLoop
+from sdtpu_worker.device_loop.stages import JobStage, LoopStage
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue
 from sdtpu_worker.device_loop.trace import Trace
 from sdtpu_worker.errors import EngineUnavailable, GenerationFailed
@@ -239,7 +240,7 @@ def test_a_parked_job_survives_a_failure_of_the_devices(make_loop):
     low = loop.submit(FakeJob("low", 300, value=7000), Terms(priority=9))
     wait_until(lambda: low.progress.current > 20)
     urgent = loop.submit(FakeJob("urgent", 500), Terms(priority=0))
-    wait_until(lambda: low.parked)
+    wait_until(lambda: low.stage is JobStage.PARKED)
     engine.fail_late_at = (engine.calls,)
     assert urgent.future.result(10).pixels == 500
     assert low.future.result(10).pixels == 7300
@@ -529,7 +530,7 @@ def test_draining_hands_over_the_parked_and_those_in_quarantine_with_what_they_h
     low = loop.submit(FakeJob("low", 3000, value=7000), Terms(priority=9))
     wait_until(lambda: low.progress.current > 20)
     urgent = loop.submit(FakeJob("urgent", 5000, value=10_000), Terms(priority=0))
-    wait_until(lambda: low.parked and urgent.progress.current > 20)
+    wait_until(lambda: low.stage is JobStage.PARKED and urgent.progress.current > 20)
     alone = loop.submit(FakeJob("alone", 50), alone=True)
     loop.drain(0.05)
     ends = {submission.job: submission.future.exception(5) for submission in (low, urgent, alone)}
@@ -615,6 +616,68 @@ def test_draining_from_a_signal_handler_that_interrupts_a_submission_does_not_bl
         loop.drain(0)
     with pytest.raises(JobHandedOver):
         loop.submit(FakeJob("a", 1)).future.result(1)
+
+
+def test_a_job_goes_through_its_stages(make_loop):
+    engine = FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))})
+    loop = make_loop(engine, devices=1, slots=1)
+    low = loop.submit(FakeJob("low", 300), Terms(priority=9))
+    wait_until(lambda: low.stage is JobStage.RUNNING)
+    second = loop.submit(FakeJob("second", 5), Terms(priority=9))
+    assert second.stage is JobStage.WAITING
+    stages, known = [], threading.Event()
+
+    def may_start() -> bool:
+        known.wait(10)
+        stages.append((urgent.stage, urgent.started_at))
+        return True
+
+    urgent = loop.submit(FakeJob("urgent", 100), Terms(priority=0), may_start)
+    known.set()
+    wait_until(lambda: low.stage is JobStage.PARKED)
+    assert urgent.has_slot
+    assert {stage for stage, _ in stages} == {JobStage.WAITING}
+    engine.fail_late_at = (engine.calls,)
+    wait_until(lambda: (JobStage.RETRYING, None) in stages)
+    for submission in (low, second, urgent):
+        submission.future.result(10)
+        assert submission.stage is JobStage.ENDED
+        assert not submission.has_slot
+
+
+def test_a_loop_that_drains_goes_through_its_stages_and_never_back(make_loop):
+    gate = threading.Event()
+    engine = FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))})
+    loop = make_loop(engine, devices=1, slots=1)
+    assert loop.stage is LoopStage.RUNNING
+    future = loop.submit(FakeJob("a", 5000)).future
+    wait_until(lambda: engine.calls > 2)
+    loop.drain(60)
+    assert loop.stage is LoopStage.DRAINING
+    wait_until(lambda: loop.stats.ticks > 2)
+    engine.gate = gate
+    loop.drain(0)
+    wait_until(lambda: loop.stage is LoopStage.PARKING)
+    loop.drain(60)
+    assert loop.stage is LoopStage.PARKING
+    gate.set()
+    assert isinstance(future.exception(10), JobHandedOver)
+    for _ in range(2):
+        loop.close()
+        assert loop.stage is LoopStage.CLOSED
+    loop.drain(1)
+    assert loop.stage is LoopStage.CLOSED
+
+
+def test_a_loop_that_has_given_up_stays_so_when_it_is_closed_and_hands_over_what_comes(make_loop):
+    died = threading.Event()
+    loop = make_loop(FakeEngine(fatal_at=(0,)), on_death=died.set)
+    loop.submit(FakeJob("a", 5))
+    assert died.wait(10)
+    assert loop.stage is LoopStage.GIVEN_UP
+    loop.close()
+    assert loop.stage is LoopStage.GIVEN_UP
+    assert isinstance(loop.submit(FakeJob("late", 5)).future.exception(1), JobHandedOver)
 
 
 wishes = st.lists(

@@ -7,13 +7,13 @@ celery -A benchmarks.fixed_batches:mixed worker -Q sdtpu
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from celery import Celery
 
 from benchmarks.fixed_policy import BATCHES_HELD, FixedBatches
 from sdtpu_worker import install
-from sdtpu_worker.config import DEFAULT_QUEUE
+from sdtpu_worker.config import DEFAULT_QUEUE, Config
+from sdtpu_worker.device_loop.protocols import ServingEngine
 from sdtpu_worker.worker.pool import DevicePool
 
 
@@ -21,12 +21,12 @@ class BucketedPool(DevicePool):
     bucketed = True
 
     @classmethod
-    def make_policy(cls, engine: Any, config: Any) -> FixedBatches:
-        return FixedBatches(engine.costs, engine.slots_per_device, engine.phases_per_tick, cls.bucketed)
+    def make_policy(cls, engine: ServingEngine, config: Config) -> FixedBatches:
+        return FixedBatches(engine.costs, engine.info.slots_per_device, engine.info.phases_per_tick, cls.bucketed)
 
     def on_start(self) -> None:
         super().on_start()
-        self.limit = BATCHES_HELD * self.serving.engine.num_slots
+        self.limit = BATCHES_HELD * self.serving.engine.info.num_slots
         self.executor = ThreadPoolExecutor(self.limit, thread_name_prefix="sdtpu-job")
 
 

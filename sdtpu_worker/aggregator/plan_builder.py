@@ -1,4 +1,4 @@
-"""Builds the plan for one tick of one lane: which job gets which slot, and what every device does in each phase. Pure."""
+"""Builds the plan for one tick of one lane: which job gets which slot, what each device does in each phase. Pure."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
-from sdtpu_worker.diffusion.engine import OUT_OF_MEMORY, Engine
+from sdtpu_worker.diffusion.engine import Engine
+from sdtpu_worker.diffusion.failures import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def choose_slots_per_device(make_engine: Callable[[int], Engine], memory: Path |
         try:
             engine = make_engine(slots)
         except Exception as exc:
-            if not measured or not any(text in str(exc) for text in OUT_OF_MEMORY):
+            if not measured or not is_out_of_memory(exc):
                 raise
             logger.info("%d slots per device do not fit the devices' memory", slots)
             break
@@ -55,7 +56,7 @@ def choose_slots_per_device(make_engine: Callable[[int], Engine], memory: Path |
     if memory is not None:
         curve = {str(slots): round(seconds, 6) for slots, seconds in measured.items()}
         memory.write_text(json.dumps({"slots_per_device": best, "seconds_per_image_step": curve}) + "\n")
-    return engine if engine.slots_per_device == best else make_engine(best)
+    return engine if engine.info.slots_per_device == best else make_engine(best)
 
 
 def memory_file(folder: Path | None, checkpoint: Checkpoint, device: jax.Device, resolutions: Any) -> Path | None:
@@ -68,4 +69,5 @@ def memory_file(folder: Path | None, checkpoint: Checkpoint, device: jax.Device,
 
 def _image_step_s(engine: Engine) -> float:
     """Return the seconds of a step, of all resolutions together, for each slot of a device."""
-    return sum(costs.step_s(engine.num_devices) for costs in engine.costs.values()) / engine.slots_per_device
+    info = engine.info
+    return sum(costs.step_s(info.num_devices) for costs in engine.costs.values()) / info.slots_per_device

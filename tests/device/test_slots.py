@@ -10,6 +10,7 @@ import pytest
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, memory_file
+from sdtpu_worker.diffusion.start import make_engine
 
 
 class Bench:
@@ -23,7 +24,7 @@ class Bench:
         if slots not in self.step_ms:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
         costs = {(64, 64): TickCosts(8, Cost(self.step_ms[slots] / 1000))}
-        return SimpleNamespace(costs=costs, num_devices=8, slots_per_device=slots)
+        return SimpleNamespace(costs=costs, info=SimpleNamespace(num_devices=8, slots_per_device=slots))
 
 
 @pytest.mark.parametrize(
@@ -37,9 +38,9 @@ class Bench:
 )
 def test_the_fewest_slots_with_the_best_rate_are_chosen(tmp_path, step_ms, best):
     memory = tmp_path / "slots.json"
-    assert choose_slots_per_device(Bench(step_ms), memory).slots_per_device == best
+    assert choose_slots_per_device(Bench(step_ms), memory).info.slots_per_device == best
     again = Bench(step_ms)
-    assert choose_slots_per_device(again, memory).slots_per_device == best
+    assert choose_slots_per_device(again, memory).info.slots_per_device == best
     assert again.made == [best], "the choice is kept for good"
     assert json.loads(memory.read_text())["slots_per_device"] == best
 
@@ -66,11 +67,11 @@ def test_real_engines_are_measured_and_the_choice_is_found_again(random_checkpoi
 
     def make(slots: int) -> Engine:
         made.append(slots)
-        return Engine(checkpoint, pytest.devices[:2], slots, None, pytest.compile_cache)
+        return make_engine(checkpoint, pytest.devices[:2], slots, None, pytest.compile_cache)
 
     memory = memory_file(tmp_path, checkpoint, pytest.devices[0], None)
     first = choose_slots_per_device(make, memory)
-    assert first.slots_per_device in made
+    assert first.info.slots_per_device in made
     made.clear()
-    assert choose_slots_per_device(make, memory).slots_per_device == first.slots_per_device
-    assert made == [first.slots_per_device]
+    assert choose_slots_per_device(make, memory).info.slots_per_device == first.info.slots_per_device
+    assert made == [first.info.slots_per_device]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,12 +123,12 @@ def test_fixed_batches_run_to_their_end_and_nobody_joins(bucketed, slots):
 
 
 def test_the_bare_loop_of_the_limit_makes_every_picture_once_in_balanced_ticks():
-    class Shape:
-        resolutions, num_devices, phases_per_tick, costs = (LANE,), 8, 2, {LANE: COSTS}
-
+    shape = SimpleNamespace(
+        info=SimpleNamespace(resolutions=(LANE,), num_devices=8, phases_per_tick=2), costs={LANE: COSTS}
+    )
     jobs = {str(i): FakeJob(str(i), STEPS[i % 4], lane=LANE) for i in range(96)}
     engine, images, seconds = FakeEngine(), {}, 0.0
-    for plan in limit.plan_ahead(Shape, list(jobs.values()), 0.4):
+    for plan in limit.plan_ahead(shape, list(jobs.values()), 0.4):
         images |= {image.task_id: image.pixels for image in engine.execute(plan, jobs).wait()}
         seconds += COSTS.tick_s(plan)
     assert images == {task_id: job.num_inference_steps for task_id, job in jobs.items()}

@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="guidance")
     parser.add_argument("--out", type=Path, help="folder for scores.json and samples.png")
     args = parser.parse_args()
+    from sdtpu_worker.diffusion import offline
     from sdtpu_worker.diffusion.checkpoint import load_checkpoint
     from sdtpu_worker.diffusion.engine import Engine
     from sdtpu_worker.diffusion.sharding import find_devices
@@ -90,7 +91,7 @@ def main() -> None:
             )
             for i, scene in enumerate(scenes)
         ]
-        return [Image.fromarray(image.pixels) for image in engine.generate(jobs)]
+        return [Image.fromarray(image.pixels) for image in offline.generate(engine, jobs)]
 
     print(f"{'sampler':<12}", *(f"{column:>12}" for column in COLUMNS))
     scores: dict[str, dict[str, float]] = {}

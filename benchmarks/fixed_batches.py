@@ -15,6 +15,7 @@ from sdtpu_worker import install
 from sdtpu_worker.config import DEFAULT_QUEUE, Config
 from sdtpu_worker.device_loop.protocols import ServingEngine
 from sdtpu_worker.worker.pool import DevicePool
+from sdtpu_worker.worker.services import DeviceServices
 
 
 class BucketedPool(DevicePool):
@@ -24,9 +25,10 @@ class BucketedPool(DevicePool):
     def make_policy(cls, engine: ServingEngine, config: Config) -> FixedBatches:
         return FixedBatches(engine.costs, engine.info.slots_per_device, engine.info.phases_per_tick, cls.bucketed)
 
-    def on_start(self) -> None:
-        super().on_start()
-        self.limit = BATCHES_HELD * self.serving.engine.info.num_slots
+    def serve(self, services: DeviceServices) -> None:
+        super().serve(services)
+        assert services.serving is not None
+        self.limit = BATCHES_HELD * services.serving.engine.info.num_slots
         self.executor = ThreadPoolExecutor(self.limit, thread_name_prefix="sdtpu-job")
 
 

@@ -43,7 +43,7 @@ from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.engine_io import PreparedJob
 from sdtpu_worker.diffusion.sharding import find_devices
-from sdtpu_worker.diffusion.start import choose_dtype, make_engine
+from sdtpu_worker.diffusion.start import choose_dtype, make_warm_engine
 from sdtpu_worker.testing.processes import private_redis, running, wait_for_line, worker_command, worker_env
 
 MIXES = {"all 30 steps": (30,), "10, 20, 30, 50 steps mixed": (10, 20, 30, 50)}
@@ -62,7 +62,7 @@ def main() -> None:
     devices = find_devices("auto", 8)
     cache = CompileCache("auto")
     checkpoint = load_checkpoint("embedded", choose_dtype("auto", devices[0].platform))
-    engine = make_engine(checkpoint, devices, 1, None, cache)
+    engine = make_warm_engine(checkpoint, devices, 1, None, cache)
     if args.step_ms:
         hold_speed(engine)
     info = engine.info

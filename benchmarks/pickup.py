@@ -11,6 +11,7 @@ the callback that receives.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -37,11 +38,10 @@ for _ in range(messages):
 """
 
 
-def use_ours(url: str) -> None:
-    """Make kombu's Redis transport in this process ours."""
+def use_ours(url: str) -> contextlib.AbstractContextManager[None]:
+    """Make kombu's Redis transport in this process ours meanwhile."""
     deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(), 30, "benchmark")
-    ours = transport.Intake(deliveries, {"t"}, 262_144, 30, print, lambda: True, lambda: None)
-    transport.use_in_this_process(ours)
+    return transport.installed(transport.Intake(deliveries, {"t"}, 262_144, 30, print, lambda: True, lambda: None))
 
 
 def measure(url: str, messages: int, every_s: float) -> list[float]:
@@ -76,9 +76,8 @@ def main() -> None:
         transport.ClaimingChannel._start_tracking = lambda self, connection: None
     for name in ("stock kombu", "ours"):
         with private_redis() as url:
-            if name == "ours":
-                use_ours(url)
-            delays = sorted(measure(url, args.messages, args.every_ms / 1000))
+            with use_ours(url) if name == "ours" else contextlib.nullcontext():
+                delays = sorted(measure(url, args.messages, args.every_ms / 1000))
         print(
             f"{name:12} median {statistics.median(delays):5.1f} ms, 99 % within {delays[-len(delays) // 100]:5.1f} ms"
         )

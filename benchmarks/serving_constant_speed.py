@@ -25,12 +25,10 @@ from benchmarks.fixed_policy import FixedBatches
 from benchmarks.serving_systems import DECODE_STEPS, INSERT_STEPS
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.plan import Plan
-from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.config import Config
-from sdtpu_worker.device_loop.protocols import ExecutedTick, Image, ServingEngine, Snapshot
+from sdtpu_worker.device_loop.protocols import ExecutedTick, Image, Policy, ServingEngine, Snapshot
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.worker.pool import DevicePool
-from sdtpu_worker.worker.serving import make_aggregator
+from sdtpu_worker.worker.pool import DevicePool, make_aggregator
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +99,7 @@ def hold_speed(engine: Engine) -> None:
 
 class OurPoolAtConstantSpeed(DevicePool):
     @classmethod
-    def make_policy(cls, engine: ServingEngine, config: Config) -> Aggregator:
+    def make_policy(cls, engine: ServingEngine, config: Config) -> Policy:
         hold_speed(cast("Engine", engine))
         return make_aggregator(engine, config)
 

@@ -43,9 +43,9 @@ def shipped():
 @pytest.fixture(scope="session")
 def engine(shipped):
     """Give the shipped checkpoint on eight devices with one slot each."""
-    from sdtpu_worker.diffusion.start import make_engine
+    from sdtpu_worker.diffusion.start import make_warm_engine
 
-    return make_engine(shipped, pytest.devices, 1, None, pytest.compile_cache)
+    return make_warm_engine(shipped, pytest.devices, 1, None, pytest.compile_cache)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ class GenerateTask(Task):
 
     abstract = True
     typing = False
-    Request = "sdtpu_worker.worker.job:DeviceRequest"
+    Request = "sdtpu_worker.worker.celery_request:DeviceRequest"
 
     def signature(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Signature:
         """Build a signature; the parameters given so far are checked at once, so that a group fails as a whole."""
@@ -107,26 +107,9 @@ def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
     It stores the state STARTED itself (`DeviceJob.begin`): Celery does so before anybody has looked whether a
     redelivered job has an end already, and would replace a FAILURE.
     """
-    from sdtpu_worker.worker.job import CRASHES_TO_RUN_ALONE, current_job
-    from sdtpu_worker.worker.serving import JobControl, current
+    from sdtpu_worker.worker.run_job import run_job
 
-    request = GenerationRequest.parse(args, kwargs).with_seed(self.request.id)
-    sent_at = self.request.get(SENT_AT_HEADER)
-    sent_at = sent_at if isinstance(sent_at, int | float) and not isinstance(sent_at, bool) else None
-    serving, job = current(), current_job()
-    if job is None:
-        return serving.run(self.request.id, request, sent_at).to_json()
-    with job.in_celerys_words():
-        facts = job.recall(self, request)
-        job.begin(self)
-        control = JobControl(
-            job.terms(),
-            job.may_start,
-            lambda progress: job.report(self, progress),
-            facts.snapshot,
-            alone=len(facts.died_on) >= CRASHES_TO_RUN_ALONE,
-        )
-        return serving.run(self.request.id, request, sent_at, control).to_json()
+    return run_job(self, args, kwargs)
 
 
 def _seconds_left(task: Task, options: Mapping[str, Any]) -> float | None:

@@ -13,13 +13,15 @@ lists is written to; where Redis refuses that, the lists are looked at every few
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import ssl
 import time
 import uuid
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty
 from typing import Any
 
@@ -72,32 +74,20 @@ class Intake:
     on_contact: Callable[[], None]
 
 
-_intake: Intake | None = None
-
-
-def use_in_this_process(intake: Intake | None) -> None:
-    """Make every Redis connection of kombu in this process one of ours, or (None) stop using what was given."""
-    global _intake
-    _intake = intake
-    if intake is None:
-        return
-    ours = f"{__name__}:Transport"
-    aliases = {"redis": ours, "rediss": ours, "sentinel": f"{__name__}:SentinelTransport"}
-    kombu_transports.TRANSPORT_ALIASES.update(aliases)
-    for alias in aliases:
-        kombu_transports._transport_cache.pop(alias, None)
-
-
 class QoS(kombu_redis.QoS):
     """Counts what the worker holds, over all connections that it ever had, against the prefetch limit."""
 
     restore_at_shutdown = False
 
+    def __init__(self, channel: Any, prefetch_count: int = 0) -> None:
+        super().__init__(channel, prefetch_count)
+        self._intake: Intake = channel.intake
+
     def can_consume(self) -> bool:
-        """Whether another message may be taken."""
-        if not self.prefetch_count or _intake is None:
+        """Return whether another message may be taken."""
+        if not self.prefetch_count:
             return True
-        return len(_intake.deliveries) < self.prefetch_count and _intake.is_well()
+        return len(self._intake.deliveries) < self.prefetch_count and self._intake.is_well()
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Know a delivered message; it was recorded as held when it was claimed."""
@@ -105,21 +95,19 @@ class QoS(kombu_redis.QoS):
 
     def ack(self, delivery_tag: str) -> None:
         """Acknowledge, also when the connection that it came on is gone."""
-        if _intake is not None:
-            _intake.deliveries.ack(delivery_tag)
+        self._intake.deliveries.ack(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Give it back to the front of its queue, or acknowledge it."""
-        if _intake is not None:
-            (_intake.deliveries.release if requeue else _intake.deliveries.ack)(delivery_tag)
+        (self._intake.deliveries.release if requeue else self._intake.deliveries.ack)(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """The channel closes: give back what no job runs for; what runs goes on."""
         self._on_collect.cancel()
-        if _intake is not None and self.prefetch_count:
-            _intake.deliveries.release_waiting()
+        if self.prefetch_count:
+            self._intake.deliveries.release_waiting()
 
     def restore_visible(self, *_: Any, **__: Any) -> None:
         """Nothing: `sdtpu_worker.delivery.lease` sweeps."""
@@ -138,6 +126,7 @@ class ClaimingChannel:
     """A channel that claims; mixed into kombu's two Redis channels. The worker's main thread."""
 
     QoS = QoS
+    intake: Intake
     _look_at = 0.0  # when to look at the lists again, on the monotonic clock
     _claimed_tag = ""
     _claimed_queues: list[str]  # of the claim on its way, by number of the list
@@ -145,8 +134,9 @@ class ClaimingChannel:
     _wake_id = 0
     _tracked: Any = None  # the socket of the claims that Redis tells about
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self: Any, transport: Any, *args: Any, **kwargs: Any) -> None:
+        self.intake = transport.intake  # kept: a closed channel has no transport any more
+        super().__init__(transport, *args, **kwargs)  # type: ignore[call-arg]  # kombu's channel is mixed in
         self.handlers[_WAKE] = self._on_wake
 
     def _on_wake(self: Any) -> None:
@@ -160,7 +150,7 @@ class ClaimingChannel:
     def _brpop_start(self: Any, timeout: float | None = None) -> None:
         """Send a claim, if it is time for one."""
         now = time.monotonic()
-        if now < self._look_at or _intake is None:
+        if now < self._look_at:
             return
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
@@ -168,14 +158,14 @@ class ClaimingChannel:
         connection = self.client.connection
         if connection._sock is not self._tracked:
             self._start_tracking(connection)
-        prefix, deliveries = self.global_keyprefix, _intake.deliveries
+        prefix, deliveries = self.global_keyprefix, self.intake.deliveries
         lists = [(prefix + self._q_for_pri(queue, step), queue) for step in self.priority_steps for queue in queues]
         self._claimed_tag, self._claimed_queues = str(uuid.uuid4()), [queue for _, queue in lists]
         names = [deliveries.keys.held, deliveries.keys.leases, *(name for name, _ in lists)]
         self._in_poll, self._brpop_sent_at = connection, now
         connection.send_command(
             "EVAL", CLAIM, len(names), *names,
-            self._claimed_tag, deliveries.lease_s, _intake.max_message_bytes, _ENDS_BYTES,
+            self._claimed_tag, deliveries.lease_s, self.intake.max_message_bytes, _ENDS_BYTES,
         )  # fmt: skip
 
     def _brpop_read(self: Any, **options: Any) -> bool:
@@ -192,9 +182,7 @@ class ClaimingChannel:
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        if _intake is None:
-            raise Empty
-        _intake.on_contact()
+        self.intake.on_contact()
         if not reply:
             is_told = self.client.connection._sock is self._tracked
             self._look_at = time.monotonic() + (SAFETY_POLL_S if is_told else POLL_S)
@@ -204,20 +192,20 @@ class ClaimingChannel:
         queue = self._claimed_queues[int(reply[0])]
         self._queue_cycle.rotate(queue)
         try:
-            self._take(_intake, queue, reply[1:])
+            self._take(queue, reply[1:])
         except ResponseError as exc:  # no permission, a key of another type
             logger.error("Redis refused to move a message, which comes again when its lease ends: %s", exc)
         return True
 
-    def _take(self: Any, intake: Intake, queue: str, content: list[Any]) -> None:
+    def _take(self: Any, queue: str, content: list[Any]) -> None:
         """Check a claimed message and hand it to Celery, or put it aside.
 
         Args:
-            intake: what this process works with.
             queue: where the message was.
             content: the message; or its size, its beginning and its end.
         """
-        tag, limit = self._claimed_tag, intake.max_message_bytes
+        tag, intake = self._claimed_tag, self.intake
+        limit = intake.max_message_bytes
         raw, size = (content[0], len(content[0])) if len(content) == 1 else (content[1], int(content[0]))
         try:
             if len(content) > 1:
@@ -312,8 +300,9 @@ class SentinelChannel(ClaimingChannel, kombu_redis.SentinelChannel):
 
 
 class TransportMixin:
-    """Uses our poller."""
+    """Uses our poller; `installed` makes a class of it that knows its process's `intake`."""
 
+    intake: Intake
     _loop: Any = None
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -341,6 +330,31 @@ class SentinelTransport(TransportMixin, kombu_redis.SentinelTransport):
     """For `sentinel://`."""
 
     Channel = SentinelChannel
+
+
+@contextlib.contextmanager
+def installed(intake: Intake) -> Iterator[None]:
+    """Make every connection that kombu opens to Redis meanwhile one of ours.
+
+    kombu finds a transport by the scheme of a URL, in a registry of the process; it forgets a class that is given in
+    any other way when it fails over. So the registry is changed, and changed back.
+    """
+    ours: dict[str, type] = {"redis": Transport, "rediss": Transport, "sentinel": SentinelTransport}
+    before = {alias: kombu_transports.TRANSPORT_ALIASES[alias] for alias in ours}
+    for alias, transport in ours.items():
+        bound = type(transport.__name__, (transport,), {"intake": intake})
+        kombu_transports.TRANSPORT_ALIASES[alias] = partial(_just, bound)
+        kombu_transports._transport_cache.pop(alias, None)
+    try:
+        yield
+    finally:
+        kombu_transports.TRANSPORT_ALIASES.update(before)
+        for alias in ours:
+            kombu_transports._transport_cache.pop(alias, None)
+
+
+def _just(transport: type) -> type:
+    return transport
 
 
 def _due_at(headers: dict[str, Any]) -> float:

@@ -36,7 +36,7 @@ class Engine:
     """A checkpoint replicated over devices, with compiled programs and slots for each resolution.
 
     A new engine has compiled its programs and can execute plans. Costs, previews and the proof that `recover` demands
-    need what `calibrate(engine)` measures; `start.make_engine` does both.
+    need what `calibrate(engine)` measures; `start.make_warm_engine` does both.
 
     Any thread may call `prepare`, `accepts`, `read_snapshot`, `check_safety` and the properties; one thread at a time
     the other methods.
@@ -111,7 +111,8 @@ class Engine:
         """
         if self._calibration is None:
             raise RuntimeError(
-                "the engine is not calibrated: make it with start.make_engine, or call engine.adopt(calibrate(engine))"
+                "the engine is not calibrated: make it with start.make_warm_engine, or call"
+                " engine.adopt(calibrate(engine))"
             )
         return self._calibration
 

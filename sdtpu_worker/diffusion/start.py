@@ -40,7 +40,7 @@ def start_engine(config: Config) -> Engine:
 
         def make(slots_per_device: int) -> Engine:
             has_previews = config.preview_every > 0
-            return make_engine(checkpoint, devices, slots_per_device, config.resolutions, cache, has_previews)
+            return make_warm_engine(checkpoint, devices, slots_per_device, config.resolutions, cache, has_previews)
 
         if isinstance(config.slots_per_device, int):
             engine = make(config.slots_per_device)
@@ -55,7 +55,7 @@ def start_engine(config: Config) -> Engine:
     return engine
 
 
-def make_engine(
+def make_warm_engine(
     checkpoint: Checkpoint,
     devices: list[jax.Device],
     slots_per_device: int = 1,

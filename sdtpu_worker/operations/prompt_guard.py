@@ -61,11 +61,16 @@ def install_prompt_guard(app: Celery) -> None:
     """
     from sdtpu_worker.config import read_setting
 
+    remove_prompt_guard()
+    if not read_setting("sdtpu_log_prompts", app.conf):
+        logging.setLogRecordFactory(PromptGuard(logging.getLogRecordFactory()))
+
+
+def remove_prompt_guard() -> None:
+    """Undo `install_prompt_guard`; without a guard nothing happens."""
     current = logging.getLogRecordFactory()
     if isinstance(current, PromptGuard):
         logging.setLogRecordFactory(current.make_record)
-    if not read_setting("sdtpu_log_prompts", app.conf):
-        logging.setLogRecordFactory(PromptGuard(logging.getLogRecordFactory()))
 
 
 class PromptGuard:

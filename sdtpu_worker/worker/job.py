@@ -1,4 +1,4 @@
-"""One Celery task in a device worker: its terms, its history, its progress, and its end in Celery's own words."""
+"""One Celery task in a device worker: its terms, its history, its progress, and its end in Celery's own terms."""
 
 from __future__ import annotations
 
@@ -16,107 +16,55 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from celery import signals
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from celery.states import READY_STATES, STARTED
 from celery.utils.functional import maybe_list
 from celery.worker import state
-from celery.worker.request import Request
 from redis.exceptions import RedisError
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.contract.request import DEFAULT_PRIORITY, GenerationRequest
 from sdtpu_worker.delivery.deliveries import Deliveries, JobFacts
-from sdtpu_worker.delivery.transport import ClaimingChannel
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
 from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
-from sdtpu_worker.operations.prompt_guard import describe
 
 if TYPE_CHECKING:
     from celery import Task
 
+    from sdtpu_worker.worker.serving import Serving
+
 logger = logging.getLogger(__name__)
 
 _ANNOUNCEMENT_TIMEOUT_S = 10.0
-_current = threading.local()
-
-
-CRASHES_TO_RUN_ALONE = 2
-"""A job that was on the devices of this many workers when they died shares the devices with no other."""
-
-
-class DeviceRequest(Request):
-    """Celery's request, for a job on the devices, which may go back to its queue with its state.
-
-    Attributes:
-        goes_back: when the job's thread has ended, the message is given back instead of acknowledged.
-        failures_outside: times that Celery failed around the task's own code. At the first one it stores that error;
-            the second one says that it could not.
-    """
-
-    goes_back = False
-    failures_outside = 0
-
-    def acknowledge(self) -> None:
-        """Acknowledge the message, or give it back; what became of no state comes again when its lease ends."""
-        if self.goes_back:
-            self.reject(requeue=True)
-        elif self.failures_outside < 2:
-            super().acknowledge()
-
-    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """A cold shutdown wants the job to go back to its queue: it goes with its state."""
-        pool.hand_over()
-
-
-@signals.task_internal_error.connect(dispatch_uid="sdtpu_worker")
-def count_failure_outside(sender: Any, exception: BaseException, **_: Any) -> None:
-    """Know that Celery failed around the task of this thread; mostly, the result backend took no state."""
-    job = current_job()
-    if job is not None and isinstance(job.request, DeviceRequest):
-        job.request.failures_outside += 1
-        if isinstance(exception, EngineUnavailable):  # the worker stops, and does not wait for the result backend
-            job.request.goes_back = True
-        logger.warning("the state of task %s could not be stored: %s", job.task_id, describe(exception))
-
-
-def answer_directly(request: Request) -> None:
-    """Have a request acknowledge from the thread that runs it.
-
-    Celery leaves that to its event loop, which has ended by the time a stopping worker's last jobs do.
-    """
-    message = request.message
-    if isinstance(message.channel, ClaimingChannel):
-        request._on_ack, request._on_reject = message.ack_log_error, message.reject_log_error
 
 
 class DeviceJob:
     """What the pool knows of a task that it runs; used by the task's own thread, terminated from any.
 
     Args:
-        request: the worker's `celery.worker.request.Request`.
+        request: Celery's request.
+        serving: what runs it.
         soft_time_limit_s, time_limit_s: from the time when the job has its slot; None for none.
         on_time_limit: Celery's own handling of a hard time limit.
-        cancel: takes the job off the devices, by task id.
-        deliveries: what the worker holds, if its broker is Redis.
+        deliveries: the messages that the worker holds, if its broker is Redis.
         max_deliveries: after how many crashes with this job on the devices it fails.
     """
 
     def __init__(
         self,
         request: Any,
-        soft_time_limit_s: float | None,
-        time_limit_s: float | None,
-        on_time_limit: Callable[[bool, float], None] | None,
-        cancel: Callable[[str], None],
+        serving: Serving,
+        soft_time_limit_s: float | None = None,
+        time_limit_s: float | None = None,
+        on_time_limit: Callable[[bool, float], None] | None = None,
         deliveries: Deliveries | None = None,
         max_deliveries: int = 1,
     ) -> None:
-        self.request = request
+        self.request, self.serving = request, serving
         self.soft_time_limit_s, self.time_limit_s = map(_positive_seconds, (soft_time_limit_s, time_limit_s))
-        self._on_time_limit, self._cancel = on_time_limit, cancel
+        self._on_time_limit = on_time_limit
         self._deliveries, self._max_deliveries = deliveries, max_deliveries
-        self._reporting = threading.Lock()
+        self._storing_state = threading.Lock()
         self._digest = b""
         self.terminated = False
 
@@ -126,7 +74,7 @@ class DeviceJob:
         return self.request.id
 
     def terms(self) -> Terms:
-        """Return what the policy should know of the client's wishes."""
+        """Return what the policy should know of what the client asked for."""
         priority = (self.request.delivery_info or {}).get("priority")
         expires: datetime | None = self.request.expires
         left_s = (expires - datetime.now(expires.tzinfo)).total_seconds() if expires else math.inf
@@ -138,21 +86,22 @@ class DeviceJob:
         )
 
     def may_start(self) -> bool:
-        """Whether the job is still wanted; asked until it has its slot. Any thread."""
+        """Return whether the job is still wanted; asked until it has its slot. Any thread."""
         return not (self.terminated or self.task_id in state.revoked or _has_revoked_stamp(self.request))
 
     def terminate(self) -> None:
         """Take the job off its slot at the next tick; no state of its own is stored from now on. Any thread."""
-        with self._reporting:
+        with self._storing_state:
             self.terminated = True
-        self._cancel(self.task_id)
+        self.serving.loop.cancel(self.task_id)
 
     def recall(self, task: Task, parameters: GenerationRequest) -> JobFacts:
         """Return what earlier workers left of the job, if there were any.
 
         Raises:
-            Ignore: it is done already, and was only not acknowledged; or Redis cannot be asked, and it goes back.
-            DeliveryLimitExceeded: too many workers died with it on their devices.
+            Ignore: the job is done already, and only its message was not acknowledged; or Redis cannot be asked, and
+                the message is requeued.
+            DeliveryLimitExceeded: too many workers died with the job on their devices.
         """
         self._digest = hashlib.sha256(json.dumps(parameters.to_json(), sort_keys=True).encode()).digest()
         if self._deliveries is None or not self.request.delivery_info.get("redelivered"):
@@ -161,19 +110,23 @@ class DeviceJob:
             self._end_if_done(task)
             facts = self._deliveries.job_facts(self.task_id)
         except (OSError, RedisError) as exc:
-            logger.warning("the history of task %s could not be read, it goes back to its queue: %s", self.task_id, exc)
-            raise self._go_back() from exc
+            logger.warning("the history of task %s could not be read, its message is requeued: %s", self.task_id, exc)
+            raise self._requeue() from exc
         if len(facts.died_on) >= self._max_deliveries:
             raise DeliveryLimitExceeded(
                 f"the job was on the devices of {len(facts.died_on)} workers when they died, hung or were lost"
                 f" ({', '.join(facts.died_on)}); sdtpu_max_deliveries allows {self._max_deliveries}"
             )
-        state_of_it = facts.snapshot or b""
-        is_ours = state_of_it.startswith(self._digest)
-        return JobFacts(facts.died_on, state_of_it[len(self._digest) :] if is_ours else None)
+        snapshot = facts.snapshot or b""
+        fits = snapshot.startswith(self._digest)  # made for the same parameters
+        return JobFacts(facts.died_on, snapshot[len(self._digest) :] if fits else None)
 
     def _end_if_done(self, task: Task) -> None:
-        """Leave it at a stored result: the worker died between storing it and acknowledging."""
+        """Keep a result that is stored already: the earlier worker died between storing it and acknowledging.
+
+        Raises:
+            Ignore: there is one.
+        """
         if task.request.ignore_result:
             return
         meta = task.backend.get_task_meta(self.task_id, cache=False)
@@ -187,7 +140,8 @@ class DeviceJob:
     def let_go(self) -> None:
         """Make sure that the message of a job that has ended is not held for ever.
 
-        It is acknowledged or given back by now, unless that failed: then it comes again when its lease ends.
+        The message is acknowledged or requeued by now, unless that failed: then it is redelivered when its lease
+        expires.
         """
         if self._deliveries is not None:
             self._deliveries.let_go(self.request.message.delivery_tag)
@@ -196,7 +150,7 @@ class DeviceJob:
         """Store the state STARTED, unless the job was terminated; what Celery does for `track_started`."""
         self._store_state(task, STARTED, {"pid": os.getpid(), "hostname": task.request.hostname})
 
-    def report(self, task: Task, progress: Progress) -> None:
+    def publish_progress(self, task: Task, progress: Progress) -> None:
         """Store the state PROGRESS, unless the job was terminated."""
         meta: dict[str, Any] = {
             "current": progress.current,
@@ -211,7 +165,7 @@ class DeviceJob:
         self._store_state(task, "PROGRESS", meta)
 
     def _store_state(self, task: Task, name: str, meta: dict[str, Any]) -> None:
-        with self._reporting:
+        with self._storing_state:
             if not self.terminated and not task.request.ignore_result:
                 try:
                     task.update_state(state=name, meta=meta)
@@ -229,8 +183,8 @@ class DeviceJob:
             self._save(getattr(exc, "snapshot", None))
             if getattr(exc, "suspect", False) and self._deliveries is not None:
                 self._deliveries.suspect(self.request.message.delivery_tag)
-            logger.info("task %s goes back to its queue: another worker goes on with it", self.task_id)
-            raise self._go_back() from None
+            logger.info("task %s is handed over: its message is requeued and another worker continues it", self.task_id)
+            raise self._requeue() from None
         except (JobCancelled, JobOverdue) as exc:
             reason = exc.reason if isinstance(exc, JobOverdue) else None
             if self.terminated:
@@ -254,33 +208,19 @@ class DeviceJob:
             time.sleep(0.005)
         return Ignore()
 
-    def _go_back(self) -> Ignore:
-        """Have the message given back when the thread has ended."""
-        self.request.goes_back = True
+    def _requeue(self) -> Ignore:
+        """Have the message requeued when the job's thread has ended."""
+        self.request.is_requeued = True
         return Ignore()
 
     def _save(self, snapshot: Any) -> None:
-        """Keep a state for the next worker; without it the job starts anew there."""
+        """Keep a snapshot for the next worker; without one the job starts anew there."""
         if snapshot is None or self._deliveries is None:
             return
         try:
             self._deliveries.save_snapshot(self.task_id, self._digest + snapshot.to_bytes())
         except (OSError, RedisError) as exc:
-            logger.warning("the state of task %s could not be kept, it starts anew: %s", self.task_id, exc)
-
-    @contextlib.contextmanager
-    def in_this_thread(self) -> Iterator[None]:
-        """Make this the `current_job()` of the calling thread."""
-        _current.job = self
-        try:
-            yield
-        finally:
-            _current.job = None
-
-
-def current_job() -> DeviceJob | None:
-    """Return the job that the calling thread runs, if a `DevicePool` started it."""
-    return getattr(_current, "job", None)
+            logger.warning("the snapshot of task %s could not be kept, the job starts anew: %s", self.task_id, exc)
 
 
 def _positive_seconds(limit: Any) -> float | None:

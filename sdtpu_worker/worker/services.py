@@ -1,7 +1,14 @@
-"""What a device worker's process has besides Celery's parts and the engine: deliveries, lease, health, its load report.
+"""The composition root of a device worker: one object that holds everything its process has beside Celery's parts.
 
-Made when the worker is configured, started when it first consumes, stopped last. Owned by the worker's main thread;
-what others may call says so.
+`DeviceWorkerStep` makes it, starts it and stops it; the pool and the boot steps of the consumer get it handed. What
+has to be changed in kombu, in Celery's app or in the Python process is changed in `start` and undone in `stop`.
+
+    config ─┬─ health ◀───────────── event loop, leases, device loop, pool
+            ├─ health server ──────▶ health
+            ├─ deliveries ◀──┬────── transport (claims), jobs (acknowledge, requeue, snapshots)
+            │                ├────── lease (renew, sweep, load reports)
+            │                └────── start recorder ◀── device loop
+            └─ serving: engine, device loop, image store
 """
 
 from __future__ import annotations
@@ -10,15 +17,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from celery.backends.redis import RedisBackend
 from celery.states import FAILURE
 from celery.utils.functional import noop
+from celery.worker import state
 from kombu.transport.redis import Transport as RedisTransport
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
+from redis.exceptions import RedisError
 
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.load_report import publish_load, withdraw_load
@@ -27,29 +33,33 @@ from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.envelope import BadEnvelope
 from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.scripts import Keys
-from sdtpu_worker.errors import EngineUnavailable
+from sdtpu_worker.device_loop.protocols import ServingEngine
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
 from sdtpu_worker.operations.redis_checks import redis_warnings
-from sdtpu_worker.worker import serving
+from sdtpu_worker.worker.process_changes import change_app, freeze_start_up, watch_failures_outside_tasks
+from sdtpu_worker.worker.result_patience import wait_for_results
+from sdtpu_worker.worker.serving import Hooks, Serving
+from sdtpu_worker.worker.start_recorder import StartRecorder
 
 if TYPE_CHECKING:
     from redis import Redis
 
+    from sdtpu_worker.worker.pool import DevicePool
+
 logger = logging.getLogger(__name__)
 
 EX_ENGINE_LOST = 75
-"""Exit code of a worker whose engine cannot go on: its supervisor should start it anew (EX_TEMPFAIL)."""
+"""Exit code of a worker whose devices are lost (EX_TEMPFAIL): its supervisor should start it anew."""
 _BROKER_TIMEOUT_S = 5.0
 _HOLDERS_PER_DELIVERY = 10
-"""How much more often than on the devices a message may be in the hands of workers that die: most are not its fault."""
-_RECORD_TIMEOUT_S, _SUSPECT_TIMEOUT_S = 0.05, 0.25
+"""How many more times than on the devices a message may be in the hands of workers that die: it is seldom why."""
 _REPORT_EVERY_S = 5.0
 _LEAVE_AFTER_S = 5.0
 
 
-class DeviceWorker:
-    """One worker process; `current()` finds it.
+class DeviceServices:
+    """What the process of one device worker has. Made, started and stopped in the worker's main thread.
 
     Args:
         app: the Celery app.
@@ -57,31 +67,112 @@ class DeviceWorker:
         config: the settings.
 
     Attributes:
-        deliveries: what it holds; None when the broker is not Redis, whose own guarantees hold then.
-        stopping: results and images are not waited for any more; the jobs go back to their queues.
+        health: what `/livez` and `/readyz` say.
+        deliveries: the messages that this worker holds; None when the broker is not Redis, whose own guarantees hold
+            then.
+        serving: the engine with its device loop and image store; None before `start`.
+        stopping: set when nothing waits for results and images any more; their jobs are requeued.
     """
 
     def __init__(self, app: Any, hostname: str, config: Config) -> None:
-        self._app, self._hostname, self._config = app, hostname, config
+        self.config = config
         self.health = WorkerHealth(config.lease_s, config.stall_s)
         self.deliveries: Deliveries | None = None
+        self.serving: Serving | None = None
         self.stopping = threading.Event()
+        self._app, self._hostname = app, hostname
         self._lease: Lease | None = None
-        self._server: HealthServer | None = None
-        self._report_at = 0.0
-        self._recorder = ThreadPoolExecutor(1, thread_name_prefix="sdtpu-starts")
-        self._recording: Future[None] | None = None
+        self._load_report_at = 0.0
+        self._visibility_timeout: float | None = None
+        self._undo = ExitStack()
+
+    def start(self, pool: DevicePool) -> None:
+        """Make everything ready for the first message. When that fails, what was started is stopped again.
+
+        Args:
+            pool: says which engine, image store and policy are made; see `DevicePool`.
+
+        Raises:
+            ConfigurationError: a device, a checkpoint, a size, an address or a store that is configured is not there.
+        """
+        started = time.monotonic()
+        with ExitStack() as undo:
+            if self.config.health_address is not None:  # first, so that probes are answered while programs compile
+                server = HealthServer(self.config.health_address, self.health.live, self.health.ready)
+                undo.callback(server.close)
+            undo.enter_context(watch_failures_outside_tasks())
+            self._connect_to_broker(undo)
+            store = pool.make_store(self._app, self.config.image_store)
+            engine = pool.make_engine(self.config)
+            undo.callback(engine.close)
+            policy = pool.make_policy(engine, self.config)
+            hooks = Hooks(_end_process, self._make_start_recorder(undo), self.stopping.is_set)
+            self.serving = serving = Serving(engine, store, policy, self.config, hooks)
+            undo.callback(serving.close)
+            self.health.watch_device(lambda: serving.loop.alive, lambda: serving.loop.stalled_s)
+            undo.enter_context(freeze_start_up())
+            self._undo = undo.pop_all()
+        _log_ready(engine, time.monotonic() - started)
+
+    def stop(self, is_stuck: bool) -> None:
+        """Requeue what is still held, end the threads and undo what `start` changed. Again is harmless.
+
+        Args:
+            is_stuck: some threads of jobs do not end (a driver waits for a lost network): the process leaves without
+                them, a few seconds later.
+        """
+        self.stopping.set()
+        self._undo.close()
+        if is_stuck:
+            logger.critical("some threads do not end; the process leaves without them in %.0f s", _LEAVE_AFTER_S)
+            threading.Thread(target=_leave, name="sdtpu-leave", daemon=True).start()
+
+    def on_consume(self, consumer: Any) -> None:
+        """Take note of a new connection, before the first message is taken from it."""
+        self.health.on_consume()
+        if self.deliveries is None:
+            return
+        hub = consumer.hub
+        self.deliveries.on_free = lambda: hub.call_soon(noop)
+        if self._lease is None:
+            self._warn_of_redis()
+            self._lease = Lease(self.deliveries, self.devices_make_progress, self._on_contact)
+            self._lease.start()
+
+    def devices_make_progress(self) -> bool:
+        """Return whether no tick is later than `sdtpu_stall_s`; True while there are no devices yet. Any thread."""
+        if self.serving is None:
+            return True
+        loop = self.serving.loop
+        return loop.alive and loop.stalled_s <= self.config.stall_s
+
+    def wait_for_results(self) -> None:
+        """Have the calling thread, which runs jobs, wait for a result backend that is away; see `result_patience`."""
+        wait_for_results(self._app.backend, self.stopping.is_set)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counters of deliveries, for `inspect stats`."""
+        held = self.deliveries
+        if held is None:
+            return {}
+        return {"held": len(held), "redelivered": held.redelivered, "dead_letters": held.dead_letters}
+
+    def _connect_to_broker(self, undo: ExitStack) -> None:
+        """Have kombu claim messages through our transport, if the broker is Redis."""
+        app, config = self._app, self.config
         if not isinstance(app.connection_for_read().transport, RedisTransport):
             logger.warning(
                 "the broker is not Redis: leases, hand-over, delivery limits and message checks are off; jobs of a"
                 " worker that dies come back as its broker sees fit"
             )
+            undo.enter_context(change_app(app, {}))
             return
         options = app.conf.broker_transport_options
-        keys = Keys(options.get("global_keyprefix", ""))
-        self.deliveries = Deliveries(self._connect, keys, config.lease_s, hostname)
-        self._warned_of = options.get("visibility_timeout")
-        app.conf.broker_transport_options = {
+        self._visibility_timeout = options.get("visibility_timeout")
+        self.deliveries = deliveries = Deliveries(
+            self._make_client, Keys(options.get("global_keyprefix", "")), config.lease_s, self._hostname
+        )
+        options = {
             "socket_keepalive": True,
             "socket_timeout": 2 * _BROKER_TIMEOUT_S,
             "socket_connect_timeout": _BROKER_TIMEOUT_S,
@@ -92,110 +183,45 @@ class DeviceWorker:
             "visibility_timeout": config.lease_s,
             "unacked_restore_interval": config.lease_s / 3,
         }
-        app.amqp.Connection = transport.EagerConnection
-        transport.use_in_this_process(
-            transport.Intake(
-                deliveries=self.deliveries,
-                known_tasks=app.tasks,
-                max_message_bytes=config.max_message_bytes,
-                max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
-                on_bad=self._store_error,
-                is_well=self.is_well,
-                on_contact=self.health.contact,
+        undo.enter_context(change_app(app, {"broker_transport_options": options}, transport.EagerConnection))
+        undo.enter_context(
+            transport.installed(
+                transport.Intake(
+                    deliveries=deliveries,
+                    known_tasks=app.tasks,
+                    max_message_bytes=config.max_message_bytes,
+                    max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
+                    on_bad=self._store_error,
+                    is_well=self.devices_make_progress,
+                    on_contact=self.health.contact,
+                )
             )
         )
+        undo.callback(self._leave_redis)
 
-    def is_well(self) -> bool:
-        """Whether the devices make progress. Any thread."""
-        return serving.is_well(self._config.stall_s)
-
-    def start(self) -> None:
-        """Answer on the health address.
-
-        Raises:
-            ConfigurationError: the address is in use.
-        """
-        if self._config.health_address is not None:
-            self._server = HealthServer(self._config.health_address, self.health.live, self.health.ready)
-
-    def wait_for_results(self) -> None:
-        """Have the calling thread, which runs jobs, wait for the result backend as long as Redis is away or full.
-
-        Celery has a backend in every thread; it would give up after 20 s, read without a second try, and fail the job
-        of whose start a full Redis, or a master that has just become a replica, takes no note.
-        """
-        backend = self._app.backend
-        if isinstance(backend, RedisBackend):
-            policy = {**backend.retry_policy, "max_retries": None, "callback": self._check_patience}
-            read = backend.get
-            backend.retry_policy, backend.get = policy, lambda key: backend.ensure(read, (key,))
-            backend.connection_errors = (*backend.connection_errors, OutOfMemoryError, ReadOnlyError)
-
-    def on_consume(self, consumer: Any) -> None:
-        """Runs at every connection, before the first message is taken from it."""
-        self.health.on_consume()
+    def _make_start_recorder(self, undo: ExitStack) -> Any:
+        """Return what the device loop tells of the jobs that start."""
         if self.deliveries is None:
-            return
-        hub = consumer.hub
-        self.deliveries.on_free = lambda: hub.call_soon(noop)
-        if self._lease is None:
-            self._warn()
-            self._lease = Lease(self.deliveries, self.is_well, self._on_contact)
-            self._lease.start()
+            return lambda task_ids, alone: None
+        recorder = StartRecorder(self.deliveries)
+        undo.callback(recorder.close)
+        return recorder.record
 
-    def stop(self, is_stuck: bool) -> None:
-        """Give everything back and end the threads.
-
-        Args:
-            is_stuck: some threads do not end (a driver that waits for a lost network): leave without them.
-        """
-        self.stopping.set()
-        self._recorder.shutdown(wait=False, cancel_futures=True)
+    def _leave_redis(self) -> None:
+        """Requeue every message, withdraw the load report, close the connections."""
+        assert self.deliveries is not None
         if self._lease is not None:
             self._lease.stop()
-        if self.deliveries is not None:
-            self.deliveries.release_all()
-            try:
-                self.deliveries.flush()
-                prefix = self.deliveries.keys.prefix
-                withdraw_load(self.deliveries.client, self._config.queue, self._hostname, prefix)
-            except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
-                logger.warning("Redis could not be told that this worker stops; the leases end by themselves: %s", exc)
-            self.deliveries.close()
-        if self._server is not None:
-            self._server.close()
-        if is_stuck:
-            logger.critical("some threads do not end; leaving without them in %.0f s", _LEAVE_AFTER_S)
-            threading.Thread(target=_leave, name="sdtpu-leave", daemon=True).start()
-
-    def record_starts(self, task_ids: Sequence[str], alone: bool) -> None:
-        """Write down who gets a slot, before it does; a Redis that does not answer soon is not waited for.
-
-        The device loop's thread. While an earlier answer is due, only a job that starts alone, a suspect, is waited
-        for; the others are written down when Redis gets to it.
-
-        Args:
-            task_ids: who gets one.
-            alone: nobody else has one.
-        """
-        if self.deliveries is None:
-            return
-        is_slow = self._recording is not None and not self._recording.done()
-        self._recording = self._recorder.submit(self.deliveries.record_starts, list(task_ids), alone)
+        self.deliveries.release_all()
         try:
-            if alone or not is_slow:
-                self._recording.result(_SUSPECT_TIMEOUT_S if alone else _RECORD_TIMEOUT_S)
-        except Exception as exc:  # a time-out, the driver's own errors
-            logger.debug("the starts of %d jobs were not recorded in time: %r", len(task_ids), exc)
+            self.deliveries.flush()
+            prefix = self.deliveries.keys.prefix
+            withdraw_load(self.deliveries.client, self.config.queue, self._hostname, prefix)
+        except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
+            logger.warning("Redis could not be told that this worker stops; its leases expire instead: %s", exc)
+        self.deliveries.close()
 
-    def to_json(self) -> dict[str, Any]:
-        """Return counters for `inspect stats`."""
-        held = self.deliveries
-        if held is None:
-            return {}
-        return {"held": len(held), "redelivered": held.redelivered, "dead_letters": held.dead_letters}
-
-    def _connect(self) -> Redis:
+    def _make_client(self) -> Redis:
         """Make a client of the broker, whatever it takes to reach it: TLS, a password, Sentinels."""
         from redis import Redis
 
@@ -209,12 +235,8 @@ class DeviceWorker:
         connection.connect()
         return Redis(connection_pool=connection.channel().pool)
 
-    def _check_patience(self) -> None:
-        if self.stopping.is_set():
-            raise EngineUnavailable("the worker stopped before the result could be stored; the job goes back")
-
     def _store_error(self, bad: BadEnvelope) -> None:
-        """Give a message that cannot be run its result."""
+        """Give the job of a message that cannot be run its result."""
         if bad.ignore_result:
             return
         try:
@@ -222,44 +244,45 @@ class DeviceWorker:
         except Exception as exc:  # each result backend has errors of its own
             logger.warning("the error of task %s could not be stored: %s", bad.task_id, exc)
 
-    def _warn(self) -> None:
-        """Say what this Redis may do to jobs."""
+    def _warn_of_redis(self) -> None:
+        """Log what this Redis may do to jobs."""
         assert self.deliveries is not None
-        in_redis = self._config.image_store.startswith("redis")
         for text in redis_warnings(
             self.deliveries.client,
-            lease_s=self._config.lease_s,
-            visibility_timeout=self._warned_of,
-            images_in_redis=in_redis,
+            lease_s=self.config.lease_s,
+            visibility_timeout=self._visibility_timeout,
+            images_in_redis=self.config.image_store.startswith("redis"),
         ):
             logger.warning("%s", text)
 
     def _on_contact(self) -> None:
-        """Redis answered: the lease's thread."""
+        """Take note that Redis answered, and publish the load report when it is time. The lease's thread."""
         self.health.contact()
-        if time.monotonic() < self._report_at:
+        if self.deliveries is None or self.serving is None or time.monotonic() < self._load_report_at:
             return
-        load = serving.load(self._hostname)
-        if self.deliveries is not None and load is not None:
-            self._report_at = time.monotonic() + _REPORT_EVERY_S
-            try:
-                publish_load(self.deliveries.client, self._config.queue, load, self.deliveries.keys.prefix)
-            except RedisError as exc:  # no memory, no permission; clients then estimate without this worker
-                logger.warning("the load of this worker could not be reported: %s", exc)
+        self._load_report_at = time.monotonic() + _REPORT_EVERY_S
+        load = self.serving.load(self._hostname)
+        try:
+            publish_load(self.deliveries.client, self.config.queue, load, self.deliveries.keys.prefix)
+        except RedisError as exc:  # no memory, no permission; clients then estimate without this worker
+            logger.warning("the load report of this worker could not be published: %s", exc)
 
 
-_current: DeviceWorker | None = None
+def _log_ready(engine: ServingEngine, after_s: float) -> None:
+    info = engine.info
+    sizes = ", ".join(
+        f"{height}x{width} ({1000 * costs.step_s(info.num_devices):.1f} ms a step)"
+        for (height, width), costs in engine.costs.items()
+    )
+    logger.info(
+        "ready: %d devices of kind %s, %d slots, %s, %s, sampler %s by default, after %.1f s",
+        info.num_devices, info.device_kind, info.num_slots, info.dtype, sizes, info.default_sampler, after_s,
+    )  # fmt: skip
 
 
-def set_current(worker: DeviceWorker | None) -> None:
-    """Make this the process's worker."""
-    global _current
-    _current = worker
-
-
-def current() -> DeviceWorker | None:
-    """Return this process's worker, if it is a device worker."""
-    return _current
+def _end_process() -> None:
+    """Have Celery end the worker with a code of its own, for its supervisor to start it anew on healthy devices."""
+    state.should_stop = EX_ENGINE_LOST
 
 
 def _leave() -> None:

@@ -8,28 +8,24 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdtpu_worker.aggregator.jobs import Terms
-from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.load_report import WorkerLoad
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
 from sdtpu_worker.device_loop.loop import DeviceLoop
+from sdtpu_worker.device_loop.protocols import Policy, ServingEngine, Snapshot
 from sdtpu_worker.device_loop.submission import Finished, Progress, Submission
 from sdtpu_worker.device_loop.trace import NoTrace, Trace
-from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, SnapshotMismatch
+from sdtpu_worker.errors import ConfigurationError, SnapshotMismatch
 from sdtpu_worker.images.encode import encode_image
 from sdtpu_worker.images.store import ImageStore
-
-if TYPE_CHECKING:
-    from sdtpu_worker.diffusion.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 _STEPS_OF_A_JOB, _LEARNING_RATE = 50, 0.1
-PolicyMaker = Callable[["Engine", Config], Any]
 
 
 @dataclass(frozen=True)
@@ -59,25 +55,11 @@ class Hooks:
         on_death: told when the device loop cannot go on.
         on_start: told, in the device loop's thread, which jobs are about to get a slot, and whether no other has one.
         give_up: asked while an image cannot be stored: whether to stop trying.
-        make_policy: makes another policy than `Aggregator`.
     """
 
     on_death: Callable[[], None] = lambda: None
     on_start: Callable[[Sequence[str], bool], None] = lambda task_ids, alone: None
     give_up: Callable[[], bool] = lambda: False
-    make_policy: PolicyMaker | None = None
-
-
-def make_aggregator(engine: Engine, config: Config) -> Aggregator:
-    """Return the policy for an engine."""
-    return Aggregator(
-        engine.costs,
-        engine.slots_per_device,
-        engine.phases_per_tick,
-        config.tick_s,
-        config.preemption,
-        config.preview_every,
-    )
 
 
 class Serving:
@@ -85,8 +67,9 @@ class Serving:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ServingEngine,
         store: ImageStore,
+        policy: Policy,
         config: Config,
         hooks: Hooks | None = None,
     ) -> None:
@@ -98,17 +81,16 @@ class Serving:
         if config.trace:
             try:
                 costs = {lane: costs.cost for lane, costs in engine.costs.items()}
-                self.trace = Trace(Path(config.trace), costs, engine.num_devices)
+                self.trace = Trace(Path(config.trace), costs, engine.info.num_devices)
             except OSError as exc:
                 raise ConfigurationError(f"sdtpu_trace must be a file that can be written: {exc}") from exc
-        policy = (hooks.make_policy or make_aggregator)(engine, config)
         self.loop = DeviceLoop(engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start)
         self.loop.start()
 
     @property
     def capacity(self) -> int:
         """Jobs to hold at a time: two batches, so that one gathers and is encoded while the other is denoised."""
-        return 2 * self.engine.num_slots
+        return 2 * self.engine.info.num_slots
 
     def run(
         self,
@@ -158,7 +140,7 @@ class Serving:
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
             "sampler": job.sampler,
-            "model": self.engine.checkpoint.name,
+            "model": self.engine.info.model,
         }
         with self.trace.span("encode", task_id):
             data = encode_image(pixels, request.image_format, report)
@@ -168,7 +150,7 @@ class Serving:
         logger.info(
             "task %s: %d steps in %.2f s on device %d slot %d, %d of %d slots in use",
             task_id, request.num_inference_steps, finished.finished_at - finished.started_at, finished.device,
-            finished.slot, finished.occupied, self.engine.num_slots,
+            finished.slot, finished.occupied, self.engine.info.num_slots,
         )  # fmt: skip
         return GenerationResult(
             task_id=task_id,
@@ -181,30 +163,30 @@ class Serving:
                 device_s=round(finished.finished_at - finished.started_at, 4),
                 total_s=round(total_s, 4),
             ),
-            batch=BatchPlace(finished.device, finished.slot, finished.occupied, self.engine.num_slots),
+            batch=BatchPlace(finished.device, finished.slot, finished.occupied, self.engine.info.num_slots),
         )
 
     def load(self, host: str) -> WorkerLoad:
         """Return what this host can do at the moment. Any thread."""
-        here = self._here.copy()
+        here, num_slots = self._here.copy(), self.engine.info.num_slots
         held = dict(Counter(here.values()))
         etas = [submission.progress.eta_s for submission in here]
         lanes = {f"{height}x{width}": costs for (height, width), costs in self.engine.costs.items()}
-        steps_s = {size: costs.step_s(self.engine.num_devices) for size, costs in lanes.items()}
+        steps_s = {size: costs.step_s(self.engine.info.num_devices) for size, costs in lanes.items()}
         return WorkerLoad(
             host=host,
-            num_slots=self.engine.num_slots,
+            num_slots=num_slots,
             step_s=steps_s,
             mean_job_s=self._mean_job_s or _STEPS_OF_A_JOB * next(iter(steps_s.values())),
             held=held,
-            next_free_s=0.0 if len(here) < self.engine.num_slots else min((eta for eta in etas if eta), default=0.0),
+            next_free_s=0.0 if len(here) < num_slots else min((eta for eta in etas if eta), default=0.0),
         )
 
     def _learn(self, job_s: float) -> None:
         mean_s = self._mean_job_s
         self._mean_job_s = max(1e-3, job_s if mean_s is None else mean_s + _LEARNING_RATE * (job_s - mean_s))
 
-    def _read_snapshot(self, task_id: str, data: bytes | None) -> Any:
+    def _read_snapshot(self, task_id: str, data: bytes | None) -> Snapshot | None:
         if data is None:
             return None
         try:
@@ -233,103 +215,3 @@ class Serving:
     def close(self) -> None:
         """Stop the device loop."""
         self.loop.close()
-
-
-_current: Serving | None = None
-
-
-def start_serving(
-    config: Config,
-    store: ImageStore,
-    hooks: Hooks | None = None,
-) -> Serving:
-    """Find the devices, load the checkpoint, compile and really run every program; make the result `current()`.
-
-    Args:
-        config: the settings.
-        store: where images go.
-        hooks: what the process around it is told, and asked.
-
-    Raises:
-        ConfigurationError: a device, a checkpoint or a size that is configured is not there.
-    """
-    started = time.monotonic()
-    from sdtpu_worker.diffusion.cache import CompileCache
-    from sdtpu_worker.diffusion.sharding import find_devices
-
-    devices = find_devices(config.platform, config.cpu_devices)
-    logger.info(
-        "found %d devices of kind %s (platform %s, sdtpu_platform = %s)",
-        len(devices), devices[0].device_kind, devices[0].platform, config.platform,
-    )  # fmt: skip
-    cache = CompileCache(config.compile_cache)
-    from sdtpu_worker.diffusion.checkpoint import load_checkpoint
-    from sdtpu_worker.diffusion.engine import Engine, choose_dtype
-    from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, memory_file
-
-    dtype: Any = choose_dtype(config.dtype, devices[0].platform)
-    checkpoint = load_checkpoint(config.model, dtype, config.revision)
-    logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
-
-    def make_engine(slots_per_device: int) -> Engine:
-        return Engine(checkpoint, devices, slots_per_device, config.resolutions, cache, config.preview_every > 0)
-
-    if isinstance(config.slots_per_device, int):
-        engine = make_engine(config.slots_per_device)
-    else:
-        memory = memory_file(cache.path, checkpoint, devices[0], config.resolutions)
-        engine = choose_slots_per_device(make_engine, memory)
-    logger.info(
-        "traced %d programs in %.2f s, compiled in %.2f s (compile cache: %d hits, %d misses)",
-        len(engine.resolutions), engine.trace_s, engine.compile_s, engine.cache_hits, engine.cache_misses,
-    )  # fmt: skip
-    serving = serve(engine, store, config, hooks)
-    sizes = ", ".join(
-        f"{height}x{width} ({1000 * costs.step_s(engine.num_devices):.1f} ms a step)"
-        for (height, width), costs in engine.costs.items()
-    )
-    logger.info(
-        "ready: %d devices of kind %s, %d slots, %s, %s, sampler %s by default, after %.1f s",
-        engine.num_devices, engine.device_kind, engine.num_slots, dtype.__name__, sizes, checkpoint.default_sampler,
-        time.monotonic() - started,
-    )  # fmt: skip
-    return serving
-
-
-def serve(engine: Any, store: ImageStore, config: Config, hooks: Hooks | None = None) -> Serving:
-    """Start the device loop on a warm engine; make the result `current()`."""
-    global _current
-    _current = Serving(engine, store, config, hooks)
-    return _current
-
-
-def stop_serving() -> None:
-    """Close what `start_serving` started, if anything."""
-    global _current
-    if _current is not None:
-        _current.close()
-        _current = None
-
-
-def is_well(stall_s: float) -> bool:
-    """Whether this process's devices make progress: no tick is later than this; True while there are none yet."""
-    return _current is None or (_current.loop.alive and _current.loop.stalled_s <= stall_s)
-
-
-def load(host: str) -> WorkerLoad | None:
-    """Return what this process's engine can do at the moment, if there is one."""
-    return _current.load(host) if _current is not None else None
-
-
-def current() -> Serving:
-    """Return this process's engine.
-
-    Raises:
-        EngineUnavailable: this process has none.
-    """
-    if _current is None:
-        raise EngineUnavailable(
-            "no engine runs in this process: sdtpu.generate runs only in a worker with the pool"
-            " sdtpu_worker.pool:DevicePool (call sdtpu_worker.install(app), then `celery worker -Q sdtpu`)"
-        )
-    return _current

@@ -1,7 +1,7 @@
 """Urgent jobs past the prefetch limit: a worker whose hands are full of less urgent ones still sees them.
 
 Celery takes no message beyond the pool's capacity, so a job of higher priority would wait in Redis until one of lower
-priority is done. This step looks at the lists of higher priority and takes what is there, one credit each; the
+priority is done. `UrgentPrefetch` looks at the lists of higher priority and takes what is there, one credit each; the
 policy then gives it the slot of a job of lower priority, and the credit is taken back when a job ends.
 """
 
@@ -11,15 +11,11 @@ import logging
 import threading
 from typing import Any
 
-from celery import bootsteps
 from kombu.transport.redis import Channel
 
 from sdtpu_worker.client.broker_errors import plain_client
-from sdtpu_worker.config import read_setting
 
 logger = logging.getLogger(__name__)
-
-_LOOK_EVERY_S = 0.1
 
 
 class UrgentPrefetch:
@@ -36,7 +32,7 @@ class UrgentPrefetch:
 
     def look(self) -> None:
         """Lend a credit for every urgent job that waits in Redis, as long as there are slots to take."""
-        lowest = self._pool.serving.loop.lowest_priority_running
+        lowest = self._pool.services.serving.loop.lowest_priority_running
         channel = self._consumer.task_consumer.channel
         if lowest is None or not isinstance(channel, Channel) or channel.qos.can_consume():
             return
@@ -51,7 +47,7 @@ class UrgentPrefetch:
                     lengths.llen(prefix + channel._q_for_pri(queue, step))
             waiting = sum(lengths.execute())
         with self._lock:
-            count = min(waiting, self._pool.serving.engine.num_slots) - self._lent
+            count = min(waiting, self._pool.services.serving.engine.info.num_slots) - self._lent
             if count <= 0:
                 return
             self._lent += count
@@ -64,25 +60,3 @@ class UrgentPrefetch:
             if self._lent:
                 self._lent -= 1
                 self._consumer.qos.decrement_eventually()
-
-
-class UrgentPrefetchStep(bootsteps.StartStopStep):
-    """Looks for urgent jobs while a device worker consumes from Redis."""
-
-    requires = frozenset({"celery.worker.consumer.tasks:Tasks"})
-
-    def __init__(self, consumer: Any, **options: Any) -> None:
-        super().__init__(consumer, **options)
-        self._urgent: UrgentPrefetch | None = None
-
-    def include_if(self, consumer: Any) -> bool:
-        """Whether this worker holds devices and lets jobs take each other's slots."""
-        return hasattr(consumer.pool, "urgent") and read_setting("sdtpu_preemption", consumer.app.conf)
-
-    def start(self, consumer: Any) -> None:
-        """Runs at every connection: credits lent on an earlier one ended with it."""
-        self._urgent = consumer.pool.urgent = UrgentPrefetch(consumer, consumer.pool)
-
-    def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
-        """Look now and then."""
-        hub.call_repeatedly(_LOOK_EVERY_S, self._urgent.look if self._urgent else lambda: None)

@@ -89,9 +89,9 @@ class DyingDevicePool(FakeDevicePool):
     """The fake pool, with all that."""
 
     @staticmethod
-    def start_serving(config: Any, store: ImageStore, hooks: Any = None) -> Any:
-        """Start on an engine that dies."""
-        return FakeDevicePool.start_serving(config, DyingStore(store), hooks)  # type: ignore[arg-type]
+    def make_store(app: Any, url: str) -> Any:
+        """Make a store that dies."""
+        return DyingStore(FakeDevicePool.make_store(app, url))
 
 
 def _ack(self: Deliveries, tag: str, ack: Callable[[Deliveries, str], None] = Deliveries.ack) -> None:

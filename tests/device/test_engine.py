@@ -32,7 +32,7 @@ from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import SHARDED, put
 from sdtpu_worker.diffusion.snapshot import JobSnapshot
-from sdtpu_worker.diffusion.start import make_engine
+from sdtpu_worker.diffusion.start import make_warm_engine
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidRequest
 from tests.device.checkpoints import SHIPPED, make_random_checkpoint
 from tests.device.engines import generate_all, on_one_device, run_alone
@@ -71,7 +71,7 @@ def mixed_requests(count: int, seed: int) -> list[GenerationRequest]:
 def any_engine(request, random_checkpoint):
     slots, dtype = request.param
     checkpoint = load_checkpoint(str(random_checkpoint), getattr(jnp, dtype))
-    return make_engine(checkpoint, pytest.devices, slots, None, pytest.compile_cache)
+    return make_warm_engine(checkpoint, pytest.devices, slots, None, pytest.compile_cache)
 
 
 def test_the_same_request_gives_the_same_pixels_on_every_device_and_slot_with_any_neighbours(any_engine):
@@ -136,7 +136,7 @@ def test_an_engine_that_is_not_calibrated_draws_images_and_says_what_it_lacks(ra
     engine = Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:2])
     (image,) = generate_all(engine, mixed_requests(1, 3))
     assert image.finite
-    with pytest.raises(RuntimeError, match=r"not calibrated: .*make_engine"):
+    with pytest.raises(RuntimeError, match=r"not calibrated: .*make_warm_engine"):
         _ = engine.costs
 
 
@@ -354,7 +354,7 @@ def test_a_safety_checker_in_the_checkpoint_is_run_and_one_that_is_not_gives_non
 
 
 def test_a_preview_shows_the_picture_of_a_slot_and_changes_no_pixel(engine, shipped):
-    previewing = make_engine(shipped, pytest.devices, 1, None, pytest.compile_cache, with_previews=True)
+    previewing = make_warm_engine(shipped, pytest.devices, 1, None, pytest.compile_cache, with_previews=True)
     lane = previewing.info.resolutions[0]
     for sampler in ("ddim", "euler"):
         request = GenerationRequest(

@@ -10,7 +10,7 @@ import pytest
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, memory_file
-from sdtpu_worker.diffusion.start import make_engine
+from sdtpu_worker.diffusion.start import make_warm_engine
 
 
 class Bench:
@@ -67,7 +67,7 @@ def test_real_engines_are_measured_and_the_choice_is_found_again(random_checkpoi
 
     def make(slots: int) -> Engine:
         made.append(slots)
-        return make_engine(checkpoint, pytest.devices[:2], slots, None, pytest.compile_cache)
+        return make_warm_engine(checkpoint, pytest.devices[:2], slots, None, pytest.compile_cache)
 
     memory = memory_file(tmp_path, checkpoint, pytest.devices[0], None)
     first = choose_slots_per_device(make, memory)

@@ -12,7 +12,6 @@ import pytest
 import redis
 from celery import Celery
 from kombu import Connection, Consumer, Exchange, Queue
-from kombu import transport as kombu_transports
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 from kombu.exceptions import OperationalError
 
@@ -38,9 +37,11 @@ class Worker:
         self.deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(self.prefix), 30, "host")
         self.bad, self.got, self.well = [], [], True
         self.contacts = 0
-        transport.use_in_this_process(
-            transport.Intake(self.deliveries, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_contact)
+        intake = transport.Intake(
+            self.deliveries, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_contact
         )
+        self.installed = contextlib.ExitStack()
+        self.installed.enter_context(transport.installed(intake))
         self.hub = Hub()
         set_event_loop(self.hub)
         self.deliveries.on_free = lambda: self.hub.call_soon(lambda: None)
@@ -80,6 +81,7 @@ class Worker:
     def close(self) -> None:
         with contextlib.suppress(OperationalError, redis.ConnectionError):
             self.connection.close()
+        self.installed.close()
         self.deliveries.close()
         self.client.close()
 
@@ -87,7 +89,7 @@ class Worker:
 @pytest.fixture
 def make_worker(url):
     workers = []
-    before, loop = dict(kombu_transports.TRANSPORT_ALIASES), get_event_loop()
+    loop = get_event_loop()
     with redis.Redis.from_url(url) as client:
         client.flushall()
 
@@ -96,12 +98,8 @@ def make_worker(url):
         return workers[-1]
 
     yield make
-    for worker in workers:
+    for worker in reversed(workers):
         worker.close()
-    transport.use_in_this_process(None)
-    kombu_transports.TRANSPORT_ALIASES.update(before)
-    for alias in ("redis", "rediss", "sentinel"):
-        kombu_transports._transport_cache.pop(alias, None)
     set_event_loop(loop)
 
 
@@ -370,6 +368,6 @@ def test_noise_on_a_fanout_channel_costs_neither_the_worker_nor_its_connection(m
 def test_every_redis_address_gets_our_transport_and_others_do_not(make_worker):
     make_worker()
     for address in ("redis://a", "rediss://a", "redis://a;redis://b"):
-        assert type(Connection(address).transport) is transport.Transport
-    assert type(Connection("sentinel://a").transport) is transport.SentinelTransport
+        assert isinstance(Connection(address).transport, transport.Transport)
+    assert isinstance(Connection("sentinel://a").transport, transport.SentinelTransport)
     assert not isinstance(Connection("memory://").transport, transport.Transport)

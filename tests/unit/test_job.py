@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +12,16 @@ from celery import Celery, signals
 from celery.worker import state
 from celery.worker.request import Request
 
-from sdtpu_worker.config import read_config
 from sdtpu_worker.errors import EngineUnavailable
-from sdtpu_worker.worker.job import DeviceJob, DeviceRequest
-from sdtpu_worker.worker.services import DeviceWorker
+from sdtpu_worker.worker.celery_request import JOB, DeviceRequest
+from sdtpu_worker.worker.job import DeviceJob
+from sdtpu_worker.worker.process_changes import watch_failures_outside_tasks
+from sdtpu_worker.worker.result_patience import wait_for_results
 
 
 def make_job(soft=None, hard=None, **stamps) -> DeviceJob:
     request = SimpleNamespace(id="a-task", delivery_info={}, expires=None, stamps=stamps)
-    return DeviceJob(request, soft, hard, None, lambda task_id: None)
+    return DeviceJob(request, SimpleNamespace(), soft, hard)
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def told(monkeypatch) -> list[str]:
     """Give what the broker was told."""
     told: list[str] = []
     monkeypatch.setattr(Request, "acknowledge", lambda self: told.append("done"))
-    monkeypatch.setattr(Request, "reject", lambda self, requeue: told.append("goes back"))
+    monkeypatch.setattr(Request, "reject", lambda self, requeue: told.append("requeue"))
     return told
 
 
@@ -68,10 +70,10 @@ def request_of_a_job():
 
 def fail_outside(request: DeviceRequest, *errors: Exception) -> None:
     """Do what Celery does when it fails around a task, in the task's thread."""
-    job = DeviceJob(request, None, None, None, lambda task_id: None)
-    with job.in_this_thread():
+    job = DeviceJob(request, SimpleNamespace())
+    with watch_failures_outside_tasks():
         for error in errors:
-            signals.task_internal_error.send(sender=None, task_id=request.id, exception=error)
+            signals.task_internal_error.send(sender=None, task_id=request.id, request={JOB: job}, exception=error)
 
 
 def test_a_job_whose_error_was_stored_is_acknowledged(request_of_a_job, told):
@@ -90,17 +92,20 @@ def test_a_job_of_which_nothing_could_be_stored_is_not_acknowledged(request_of_a
 def test_a_job_that_a_stopping_worker_could_not_store_goes_back(request_of_a_job, told):
     fail_outside(request_of_a_job, *[EngineUnavailable("the worker stopped")] * 2)
     request_of_a_job.acknowledge()
-    assert told == ["goes back"]
+    assert told == ["requeue"]
 
 
-def test_errors_in_other_threads_concern_no_job():
-    signals.task_internal_error.send(sender=None, task_id="other", exception=ValueError())
+@pytest.mark.parametrize("request_dict", [None, {}, {JOB: None}, {JOB: "forged"}, {JOB: {"request": "forged"}}])
+def test_an_error_around_a_task_that_is_no_job_of_the_pool_concerns_no_job(request_dict, caplog):
+    with watch_failures_outside_tasks():
+        signals.task_internal_error.send(sender=None, task_id="x", request=request_dict, exception=ValueError())
+    assert caplog.text == ""
 
 
 def test_a_thread_that_runs_jobs_waits_for_its_result_backend(monkeypatch):
     app = Celery("patient", broker="memory://", backend="redis://127.0.0.1:1", set_as_current=False)
-    worker = DeviceWorker(app, "host", read_config(app.conf))
-    worker.wait_for_results()
+    stopping = threading.Event()
+    wait_for_results(app.backend, stopping.is_set)
     passing = [redis.ConnectionError("away"), redis.exceptions.OutOfMemoryError(), redis.exceptions.ReadOnlyError()]
     tries = iter([*passing, b"{}"])
 
@@ -113,7 +118,7 @@ def test_a_thread_that_runs_jobs_waits_for_its_result_backend(monkeypatch):
     app.backend.client = SimpleNamespace(get=answer)
     monkeypatch.setattr("kombu.utils.functional.sleep", lambda _: None)
     assert app.backend.get("some-key") == b"{}"
-    worker.stopping.set()
+    stopping.set()
     tries = iter([redis.ConnectionError("away")] * 2)
     with pytest.raises(EngineUnavailable):
         app.backend.get("some-key")

@@ -13,7 +13,7 @@ from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimit
 
 from sdtpu_worker import GenerationRequest, generate, install, open_image
 from tests.device.engines import generate_all
-from tests.test_worker import start_worker
+from tests.worker.test_worker import start_worker
 
 pytestmark = [pytest.mark.slow]
 

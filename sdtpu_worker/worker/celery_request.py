@@ -1,0 +1,68 @@
+"""Celery's own request of a message, for a job on the devices: which may be requeued, with its snapshot."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery.worker.request import Request
+
+from sdtpu_worker.delivery.transport import ClaimingChannel
+from sdtpu_worker.errors import EngineUnavailable
+from sdtpu_worker.operations.prompt_guard import describe
+
+logger = logging.getLogger(__name__)
+
+JOB = "sdtpu_job"
+"""The name under which a task's request (`self.request`) has the `DeviceJob` that the pool runs for it."""
+
+
+class DeviceRequest(Request):
+    """Celery's request for a message of `sdtpu.generate`.
+
+    Attributes:
+        is_requeued: when the job's thread has ended, the message is requeued instead of acknowledged.
+        failures_outside: how often Celery failed around the task's own code. The first time it stores that error as
+            the task's result; the second time it says that it could not.
+    """
+
+    is_requeued = False
+    failures_outside = 0
+
+    def acknowledge(self) -> None:
+        """Acknowledge the message, or requeue it.
+
+        A message whose job could store no state at all is neither: its lease expires and it is redelivered.
+        """
+        if self.is_requeued:
+            self.reject(requeue=True)
+        elif self.failures_outside < 2:
+            super().acknowledge()
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """Have the pool hand all its jobs over: Celery asks for this in a cold shutdown, for every job."""
+        pool.hand_over()
+
+
+def count_failure_outside_task(sender: Any, request: Any, exception: BaseException, **_: Any) -> None:
+    """Take note that Celery failed around a task's code; mostly, the result backend took no state.
+
+    A receiver of Celery's signal `task_internal_error`, in the job's thread.
+    """
+    job = request.get(JOB) if isinstance(request, dict) else None
+    celery_request = getattr(job, "request", None)
+    if isinstance(celery_request, DeviceRequest):
+        celery_request.failures_outside += 1
+        if isinstance(exception, EngineUnavailable):  # the worker stops, and does not wait for the result backend
+            celery_request.is_requeued = True
+        logger.warning("the state of task %s could not be stored: %s", celery_request.id, describe(exception))
+
+
+def answer_directly(request: Request) -> None:
+    """Have a request acknowledge from the thread that runs it.
+
+    Celery leaves that to its event loop, which has ended by the time a stopping worker's last jobs do.
+    """
+    message = request.message
+    if isinstance(message.channel, ClaimingChannel):
+        request._on_ack, request._on_reject = message.ack_log_error, message.reject_log_error

@@ -1,0 +1,57 @@
+"""The body of the task `sdtpu.generate`: from a task's arguments to its result, in the thread that runs the job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sdtpu_worker.client.task import SENT_AT_HEADER
+from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.errors import EngineUnavailable
+from sdtpu_worker.worker.celery_request import JOB
+from sdtpu_worker.worker.job import DeviceJob
+from sdtpu_worker.worker.serving import JobControl
+
+if TYPE_CHECKING:
+    from celery import Task
+
+CRASHES_TO_RUN_ALONE = 2
+"""A job that was on the devices of this many workers when they died shares the devices with no other job."""
+
+
+def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Generate and store the image of the job that a task's request carries.
+
+    Args:
+        task: the bound task; the pool has put the job into its request.
+        args: of the task.
+        kwargs: of the task.
+
+    Returns:
+        A `GenerationResult` in JSON.
+
+    Raises:
+        InvalidRequest: an argument is not allowed, or this worker cannot serve it.
+        EngineUnavailable: no `DevicePool` runs this task.
+        Exception: whatever else ends the job; see `Serving.run` and `DeviceJob.in_celerys_words`.
+    """
+    request = GenerationRequest.parse(args, kwargs).with_seed(task.request.id)
+    job = task.request.get(JOB)
+    if not isinstance(job, DeviceJob):  # a message may say anything under this name
+        raise EngineUnavailable(
+            "no engine runs in this process: sdtpu.generate runs only in a worker with the pool"
+            " sdtpu_worker.pool:DevicePool (call sdtpu_worker.install(app), then `celery worker -Q sdtpu`)"
+        )
+    sent_at = task.request.get(SENT_AT_HEADER)
+    sent_at = sent_at if isinstance(sent_at, int | float) and not isinstance(sent_at, bool) else None
+    with job.in_celerys_words():
+        facts = job.recall(task, request)
+        job.begin(task)
+        control = JobControl(
+            job.terms(),
+            job.may_start,
+            lambda progress: job.publish_progress(task, progress),
+            facts.snapshot,
+            alone=len(facts.died_on) >= CRASHES_TO_RUN_ALONE,
+        )
+        return job.serving.run(task.request.id, request, sent_at, control).to_json()

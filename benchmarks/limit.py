@@ -41,7 +41,7 @@ from sdtpu_worker.device_loop.loop import DeviceLoop
 from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
-from sdtpu_worker.diffusion.engine_io import PreparedJob
+from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.sharding import find_devices
 from sdtpu_worker.diffusion.start import choose_dtype, make_warm_engine
 from sdtpu_worker.testing.processes import private_redis, running, wait_for_line, worker_command, worker_env

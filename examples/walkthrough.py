@@ -21,8 +21,8 @@ from PIL import Image
 from sdtpu_worker import GenerationRequest, image_grid
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
-from sdtpu_worker.diffusion.engine_io import PreparedJob
 from sdtpu_worker.diffusion.offline import generate
+from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.sharding import find_devices
 
 PROMPT = "a yellow star on a blue background"

@@ -96,8 +96,10 @@ class Aggregator:
 
         Raises:
             KeyError: the lane has no programs.
-            ValueError: the policy has this task already.
+            ValueError: the policy has this task already, or the job has done more steps than it has.
         """
+        if not 0 <= steps_done <= num_steps:
+            raise ValueError(f"task {task_id} cannot have done {steps_done} of its {num_steps} steps")
         if any(task_id == job.task_id for job in self._jobs()):
             raise ValueError(f"task {task_id} was added already: a task id may be added again once its job has ended")
         self._number += 1

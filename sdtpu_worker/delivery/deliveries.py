@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 MAX_DEAD_LETTERS = 1000
 DEAD_LETTER_BYTES = 4096
 JOB_FACTS_EXPIRE_S = 24 * 3600
+MAX_SNAPSHOT_BYTES = 2**26
+"""Of a job's state, deflated. One of 1024 x 1024 pixels has about 2 MB; without a bound a forged one fills memory."""
+_MAX_STARTS, _MAX_NAME_BYTES = 10_000, 512
 _SWEEP_LIMIT = 200
 
 
@@ -260,11 +263,15 @@ class Deliveries:
             redis.exceptions.RedisError: Redis was not reached.
         """
         with self.client.pipeline(transaction=False) as pipe:
-            pipe.lrange(self.keys.starts(task_id), 0, -1)
-            pipe.get(self.keys.snapshot(task_id))
+            pipe.lrange(self.keys.starts(task_id), 0, _MAX_STARTS - 1)
+            pipe.getrange(self.keys.snapshot(task_id), 0, MAX_SNAPSHOT_BYTES)
             names, snapshot = pipe.execute()
-        hosts = [name.decode(errors="replace").partition("\n")[0] for name in dict.fromkeys(names)]
-        return JobFacts(hosts, snapshot)
+        cut = (name[:_MAX_NAME_BYTES].decode(errors="replace") for name in dict.fromkeys(names))
+        hosts = [name.partition("\n")[0] for name in cut]
+        if len(snapshot) > MAX_SNAPSHOT_BYTES:
+            logger.warning("the state of task %s has more than %d bytes, it starts anew", task_id, MAX_SNAPSHOT_BYTES)
+            snapshot = b""
+        return JobFacts(hosts, snapshot or None)
 
     def save_snapshot(self, task_id: str, data: bytes) -> None:
         """Keep a job's state for whoever gets it next.

@@ -109,8 +109,8 @@ class DeviceLoop:
             job: prepared by the engine.
             terms: priority, deadline and limits, on this loop's clock.
             may_start: asked again and again, in the loop's thread, until the job has its slot.
-            snapshot: what the job resumes from; None to start. A snapshot of another configuration is dropped, and
-                the job starts from the beginning.
+            snapshot: what the job resumes from; None to start. A snapshot of another configuration, or of a step that
+                the job does not have, is dropped, and the job starts from the beginning.
             alone: no other job may be on the devices with this one, and a failure is this job's fault at once; for
                 jobs that were on the devices of workers that died.
 
@@ -122,8 +122,9 @@ class DeviceLoop:
         Raises:
             EngineUnavailable: the loop is closed already.
         """
-        if snapshot is not None and not self._engine.accepts(snapshot):
-            logger.warning("task %s starts anew: its snapshot was made by another configuration", job.task_id)
+        fits = snapshot is None or (self._engine.accepts(snapshot) and 0 <= snapshot.step <= job.num_inference_steps)
+        if not fits:
+            logger.warning("task %s starts anew: its snapshot is of another configuration or job", job.task_id)
             snapshot = None
         submission = Submission.of(job, terms or Terms(), may_start, snapshot, alone, self._clock())
         if not self._inbox.submit(submission):

@@ -212,11 +212,15 @@ class ServingEngine(DeviceEngine, Protocol):
             InvalidRequest: this engine does not serve the request.
         """
 
-    def read_snapshot(self, data: bytes) -> Snapshot:
-        """Read what another worker's `Snapshot.to_bytes` wrote.
+    def read_snapshot(self, data: bytes, job: Any) -> Snapshot:
+        """Read what another worker's `Snapshot.to_bytes` wrote; the bytes may come from anybody.
+
+        Args:
+            data: the bytes.
+            job: the job that the snapshot must be of, as `prepare` made it.
 
         Raises:
-            SnapshotMismatch: the bytes are not a snapshot.
+            SnapshotMismatch: the bytes are not a snapshot of this job, which this engine can resume from.
         """
 
     def check_safety(self, pixels: Any) -> bool | None:

@@ -11,7 +11,8 @@ from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion import previews
 from sdtpu_worker.diffusion.engine import Engine
-from sdtpu_worker.diffusion.engine_io import Calibration, PreparedJob
+from sdtpu_worker.diffusion.engine_io import Calibration
+from sdtpu_worker.diffusion.preparation import PreparedJob
 
 _TASK_ID, _STEPS = "calibration", 4
 

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTokenizer, FlaxCLIPTextModel
+from transformers import CLIPTextConfig, FlaxCLIPTextModel
 
 from sdtpu_worker.diffusion.samplers import NoiseSchedule, default_sampler
+from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.diffusion.weights import Params, find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
 
@@ -44,7 +45,7 @@ class Checkpoint:
 
     name: str
     dtype: Any
-    tokenizer: CLIPTokenizer
+    tokenizer: PromptTokenizer
     text_encoder: FlaxCLIPTextModel
     unet: FlaxUNet2DConditionModel
     vae: FlaxAutoencoderKL
@@ -90,9 +91,9 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
         unet = FlaxUNet2DConditionModel.from_config(unet_config, dtype=dtype)
         vae = FlaxAutoencoderKL.from_config(vae_config, dtype=dtype)
         text_encoder = FlaxCLIPTextModel(CLIPTextConfig.from_dict(text_config), dtype=dtype, _do_init=False)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (TypeError, ValueError, OSError, KeyError) as exc:
-        raise InvalidCheckpoint(f"{folder}: a config or the tokenizer cannot be used: {exc}") from exc
+        raise InvalidCheckpoint(f"{folder}: a config cannot be used: {exc}") from exc
+    tokenizer = PromptTokenizer.from_folder(folder / "tokenizer", text_encoder.config.max_position_embeddings)
     if unet.config.in_channels != vae.config.latent_channels:
         raise InvalidCheckpoint(
             f"{folder}: the UNet takes {unet.config.in_channels} channels and the VAE has"

@@ -21,12 +21,12 @@ from sdtpu_worker.diffusion import failures
 from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs
-from sdtpu_worker.diffusion.engine_io import Calibration, PreparedJob, Tick, by_device
-from sdtpu_worker.diffusion.preparation import format_size, prepare_job
+from sdtpu_worker.diffusion.engine_io import Calibration, Tick, by_device
+from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
 from sdtpu_worker.diffusion.programs import NOTHING, Geometry, Instructions, SlotState, tick_params
 from sdtpu_worker.diffusion.safety import SafetyChecker
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
-from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of
+from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of, layout_of
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable
 
 _REFERENCE = "reference image"
@@ -74,6 +74,7 @@ class Engine:
         lanes = tuple(dict.fromkeys(resolutions or (checkpoint.default_size,)))
         _check_sizes(checkpoint, lanes)
         self._geometries = {lane: Geometry.of(checkpoint, len(devices), slots_per_device, *lane) for lane in lanes}
+        self._layouts = {lane: layout_of(geometry) for lane, geometry in self._geometries.items()}
         kind = devices[0].device_kind
         self.fingerprints = {lane: fingerprint_of(checkpoint, lane, slots_per_device, kind) for lane in lanes}
         self.params = put(tick_params(checkpoint.params), self.mesh, REPLICATED)
@@ -145,16 +146,7 @@ class Engine:
 
     def tokenise(self, prompts: list[str]) -> tuple[np.ndarray, bool]:
         """Return token ids, `(len(prompts), 77) int32`, and whether any prompt had to be cut."""
-        tokenizer = self.checkpoint.tokenizer
-        length = tokenizer.model_max_length
-        rows, truncated = [], False
-        for prompt in prompts:
-            ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-            truncated |= len(ids) > length
-            if len(ids) > length:
-                ids = [*ids[: length - 1], ids[-1]]
-            rows.append(ids + [tokenizer.pad_token_id] * (length - len(ids)))
-        return np.array(rows, np.int32), truncated
+        return self.checkpoint.tokenizer.encode(prompts)
 
     def execute(
         self, plan: Plan, jobs: Mapping[str, PreparedJob], snapshots: Mapping[str, JobSnapshot] | None = None
@@ -179,13 +171,16 @@ class Engine:
         self._slots[plan.lane], decoded = self._programs.ticks[plan.lane](self.params, self._slots[plan.lane], todo)
         return Tick(plan, decoded, parked, self._preview(plan.lane, plan.previews) if plan.previews else None)
 
-    def read_snapshot(self, data: bytes) -> JobSnapshot:
-        """Read a snapshot's bytes.
+    def read_snapshot(self, data: bytes, job: PreparedJob) -> JobSnapshot:
+        """Read a job's snapshot from bytes of any origin.
 
         Raises:
-            SnapshotMismatch: the bytes are not a snapshot.
+            SnapshotMismatch: the bytes are not a snapshot of this job in this configuration.
         """
-        return JobSnapshot.from_bytes(data)
+        snapshot = JobSnapshot.from_bytes(data, self._layouts)
+        snapshot.check(self.fingerprints[job.lane])
+        snapshot.check_job(job)
+        return snapshot
 
     def accepts(self, snapshot: JobSnapshot) -> bool:
         """Return whether a job can resume from a snapshot here, bit for bit."""

@@ -1,4 +1,4 @@
-"""What goes into the engine and comes out of it: a prepared job, a calibration, a dispatched tick, a decoded image."""
+"""What goes into the engine and comes out of it: a calibration, a dispatched tick, a decoded image."""
 
 from __future__ import annotations
 
@@ -13,29 +13,6 @@ from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Plan
 from sdtpu_worker.diffusion.programs import Decoded
 from sdtpu_worker.diffusion.snapshot import JobSnapshot
-
-
-@dataclass(frozen=True)
-class PreparedJob:
-    """One job, ready to be inserted: everything that the host computes, done before a slot is free.
-
-    Attributes:
-        prompt_ids: `(2, 77) int32`, negative prompt first.
-        key_data: `(2,) uint32`, high and low word of the key.
-        table: `(MAX_STEPS, columns) float32` coefficients.
-        truncated: a prompt had more than 77 tokens.
-    """
-
-    task_id: str
-    lane: Lane
-    sampler: str
-    prompt_ids: np.ndarray
-    key_data: np.ndarray
-    num_inference_steps: int
-    guidance_scale: float
-    init_noise_sigma: float
-    table: np.ndarray
-    truncated: bool
 
 
 @dataclass(frozen=True)

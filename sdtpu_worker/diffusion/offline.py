@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.diffusion.engine import Engine
-from sdtpu_worker.diffusion.engine_io import DecodedImage, PreparedJob, Tick
+from sdtpu_worker.diffusion.engine_io import DecodedImage, Tick
+from sdtpu_worker.diffusion.preparation import PreparedJob
 
 
 def generate(engine: Engine, jobs: Sequence[PreparedJob], steps_per_tick: int = 8) -> list[DecodedImage]:

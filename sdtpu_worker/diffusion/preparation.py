@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
-from sdtpu_worker.diffusion.engine_io import PreparedJob
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job that is ready to be inserted.
+
+    Attributes:
+        prompt_ids: `(2, 77) int32`, negative prompt first.
+        key_data: `(2,) uint32`, high and low word of the key.
+        table: `(MAX_STEPS, columns) float32` coefficients.
+        truncated: a prompt had more tokens than the text encoder takes.
+    """
+
+    task_id: str
+    lane: Lane
+    sampler: str
+    prompt_ids: np.ndarray
+    key_data: np.ndarray
+    num_inference_steps: int
+    guidance_scale: float
+    init_noise_sigma: float
+    table: np.ndarray
+    truncated: bool
 
 
 def prepare_job(

@@ -101,7 +101,7 @@ class Geometry:
             height=height,
             width=width,
             latent_shape=(checkpoint.latent_channels, height // factor, width // factor),
-            prompt_length=checkpoint.tokenizer.model_max_length,
+            prompt_length=checkpoint.tokenizer.length,
             embedding_width=checkpoint.text_encoder.config.hidden_size,
             dtype=checkpoint.dtype,
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +19,13 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
-from sdtpu_worker.diffusion.programs import SlotState
+from sdtpu_worker.diffusion.preparation import PreparedJob
+from sdtpu_worker.diffusion.programs import Geometry, SlotState
 from sdtpu_worker.errors import SnapshotMismatch
 
 _SAMPLE_BYTES = 4096
+_HEAD_BYTES = 64
+_HEAD = re.compile(rb"([0-9a-f]{1,40}) ([0-9]{1,6}) ([0-9]{1,6})")
 
 
 @dataclass(frozen=True)
@@ -59,38 +64,67 @@ class JobSnapshot:
                 f" {fingerprint}): start the job anew"
             )
 
-    def to_bytes(self) -> bytes:
-        """Return it compressed; rows of the table that are never read are left out."""
-        state = self.state._replace(table=self.state.table[:, : int(self.state.num_steps[0])])
-        head = {
-            "fingerprint": self.fingerprint,
-            "lane": self.lane,
-            "table_rows": self.state.table.shape[1],
-            "arrays": [[leaf.dtype.name, leaf.shape] for leaf in state],
-        }
-        body = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in state)
-        return zlib.compress(json.dumps(head).encode() + b"\n" + body, level=1)
+    def check_job(self, job: PreparedJob) -> None:
+        """Make sure that it is in the middle of this job: all that says how the devices go on is the job's own.
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> JobSnapshot:
-        """Rebuild what `to_bytes` gave.
+        What is left for the bytes to choose are the latents, what steps have left behind and the encoded prompts.
 
         Raises:
-            SnapshotMismatch: the bytes are not a snapshot.
+            SnapshotMismatch: it is of another job, or not between its first and its last step.
         """
+        state, num_steps = self.state, job.num_inference_steps
+        is_of_job = (
+            self.lane == job.lane
+            and state.num_steps[0] == num_steps
+            and state.guidance_scale[0] == np.float32(job.guidance_scale)
+            and np.array_equal(state.table[0], job.table)
+        )
+        if not is_of_job:
+            raise SnapshotMismatch("the snapshot is of a job with other parameters: start the job anew")
+        if not 0 <= self.step <= num_steps:
+            raise SnapshotMismatch(f"the snapshot is at step {self.step} of {num_steps}: start the job anew")
+
+    def to_bytes(self) -> bytes:
+        """Return it compressed: a line with the fingerprint and the lane, then every array in `SlotState`'s order."""
+        head = f"{self.fingerprint} {self.lane[0]} {self.lane[1]}\n".encode()
+        body = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in self.state)
+        return zlib.compress(head + body, level=1)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, layouts: Mapping[Lane, SlotState]) -> JobSnapshot:
+        """Rebuild what `to_bytes` gave, of bytes that may come from anybody.
+
+        Args:
+            data: the bytes; never more of them is inflated than the largest layout has.
+            layouts: what a state looks like in each lane; see `layout_of`.
+
+        Raises:
+            SnapshotMismatch: the bytes are not a snapshot of one of these lanes.
+        """
+        sizes = {lane: [_num_bytes(leaf) for leaf in layout] for lane, layout in layouts.items()}
+        most = _HEAD_BYTES + max(map(sum, sizes.values()), default=0)
+        inflate = zlib.decompressobj()
         try:
-            head, body = zlib.decompress(data).split(b"\n", 1)
-            facts, leaves, start = json.loads(head), [], 0
-            for name, shape in facts["arrays"]:
-                dtype, count = np.dtype(name), int(np.prod(shape))
-                leaves.append(np.frombuffer(body, dtype, count, start).reshape(shape))
-                start += count * dtype.itemsize
-            state = SlotState(*leaves)
-            missing = facts["table_rows"] - state.table.shape[1]
-            state = state._replace(table=np.pad(state.table, ((0, 0), (0, missing), (0, 0))))
-            return cls(facts["fingerprint"], tuple(facts["lane"]), state)
-        except (zlib.error, ValueError, KeyError, TypeError) as exc:
-            raise SnapshotMismatch(f"these {len(data):,} bytes are not a snapshot: start the job anew") from exc
+            head, _, body = inflate.decompress(data, most).partition(b"\n")
+        except zlib.error as exc:
+            raise SnapshotMismatch(f"these {len(data):,} bytes are not a snapshot: {exc}: start the job anew") from exc
+        facts = _HEAD.fullmatch(head)
+        lane = (int(facts[2]), int(facts[3])) if facts else None
+        is_whole = inflate.eof and not inflate.unused_data
+        if facts is None or lane not in sizes or not is_whole or sum(sizes[lane]) != len(body):
+            raise SnapshotMismatch(
+                f"these {len(data):,} bytes are not a snapshot of any resolution served here: start the job anew"
+            )
+        leaves, start = [], 0
+        for leaf, size in zip(layouts[lane], sizes[lane], strict=True):
+            leaves.append(np.frombuffer(body, leaf.dtype, math.prod(leaf.shape), start).reshape(leaf.shape))
+            start += size
+        return cls(facts[1].decode(), lane, SlotState(*leaves))
+
+
+def layout_of(geometry: Geometry) -> SlotState:
+    """Return what one job's state looks like: `(1, …)` shapes and dtypes."""
+    return SlotState(*(jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for leaf in geometry.empty_states()))
 
 
 def fingerprint_of(checkpoint: Checkpoint, lane: Lane, slots_per_device: int, device_kind: str) -> str:
@@ -109,6 +143,10 @@ def fingerprint_of(checkpoint: Checkpoint, lane: Lane, slots_per_device: int, de
         for end in ends:
             digest.update(end.tobytes())
     return digest.hexdigest()
+
+
+def _num_bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
 
 
 def _plain(config: Mapping[str, Any]) -> str:

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Plan
+from sdtpu_worker.contract.request import MAX_STEPS
 from sdtpu_worker.errors import SnapshotMismatch
+
+_MOST_SNAPSHOT_BYTES = 4096
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,16 +62,29 @@ class FakeSnapshot:
         return json.dumps(vars(self)).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> FakeSnapshot:
-        """Read what `to_bytes` wrote.
+    def from_bytes(cls, data: bytes, num_inference_steps: int | None = None) -> FakeSnapshot:
+        """Read what `to_bytes` wrote, from bytes of any origin.
+
+        Args:
+            data: the bytes.
+            num_inference_steps: steps of the job that the snapshot must be of; None for any.
 
         Raises:
-            SnapshotMismatch: the bytes are not a snapshot.
+            SnapshotMismatch: the bytes are not a snapshot of such a job.
         """
+        if len(data) > _MOST_SNAPSHOT_BYTES:
+            raise SnapshotMismatch(f"{len(data):,} bytes are no fake snapshot: start the job anew")
         try:
-            return cls(**json.loads(data))
-        except (TypeError, ValueError) as exc:
+            snapshot = cls(**json.loads(data))
+        except (TypeError, ValueError, RecursionError) as exc:
             raise SnapshotMismatch("these bytes are no fake snapshot: start the job anew") from exc
+        step, left = snapshot.step, snapshot.steps_left
+        types = [type(value) for value in vars(snapshot).values()]
+        if types != [str, int, int, int, str] or min(step, left) < 0 or not 1 <= step + left <= MAX_STEPS:
+            raise SnapshotMismatch("these bytes are no fake snapshot: start the job anew")
+        if num_inference_steps not in (None, step + left):
+            raise SnapshotMismatch(f"the fake snapshot is of a job of {step + left:,} steps: start the job anew")
+        return snapshot
 
 
 class FakeDeviceLost(RuntimeError):

@@ -16,7 +16,7 @@ from sdtpu_worker.contract.load_report import WorkerLoad
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
 from sdtpu_worker.device_loop.loop import DeviceLoop
-from sdtpu_worker.device_loop.protocols import Policy, ServingEngine, Snapshot
+from sdtpu_worker.device_loop.protocols import Policy, ServableJob, ServingEngine, Snapshot
 from sdtpu_worker.device_loop.submission import Finished, Progress, Submission
 from sdtpu_worker.device_loop.trace import NoTrace, Trace
 from sdtpu_worker.errors import ConfigurationError, SnapshotMismatch
@@ -82,7 +82,7 @@ class Serving:
             try:
                 costs = {lane: costs.cost for lane, costs in engine.costs.items()}
                 self.trace = Trace(Path(config.trace), costs, engine.info.num_devices)
-            except OSError as exc:
+            except (OSError, ValueError) as exc:
                 raise ConfigurationError(f"sdtpu_trace must be a file that can be written: {exc}") from exc
         self.loop = DeviceLoop(engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start)
         self.loop.start()
@@ -119,7 +119,7 @@ class Serving:
         with self.trace.span("prepare", task_id):
             job = self.engine.prepare(task_id, request)
         submission = self.loop.submit(
-            job, control.terms, control.may_start, self._read_snapshot(task_id, control.snapshot), control.alone
+            job, control.terms, control.may_start, self._read_snapshot(job, control.snapshot), control.alone
         )
         self._here[submission] = control.terms.priority
         try:
@@ -186,13 +186,13 @@ class Serving:
         mean_s = self._mean_job_s
         self._mean_job_s = max(1e-3, job_s if mean_s is None else mean_s + _LEARNING_RATE * (job_s - mean_s))
 
-    def _read_snapshot(self, task_id: str, data: bytes | None) -> Snapshot | None:
+    def _read_snapshot(self, job: ServableJob, data: bytes | None) -> Snapshot | None:
         if data is None:
             return None
         try:
-            return self.engine.read_snapshot(data)
+            return self.engine.read_snapshot(data, job)
         except SnapshotMismatch as exc:
-            logger.warning("task %s starts anew: %s", task_id, exc)
+            logger.warning("task %s starts anew: %s", job.task_id, exc)
             return None
 
     def _wait(self, submission: Submission, report: Callable[[Progress], None] | None) -> Finished:

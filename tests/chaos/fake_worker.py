@@ -82,9 +82,9 @@ class PictureEngine(FakeEngine):
     def close(self) -> None:
         """Do nothing: nothing is registered."""
 
-    def read_snapshot(self, data: bytes) -> FakeSnapshot:
+    def read_snapshot(self, data: bytes, job: FakeJob) -> FakeSnapshot:
         """Rebuild what `to_bytes` gave."""
-        return FakeSnapshot.from_bytes(data)
+        return FakeSnapshot.from_bytes(data, job.num_inference_steps)
 
     def draw(self, count: int) -> np.ndarray:
         """Return a picture of a count."""

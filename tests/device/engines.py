@@ -8,8 +8,9 @@ from typing import Any
 from sdtpu_worker.aggregator.plan import Lane, Phase, Plan
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.engine import Engine
-from sdtpu_worker.diffusion.engine_io import DecodedImage, PreparedJob
+from sdtpu_worker.diffusion.engine_io import DecodedImage
 from sdtpu_worker.diffusion.offline import generate
+from sdtpu_worker.diffusion.preparation import PreparedJob
 
 
 def generate_all(engine: Engine, requests: Sequence[GenerationRequest], steps_per_tick: int = 4) -> list[DecodedImage]:

@@ -19,6 +19,7 @@ from diffusers import (
     FlaxPNDMScheduler,
     FlaxStableDiffusionPipeline,
 )
+from transformers import CLIPTokenizer
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.jobs import Terms
@@ -31,7 +32,6 @@ from sdtpu_worker.diffusion.calibration import calibrate
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import SHARDED, put
-from sdtpu_worker.diffusion.snapshot import JobSnapshot
 from sdtpu_worker.diffusion.start import make_warm_engine
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidRequest
 from tests.device.checkpoints import SHIPPED, make_random_checkpoint
@@ -239,7 +239,7 @@ def test_prompts_of_more_than_77_tokens_are_cut_and_reported(engine):
     assert (ids.shape, truncated) == ((1, 77), False)
     ids, truncated = engine.tokenise(["red " * 76])
     assert (ids.shape, truncated) == ((1, 77), True)
-    tokenizer = engine.checkpoint.tokenizer
+    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
     theirs = tokenizer(["red " * 200], padding="max_length", max_length=77, truncation=True, return_tensors="np")
     np.testing.assert_array_equal(engine.tokenise(["red " * 200])[0], theirs.input_ids)
     assert engine.prepare("x", GenerationRequest("red " * 200, seed=0)).truncated
@@ -328,7 +328,10 @@ def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engin
     steps = loop.stats.job_steps
     loop.close()
     assert all(isinstance(end, JobHandedOver) for end in ends)
-    states = [end.snapshot and JobSnapshot.from_bytes(end.snapshot.to_bytes()) for end in ends]
+    states = [
+        end.snapshot and any_engine.read_snapshot(end.snapshot.to_bytes(), submission.job)
+        for end, submission in zip(ends, submissions, strict=True)
+    ]
     assert sum(state is not None for state in states) == any_engine.info.num_slots
     any_engine.recover()
     submissions, loop = run(states)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sdtpu_worker.aggregator.plan import Phase, Place, Plan
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
+from sdtpu_worker.diffusion.programs import SlotState
 from sdtpu_worker.diffusion.snapshot import JobSnapshot
 from sdtpu_worker.errors import SnapshotMismatch
+from sdtpu_worker.testing import FakeSnapshot
 from tests.conftest import XLA_CACHE
 from tests.device.engines import on_one_device, run_alone
 
@@ -29,12 +37,14 @@ from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import find_devices
-from sdtpu_worker.diffusion.snapshot import JobSnapshot
+from sdtpu_worker.contract.request import GenerationRequest
 from tests.device.engines import on_one_device
 folder, cache, dtype, file = sys.argv[1:]
 devices = find_devices("cpu", 8)
 engine = Engine(load_checkpoint(folder, getattr(jnp, dtype)), devices, 2, None, CompileCache(cache))
-lane, snapshot = engine.info.resolutions[0], JobSnapshot.from_bytes(Path(file).read_bytes())
+request = GenerationRequest("a red circle", seed=2**40 + 7, num_inference_steps=9, sampler="dpmsolver++")
+lane, job = engine.info.resolutions[0], engine.prepare("it", request)
+snapshot = engine.read_snapshot(Path(file).read_bytes(), job)
 engine.restore(lane, 5, 0, snapshot)
 plan = on_one_device(engine, lane, 5, Phase(steps=9 - snapshot.step), Phase(decode=(0, "it")))
 np.save(file + ".npy", engine.execute(plan, {}).wait()[0].pixels)
@@ -62,7 +72,7 @@ def test_a_job_goes_on_bit_for_bit_on_another_device_and_slot(engine):
         snapshot = engine.snapshot(job.lane, 2, 1)
         assert snapshot.step == steps
         start(engine, 6, 0, 3)  # a stranger where it will go
-        engine.restore(job.lane, 6, 0, JobSnapshot.from_bytes(snapshot.to_bytes()))
+        engine.restore(job.lane, 6, 0, engine.read_snapshot(snapshot.to_bytes(), job))
         plan = on_one_device(engine, job.lane, 6, Phase(steps=20), Phase(decode=(0, "it")))
         (image,) = engine.execute(plan, {}).wait()
         np.testing.assert_array_equal(image.pixels, reference)
@@ -101,7 +111,7 @@ def test_a_job_goes_on_bit_for_bit_in_another_process(engine, random_checkpoint,
 
 
 def test_a_snapshot_of_another_configuration_is_refused(engine, shipped):
-    start(engine, 0, 0, 3)
+    job = start(engine, 0, 0, 3)
     lane = engine.info.resolutions[0]
     snapshot = engine.snapshot(lane, 0, 0)
     stranger = JobSnapshot("0123", snapshot.lane, snapshot.arrays)
@@ -112,9 +122,135 @@ def test_a_snapshot_of_another_configuration_is_refused(engine, shipped):
     other = Engine(engine.checkpoint, pytest.devices[:2], 1, None, pytest.compile_cache)
     with pytest.raises(SnapshotMismatch, match="another configuration"):
         other.restore(lane, 0, 0, snapshot)
-    for data in (b"", b"nonsense", snapshot.to_bytes()[:100]):
+    with pytest.raises(SnapshotMismatch, match="another configuration"):
+        other.read_snapshot(snapshot.to_bytes(), job)
+
+
+# --- bytes that anybody who can write to Redis may have written ---
+
+
+@pytest.fixture(scope="module")
+def genuine(engine):
+    job = start(engine, 0, 0, 4)
+    return job, engine.snapshot(job.lane, 0, 0)
+
+
+def forge(snapshot: JobSnapshot, **fields) -> bytes:
+    """Return the bytes of a snapshot of the right shapes with other values."""
+    state = {name: np.array(leaf) for name, leaf in snapshot.state._asdict().items()}
+    for name, value in fields.items():
+        state[name][...] = value
+    return JobSnapshot(snapshot.fingerprint, snapshot.lane, SlotState(**state)).to_bytes()
+
+
+def test_a_snapshot_that_is_written_and_read_is_the_same_bit_for_bit(engine, genuine):
+    job, snapshot = genuine
+    copy = engine.read_snapshot(snapshot.to_bytes(), job)
+    assert (copy.fingerprint, copy.lane, copy.step) == (snapshot.fingerprint, snapshot.lane, 4)
+    for got, wanted in zip(copy.state, snapshot.state, strict=True):
+        assert (got.dtype, got.shape, got.tobytes()) == (wanted.dtype, wanted.shape, wanted.tobytes())
+
+
+def test_a_snapshot_that_inflates_without_end_takes_no_memory(engine, genuine):
+    """0.4 MB of zeros, deflated, became 400 MB."""
+    job, snapshot = genuine
+    head = f"{snapshot.fingerprint} {snapshot.lane[0]} {snapshot.lane[1]}\n".encode()
+    bombs = [zlib.compress(start + bytes(2**28)) for start in (b"", head, b'{"arrays": [["float32", [1000000000]]]}\n')]
+    tracemalloc.start()
+    for data in bombs:
         with pytest.raises(SnapshotMismatch, match="not a snapshot"):
-            JobSnapshot.from_bytes(data)
+            engine.read_snapshot(data, job)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4_000_000 + 2 * sum(leaf.nbytes for leaf in snapshot.state)
+
+
+OLD = '{"fingerprint": "0", "lane": [8, 8], "table_rows": 1000, "arrays": [["float32", [1]]]}\n'
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"nonsense",
+        zlib.compress(b""),
+        zlib.compress(b"\n"),
+        zlib.compress(b"0123 0 0\n"),
+        zlib.compress(b"0123 999999 999999\n"),
+        zlib.compress(b"[" * 100_000),
+        zlib.compress(OLD.encode() + bytes(4)),
+        zlib.compress(OLD.replace("1000", "10**12").encode() + bytes(4)),
+        zlib.compress(OLD.replace("[1]", "[-1]").encode()),
+        zlib.compress(OLD.replace("float32", "object").encode()),
+    ],
+)
+def test_bytes_that_are_no_snapshot_are_a_mismatch(engine, genuine, data):
+    with pytest.raises(SnapshotMismatch, match="not a snapshot"):
+        engine.read_snapshot(data, genuine[0])
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_bytes_with_faults_in_them_are_a_mismatch_or_the_same_snapshot(engine, genuine, data):
+    job, snapshot = genuine
+    is_inflated = data.draw(st.booleans())
+    raw = bytearray(zlib.decompress(snapshot.to_bytes()) if is_inflated else snapshot.to_bytes())
+    last = raw.index(b"\n") if is_inflated else len(raw) - 1  # of the bytes that are not merely another picture
+    for at, byte in data.draw(st.lists(st.tuples(st.integers(0, last), st.integers(0, 255)), max_size=4)):
+        raw[at] = byte
+    cut = data.draw(st.just(len(raw)) | st.integers(0, len(raw)))
+    raw = raw[:cut] + data.draw(st.just(b"") | st.binary(max_size=20))
+    try:
+        copy = engine.read_snapshot(zlib.compress(raw, level=1) if is_inflated else bytes(raw), job)
+    except SnapshotMismatch:
+        return
+    assert all(np.array_equal(*pair) for pair in zip(copy.state, snapshot.state, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"step": -1}, "at step -1 of 9"),
+        ({"step": 10}, "at step 10 of 9"),
+        ({"step": 2**31 - 1}, "at step 2147483647 of 9"),
+        ({"step": 2**31 - 1, "num_steps": 2**31 - 1}, "other parameters"),
+        ({"num_steps": 0}, "other parameters"),
+        ({"num_steps": 1000}, "other parameters"),
+        ({"guidance_scale": 1000}, "other parameters"),
+        ({"guidance_scale": np.nan}, "other parameters"),
+        ({"table": 1e30}, "other parameters"),
+    ],
+)
+def test_a_forged_state_cannot_choose_how_the_devices_go_on(engine, genuine, fields, reason):
+    job, snapshot = genuine
+    with pytest.raises(SnapshotMismatch, match=rf"{reason}.*start the job anew"):
+        engine.read_snapshot(forge(snapshot, **fields), job)
+    assert engine.read_snapshot(forge(snapshot, step=9), job).step == 9, "it was about to be decoded"
+
+
+def test_a_snapshot_of_another_job_is_a_mismatch(engine, genuine):
+    _, snapshot = genuine
+    for change in ({"num_inference_steps": 8}, {"guidance_scale": 3.0}, {"sampler": "ddim"}):
+        job = engine.prepare("other", dataclasses.replace(REQUEST, **change))
+        with pytest.raises(SnapshotMismatch, match="other parameters"):
+            engine.read_snapshot(snapshot.to_bytes(), job)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -1}, {"step": 13}, {"step": 10**400}, {"step": 5.0}, {"step": True}, {"step": None},
+        {"steps_left": -5}, {"steps_left": 8}, {"value": "x"}, {"value": float("nan")}, {"task_id": 7}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_the_fake_engines_snapshot_is_checked_as_well(change):
+    state = FakeSnapshot("it", value=105, step=5, steps_left=7)
+    assert FakeSnapshot.from_bytes(state.to_bytes(), 12) == FakeSnapshot.from_bytes(state.to_bytes()) == state
+    with pytest.raises(SnapshotMismatch, match="start the job anew"):
+        FakeSnapshot.from_bytes(json.dumps({**vars(state), **change}).encode(), 12)
+    for data in (b"[" * 2000, b"[" * 10**6, b"9" * 4000, b"\xff", b"7"):
+        with pytest.raises(SnapshotMismatch, match="start the job anew"):
+            FakeSnapshot.from_bytes(data, 12)
 
 
 def test_a_snapshot_is_small(engine):

@@ -33,7 +33,6 @@ from tools.embedded_checkpoint.train_diffusion import (
     encode_all,
     make_step,
     save,
-    tokenise,
 )
 from tools.embedded_checkpoint.train_vae import draw_training_set
 
@@ -63,8 +62,8 @@ def main() -> None:
     del images
     rng = random.Random(5)
     captions = [scene.varied_caption(rng) for scene in scenes for _ in range(CAPTIONS_PER_SCENE)]
-    ids = tokenise(teacher.tokenizer, captions).reshape(len(scenes), CAPTIONS_PER_SCENE, MAX_LENGTH)
-    empty_ids = tokenise(teacher.tokenizer, [""])
+    ids = teacher.tokenizer.encode(captions)[0].reshape(len(scenes), CAPTIONS_PER_SCENE, MAX_LENGTH)
+    empty_ids = teacher.tokenizer.encode([""])[0]
     signal = jnp.asarray(teacher.schedule.alphas_cumprod, jnp.float32)
 
     def outputs(params, x, t, ids):

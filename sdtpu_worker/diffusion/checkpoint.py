@@ -77,12 +77,7 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
     """
     folder = _find_folder(name, revision)
     classes = _read_classes(folder)
-    for part, wanted in (("unet", _UNET_CLASS), ("vae", _VAE_CLASS), ("text_encoder", _TEXT_CLASS)):
-        if classes.get(part) != wanted:
-            raise InvalidCheckpoint(
-                f"{folder}: model_index.json must name {wanted} as {part}, got {classes.get(part)};"
-                " this worker runs Stable Diffusion 1.x and 2.x checkpoints"
-            )
+    _check_classes(folder, classes)
     unet_config = _read_json(folder / "unet" / "config.json", folder)
     vae_config = _read_json(folder / "vae" / "config.json", folder)
     text_config = _read_json(folder / "text_encoder" / "config.json", folder)
@@ -172,6 +167,20 @@ def _read_classes(folder: Path) -> dict[str, str]:
         for part, entry in index.items()
         if isinstance(entry, list) and len(entry) == 2 and entry[1]
     }
+
+
+def _check_classes(folder: Path, classes: Mapping[str, str]) -> None:
+    """Make sure that the parts are those of a checkpoint that this worker runs.
+
+    Raises:
+        InvalidCheckpoint: a part is missing or of another class.
+    """
+    for part, wanted in (("unet", _UNET_CLASS), ("vae", _VAE_CLASS), ("text_encoder", _TEXT_CLASS)):
+        if classes.get(part) != wanted:
+            raise InvalidCheckpoint(
+                f"{folder}: model_index.json must name {wanted} as {part}, got {classes.get(part)};"
+                " this worker runs Stable Diffusion 1.x and 2.x checkpoints"
+            )
 
 
 def _shapes(module: FlaxUNet2DConditionModel | FlaxAutoencoderKL, folder: Path) -> Params:

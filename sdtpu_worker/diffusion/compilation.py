@@ -74,17 +74,7 @@ def compile_programs(
         InvalidCheckpoint: the parameters do not fit the configs.
     """
     started = time.monotonic()
-    lowered: dict[tuple[str, Lane | None], jax.stages.Lowered] = {}
-    try:
-        for lane, geometry in geometries.items():
-            lowered[_TICK, lane] = lower_tick(checkpoint, params, geometry, mesh)
-            lowered[_SNAPSHOT, lane] = lower_snapshot(geometry, mesh)
-            lowered[_RESTORE, lane] = lower_restore(geometry, mesh)
-            if with_previews:
-                lowered[_PREVIEW, lane] = lower_preview(geometry, mesh)
-    except (FlaxError, TypeError, ValueError) as exc:
-        first_line = str(exc).strip().split("\n", 1)[0]
-        raise InvalidCheckpoint(f"{checkpoint.name}: the parameters do not fit the configs: {first_line}") from exc
+    lowered = _lower_lanes(checkpoint, params, geometries, mesh, with_previews)
     if safety_params is not None:
         lowered[_SAFETY, None] = lower_safety_check(checkpoint, safety_params, mesh)
     traced = time.monotonic()
@@ -107,3 +97,21 @@ def compile_programs(
         cache_hits=hits,
         cache_misses=misses,
     )
+
+
+def _lower_lanes(
+    checkpoint: Checkpoint, params: Any, geometries: Mapping[Lane, Geometry], mesh: Mesh, with_previews: bool
+) -> dict[tuple[str, Lane | None], jax.stages.Lowered]:
+    """Trace and lower the programs of every lane; return them by kind and lane."""
+    lowered: dict[tuple[str, Lane | None], jax.stages.Lowered] = {}
+    try:
+        for lane, geometry in geometries.items():
+            lowered[_TICK, lane] = lower_tick(checkpoint, params, geometry, mesh)
+            lowered[_SNAPSHOT, lane] = lower_snapshot(geometry, mesh)
+            lowered[_RESTORE, lane] = lower_restore(geometry, mesh)
+            if with_previews:
+                lowered[_PREVIEW, lane] = lower_preview(geometry, mesh)
+    except (FlaxError, TypeError, ValueError) as exc:
+        first_line = str(exc).strip().split("\n", 1)[0]
+        raise InvalidCheckpoint(f"{checkpoint.name}: the parameters do not fit the configs: {first_line}") from exc
+    return lowered

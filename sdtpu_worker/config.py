@@ -13,6 +13,7 @@ from typing import Any
 
 from sdtpu_worker.contract.request import MAX_SIDE, SIDE_MULTIPLE
 from sdtpu_worker.errors import ConfigurationError
+from sdtpu_worker.show import show
 
 DEFAULT_QUEUE = "sdtpu"
 
@@ -51,11 +52,21 @@ def _choice(*choices: str) -> Callable[[Any], str]:
 
 def _integer(low: int, high: int) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
-        if isinstance(value, bool) or not str(value).strip().lstrip("-").isdigit() or not low <= int(value) <= high:
+        number = _whole(value)
+        if number is None or not low <= number <= high:
             raise ValueError(f"an integer from {low} to {high}")
-        return int(value)
+        return number
 
     return parse
+
+
+def _whole(value: Any) -> int | None:
+    """Return an integer, or what a short text of digits says; None for anything else."""
+    if isinstance(value, str):
+        digits = value.strip()
+        is_one = len(digits) <= 20 and digits.isascii() and digits.removeprefix("-").isdigit()
+        return int(digits) if is_one else None
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _slots(value: Any) -> int | str:
@@ -65,8 +76,10 @@ def _slots(value: Any) -> int | str:
 def _switch(value: Any) -> bool:
     """Parse a bool from the app's configuration, or a word from the environment."""
     words = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
-    if isinstance(value, bool) or str(value).lower() in words:
-        return value if isinstance(value, bool) else words[str(value).lower()]
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
     raise ValueError("on or off")
 
 
@@ -74,7 +87,7 @@ def _seconds(low: float, high: float) -> Callable[[Any], float]:
     def parse(value: Any) -> float:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = -1.0
         if not low <= number <= high:
             raise ValueError(f"seconds from {low} to {high}")
@@ -85,10 +98,11 @@ def _seconds(low: float, high: float) -> Callable[[Any], float]:
 
 def _address(value: Any) -> tuple[str, int]:
     """Parse "127.0.0.1:8080", ":8080" (every interface) or "[::1]:8080"."""
-    host, separator, port = str(value).strip().rpartition(":")
-    if not separator or not port.isdigit() or int(port) > 65_535:
+    host, separator, text = value.strip().rpartition(":") if isinstance(value, str) else ("", "", "")
+    port = _whole(text)
+    if not separator or port is None or not 0 <= port <= 65_535:
         raise ValueError("host:port, like 127.0.0.1:8080")
-    return host.strip("[]"), int(port)
+    return host.strip("[]"), port
 
 
 def _resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
@@ -99,7 +113,7 @@ def _resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
     try:
         pairs = [part.lower().split("x") for part in value.split(",")] if isinstance(value, str) else value
         sizes = tuple((int(height), int(width)) for height, width in pairs)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(wanted) from None
     if not sizes or any(not 0 < side <= MAX_SIDE or side % SIDE_MULTIPLE for size in sizes for side in size):
         raise ValueError(wanted)
@@ -207,7 +221,7 @@ def read_setting(name: str, conf: Mapping[str, Any]) -> Any:
     try:
         return setting.parse(raw)
     except ValueError as exc:
-        raise ConfigurationError(f"{source} must be {exc}, got {raw!r}") from exc
+        raise ConfigurationError(f"{source} must be {exc}, got {show(raw)}") from exc
 
 
 def read_config(conf: Mapping[str, Any]) -> Config:

@@ -21,6 +21,8 @@ from sdtpu_worker.errors import SdtpuError
 
 TASK_NAME = "sdtpu.generate"
 SENT_AT_HEADER = "sdtpu_sent_at"
+MAX_TIME = 2**40
+"""Seconds since 1970 that a message may say that it was sent at: anything later is no time."""
 
 
 class GenerateTask(Task):
@@ -120,6 +122,6 @@ def _seconds_left(task: Task, options: Mapping[str, Any]) -> float | None:
             expires = maybe_iso8601(expires)
         if isinstance(expires, datetime):
             return (maybe_make_aware(expires) - task.app.now()).total_seconds()
-    except (TypeError, ValueError):
+        return float(expires) if isinstance(expires, int | float) else None
+    except (TypeError, ValueError, OverflowError):
         return None  # Celery's to refuse
-    return float(expires) if isinstance(expires, int | float) else None

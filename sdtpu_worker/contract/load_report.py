@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.show import show
 
 logger = logging.getLogger(__name__)
 
 LOAD_TTL_S = 15.0
+MAX_TTL_S = 3600.0
+MAX_REPORT_BYTES = 65_536
+MAX_HOST_CHARACTERS = 1024
+MAX_ENTRIES = 1000
+MAX_COUNT = 1_000_000
+MIN_JOB_S, MAX_SECONDS = 1e-6, 1e9
+"""What a report may say. Within these bounds no estimate can overflow or divide by zero."""
 _KEY_PREFIX = "sdtpu:load:"
+_PRIORITY = re.compile("-?[0-9]{1,7}")
 
 
 @dataclass(frozen=True)
@@ -39,9 +49,18 @@ class WorkerLoad:
     next_free_s: float = 0.0
 
     def __post_init__(self) -> None:
-        seconds = (self.mean_job_s, self.next_free_s, *self.step_s.values())
-        if self.num_slots < 1 or self.mean_job_s <= 0 or not all(math.isfinite(s) and s >= 0 for s in seconds):
-            raise ValueError(f"a worker's load needs slots and finite seconds, got {self}")
+        _check_text("host", self.host, MAX_HOST_CHARACTERS)
+        _check_number("num_slots", self.num_slots, 1, MAX_COUNT, int)
+        _check_number("mean_job_s", self.mean_job_s, MIN_JOB_S, MAX_SECONDS)
+        _check_number("next_free_s", self.next_free_s, 0, MAX_SECONDS)
+        for name, entries in (("step_s", self.step_s), ("held", self.held)):
+            _check_number(f"the number of entries in {name}", len(entries), 0, MAX_ENTRIES)
+        for size, seconds in self.step_s.items():
+            _check_text("a size in step_s", size, MAX_HOST_CHARACTERS)
+            _check_number("seconds in step_s", seconds, 0, MAX_SECONDS)
+        for priority, count in self.held.items():
+            _check_number("a priority in held", priority, -MAX_COUNT, MAX_COUNT, int)
+            _check_number("a count in held", count, 0, MAX_COUNT, int)
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
@@ -52,20 +71,22 @@ class WorkerLoad:
         """Rebuild what `to_json` gave; fields that this version does not know are left out.
 
         Raises:
-            ValueError: it is no report.
+            ValueError: it is no report, or a field is out of its bounds; nothing else, whoever wrote it.
         """
-        try:
-            facts = json.loads(text)
-            return cls(
-                host=str(facts["host"]),
-                num_slots=int(facts["num_slots"]),
-                step_s={str(size): float(seconds) for size, seconds in facts["step_s"].items()},
-                mean_job_s=float(facts["mean_job_s"]),
-                held={int(priority): int(count) for priority, count in facts["held"].items()},
-                next_free_s=float(facts["next_free_s"]),
-            )
-        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
-            raise ValueError(f"not a worker's load: {exc!r}") from exc
+        facts = _read_report(text)
+        held = facts.get("held")
+        if not isinstance(held, dict) or not isinstance(facts.get("step_s"), dict):
+            raise ValueError("held and step_s must be JSON objects")
+        if not all(_PRIORITY.fullmatch(priority) for priority in held):
+            raise ValueError(f"the names in held must be priority numbers, got {show(held)}")
+        return cls(
+            host=facts.get("host", ""),
+            num_slots=facts.get("num_slots", 0),
+            step_s=facts["step_s"],
+            mean_job_s=facts.get("mean_job_s", 0.0),
+            held={int(priority): count for priority, count in held.items()},
+            next_free_s=facts.get("next_free_s", -1.0),
+        )
 
     def starts(self, priority: int, has_deadline: bool) -> tuple[float, float]:
         """Return `(first_s, every_s)`: when the worker would start newcomers of a priority, one after the other.
@@ -100,7 +121,7 @@ def publish_load(client: Any, queue: str, load: WorkerLoad, prefix: str = "", tt
     """
     key = prefix + load_key(queue)
     now_s, reports = client.pipeline(transaction=False).time().hgetall(key).execute()
-    dead = [host for host, text in reports.items() if not _is_alive(text, now_s)]
+    dead = [host for host, text in reports.items() if not _is_living_report(text, now_s)]
     pipeline = client.pipeline()
     pipeline.hset(key, load.host, json.dumps({**json.loads(load.to_json()), "until": _seconds(now_s) + ttl_s}))
     if dead:
@@ -149,19 +170,57 @@ def living_loads(reports: Mapping[Any, Any], now_s: Any) -> list[WorkerLoad]:
     """Return the reports that have not run out, of what HGETALL and TIME answered."""
     loads = []
     for text in reports.values():
-        if _is_alive(text, now_s):
-            try:
+        try:
+            if _is_alive(text, now_s):
                 loads.append(WorkerLoad.from_json(text))
-            except ValueError as exc:
-                logger.warning("a worker's load is left out: %s", exc)
+        except ValueError as exc:
+            logger.warning("a worker's load is left out: %s", exc)
     return sorted(loads, key=lambda load: load.host)
 
 
 def _is_alive(text: str | bytes, now_s: Any) -> bool:
+    """Whether a report has not run out.
+
+    Raises:
+        ValueError: it is none of ours: it does not say, or says that it lives for hours.
+    """
+    until: Any = _read_report(text).get("until")
+    _check_number("until", until, 0, _seconds(now_s) + MAX_TTL_S)
+    return until > _seconds(now_s)
+
+
+def _is_living_report(text: str | bytes, now_s: Any) -> bool:
     try:
-        return float(json.loads(text)["until"]) > _seconds(now_s)
-    except (KeyError, TypeError, ValueError, RecursionError):
+        return _is_alive(text, now_s)
+    except ValueError:
         return False
+
+
+def _read_report(text: str | bytes) -> dict[str, Any]:
+    """Return a report's fields, as they are.
+
+    Raises:
+        ValueError: it is no JSON object of a report's size.
+    """
+    if len(text) > MAX_REPORT_BYTES:
+        raise ValueError(f"a worker's load must have at most {MAX_REPORT_BYTES:,} bytes, got {len(text):,}")
+    try:
+        facts = json.loads(text)
+    except RecursionError as exc:
+        raise ValueError("a worker's load must not be nested so deeply") from exc
+    if not isinstance(facts, dict):
+        raise ValueError(f"a worker's load must be a JSON object, got {show(facts)}")
+    return facts
+
+
+def _check_number(name: str, value: Any, low: float, high: float, kind: Any = int | float) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low:,} to {high:,}, got {show(value)}")
+
+
+def _check_text(name: str, value: Any, most: int) -> None:
+    if not isinstance(value, str) or len(value) > most:
+        raise ValueError(f"{name} must be a string of at most {most} characters, got {show(value)}")
 
 
 def _seconds(redis_time: tuple[int, int]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import secrets
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdtpu_worker.errors import InvalidRequest
+from sdtpu_worker.show import show
 
 MAX_STEPS = 1000
 MAX_PROMPT_CHARACTERS = 10_000
@@ -99,7 +99,7 @@ def check_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     given = {**kwargs, **({"prompt": args[0]} if args else {})}
     for name, value in given.items():
         if name not in _ARGUMENT_CHECKS:
-            raise InvalidRequest(f"unknown parameter {_short(name)}; the parameters are {', '.join(_ARGUMENT_CHECKS)}")
+            raise InvalidRequest(f"unknown parameter {show(name)}; the parameters are {', '.join(_ARGUMENT_CHECKS)}")
         _ARGUMENT_CHECKS[name](name, value)
 
 
@@ -113,14 +113,9 @@ def seed_from_task_id(task_id: str) -> int:
     return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:8], "big") >> 1
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise InvalidRequest(f"{name} must be a string, got {type(value).__name__}: {_short(value)}")
+        raise InvalidRequest(f"{name} must be a string, got {type(value).__name__}: {show(value)}")
     if len(value) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequest(f"{name} must have at most {MAX_PROMPT_CHARACTERS:,} characters, got {len(value):,}")
     for position, character in enumerate(value):
@@ -133,16 +128,16 @@ def _check_text(name: str, value: Any) -> None:
 def _check_prompt(name: str, value: Any) -> None:
     _check_text(name, value)
     if not value.strip():
-        raise InvalidRequest(f"{name} must not be empty, got {_short(value)}")
+        raise InvalidRequest(f"{name} must not be empty, got {show(value)}")
 
 
 def _check_tenant(name: str, value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, str) or not 1 <= len(value) <= MAX_TENANT_CHARACTERS:
-        raise InvalidRequest(f"{name} must be a string of 1 to {MAX_TENANT_CHARACTERS} characters, got {_short(value)}")
+        raise InvalidRequest(f"{name} must be a string of 1 to {MAX_TENANT_CHARACTERS} characters, got {show(value)}")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise InvalidRequest(f"{name} must not have control characters, got {_short(value)}")
+        raise InvalidRequest(f"{name} must not have control characters, got {show(value)}")
 
 
 def _check_integer(low: int, high: int, high_text: str, optional: bool = False) -> Any:
@@ -150,17 +145,17 @@ def _check_integer(low: int, high: int, high_text: str, optional: bool = False) 
         if value is None and optional:
             return
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise InvalidRequest(f"{name} must be an integer from {low} to {high_text}, got {_short(value)}")
+            raise InvalidRequest(f"{name} must be an integer from {low} to {high_text}, got {show(value)}")
 
     return check
 
 
 def _check_guidance(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or abs(value) > MAX_GUIDANCE_SCALE:
+    if not number or not -MAX_GUIDANCE_SCALE <= value <= MAX_GUIDANCE_SCALE:  # also of NaN, and of any integer
         raise InvalidRequest(
             f"{name} must be a finite number from -{MAX_GUIDANCE_SCALE:.0f} to {MAX_GUIDANCE_SCALE:.0f},"
-            f" got {_short(value)}"
+            f" got {show(value)}"
         )
 
 
@@ -168,16 +163,14 @@ def _check_side(name: str, value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_SIDE or value % SIDE_MULTIPLE:
-        raise InvalidRequest(
-            f"{name} must be a multiple of {SIDE_MULTIPLE} up to {MAX_SIDE} pixels, got {_short(value)}"
-        )
+        raise InvalidRequest(f"{name} must be a multiple of {SIDE_MULTIPLE} up to {MAX_SIDE} pixels, got {show(value)}")
 
 
 def _check_choice(choices: Sequence[str], optional: bool = False) -> Any:
     def check(name: str, value: Any) -> None:
         if (value is None and optional) or (isinstance(value, str) and value in choices):
             return
-        raise InvalidRequest(f"{name} must be one of {', '.join(choices)}, got {_short(value)}")
+        raise InvalidRequest(f"{name} must be one of {', '.join(choices)}, got {show(value)}")
 
     return check
 

@@ -39,9 +39,9 @@ from sdtpu_worker.delivery.message_rules import (
     Refusal,
     check_fields,
     is_usable_id,
-    show,
 )
 from sdtpu_worker.errors import InvalidMessage
+from sdtpu_worker.show import show
 
 MAX_DEPTH = 64
 MAX_VALUES = 25_000

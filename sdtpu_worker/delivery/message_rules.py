@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from reprlib import Repr
 from typing import Any, NamedTuple
 
 from celery.app.task import Context
@@ -12,16 +11,13 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import compression
 from kombu.serialization import registry
 
+from sdtpu_worker.show import show
+
 MAX_ID_CHARACTERS = 255
 MAX_RETRIES = 1_000_000
 MAX_SECONDS = 1_000_000_000
 EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9999, 12, 1, tzinfo=UTC)
 """Dates within these can be converted to any time zone and to a timer's seconds."""
-
-_REPR = Repr()
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
-_REPR.maxlevel = 2
-show = _REPR.repr
 
 
 class Refusal(Exception):

@@ -28,6 +28,8 @@ _MAX_EVENTS = 2_000_000  # about 300 MB
 class Trace:
     """Writes the timeline to a file as it goes; may be used from many threads.
 
+    When a write fails (a full disk), it says so once and stops: a timeline is never worth a job.
+
     Args:
         path: the file; replaced.
         costs: what work costs, by lane; the shares of a tick's parts follow it.
@@ -77,10 +79,13 @@ class Trace:
     def close(self) -> None:
         """Finish the file."""
         with self._lock:
-            if self._file is not None:
-                self._file.write("{}]\n")
-                self._file.close()
-                self._file = None
+            file, self._file = self._file, None
+            if file is not None:
+                try:
+                    with file:
+                        file.write("{}]\n")
+                except OSError as exc:
+                    logger.warning("the end of the trace could not be written: %s", exc)
 
     def _draw(self, name: str, started_at: float, ended_at: float, args: dict[str, Any]) -> None:
         span = {"ts": _us(started_at), "dur": max(1, _us(ended_at) - _us(started_at))}
@@ -97,7 +102,14 @@ class Trace:
             self._events += 1
             if self._file is None or self._events > _MAX_EVENTS:
                 return
-            self._file.write(line)
+            try:
+                self._file.write(line)
+            except OSError as exc:
+                file, self._file = self._file, None
+                logger.warning("the trace is switched off, since its file cannot be written: %s", exc)
+                with contextlib.suppress(OSError):
+                    file.close()  # tries once more to write what it has
+                return
             if self._events == _MAX_EVENTS:
                 logger.warning("the trace has %d events: what happens from here on is not in it", _MAX_EVENTS)
 

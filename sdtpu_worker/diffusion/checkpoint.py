@@ -86,8 +86,15 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
         unet = FlaxUNet2DConditionModel.from_config(unet_config, dtype=dtype)
         vae = FlaxAutoencoderKL.from_config(vae_config, dtype=dtype)
         text_encoder = FlaxCLIPTextModel(CLIPTextConfig.from_dict(text_config), dtype=dtype, _do_init=False)
-    except (TypeError, ValueError, OSError, KeyError) as exc:
-        raise InvalidCheckpoint(f"{folder}: a config cannot be used: {exc}") from exc
+        schedule, vae_scale_factor = (
+            NoiseSchedule.from_config(scheduler_config),
+            2 ** (len(vae.config.block_out_channels) - 1),
+        )
+        side = _pair(unet.config.sample_size)
+    except InvalidCheckpoint:
+        raise
+    except Exception as exc:  # a config that makes no model fails in as many ways as there are fields
+        raise InvalidCheckpoint(f"{folder}: a config cannot be used: {type(exc).__name__}: {exc}") from exc
     tokenizer = PromptTokenizer.from_folder(folder / "tokenizer", text_encoder.config.max_position_embeddings)
     if unet.config.in_channels != vae.config.latent_channels:
         raise InvalidCheckpoint(
@@ -102,8 +109,6 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
     safety_checker = feature_extractor = None
     if "safety_checker" in classes:
         safety_checker, feature_extractor, params["safety_checker"] = _load_safety_checker(folder)
-    vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    side = _pair(unet.config.sample_size)
     return Checkpoint(
         name=name,
         dtype=dtype,
@@ -112,7 +117,7 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
         unet=unet,
         vae=vae,
         params=params,
-        schedule=NoiseSchedule.from_config(scheduler_config),
+        schedule=schedule,
         default_sampler=default_sampler(scheduler_config),
         vae_scale_factor=vae_scale_factor,
         default_size=(side[0] * vae_scale_factor, side[1] * vae_scale_factor),
@@ -198,7 +203,7 @@ def _read_json(path: Path, folder: Path) -> Mapping[str, Any]:
         raise InvalidCheckpoint(
             f"{folder} is not a checkpoint in the diffusers layout: {path.relative_to(folder)} is missing"
         ) from None
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise InvalidCheckpoint(f"{path} cannot be read as JSON: {exc}") from exc
     if not isinstance(data, dict):
         raise InvalidCheckpoint(f"{path} must hold a JSON object, got {type(data).__name__}")
@@ -213,8 +218,10 @@ def _load_safety_checker(folder: Path) -> tuple[Any, Any, Params]:
         side = config.vision_config.image_size
         checker = safety_checker_class()(config, input_shape=(1, side, side, 3), _do_init=False)
         extractor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
-    except (TypeError, ValueError, OSError, KeyError) as exc:
-        raise InvalidCheckpoint(f"{folder}: the safety checker cannot be used: {exc}") from exc
+    except InvalidCheckpoint:
+        raise
+    except Exception as exc:  # as above
+        raise InvalidCheckpoint(f"{folder}: the safety checker cannot be used: {type(exc).__name__}: {exc}") from exc
     return checker, extractor, read_weights(folder, "safety_checker", checker.params_shape_tree, jnp.float32)
 
 

@@ -22,8 +22,10 @@ import numpy as np
 
 from sdtpu_worker.contract.request import MAX_STEPS, SAMPLER_NAMES
 from sdtpu_worker.errors import InvalidCheckpoint, InvalidRequest
+from sdtpu_worker.show import show
 
 COLUMNS = ("t", "c_in", "p", "q", "a", "b", "c", "d", "e", "push")
+_MAX_TRAIN_TIMESTEPS = 1_000_000
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 # Adams-Bashforth weights for the newest model output first (PNDM paper, arXiv 2202.09778, equation 12).
 _ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -46,9 +48,14 @@ class NoiseSchedule:
         """Build the schedule from a diffusers scheduler config.
 
         Raises:
-            InvalidCheckpoint: the config names a beta schedule or a prediction type that is not known.
+            InvalidCheckpoint: the config names a beta schedule, a prediction type or a number of timesteps that there
+                is not.
         """
         steps = int(config.get("num_train_timesteps", 1000))
+        if not 1 <= steps <= _MAX_TRAIN_TIMESTEPS:
+            raise InvalidCheckpoint(
+                f"num_train_timesteps in the scheduler config must be 1 to {_MAX_TRAIN_TIMESTEPS:,}, got {show(steps)}"
+            )
         start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
         kind = config.get("beta_schedule", "linear")
         if config.get("trained_betas") is not None:

@@ -119,7 +119,7 @@ def _read_safetensors(path: Path) -> tuple[Tensors, bool]:
 def _shards(index: Path) -> list[Path]:
     try:
         names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
         raise _broken(index, exc) from exc
     if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
         raise InvalidCheckpoint(f"{index} may only name .safetensors files beside it, got {_some(outside)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdtpu_worker.client.task import SENT_AT_HEADER
+from sdtpu_worker.client.task import MAX_TIME, SENT_AT_HEADER
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.errors import EngineUnavailable
 from sdtpu_worker.worker.celery_request import JOB
@@ -42,8 +42,7 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
             "no engine runs in this process: sdtpu.generate runs only in a worker with the pool"
             " sdtpu_worker.pool:DevicePool (call sdtpu_worker.install(app), then `celery worker -Q sdtpu`)"
         )
-    sent_at = task.request.get(SENT_AT_HEADER)
-    sent_at = sent_at if isinstance(sent_at, int | float) and not isinstance(sent_at, bool) else None
+    sent_at = sent_at_of(task.request)
     with job.in_celerys_words():
         facts = job.recall(task, request)
         job.begin(task)
@@ -55,3 +54,10 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
             alone=len(facts.died_on) >= CRASHES_TO_RUN_ALONE,
         )
         return job.serving.run(task.request.id, request, sent_at, control).to_json()
+
+
+def sent_at_of(headers: Mapping[str, Any]) -> float | None:
+    """Return when the client sent a message, in `time.time()`; None if the message says no time."""
+    sent_at = headers.get(SENT_AT_HEADER)
+    is_time = isinstance(sent_at, int | float) and not isinstance(sent_at, bool) and 0 <= sent_at <= MAX_TIME
+    return sent_at if is_time else None

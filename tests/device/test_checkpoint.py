@@ -198,6 +198,37 @@ def test_configs_that_are_missing_or_broken(folder, name):
         load_checkpoint(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("unet", {"sample_size": None}),
+        ("unet", {"sample_size": "x"}),
+        ("vae", {"block_out_channels": 7}),
+        ("vae", {"block_out_channels": None}),
+        ("text_encoder", {"max_position_embeddings": "x"}),
+        ("text_encoder", {"max_position_embeddings": 2}),
+        ("text_encoder", {"hidden_size": None}),
+        ("scheduler", {"num_train_timesteps": None}),
+        ("scheduler", {"num_train_timesteps": 0}),
+        ("scheduler", {"num_train_timesteps": 10**12}),
+        ("scheduler", {"num_train_timesteps": 10**400}),
+        ("scheduler", {"beta_start": "x"}),
+        ("scheduler", {"trained_betas": ["x"]}),
+    ],
+)
+def test_a_config_that_says_nonsense(folder, name, change):
+    path = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InvalidCheckpoint, match=r"cannot be used|must be"):
+        load_checkpoint(str(folder))
+
+
+def test_a_config_that_is_nested_without_end(folder):
+    (folder / "unet" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(InvalidCheckpoint, match="cannot be read as JSON"):
+        load_checkpoint(str(folder))
+
+
 def test_a_tokenizer_that_is_missing(folder):
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(InvalidCheckpoint, match="tokenizer cannot be used"):

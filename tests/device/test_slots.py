@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,64 @@ def test_the_fewest_slots_with_the_best_rate_are_chosen(tmp_path, step_ms, best)
     assert choose_slots_per_device(again, memory).info.slots_per_device == best
     assert again.made == [best], "the choice is kept for good"
     assert json.loads(memory.read_text())["slots_per_device"] == best
+
+
+KEPT = '{"slots_per_device": 2, "seconds_per_image_step": {}}\n'
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "",
+        "{",
+        KEPT[:30],
+        "7",
+        "[]",
+        "null",
+        "{}",
+        "[" * 100_000,
+        "\xff",
+        "9" * 5000,
+        '{"slots_per_device": %s}' % ("9" * 5000),
+        *(KEPT.replace("2", value) for value in ("0", "3", "-1", "1e400", "NaN", '"2"', "true", "2.0", "[2]", "64")),
+    ],
+    ids=lambda kept: "",
+)
+def test_a_choice_that_cannot_be_read_is_measured_anew_and_kept_again(tmp_path, caplog, kept):
+    """A file half-written by a start that was killed ended every later start."""
+    memory = tmp_path / "slots.json"
+    memory.write_bytes(kept.encode("latin-1"))
+    assert choose_slots_per_device(Bench({1: 20, 2: 24, 4: 34, 8: 60}), memory).slots_per_device == 8
+    assert caplog.text.count("is measured anew, since it cannot be read") == 1
+    assert json.loads(memory.read_text())["slots_per_device"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["slots.json"]
+    memory.write_text(KEPT)
+    assert choose_slots_per_device(Bench({2: 24}), memory).slots_per_device == 2
+
+
+def test_a_choice_that_cannot_be_kept_is_only_a_warning(tmp_path, caplog, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    curve = {1: 20, 2: 24, 4: 34, 8: 60}
+    for memory in (tmp_path / "file" / "slots.json", tmp_path / "folder", tmp_path / "missing" / "slots.json"):
+        caplog.clear()
+        assert choose_slots_per_device(Bench(curve), memory).slots_per_device == 8
+        assert caplog.text.count("the next start measures it again") == 1
+    monkeypatch.setattr(Path, "write_text", lambda *args, **options: (_ for _ in ()).throw(OSError("No space left")))
+    assert choose_slots_per_device(Bench(curve), tmp_path / "folder" / "slots.json").slots_per_device == 8
+    assert list((tmp_path / "folder").iterdir()) == [], "nothing half-written stays"
+
+
+def test_a_start_that_is_killed_as_it_writes_leaves_the_choice_as_it_was(tmp_path, monkeypatch):
+    memory = tmp_path / "slots.json"
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        choose_slots_per_device(Bench({1: 20, 2: 24, 4: 34, 8: 60}), memory)
+    assert not memory.exists()
 
 
 def test_a_failure_that_is_not_about_memory_is_not_hidden():

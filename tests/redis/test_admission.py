@@ -7,7 +7,7 @@ import math
 import pickle
 import threading
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from celery import Celery, _state, group
@@ -18,7 +18,14 @@ from redis import Redis
 
 from sdtpu_worker import DeadlineUnreachable, GenerationRequest, InvalidRequest, QueueFull, generate, install
 from sdtpu_worker.client.admission import MARGIN, messages_ahead
-from sdtpu_worker.contract.load_report import WorkerLoad, estimated_start_s, publish_load, read_loads, withdraw_load
+from sdtpu_worker.contract.load_report import (
+    WorkerLoad,
+    estimated_start_s,
+    living_loads,
+    publish_load,
+    read_loads,
+    withdraw_load,
+)
 from sdtpu_worker.contract.queues import shard_queues, tenant_queue
 
 BUSY = WorkerLoad("a", num_slots=4, step_s={"64x64": 0.1}, mean_job_s=8.0, held={6: 4}, next_free_s=3.0)
@@ -123,6 +130,76 @@ def test_what_is_no_report_is_refused(text):
         WorkerLoad.from_json(text)
 
 
+NOW = (1_700_000_000, 0)
+MOST_EAST = timezone(timedelta(hours=23))
+GOOD = {
+    "host": '"a"', "num_slots": "4", "step_s": '{"64x64": 0.1}', "mean_job_s": "8.0", "held": '{"6": 4}',
+    "next_free_s": "3.0", "until": "1700000010.5",
+}  # fmt: skip
+ODD = (
+    *("NaN", "Infinity", "-Infinity", "1e400", "1e308", "5e-324", "0", "-1", "1000000", "1e9", "1e-6"),
+    *("9" * 400, "9" * 5000, "true", "null", '""', '"7"', '"\\ud800"', "[]", "[" * 10_000, "{}", '{"a": 1}'),
+    *('{"6": 1e308}', '{"6": 5e-324}', '{"6": NaN}', '{"64x64": -1}', '{"-0": 1000000}', '{"٦": 1}'),
+    *(f'{{"6": {"9" * 400}}}', f'{{"{"9" * 400}": 1}}', f'{{"{"9" * 5000}": 1}}'),
+)
+
+
+def report(fields: dict[str, str]) -> bytes:
+    return ("{" + ", ".join(f'"{name}": {text}' for name, text in fields.items()) + "}").encode()
+
+
+def assert_usable(reports: dict[str, bytes]) -> None:
+    """What a client computes of any reports is a number that says something."""
+    request = GenerationRequest("a", num_inference_steps=1000)
+    loads = living_loads(reports, NOW)
+    for priority, has_deadline in ((0, False), (6, True), (255, False)):
+        for ahead in (0, 10**9):
+            start_s = estimated_start_s(loads, ahead, priority, has_deadline)
+            assert (start_s is None) == (not loads)
+            assert start_s is None or 0 <= start_s < math.inf
+    assert all(0 <= load.job_s(request) < math.inf for load in loads)
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from([*GOOD, "more"]), st.sampled_from(ODD)).map(lambda odd: report(GOOD | odd))
+        | st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+            lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        ).map(lambda value: json.dumps(value).encode())
+        | st.binary(),
+        max_size=4,
+    )
+)
+def test_no_report_that_anybody_wrote_stops_a_client(texts):
+    """`until: 10**400` made `delay()` raise an OverflowError."""
+    assert_usable({f"host {i}": text for i, text in enumerate(texts)})
+
+
+@pytest.mark.parametrize("name", [*GOOD, "more"])
+def test_every_odd_value_in_every_field_is_either_sensible_or_left_out_with_a_warning(name, caplog):
+    assert len(living_loads({"a": report(GOOD)}, NOW)) == 1
+    for odd in ODD:
+        caplog.clear()
+        texts = {"odd": report({**GOOD, name: odd}), "good": report({**GOOD, "host": '"b"'})}
+        assert_usable(texts)
+        caplog.clear()
+        found = living_loads(texts, NOW)
+        has_ended = name == "until" and odd in ("0", "1000000", "1e9", "1e-6", "5e-324")
+        assert len(found) + caplog.text.count("a worker's load is left out: ") == 2 - has_ended
+        assert any(load.host == "b" for load in found)
+        assert len(caplog.text) < 500
+
+
+def test_a_report_that_is_too_large_or_lives_too_long_is_left_out(caplog):
+    large = report({**GOOD, "more": json.dumps("x" * 70_000)})
+    for_ever = report({**GOOD, "until": "1700003700"})
+    many = report({**GOOD, "held": json.dumps({str(i): 1 for i in range(2000)})})
+    assert living_loads({"large": large, "for ever": for_ever, "many": many}, NOW) == []
+    for reason in ("at most 65,536 bytes, got 70,", "until must be a number", "entries in held must be"):
+        assert reason in caplog.text
+
+
 def test_messages_ahead_are_the_more_urgent_ones_and_a_turn_of_every_queue_per_place():
     alone = {"q": [1, 2, 30, 40]}
     assert [messages_ahead(alone, "q", step) for step in range(4)] == [1, 3, 33, 73]
@@ -164,6 +241,29 @@ def test_a_damaged_report_is_left_out(redis):
     redis.hset("sdtpu:load:sdtpu", "odd", "not json")
     redis.hset("sdtpu:load:sdtpu", "old", json.dumps({"until": 1e12, "slots": 3}))
     assert read_loads(redis, "sdtpu") == [BUSY]
+
+
+def test_forged_reports_stop_neither_a_client_nor_a_worker(app, redis):
+    for i, odd in enumerate(("9" * 400, "9" * 5000, "1e400", "[" * 10_000)):
+        redis.hset("sdtpu:load:sdtpu", f"until {i}", report({**GOOD, "until": odd}))
+        redis.hset("sdtpu:load:sdtpu", f"slots {i}", report({**GOOD, "until": str(time.time() + 60), "num_slots": odd}))
+    app.conf.sdtpu_max_queue = 10
+    generate.apply_async(("a",), expires=60)
+    assert waiting(redis) == 1
+    publish_load(redis, "sdtpu", BUSY)
+    assert read_loads(redis, "sdtpu") == [BUSY]
+    assert not any(key.startswith(b"until") for key in redis.hkeys("sdtpu:load:sdtpu")), "gone like those of the dead"
+
+
+@pytest.mark.parametrize(
+    "expires", [10**400, 10**5000, math.inf, math.nan, datetime.min.replace(tzinfo=MOST_EAST)], ids=range(5)
+)
+def test_an_expiry_that_is_no_time_is_celerys_own_to_refuse(app, redis, expires):
+    app.conf.sdtpu_max_queue = 10
+    with pytest.raises((OverflowError, ValueError)) as caught:
+        generate.apply_async(("a",), expires=expires)
+    assert "/celery/" in str(caught.traceback[-1].path)
+    assert waiting(redis) == 0
 
 
 # --- refusals ---

@@ -9,7 +9,7 @@ import time
 import pytest
 import redis
 
-from sdtpu_worker.delivery.deliveries import MAX_DEAD_LETTERS, Deliveries
+from sdtpu_worker.delivery.deliveries import MAX_DEAD_LETTERS, Deliveries, JobFacts
 from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.scripts import CLAIM, Keys
 from sdtpu_worker.testing.processes import private_redis
@@ -180,6 +180,21 @@ def test_a_job_that_starts_alone_forgives_no_crash_of_the_worker_that_had_the_sa
     assert [ours.job_facts(f"task-{tag}").died_on for tag in "12"] == [["name", "name"], ["name"]]
     ours.record_starts(["task-2"], alone=True)
     assert [ours.job_facts(f"task-{tag}").died_on for tag in "12"] == [["name"], ["name", "name"]]
+
+
+def test_a_state_of_any_size_and_starts_of_any_number_are_not_read_whole(client, make, monkeypatch, caplog):
+    monkeypatch.setattr("sdtpu_worker.delivery.deliveries.MAX_SNAPSHOT_BYTES", 100)
+    monkeypatch.setattr("sdtpu_worker.delivery.deliveries._MAX_STARTS", 3)
+    ours = make()
+    assert ours.job_facts("job") == JobFacts([], None)
+    ours.save_snapshot("job", b"x" * 100)
+    assert ours.job_facts("job").snapshot == b"x" * 100
+    client.set("sdtpu:snap:job", b"x" * 10_000)
+    client.rpush("sdtpu:starts:job", *(f"{i:04}" + "y" * 10_000 for i in range(50)))
+    facts = ours.job_facts("job")
+    assert facts.snapshot is None
+    assert "has more than 100 bytes, it starts anew" in caplog.text
+    assert [(name[:4], len(name)) for name in facts.died_on] == [("0000", 512), ("0001", 512), ("0002", 512)]
 
 
 def test_starts_name_their_hosts_and_expire(client, make):

@@ -11,6 +11,8 @@ from celery import Celery, group
 
 import sdtpu_worker
 from sdtpu_worker import BrokerUnavailable, InvalidRequest, generate, install
+from sdtpu_worker.client.task import SENT_AT_HEADER
+from sdtpu_worker.worker.run_job import sent_at_of
 
 
 def run_python(code: str) -> str:
@@ -57,6 +59,23 @@ def test_the_device_side_and_the_policy_do_not_load_celery():
         "import sys, sdtpu_worker.device_loop.loop; print([m for m in ('celery', 'jax', 'numpy') if m in sys.modules])"
     )
     assert run_python(code) == "[]"
+
+
+@pytest.mark.parametrize("options", [{"guidance_scale": 10**400}, {"seed": 10**5000}, {"tenant": 10**5000}])
+def test_a_number_of_any_size_is_refused_where_the_job_is_enqueued(app, options):
+    for enqueue in (generate.delay, generate.s, generate.si):
+        with pytest.raises(InvalidRequest, match=f"{next(iter(options))} must be .*, got an integer of about"):
+            enqueue("a fox", **options)
+    assert queued(app) == []
+
+
+@pytest.mark.parametrize(
+    ("sent_at", "known"),
+    [(1.7e9, 1.7e9), (0, 0), (10**400, None), (-(10**400), None), (-1, None), (True, None), ("1", None), (None, None)],
+)
+def test_a_message_cannot_say_that_it_was_sent_at_no_time(sent_at, known):
+    """A worker subtracts it from the time of day, which overflowed."""
+    assert sent_at_of({SENT_AT_HEADER: sent_at}) == known
 
 
 def test_importing_the_package_creates_no_celery_app():

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -216,6 +217,30 @@ def test_a_trace_shows_every_devices_work_and_the_hosts(make_loop, tmp_path):
     assert any(event["ph"] == "C" and event["args"]["slots in use"] == 2 for event in events)
 
 
+def test_a_trace_on_a_full_disk_is_switched_off_with_one_warning_and_the_jobs_go_on(make_loop, caplog):
+    """The first write that failed ended the loop's thread."""
+    trace = Trace(Path("/dev/full"), {LANE: Cost(0.02)}, 2)
+    loop = make_loop(FakeEngine(), devices=2, slots=1, trace=trace)
+    submissions = [loop.submit(FakeJob(str(i), 10, value=i)) for i in range(100)]
+    assert [submission.future.result(10).pixels for submission in submissions] == [i + 10 for i in range(100)]
+    with trace.span("encode", "0"):
+        pass
+    assert loop.alive
+    loop.close()
+    trace.close()
+    assert caplog.text.count("No space left on device") == 1
+    assert caplog.text.count("the trace is switched off") == 1
+
+
+def test_a_disk_that_is_full_when_a_trace_ends_is_no_error(caplog):
+    trace = Trace(Path("/dev/full"), {LANE: Cost(0.02)}, 2)
+    trace.close()
+    trace.close()
+    with trace.span("encode", "0"):
+        pass
+    assert caplog.text.count("the end of the trace could not be written: [Errno 28] No space left on device") == 1
+
+
 def test_a_job_handed_over_with_its_state_goes_on_where_it_was(make_loop):
     loop = make_loop(FakeEngine(), devices=1, slots=1)
     state = FakeSnapshot("moved", value=105, step=5, steps_left=7)
@@ -231,6 +256,15 @@ def test_a_state_of_another_configuration_is_dropped_and_the_job_starts_anew(mak
     submission = loop.submit(FakeJob("moved", 12, value=100), snapshot=state)
     assert submission.future.result(10).pixels == 112
     assert loop.stats.steps == 12
+    assert "starts anew" in caplog.text
+
+
+@pytest.mark.parametrize(("step", "steps_left"), [(-3, 15), (13, -1), (10**9, 12 - 10**9)])
+def test_a_state_of_a_step_that_the_job_does_not_have_is_dropped(make_loop, caplog, step, steps_left):
+    loop = make_loop(FakeEngine(), devices=1, slots=1)
+    submission = loop.submit(FakeJob("forged", 12, value=100), snapshot=FakeSnapshot("forged", 105, step, steps_left))
+    assert submission.progress.current == 0
+    assert submission.future.result(10).pixels == 112
     assert "starts anew" in caplog.text
 
 

@@ -24,6 +24,14 @@ def make_policy(devices=4, slots=1, lanes=LANES[:1], step_s=0.25, tick_s=1.0, ph
     return Aggregator(costs, slots, phases or slots + 1, tick_s, **options)
 
 
+@pytest.mark.parametrize("steps_done", [-1, 11, 2**31])
+def test_a_job_that_has_done_more_steps_than_it_has_is_not_accepted(steps_done):
+    policy = make_policy()
+    with pytest.raises(ValueError, match=rf"cannot have done {steps_done} of its 10 steps"):
+        policy.add("it", LANES[0], 10, 0.0, steps_done=steps_done)
+    assert policy.counts() == {"waiting": 0, "running": 0}
+
+
 @dataclass
 class Device:
     """Follows plans like an engine would, and checks the invariant at each of them."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from decimal import Decimal
 
 import pytest
 
 from sdtpu_worker import GenerationRequest, GenerationResult, InvalidRequest
 from sdtpu_worker.contract.request import check_arguments, seed_from_task_id
+from sdtpu_worker.show import show
 
 BAD = [
     ((), {}, "prompt is missing"),
@@ -49,6 +52,8 @@ BAD = [
     (("a",), {"tenant": "a\nb"}, r"tenant must not have control characters, got 'a\\nb'"),
     (("a",), {"tenant": "a\ud800"}, "tenant must not have control characters"),
 ]
+HUGE = (10**400, -(10**400), 10**5000, [[10**5000]], {10**5000: 10**5000}, Decimal("1e999999"))
+"""Numbers that no float can hold, or that Python refuses to write out."""
 
 
 @pytest.mark.parametrize(("args", "kwargs", "message"), BAD)
@@ -56,6 +61,51 @@ def test_a_bad_parameter_gets_an_error_that_says_what_is_allowed(args, kwargs, m
     with pytest.raises(InvalidRequest, match=message) as caught:
         GenerationRequest.parse(args, kwargs)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("number", HUGE, ids=range(len(HUGE)))
+@pytest.mark.parametrize("name", [*(field.name for field in dataclasses.fields(GenerationRequest)), "tenant", "stepz"])
+def test_a_number_of_any_size_gets_the_same_clear_error_in_every_parameter(name, number):
+    """A guidance scale of 10**400 was an OverflowError, an integer of 5,000 digits a ValueError."""
+    args, kwargs = ((), {name: number}) if name == "prompt" else (("a",), {name: number})
+    for check in (GenerationRequest.parse, check_arguments):
+        with pytest.raises(InvalidRequest, match=name) as caught:
+            check(args, kwargs)
+        assert len(str(caught.value)) < 400
+    if name not in ("tenant", "stepz"):
+        with pytest.raises(InvalidRequest, match=name):
+            GenerationRequest(**{"prompt": "a", name: number})
+    with pytest.raises(InvalidRequest, match="prompt must be a string"):
+        check_arguments((number,), {})
+
+
+class Broken:
+    def __repr__(self) -> str:
+        raise RuntimeError("no text for you")
+
+
+class TwoLines:
+    def __repr__(self) -> str:
+        return "one\ntwo"
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_any_value_has_a_short_text_on_one_line():
+    assert show(7) == "7"
+    assert show("a fox") == "'a fox'"
+    assert show(10**5000) == show(-(10**5000)) == "an integer of about 5,001 digits"
+    assert "an integer of about 401 digits" in show({"a": [10**400]})
+    assert show(TwoLines()) == "one two"
+    itself: list = []
+    itself.append(itself)
+    for value in (*HUGE, Broken(), [Broken()], "x" * 10**6, b"x" * 10**6, list(range(10**5)), nested(10**5), itself):
+        assert len(show(value)) < 400
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"seed": 2**63 - 1, "num_inference_steps": 1000, "guidance_scale": 1}])

@@ -12,7 +12,8 @@ from celery import Celery
 
 from benchmarks.fixed_policy import BATCHES_HELD, FixedBatches
 from sdtpu_worker import install
-from sdtpu_worker.config import DEFAULT_QUEUE, Config
+from sdtpu_worker.config import Config
+from sdtpu_worker.contract.queues import DEFAULT_QUEUE
 from sdtpu_worker.device_loop.protocols import ServingEngine
 from sdtpu_worker.worker.pool import DevicePool
 from sdtpu_worker.worker.services import DeviceServices

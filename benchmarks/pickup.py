@@ -21,9 +21,9 @@ import redis
 from kombu import Connection, Consumer, Queue
 from kombu.asynchronous import Hub, set_event_loop
 
-from sdtpu_worker.delivery import transport
+from sdtpu_worker.delivery import transport, wake_up
 from sdtpu_worker.delivery.deliveries import Deliveries
-from sdtpu_worker.delivery.scripts import Keys
+from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.testing.processes import private_redis
 
 SEND = """
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--polled", action="store_true", help="as if Redis did not tell of new messages")
     args = parser.parse_args()
     if args.polled:
-        transport.ClaimingChannel._start_tracking = lambda self, connection: None
+        wake_up.WakeUp.track = lambda self, claims: None
     for name in ("stock kombu", "ours"):
         with private_redis() as url:
             with use_ours(url) if name == "ours" else contextlib.nullcontext():

@@ -27,7 +27,7 @@ from benchmarks.simulation import LANE, Arrival, Outcomes, make_arrivals, simula
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.plan import phases_per_tick
 from sdtpu_worker.aggregator.policy import Aggregator
-from sdtpu_worker.contract.request import DEFAULT_PRIORITY
+from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
 
 COSTS = Path(__file__).with_name("costs.json")
 LOADS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)

@@ -20,7 +20,7 @@ from typing import Any
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.jobs import Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Plan
-from sdtpu_worker.contract.request import DEFAULT_PRIORITY
+from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
 from sdtpu_worker.device_loop.protocols import Policy
 from sdtpu_worker.device_loop.ticks_in_flight import MAX_TICKS_IN_FLIGHT, dispatch_lead_s
 

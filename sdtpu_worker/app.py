@@ -10,7 +10,7 @@ import importlib.util
 
 from celery import Celery
 
-from sdtpu_worker.config import DEFAULT_QUEUE
+from sdtpu_worker.contract.queues import DEFAULT_QUEUE
 from sdtpu_worker.plugin import install, set_defaults
 
 app = Celery("sdtpu_worker")

@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdtpu_worker.contract.queues import DEFAULT_QUEUE
 from sdtpu_worker.contract.request import MAX_SIDE, SIDE_MULTIPLE
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.show import show
-
-DEFAULT_QUEUE = "sdtpu"
 
 
 @dataclass(frozen=True)

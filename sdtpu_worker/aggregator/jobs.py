@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sdtpu_worker.aggregator.costs import Cost
-from sdtpu_worker.contract.request import DEFAULT_PRIORITY
+from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
 
 AGEING_S = 30.0
 """Seconds in which a waiting job rises by one priority, so that no job starves."""

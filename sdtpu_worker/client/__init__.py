@@ -1,1 +1,1 @@
-"""Enqueueing a job: validation, admission, errors. Imports nothing of the worker but one lazy line in `task.py`."""
+"""Enqueueing a job: validation, admission, errors. Imports the worker in one place only, lazily, in `task.py`."""

@@ -12,17 +12,13 @@ from celery.canvas import Signature
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
 
-from sdtpu_worker.client.admission import admit
-from sdtpu_worker.client.broker_errors import bounded_wait, unavailable
+from sdtpu_worker.client.admission import check_admission
+from sdtpu_worker.client.backend_wait import bounded_wait
+from sdtpu_worker.client.broker_errors import unavailable
 from sdtpu_worker.config import read_setting
-from sdtpu_worker.contract.queues import tenant_queue
-from sdtpu_worker.contract.request import DEFAULT_PRIORITY, GenerationRequest, check_arguments, draw_seed
+from sdtpu_worker.contract.queues import DEFAULT_PRIORITY, SENT_AT_HEADER, TASK_NAME, tenant_queue
+from sdtpu_worker.contract.request import GenerationRequest, check_arguments, draw_seed
 from sdtpu_worker.errors import SdtpuError
-
-TASK_NAME = "sdtpu.generate"
-SENT_AT_HEADER = "sdtpu_sent_at"
-MAX_TIME = 2**40
-"""Seconds since 1970 that a message may say that it was sent at: anything later is no time."""
 
 
 class GenerateTask(Task):
@@ -67,7 +63,7 @@ class GenerateTask(Task):
         if request is None or self.app.conf.task_always_eager:
             return self._send(args, kwargs, *rest, **options)
         if not options.get("retries"):
-            self._admit(request, rest, options)
+            self._check_admission(request, rest, options)
         with bounded_wait(self.app):
             return self._send(args, kwargs, *rest, **options)
 
@@ -79,10 +75,10 @@ class GenerateTask(Task):
         if options["queue"] == queue and not options.get("retries") and isinstance(tenant, str):
             options["queue"] = tenant_queue(queue, tenant, read_setting("sdtpu_tenant_shards", self.app.conf))
 
-    def _admit(self, request: GenerationRequest, rest: Sequence[Any], options: Mapping[str, Any]) -> None:
+    def _check_admission(self, request: GenerationRequest, rest: Sequence[Any], options: Mapping[str, Any]) -> None:
         queue, priority = options["queue"], options["priority"]
         producer = options.get("producer") or options.get("publisher") or (rest[1] if len(rest) > 1 else None)
-        admit(
+        check_admission(
             self.app,
             request,
             getattr(queue, "name", queue),

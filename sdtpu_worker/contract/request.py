@@ -20,8 +20,6 @@ MAX_GUIDANCE_SCALE = 1000.0
 MAX_TENANT_CHARACTERS = 128
 MAX_SIDE = 4096
 SIDE_MULTIPLE = 8
-DEFAULT_PRIORITY = 6
-"""Of a job whose client names none: in the middle, so that there is room above and below; lower goes first."""
 SAMPLER_NAMES = ("pndm", "ddim", "euler", "dpmsolver++")
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 

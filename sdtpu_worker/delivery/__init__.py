@@ -1,1 +1,1 @@
-"""How a message stays safe between Redis and a job: checked, claimed, leased, acknowledged or given back."""
+"""How a message stays safe between Redis and a job: claimed, checked, leased, acknowledged or requeued."""

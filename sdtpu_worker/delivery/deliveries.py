@@ -1,12 +1,13 @@
-"""The messages that this worker holds: claimed, leased, acknowledged and given back by `sdtpu_worker.delivery.scripts`.
+"""The messages that this worker holds: claimed, leased, acknowledged and requeued by `sdtpu_worker.delivery.scripts`.
 
-A message that is not due yet (`countdown`, `eta`) is nobody's: the first worker that notices it is due puts it at the
-front of its queue. So however many there are, they take no worker's memory and keep no other job from it. (`inspect
-scheduled` does not know them; `ZCARD sdtpu:delayed` does. A revoke holds as it does for any job that waits in a queue:
-it is looked up when a worker takes the job.)
+A message whose job is not due yet (`countdown`, `eta`) is deferred: no worker holds it, and the first worker that finds
+it due puts it at the front of its queue. Deferred messages therefore take no worker's memory and keep no other job from
+a worker, however many there are. (`inspect scheduled` does not list them; `ZCARD sdtpu:delayed` counts them. A worker
+looks at revoked jobs when it takes a message, so a revoke holds for a deferred job as it does for a waiting one.)
 
-What is kept of a job beyond its message, by task id: `sdtpu:starts:…`, the hosts on whose devices it was when they
-died, hung or were lost, and `sdtpu:snap:…`, its state if a worker handed it over. Both go when it is acknowledged.
+Beyond the message, Redis keeps two facts of a job by task id: `sdtpu:starts:…`, the hosts on whose devices the job was
+when they died, hung or were lost, and `sdtpu:snap:…`, its snapshot if a worker handed it over. Acknowledging the
+message removes both.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.delivery import scripts
+from sdtpu_worker.delivery.keys import Keys
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -28,12 +30,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_DEAD_LETTERS = 1000
+"""How many dead letters Redis keeps; older ones are only counted."""
 DEAD_LETTER_BYTES = 4096
+"""How many bytes of a dead-lettered message Redis keeps."""
 JOB_FACTS_EXPIRE_S = 24 * 3600
+"""Seconds that Redis keeps a job's starts and its snapshot."""
 MAX_SNAPSHOT_BYTES = 2**26
-"""Of a job's state, deflated. One of 1024 x 1024 pixels has about 2 MB; without a bound a forged one fills memory."""
+"""Of a snapshot, deflated. One of 1024 x 1024 pixels has about 2 MB; without a bound a forged one fills memory."""
 _MAX_STARTS, _MAX_NAME_BYTES = 10_000, 512
-_SWEEP_LIMIT = 200
+_MAX_MOVES = 200  # messages that one sweep, or one look for due messages, moves
 
 
 @dataclass
@@ -41,9 +46,9 @@ class Delivery:
     """A message that this worker holds.
 
     Attributes:
-        task_id: of its job.
-        running: the pool has it.
-        suspect: its job was on devices that hung or were lost, perhaps by its fault.
+        task_id: the id of its job.
+        running: the pool has taken the job.
+        suspect: the job had a slot when the devices hung or were lost; perhaps it is the cause.
     """
 
     task_id: str = ""
@@ -52,50 +57,55 @@ class Delivery:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How a message stops being ours: the script that says so to Redis, and the keys of its job that it needs."""
-
-    script: str
-    keys: Sequence[str]
-
-
-@dataclass(frozen=True)
 class JobFacts:
-    """What earlier workers left of a job: the hosts that died with it on their devices, and its state."""
+    """What earlier workers left of a job: the hosts that died with it on their devices, and its snapshot."""
 
     died_on: Sequence[str] = ()
     snapshot: bytes | None = None
 
 
-class Deliveries:
-    """What this worker holds, whatever becomes of the connection that it came on. Any thread.
+@dataclass(frozen=True)
+class _Move:
+    """How a message leaves this worker: the script to run, and the keys of the job that it needs."""
 
-    Acknowledging and giving back never fail: what Redis cannot be told now is told by the next `flush`.
+    script: str
+    job_keys: Sequence[str]
+
+
+class Deliveries:
+    """The messages that this worker holds, over all the connections that it ever had. Any thread.
+
+    `acknowledge` and `requeue` never raise: a move that cannot be sent to Redis now is sent by the next `flush`.
 
     Args:
         connect: makes a client of the broker's Redis, with time-outs.
-        keys: where everything is.
-        lease_s: how long a message is ours without renewal.
+        keys: the names of the keys in Redis.
+        lease_s: seconds that a message stays this worker's without renewal.
         host: this worker's name.
+
+    Attributes:
+        on_free: called when a held message has left this worker, so that another one may be taken.
+        dead_letters: messages that this worker dead-lettered.
+        redelivered: messages that this worker's sweeps redelivered.
     """
 
-    def __init__(self, connect: Callable[[], Redis], keys: scripts.Keys, lease_s: float, host: str) -> None:
+    def __init__(self, connect: Callable[[], Redis], keys: Keys, lease_s: float, host: str) -> None:
         self._connect, self.keys, self.lease_s = connect, keys, lease_s
-        self._name = f"{host}\n{uuid.uuid4().hex}"  # a worker that is started again has its host's name, not this one
+        self._name = f"{host}\n{uuid.uuid4().hex}"  # a restarted worker has the same host name, but another id
         self._lock, self._connecting = threading.Lock(), threading.Lock()
         self._client: Redis | None = None
         self._held: dict[str, Delivery] = {}
-        self._untold: dict[str, Ending] = {}  # what Redis could not be told yet, by tag
+        self._unsent_moves: dict[str, _Move] = {}  # by tag
         self.on_free: Callable[[], None] = lambda: None
         self.dead_letters = 0
         self.redelivered = 0
 
     @property
     def client(self) -> Redis:
-        """The client; connects at first use.
+        """The client of the broker's Redis; the first use connects.
 
         Raises:
-            Exception: what the driver raises when Redis is not there.
+            Exception: any error of the driver when Redis cannot be reached.
         """
         with self._connecting:
             if self._client is None:
@@ -113,43 +123,44 @@ class Deliveries:
         return len(self._held)
 
     def hold(self, tag: str, task_id: str) -> None:
-        """Know a message as ours that was just claimed."""
+        """Note that this worker has just claimed a message."""
         with self._lock:
             self._held[tag] = Delivery(task_id)
 
-    def run(self, tag: str) -> None:
-        """Know that the pool has it: a lost connection does not end it."""
+    def mark_running(self, tag: str) -> None:
+        """Note that the pool has taken a message's job: a lost connection does not requeue the message."""
         with self._lock:
             if tag in self._held:
                 self._held[tag].running = True
 
-    def suspect(self, tag: str) -> None:
-        """Know that the devices hung or were lost with this job: it counts as a crash."""
+    def mark_suspect(self, tag: str) -> None:
+        """Note that the devices hung or were lost with this message's job: this start of it counts as a crash."""
         with self._lock:
             if tag in self._held:
                 self._held[tag].suspect = True
 
-    def ack(self, tag: str) -> None:
-        """Forget a message for good, with what is kept of its job."""
-        self._end(tag, self._acked)
+    def acknowledge(self, tag: str) -> None:
+        """Forget a message for good, with all that is kept of its job."""
+        self._end_hold(tag, self._acknowledgement)
+
+    def requeue(self, tag: str) -> None:
+        """Put a message back at the front of its queue, marked as redelivered; its job's snapshot stays.
+
+        The record that the job was on this worker's devices is removed, unless the job is a suspect or the lease has
+        expired.
+        """
+        self._end_hold(tag, self._requeueing)
+
+    def requeue_waiting(self) -> None:
+        """Have the next `flush` requeue the messages whose jobs the pool has not taken: their consumer has ended."""
+        self._requeue_later(lambda delivery: not delivery.running)
+
+    def requeue_all(self) -> None:
+        """Have the next `flush` requeue every message that this worker holds."""
+        self._requeue_later(lambda _: True)
 
     def release(self, tag: str) -> None:
-        """Give a message back to the front of its queue, marked as redelivered; its job's state stays.
-
-        That it was on our devices is forgotten, unless it is a suspect or its lease has ended.
-        """
-        self._end(tag, self._released)
-
-    def release_waiting(self) -> None:
-        """Have the next `flush` give back what the pool does not have: its consumer is gone."""
-        self._release_later(lambda delivery: not delivery.running)
-
-    def release_all(self) -> None:
-        """Have the next `flush` give everything back."""
-        self._release_later(lambda _: True)
-
-    def let_go(self, tag: str) -> None:
-        """Stop renewing a message: another worker gets it when its lease ends."""
+        """Stop renewing a message, if this worker still holds it: it is redelivered when its lease expires."""
         with self._lock:
             delivery = self._held.pop(tag, None)
         if delivery is not None:
@@ -158,7 +169,11 @@ class Deliveries:
             self.on_free()
 
     def renew(self) -> list[str]:
-        """Renew every lease; return the tags that are not ours any more (they stay held until their jobs end).
+        """Renew every lease.
+
+        Returns:
+            The tags of messages whose lease has expired and which were redelivered. They stay held until their jobs
+            end here.
 
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
@@ -167,64 +182,70 @@ class Deliveries:
         if not tags:
             return []
         gone: Any = self._eval(scripts.RENEW, [self.keys.leases], [self.lease_s, *tags])
-        return [tag for raw in gone if (tag := raw.decode()) in self._held]  # others have ended meanwhile
+        return [tag for raw in gone if (tag := raw.decode()) in self._held]  # a job may have ended in the meantime
 
     def flush(self) -> None:
-        """Tell Redis what it could not be told before.
+        """Send Redis the moves that could not be sent before.
 
         Raises:
-            redis.exceptions.RedisError: it cannot be told now either.
+            redis.exceptions.RedisError: they cannot be sent now either; the next `flush` tries again.
         """
-        for tag, ending in list(self._untold.items()):
-            self._tell(tag, ending)
-            self._untold.pop(tag, None)
+        for tag, move in list(self._unsent_moves.items()):
+            self._send(tag, move)
+            self._unsent_moves.pop(tag, None)
 
     def sweep(self) -> int:
-        """Put the messages whose lease has ended back into their queues; return how many.
+        """Redeliver the messages whose lease has expired; return how many.
 
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
         """
-        count: Any = self._eval(scripts.SWEEP, [self.keys.held, self.keys.leases], [_SWEEP_LIMIT])
+        count: Any = self._eval(scripts.SWEEP, [self.keys.held, self.keys.leases], [_MAX_MOVES])
         if count:
             self.redelivered += count
-            logger.warning("%d messages of a worker that does not answer any more are back in their queues", count)
+            logger.warning("%d messages redelivered: their worker has stopped renewing its leases", count)
         return count
 
-    def delay(self, tag: str, due_at: float) -> bool:
-        """Put a message aside until it is due, on Redis' own clock; return whether it is not due yet.
+    def defer(self, tag: str, due_at: float) -> bool:
+        """Keep a message in Redis, held by nobody, until it is due by Redis' clock.
 
         Args:
-            tag: of a message that was just claimed; if True, it is not ours any more.
+            tag: the tag of a message that was just claimed.
             due_at: seconds since 1970.
 
-        Raises:
-            redis.exceptions.RedisError: Redis was not reached; the message comes again when its lease ends.
-        """
-        return bool(self._eval(scripts.DELAY, [self.keys.held, self.keys.leases, self.keys.delayed], [tag, due_at]))
+        Returns:
+            Whether the message was deferred, and so is not this worker's any more; False when it is due already.
 
-    def bring_due(self) -> float | None:
-        """Put the messages that are due at the front of their queues; return the seconds until the next one.
+        Raises:
+            redis.exceptions.RedisError: Redis was not reached; the message is redelivered when its lease expires.
+        """
+        return bool(self._eval(scripts.DEFER, [self.keys.held, self.keys.leases, self.keys.delayed], [tag, due_at]))
+
+    def requeue_due(self) -> float | None:
+        """Put deferred messages that are due at the front of their queues.
+
+        Returns:
+            The seconds until the next deferred message is due; None when there is none.
 
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
         """
-        next_s = self._eval(scripts.BRING_DUE, [self.keys.held, self.keys.delayed], [_SWEEP_LIMIT])
+        next_s = self._eval(scripts.REQUEUE_DUE, [self.keys.held, self.keys.delayed], [_MAX_MOVES])
         return None if next_s is None else float(next_s)
 
-    def bury(self, tag: str, kind: str, queue: str, reason: str, size: int, message: bytes) -> None:
-        """Put a message aside that cannot be run: it is counted, and the last ones are kept.
+    def dead_letter(self, tag: str, kind: str, queue: str, reason: str, size: int, message: bytes) -> None:
+        """Remove a message that cannot be run: count it, and keep it among the last dead letters.
 
         Args:
-            tag: of a message that was just claimed; it is not held any more.
-            kind: what it is counted as.
-            queue: where it was.
+            tag: the tag of a message that was just claimed and is not held yet.
+            kind: the name that it is counted by.
+            queue: the queue that it came from.
             reason: why it cannot be run.
-            size: in bytes.
+            size: its size in bytes.
             message: as much of it as was read.
 
         Raises:
-            redis.exceptions.RedisError: Redis was not reached; the message comes again when its lease ends.
+            redis.exceptions.RedisError: Redis was not reached; the message is redelivered when its lease expires.
         """
         letter = {
             "at": round(time.time(), 3),
@@ -235,15 +256,16 @@ class Deliveries:
             "message": message[:DEAD_LETTER_BYTES].decode(errors="backslashreplace"),
         }
         keys = [self.keys.held, self.keys.leases, self.keys.dead, self.keys.dead_counts]
-        self._eval(scripts.BURY, keys, [tag, kind, json.dumps(letter), MAX_DEAD_LETTERS - 1])
+        self._eval(scripts.DEAD_LETTER, keys, [tag, kind, json.dumps(letter), MAX_DEAD_LETTERS - 1])
         self.dead_letters += 1
 
     def record_starts(self, task_ids: Sequence[str], alone: bool = False) -> None:
-        """Write down that these jobs are on this host's devices now, in case it dies of one.
+        """Record that these jobs are on this worker's devices from now on, in case the worker dies with them.
 
         Args:
             task_ids: the jobs.
-            alone: no other job is: those that were, and have left them for now, are not to blame if it dies.
+            alone: no other job is on the devices. The records of jobs that were on them and have left are removed:
+                these jobs are not the cause if the worker dies now.
 
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
@@ -252,9 +274,9 @@ class Deliveries:
             held = list(self._held.items())
         starts = {tag: self.keys.starts(delivery.task_id) for tag, delivery in held}
         starting = [tag for tag, delivery in held if delivery.task_id in task_ids]
-        others = [tag for tag in starts if alone and tag not in starting]
-        keys = [self.keys.held, *(starts[tag] for tag in (*starting, *others))]
-        self._eval(scripts.RECORD, keys, [self._name, JOB_FACTS_EXPIRE_S, *starting])
+        left = [tag for tag in starts if alone and tag not in starting]
+        keys = [self.keys.held, *(starts[tag] for tag in (*starting, *left))]
+        self._eval(scripts.RECORD_STARTS, keys, [self._name, JOB_FACTS_EXPIRE_S, *starting])
 
     def job_facts(self, task_id: str) -> JobFacts:
         """Return what earlier workers left of a job.
@@ -274,39 +296,43 @@ class Deliveries:
         return JobFacts(hosts, snapshot or None)
 
     def save_snapshot(self, task_id: str, data: bytes) -> None:
-        """Keep a job's state for whoever gets it next.
+        """Keep a job's snapshot for the worker that continues it.
 
         Raises:
-            redis.exceptions.RedisError: Redis did not take it.
+            redis.exceptions.RedisError: Redis was not reached, or refused the snapshot.
         """
         self.client.set(self.keys.snapshot(task_id), data, ex=JOB_FACTS_EXPIRE_S)
 
-    def _release_later(self, wanted: Callable[[Delivery], bool]) -> None:
+    def _requeue_later(self, wanted: Callable[[Delivery], bool]) -> None:
+        """Stop holding the wanted messages; the next `flush` requeues them."""
         with self._lock:
             for tag in [tag for tag, delivery in self._held.items() if wanted(delivery)]:
-                self._untold[tag] = self._released(self._held.pop(tag))
+                self._unsent_moves[tag] = self._requeueing(self._held.pop(tag))
 
-    def _end(self, tag: str, ending_of: Callable[[Delivery], Ending]) -> None:
+    def _end_hold(self, tag: str, move_of: Callable[[Delivery], _Move]) -> None:
+        """Stop holding a message, and move it in Redis now, or with the next `flush` if Redis cannot be reached."""
         with self._lock:
             delivery = self._held.pop(tag, None)
         if delivery is None:
             return
-        ending = ending_of(delivery)
+        move = move_of(delivery)
         try:
-            self._tell(tag, ending)
+            self._send(tag, move)
         except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
-            logger.warning("Redis could not be told the end of task %s yet: %s", delivery.task_id, exc)
-            self._untold[tag] = ending
+            logger.warning("Redis could not be told yet that task %s has ended here; trying again: %s",
+                           delivery.task_id, exc)  # fmt: skip
+            self._unsent_moves[tag] = move
         self.on_free()
 
-    def _acked(self, delivery: Delivery) -> Ending:
-        return Ending(scripts.ACK, (self.keys.starts(delivery.task_id), self.keys.snapshot(delivery.task_id)))
+    def _acknowledgement(self, delivery: Delivery) -> _Move:
+        return _Move(scripts.ACKNOWLEDGE, (self.keys.starts(delivery.task_id), self.keys.snapshot(delivery.task_id)))
 
-    def _released(self, delivery: Delivery) -> Ending:
-        return Ending(scripts.RELEASE, () if delivery.suspect else (self.keys.starts(delivery.task_id),))
+    def _requeueing(self, delivery: Delivery) -> _Move:
+        """Return the move back to the queue; the starts of a suspect's job are left alone."""
+        return _Move(scripts.REQUEUE, () if delivery.suspect else (self.keys.starts(delivery.task_id),))
 
-    def _tell(self, tag: str, ending: Ending) -> None:
-        self._eval(ending.script, [self.keys.held, self.keys.leases, *ending.keys], [tag, self._name])
+    def _send(self, tag: str, move: _Move) -> None:
+        self._eval(move.script, [self.keys.held, self.keys.leases, *move.job_keys], [tag, self._name])
 
     def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         return self.client.eval(script, len(keys), *keys, *args)

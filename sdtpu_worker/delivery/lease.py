@@ -1,9 +1,9 @@
-"""The thread that keeps a worker's messages its own, and gives back those of workers that are gone.
+"""The thread that renews this worker's leases and redelivers the messages of workers that have died.
 
-It renews the leases as long as the devices make progress, tells Redis what it could not be told before, brings jobs
-whose time has come to the front of their queues, and puts messages whose lease has ended back into theirs. It does the
-last only after a whole lease of unbroken contact with Redis: after an outage every worker has had the time to renew
-first, so that nothing runs twice.
+While the devices make progress, it renews the leases of all messages that this worker holds. It also sends Redis the
+moves that could not be sent before, requeues deferred messages that are due, and sweeps: it redelivers messages whose
+lease has expired. It sweeps only after a whole lease of unbroken contact with Redis. After an outage every worker has
+therefore had the time to renew its leases first, and no job runs twice.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ from sdtpu_worker.delivery.deliveries import Deliveries
 
 logger = logging.getLogger(__name__)
 
-_PULSE_S, _SHORTEST_PULSE_S = 1.0, 0.02
+_PULSE_S, _SHORTEST_PULSE_S = 1.0, 0.02  # seconds between two pulses: at most, and at least
 
 
 class Lease:
-    """Renews, flushes and sweeps in a thread of its own until it is stopped.
+    """Renews, flushes, requeues and sweeps in a thread of its own until it is stopped.
 
     Args:
-        deliveries: what the worker holds.
-        is_well: whether the devices make progress; while they do not, nothing is renewed and others take over.
-        on_contact: told whenever Redis answered.
+        deliveries: the messages that this worker holds.
+        devices_make_progress: asked at each pulse; while it says False, no lease is renewed, so that other workers
+            get this worker's messages.
+        on_contact: called whenever Redis has answered.
         clock: monotonic seconds.
     """
 
     def __init__(
         self,
         deliveries: Deliveries,
-        is_well: Callable[[], bool],
+        devices_make_progress: Callable[[], bool],
         on_contact: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._deliveries, self._is_well, self._on_contact, self._clock = deliveries, is_well, on_contact, clock
+        self._deliveries, self._devices_make_progress = deliveries, devices_make_progress
+        self._on_contact, self._clock = on_contact, clock
         self._renew_at = 0.0
         self._contact_since: float | None = None
-        self._was_well = True
+        self._made_progress = True
         self._next_due_s: float | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sdtpu-lease", daemon=True)
 
     @property
     def interval_s(self) -> float:
-        """Seconds between two renewals."""
+        """Seconds between two renewals: a third of the lease."""
         return self._deliveries.lease_s / 3
 
     def start(self) -> None:
@@ -55,29 +57,30 @@ class Lease:
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Stop the thread; the leases end by themselves."""
+        """Stop the thread; leases that are not acknowledged or requeued expire."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
     def pulse(self) -> None:
-        """Do what is due now; an outage of Redis is noted, not raised."""
-        well, now = self._is_well(), self._clock()
-        if well != self._was_well:
-            self._was_well = well
-            _log_progress(well)
+        """Do what is due now. An outage of Redis is logged, not raised."""
+        progress, now = self._devices_make_progress(), self._clock()
+        if progress != self._made_progress:
+            self._made_progress = progress
+            _log_progress(progress)
         try:
             self._deliveries.flush()
-            if well and now >= self._renew_at:
+            if progress and now >= self._renew_at:
                 if gone := self._deliveries.renew():
-                    logger.warning("%d jobs that run here have gone to another worker as well", len(gone))
+                    logger.warning("the leases of %d jobs that run here have expired: other workers run them as well",
+                                   len(gone))  # fmt: skip
                 self._renew_at = now + self.interval_s
                 if self._contact_since is not None and now - self._contact_since >= self._deliveries.lease_s:
                     self._deliveries.sweep()
-            self._next_due_s = self._deliveries.bring_due()
+            self._next_due_s = self._deliveries.requeue_due()
         except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
             if self._contact_since is not None:
-                logger.warning("no contact with Redis, the leases are not renewed: %s", exc)
+                logger.warning("Redis does not answer, so this worker's leases are not renewed: %s", exc)
             self._contact_since, self._renew_at, self._next_due_s = None, 0.0, None
             return
         self._on_contact()
@@ -88,17 +91,18 @@ class Lease:
         while not self._stopping.wait(self._pulse_s()):
             try:
                 self.pulse()
-            except Exception:  # whatever it is, the leases must go on
-                logger.exception("a pulse of the lease failed")
+            except Exception:  # any error: the next pulse must still renew the leases
+                logger.exception("the thread that renews the leases failed once and goes on")
 
     def _pulse_s(self) -> float:
-        """Return the time until the next pulse: sooner when a job is due sooner."""
+        """Return the seconds until the next pulse: fewer when a deferred message is due sooner."""
         until_due_s = _PULSE_S if self._next_due_s is None else max(self._next_due_s, _SHORTEST_PULSE_S)
         return min(_PULSE_S, self.interval_s, until_due_s)
 
 
-def _log_progress(well: bool) -> None:
-    if well:
-        logger.info("the devices make progress again")
+def _log_progress(progress: bool) -> None:
+    if progress:
+        logger.info("the devices make progress again: this worker renews its leases")
     else:
-        logger.critical("the devices make no progress: their jobs' leases are not renewed, other workers take over")
+        logger.critical("the devices make no progress: this worker's leases are not renewed, so that other workers"
+                        " take over its jobs")  # fmt: skip

@@ -1,22 +1,21 @@
-"""kombu's Redis transport, made safe: what a device worker consumes through.
+"""kombu's Redis transport, made safe: a device worker consumes through it.
 
-Stock kombu pops a message and records it as held in two commands (a worker that is killed in between loses it), hands
-whatever it popped to Celery (some shapes end the process), and gives running jobs back when a connection drops (they
-run twice). Here a message is claimed and recorded by one script, checked before Celery sees it, and belongs to the
-process, not to the connection that it came on; see `sdtpu_worker.delivery.deliveries`. A job whose `eta` lies ahead is
-not held at all (stock Celery holds every one of them, and takes one message more for each). What comes over a fanout
-channel (remote control, gossip) and is no message is left out, where it would end a stock worker.
+Stock kombu pops a message and records it as held in two commands, so a worker that is killed in between loses the
+message. It hands whatever it popped to Celery, and some shapes end the process. When a connection drops it requeues the
+messages of running jobs, which then run twice. Here one script claims and records a message; the message is checked
+before Celery sees it; and it belongs to the process, not to the connection that it came on (see `deliveries.py`). A
+message whose `eta` lies ahead is deferred instead of held; stock Celery holds every such message, and takes one more
+for each. On a fanout channel (remote control, gossip) this transport drops what is no message and would end a stock
+worker.
 
-A claim never blocks. When there is nothing, `CLIENT TRACKING` has Redis say on a second connection when one of the
-lists is written to; where Redis refuses that, the lists are looked at every few milliseconds.
+A claim never blocks. When all lists are empty, Redis says on a second connection when one of them is written to (see
+`wake_up.py`); where Redis refuses that, the channel looks at the lists every few milliseconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import socket
-import ssl
 import time
 import uuid
 from collections.abc import Callable, Container, Iterator
@@ -31,38 +30,38 @@ from kombu import Connection
 from kombu import transport as kombu_transports
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
+from sdtpu_worker.contract.queues import waiting_lists
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.envelope import BadEnvelope, check_envelope, find_task_id
 from sdtpu_worker.delivery.scripts import CLAIM, REDELIVERED
+from sdtpu_worker.delivery.wake_up import WAKE_UP, Poller, WakeUp
 from sdtpu_worker.errors import DeliveryLimitExceeded
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.01
-"""Between two looks at empty lists when Redis does not say when they change."""
+"""Seconds between two claims on empty lists where Redis does not say when they are written to."""
 SAFETY_POLL_S = 1.0
-"""Between two looks at empty lists when it does."""
+"""Seconds between two claims on empty lists where Redis does say it."""
 PROMPT_S = 1.0
-"""A job that is due within this time is Celery's, whose timer is exact; a later one waits in Redis."""
+"""A job that is due within these seconds goes to Celery, whose timer is exact; a later one is deferred."""
 _ENDS_BYTES = 4096
-_WAKE = "WAKE"  # a kind of connection, beside kombu's BRPOP (here the claims) and LISTEN
 
 
 @dataclass(frozen=True)
 class Intake:
-    """What the channels of this process work with.
+    """What the channels of a device worker's process work with.
 
     Attributes:
-        deliveries: what the worker holds.
-        known_tasks: names of the tasks that it can run.
-        max_message_bytes: a larger message is put aside unread.
-        max_holders: a message whose holder died this often is put aside: it may be why.
-        on_bad: told of a message with a usable id that cannot be run: the id and the error to store.
-        is_well: whether the worker should take more at all (its devices are neither hung nor lost).
-        on_contact: told whenever Redis answered a claim.
+        deliveries: the messages that the worker holds.
+        known_tasks: names of the tasks that the worker can run.
+        max_message_bytes: a larger message is dead-lettered unread.
+        max_holders: a message whose holders died this often is dead-lettered: it may be why they died.
+        on_bad: called with a message that has a usable id and cannot be run; it stores the error as the job's result.
+        devices_make_progress: says whether the worker should claim messages at all (no device hangs or is lost).
+        on_contact: called whenever Redis answered a claim.
     """
 
     deliveries: Deliveries
@@ -70,12 +69,12 @@ class Intake:
     max_message_bytes: int
     max_holders: int
     on_bad: Callable[[BadEnvelope], None]
-    is_well: Callable[[], bool]
+    devices_make_progress: Callable[[], bool]
     on_contact: Callable[[], None]
 
 
 class QoS(kombu_redis.QoS):
-    """Counts what the worker holds, over all connections that it ever had, against the prefetch limit."""
+    """Compares the messages that the worker holds, whatever connection they came on, with the prefetch limit."""
 
     restore_at_shutdown = False
 
@@ -87,39 +86,30 @@ class QoS(kombu_redis.QoS):
         """Return whether another message may be taken."""
         if not self.prefetch_count:
             return True
-        return len(self._intake.deliveries) < self.prefetch_count and self._intake.is_well()
+        return len(self._intake.deliveries) < self.prefetch_count and self._intake.devices_make_progress()
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Know a delivered message; it was recorded as held when it was claimed."""
+        """Take note of a delivered message; the claim has recorded it as held already."""
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        """Acknowledge, also when the connection that it came on is gone."""
-        self._intake.deliveries.ack(delivery_tag)
+        """Acknowledge a message, also when the connection that it came on is gone."""
+        self._intake.deliveries.acknowledge(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        """Give it back to the front of its queue, or acknowledge it."""
-        (self._intake.deliveries.release if requeue else self._intake.deliveries.ack)(delivery_tag)
+        """Requeue a message, or acknowledge it."""
+        (self._intake.deliveries.requeue if requeue else self._intake.deliveries.acknowledge)(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
-        """The channel closes: give back what no job runs for; what runs goes on."""
+        """Requeue the messages whose jobs do not run yet: the channel closes. Running jobs continue."""
         self._on_collect.cancel()
         if self.prefetch_count:
-            self._intake.deliveries.release_waiting()
+            self._intake.deliveries.requeue_waiting()
 
     def restore_visible(self, *_: Any, **__: Any) -> None:
-        """Nothing: `sdtpu_worker.delivery.lease` sweeps."""
-
-
-class Poller(kombu_redis.MultiChannelPoller):
-    """Watches, beside kombu's connections, those on which Redis tells of new jobs."""
-
-    def on_readable(self, fileno: int) -> Any:
-        """Handle a connection that has something to read."""
-        channel, kind = self._fd_to_chan.get(fileno, (None, ""))
-        return channel.handlers[_WAKE]() if kind == _WAKE else super().on_readable(fileno)
+        """Do nothing: the worker's `Lease` sweeps."""
 
 
 class ClaimingChannel:
@@ -127,39 +117,35 @@ class ClaimingChannel:
 
     QoS = QoS
     intake: Intake
-    _look_at = 0.0  # when to look at the lists again, on the monotonic clock
+    _claim_at = 0.0  # when to claim again, on the monotonic clock
     _claimed_tag = ""
-    _claimed_queues: list[str]  # of the claim on its way, by number of the list
-    _wake: Any = None  # the connection on which Redis tells of writes
-    _wake_id = 0
-    _tracked: Any = None  # the socket of the claims that Redis tells about
+    _claimed_queues: list[str]  # of the claim that waits for its reply, by number of the list
 
     def __init__(self: Any, transport: Any, *args: Any, **kwargs: Any) -> None:
         self.intake = transport.intake  # kept: a closed channel has no transport any more
         super().__init__(transport, *args, **kwargs)  # type: ignore[call-arg]  # kombu's channel is mixed in
-        self.handlers[_WAKE] = self._on_wake
+        self._wake_up = WakeUp(self)
+        self.handlers[WAKE_UP] = self._on_wake_up
 
-    def _on_wake(self: Any) -> None:
-        """A list was written to, or the second connection has ended."""
-        self._look_at = 0.0
-        wake = self._wake
-        if wake._sock is None or not _drain(wake._sock):
-            wake.disconnect()
-            raise RedisConnectionError("the connection on which Redis tells of new jobs was closed")
+    def _on_wake_up(self: Any) -> None:
+        """Claim at once: a list was written to."""
+        self._claim_at = 0.0
+        self._wake_up.read()
 
     def _brpop_start(self: Any, timeout: float | None = None) -> None:
         """Send a claim, if it is time for one."""
         now = time.monotonic()
-        if now < self._look_at:
+        if now < self._claim_at:
             return
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
         connection = self.client.connection
-        if connection._sock is not self._tracked:
-            self._start_tracking(connection)
-        prefix, deliveries = self.global_keyprefix, self.intake.deliveries
-        lists = [(prefix + self._q_for_pri(queue, step), queue) for step in self.priority_steps for queue in queues]
+        if not self._wake_up.tracks(connection):
+            self._wake_up.track(connection)
+        deliveries, prefix = self.intake.deliveries, self.global_keyprefix
+        by_queue = [[(name, queue) for name in waiting_lists(self, queue, prefix)] for queue in queues]
+        lists = [one for band in zip(*by_queue, strict=True) for one in band]
         self._claimed_tag, self._claimed_queues = str(uuid.uuid4()), [queue for _, queue in lists]
         names = [deliveries.keys.held, deliveries.keys.leases, *(name for name, _ in lists)]
         self._in_poll, self._brpop_sent_at = connection, now
@@ -172,7 +158,7 @@ class ClaimingChannel:
         """Read what a claim brought and deliver it.
 
         Raises:
-            Empty: there was nothing.
+            Empty: all lists were empty.
         """
         try:
             reply = self.client.parse_response(self.client.connection, "EVAL", **options)
@@ -184,9 +170,9 @@ class ClaimingChannel:
             self._flush_brpop_reauth()
         self.intake.on_contact()
         if not reply:
-            is_told = self.client.connection._sock is self._tracked
-            self._look_at = time.monotonic() + (SAFETY_POLL_S if is_told else POLL_S)
-            if not is_told:
+            is_woken = self._wake_up.tracks(self.client.connection)
+            self._claim_at = time.monotonic() + (SAFETY_POLL_S if is_woken else POLL_S)
+            if not is_woken:
                 self.connection.wake_up_in(POLL_S)
             raise Empty
         queue = self._claimed_queues[int(reply[0])]
@@ -194,15 +180,15 @@ class ClaimingChannel:
         try:
             self._take(queue, reply[1:])
         except ResponseError as exc:  # no permission, a key of another type
-            logger.error("Redis refused to move a message, which comes again when its lease ends: %s", exc)
+            logger.error("Redis refused to move a message, which is redelivered when its lease expires: %s", exc)
         return True
 
     def _take(self: Any, queue: str, content: list[Any]) -> None:
-        """Check a claimed message and hand it to Celery, or put it aside.
+        """Check a claimed message and hand it to Celery, or defer it, or dead-letter it.
 
         Args:
             queue: where the message was.
-            content: the message; or its size, its beginning and its end.
+            content: the message; of one that is too large its size, its beginning and its end.
         """
         tag, intake = self._claimed_tag, self.intake
         limit = intake.max_message_bytes
@@ -216,60 +202,37 @@ class ClaimingChannel:
                 reason = f"{died} workers died while they held this message; sdtpu_max_deliveries allows fewer"
                 raise BadEnvelope(reason, message["headers"], DeliveryLimitExceeded(reason))
         except BadEnvelope as exc:
-            logger.warning("a message of %d bytes in the queue %s was put aside: %s", size, queue, exc.reason)
+            logger.warning("a message of %d bytes in the queue %s was dead-lettered: %s", size, queue, exc.reason)
             if exc.task_id is not None:
                 intake.on_bad(exc)
-            intake.deliveries.bury(tag, type(exc.error).__name__, queue, exc.reason, size, raw)
+            intake.deliveries.dead_letter(tag, type(exc.error).__name__, queue, exc.reason, size, raw)
             return
         properties, headers = message["properties"], message["headers"]
         due_at = _due_at(headers)
-        if due_at - time.time() > PROMPT_S and intake.deliveries.delay(tag, due_at):
+        if due_at - time.time() > PROMPT_S and intake.deliveries.defer(tag, due_at):
             return
         properties["delivery_tag"] = tag
         if raw.startswith(REDELIVERED):
             headers["redelivered"] = properties["delivery_info"]["redelivered"] = True
         intake.deliveries.hold(tag, headers.get("id") or properties.get("correlation_id") or "")
         if self._closing or queue not in self.connection._callbacks:
-            intake.deliveries.release(tag)
+            intake.deliveries.requeue(tag)
         else:
             self.connection._deliver(message, queue)
 
     def _receive_one(self: Any, client: Any) -> bool:
-        """Deliver what came over a fanout channel, if it is a message that its consumer can live with."""
+        """Deliver what came over a fanout channel, unless its consumer raises for it."""
         try:
-            return bool(super()._receive_one(client))  # type: ignore[misc]
+            return bool(super()._receive_one(client))  # type: ignore[misc]  # kombu's channel is mixed in
         except (Empty, OSError, RedisError):
             raise
-        except Exception as exc:  # whatever a consumer raises: it would end the worker, or cost it the connection
+        except Exception as exc:  # of any consumer: it would end the worker, or cost it the connection
             logger.warning("a message of a fanout channel cannot be handled: %r", exc)
             return False
 
-    def _start_tracking(self: Any, connection: Any) -> None:
-        """Have Redis tell on a second connection when a list that a claim looked at is written to."""
-        self._tracked = None
-        try:
-            if self._wake is None or self._wake._sock is None:
-                self._wake = self.client.connection_pool.get_connection()
-                self._wake.connect()
-                self._wake_id = _ask(self._wake, "CLIENT", "ID")
-                if str(self._wake.get_protocol()) != "3":
-                    _ask(self._wake, "SUBSCRIBE", "__redis__:invalidate")
-                self._wake._sock.setblocking(False)
-                self._watch_wake()
-            _ask(connection, "CLIENT", "TRACKING", "ON", "REDIRECT", self._wake_id)
-            self._tracked = connection._sock
-        except ResponseError as exc:
-            logger.info("Redis does not tell of new jobs (%s): looking every %.0f ms", exc, 1000 * POLL_S)
-
-    def _watch_wake(self: Any) -> None:
-        poller, sock = self.connection.cycle, self._wake._sock
-        poller._fd_to_chan[sock.fileno()] = (self, _WAKE)
-        poller._chan_to_sock[self, _Client(self._wake), _WAKE] = sock
-        poller.poller.register(sock, poller.eventflags)
-
 
 class EagerConnection(Connection):
-    """A connection that is tried again often: kombu's own pauses grow to 30 s, and a worker waits through them."""
+    """A connection that is tried again at least every three seconds; kombu's own pauses grow to 30 s."""
 
     def ensure_connection(
         self,
@@ -280,15 +243,8 @@ class EagerConnection(Connection):
         interval_max: float = 3.0,
         **options: Any,
     ) -> Connection:
-        """Connect, with pauses of at most three seconds unless the caller wants others."""
+        """Connect, with pauses of at most three seconds between the tries unless the caller asks for others."""
         return super().ensure_connection(errback, max_retries, interval_start, interval_step, interval_max, **options)
-
-
-class _Client:
-    """What kombu's poller knows a socket by: something with a connection."""
-
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
 
 
 class Channel(ClaimingChannel, kombu_redis.Channel):
@@ -300,7 +256,7 @@ class SentinelChannel(ClaimingChannel, kombu_redis.SentinelChannel):
 
 
 class TransportMixin:
-    """Uses our poller; `installed` makes a class of it that knows its process's `intake`."""
+    """A transport with our poller; `installed` derives the class that has the `intake` of its process."""
 
     intake: Intake
     _loop: Any = None
@@ -311,11 +267,11 @@ class TransportMixin:
 
     def register_with_event_loop(self: Any, connection: Any, loop: Any) -> None:
         """Join Celery's event loop."""
-        super().register_with_event_loop(connection, loop)  # type: ignore[misc]
+        super().register_with_event_loop(connection, loop)  # type: ignore[misc]  # kombu's is mixed in
         self._loop = loop
 
     def wake_up_in(self, seconds: float) -> None:
-        """Have the event loop look again after this time, whatever happens."""
+        """Have the event loop turn after this time, whatever happens."""
         if self._loop is not None:
             self._loop.call_later(seconds, noop)
 
@@ -334,10 +290,10 @@ class SentinelTransport(TransportMixin, kombu_redis.SentinelTransport):
 
 @contextlib.contextmanager
 def installed(intake: Intake) -> Iterator[None]:
-    """Make every connection that kombu opens to Redis meanwhile one of ours.
+    """Have every Redis connection that kombu opens inside this context use our transport.
 
-    kombu finds a transport by the scheme of a URL, in a registry of the process; it forgets a class that is given in
-    any other way when it fails over. So the registry is changed, and changed back.
+    kombu finds a transport by the scheme of a URL in a registry of the process, and falls back to that registry when
+    it fails over, whatever class it was given first. So the registry is changed, and changed back.
     """
     ours: dict[str, type] = {"redis": Transport, "rediss": Transport, "sentinel": SentinelTransport}
     before = {alias: kombu_transports.TRANSPORT_ALIASES[alias] for alias in ours}
@@ -358,24 +314,7 @@ def _just(transport: type) -> type:
 
 
 def _due_at(headers: dict[str, Any]) -> float:
-    """Return when a job is due, seconds since 1970; 0.0 for at once, and where Celery is to find out (protocol 1)."""
+    """Return when a job is due, seconds since 1970; 0.0 for at once, and where Celery has to find out (protocol 1)."""
     eta = headers.get("eta")
     due_at = maybe_iso8601(eta) if eta is not None else None
     return due_at.timestamp() if due_at is not None and due_at.tzinfo is not None else 0.0
-
-
-def _ask(connection: Any, *command: Any) -> Any:
-    connection.send_command(*command)
-    return connection.read_response()
-
-
-def _drain(sock: socket.socket) -> bool:
-    """Read away what is there, whatever it says; False when the other side has closed."""
-    try:
-        while data := sock.recv(65_536):
-            del data
-    except (BlockingIOError, ssl.SSLWantReadError):
-        return True
-    except OSError:
-        return False
-    return False

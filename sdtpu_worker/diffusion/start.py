@@ -16,7 +16,7 @@ from sdtpu_worker.diffusion.calibration import calibrate
 from sdtpu_worker.diffusion.checkpoint import Checkpoint, load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import find_devices
-from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, memory_file
+from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, saved_choice_file
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def start_engine(config: Config) -> Engine:
         if isinstance(config.slots_per_device, int):
             engine = make(config.slots_per_device)
         else:
-            saved_choice = memory_file(cache.path, checkpoint, devices[0], config.resolutions)
+            saved_choice = saved_choice_file(cache.path, checkpoint, devices[0], config.resolutions)
             engine = choose_slots_per_device(make, saved_choice)
     info = engine.info
     logger.info(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sdtpu_worker.errors import StorageError
-from sdtpu_worker.operations.prompt_guard import sanitize_url
+from sdtpu_worker.redaction import sanitize_url
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from sdtpu_worker.contract.request import IMAGE_FORMATS
 from sdtpu_worker.contract.result import GenerationResult
 from sdtpu_worker.errors import ConfigurationError, StorageError
 from sdtpu_worker.images.retry import PUT_BUDGET_S, never, store_patiently
-from sdtpu_worker.operations.prompt_guard import sanitize_url
+from sdtpu_worker.redaction import sanitize_url
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -15,16 +15,12 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from sdtpu_worker.redaction import sanitize_url
+
 if TYPE_CHECKING:
     from celery import Celery
 
 NOT_LOGGED = "[not logged: sdtpu_log_prompts is off]"
-
-_USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<userinfo>[^\s;]*)@")
-_SECRET_OPTION = re.compile(
-    r"(?P<name>[?&;][^=&;\s]*(?:passw|pwd|secret|token|key|sig|credential)[^=&;\s]*=)[^&;\s'\"]+", re.IGNORECASE
-)
-_MASK = "**"
 
 _LIBRARIES = ("celery", "kombu", "py")  # py.warnings: Celery also warns with the text of an exception
 _INTAKE = "sdtpu_worker.delivery.transport"  # says why a message was put aside, and what was got instead
@@ -38,20 +34,6 @@ _IMAGE_OF_RESULT = re.compile(r"\{'task_id': '[^']*', 'image': \{'uri': '([^'\s]
 # Whose exceptions have texts of their own making, which cannot quote a prompt.
 _TRUSTED_PACKAGES = ("sdtpu_worker", "redis", "jax", "jaxlib", "billiard")
 _TRUSTED_OF_CELERY = ("NotRegistered", "ImproperlyConfigured", "OperationalError", "ContentDisallowed")
-
-
-def sanitize_url(text: str) -> str:
-    """Return a text without the passwords of the URLs in it, one or several, also joined by `;`.
-
-    Whatever stands before the last `@` of a URL counts as its credentials; of these only a user's name stays. An
-    option of a URL whose name sounds like a secret loses its value.
-    """
-
-    def mask(match: re.Match[str]) -> str:
-        user, colon, _ = match["userinfo"].partition(":")
-        return f"{match['scheme']}{user + colon if colon else ''}{_MASK}@"
-
-    return _SECRET_OPTION.sub(rf"\g<name>{_MASK}", _USERINFO.sub(mask, text))
 
 
 def install_prompt_guard(app: Celery) -> None:

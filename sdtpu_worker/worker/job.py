@@ -23,7 +23,8 @@ from celery.worker import state
 from redis.exceptions import RedisError
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
-from sdtpu_worker.contract.request import DEFAULT_PRIORITY, GenerationRequest
+from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
+from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery.deliveries import Deliveries, JobFacts
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
 from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
@@ -137,14 +138,14 @@ class DeviceJob:
             task.backend.on_chord_part_return(task.request, meta["status"], meta["result"])
         raise Ignore
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Make sure that the message of a job that has ended is not held for ever.
 
         The message is acknowledged or requeued by now, unless that failed: then it is redelivered when its lease
         expires.
         """
         if self._deliveries is not None:
-            self._deliveries.let_go(self.request.message.delivery_tag)
+            self._deliveries.release(self.request.message.delivery_tag)
 
     def begin(self, task: Task) -> None:
         """Store the state STARTED, unless the job was terminated; what Celery does for `track_started`."""
@@ -182,7 +183,7 @@ class DeviceJob:
                 raise self._leave_to_the_announcement() from None
             self._save(getattr(exc, "snapshot", None))
             if getattr(exc, "suspect", False) and self._deliveries is not None:
-                self._deliveries.suspect(self.request.message.delivery_tag)
+                self._deliveries.mark_suspect(self.request.message.delivery_tag)
             logger.info("task %s is handed over: its message is requeued and another worker continues it", self.task_id)
             raise self._requeue() from None
         except (JobCancelled, JobOverdue) as exc:

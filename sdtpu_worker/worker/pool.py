@@ -136,7 +136,7 @@ class DevicePool(TaskPool):
             return super().on_apply(target, args, kwargs, callback, accept_callback)
         deliveries = services.deliveries
         if deliveries is not None:
-            deliveries.run(request.message.delivery_tag)
+            deliveries.mark_running(request.message.delivery_tag)
             answer_directly(request)
         job = DeviceJob(
             request,
@@ -254,7 +254,7 @@ class DevicePool(TaskPool):
             logger.exception("task %s could not be brought to an end", job.task_id)
         finally:
             self._jobs.pop(thread, None)
-            job.let_go()
+            job.release()
 
     def _get_info(self) -> dict[str, Any]:
         info = dict(super()._get_info())

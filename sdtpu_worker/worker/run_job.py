@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdtpu_worker.client.task import MAX_TIME, SENT_AT_HEADER
+from sdtpu_worker.contract.queues import MAX_SENT_AT, SENT_AT_HEADER
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.errors import EngineUnavailable
 from sdtpu_worker.worker.celery_request import JOB
@@ -59,5 +59,5 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
 def sent_at_of(headers: Mapping[str, Any]) -> float | None:
     """Return when the client sent a message, in `time.time()`; None if the message says no time."""
     sent_at = headers.get(SENT_AT_HEADER)
-    is_time = isinstance(sent_at, int | float) and not isinstance(sent_at, bool) and 0 <= sent_at <= MAX_TIME
+    is_time = isinstance(sent_at, int | float) and not isinstance(sent_at, bool) and 0 <= sent_at <= MAX_SENT_AT
     return sent_at if is_time else None

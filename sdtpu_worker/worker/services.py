@@ -31,8 +31,8 @@ from sdtpu_worker.contract.load_report import publish_load, withdraw_load
 from sdtpu_worker.delivery import transport
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.envelope import BadEnvelope
+from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
-from sdtpu_worker.delivery.scripts import Keys
 from sdtpu_worker.device_loop.protocols import ServingEngine
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
@@ -192,7 +192,7 @@ class DeviceServices:
                     max_message_bytes=config.max_message_bytes,
                     max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
                     on_bad=self._store_error,
-                    is_well=self.devices_make_progress,
+                    devices_make_progress=self.devices_make_progress,
                     on_contact=self.health.contact,
                 )
             )
@@ -212,7 +212,7 @@ class DeviceServices:
         assert self.deliveries is not None
         if self._lease is not None:
             self._lease.stop()
-        self.deliveries.release_all()
+        self.deliveries.requeue_all()
         try:
             self.deliveries.flush()
             prefix = self.deliveries.keys.prefix

@@ -13,7 +13,7 @@ from typing import Any
 
 from kombu.transport.redis import Channel
 
-from sdtpu_worker.client.broker_errors import plain_client
+from sdtpu_worker.contract.queues import plain_client, waiting_lists
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,15 @@ class UrgentPrefetch:
         channel = self._consumer.task_consumer.channel
         if lowest is None or not isinstance(channel, Channel) or channel.qos.can_consume():
             return
-        steps = [step for step in channel.priority_steps if step < channel.priority(lowest)]
-        if not steps:
+        urgent_bands = sum(band < channel.priority(lowest) for band in channel.priority_steps)
+        if not urgent_bands:
             return
         with channel.conn_or_acquire() as client:
             redis, prefix = plain_client(client)
             lengths = redis.pipeline(transaction=False)
             for queue in channel.active_queues:  # all that the worker consumes, those of tenants too
-                for step in steps:
-                    lengths.llen(prefix + channel._q_for_pri(queue, step))
+                for name in waiting_lists(channel, queue, prefix)[:urgent_bands]:
+                    lengths.llen(name)
             waiting = sum(lengths.execute())
         with self._lock:
             count = min(waiting, self._pool.services.serving.engine.info.num_slots) - self._lent

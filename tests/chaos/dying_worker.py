@@ -94,10 +94,12 @@ class DyingDevicePool(FakeDevicePool):
         return DyingStore(FakeDevicePool.make_store(app, url))
 
 
-def _ack(self: Deliveries, tag: str, ack: Callable[[Deliveries, str], None] = Deliveries.ack) -> None:
+def _acknowledge(
+    self: Deliveries, tag: str, acknowledge: Callable[[Deliveries, str], None] = Deliveries.acknowledge
+) -> None:
     if (delivery := self._held.get(tag)) is not None:
         die(delivery.task_id, "done")
-    ack(self, tag)
+    acknowledge(self, tag)
 
 
 def _mark_as_done(
@@ -115,7 +117,7 @@ def _on_chord_part_return(
 
 
 fake_worker.PictureEngine = DyingEngine  # type: ignore[misc]
-Deliveries.ack = _ack  # type: ignore[method-assign]
+Deliveries.acknowledge = _acknowledge  # type: ignore[method-assign]
 RedisBackend.mark_as_done = _mark_as_done
 RedisBackend.on_chord_part_return = _on_chord_part_return
 app.conf.worker_pool = "tests.chaos.dying_worker:DyingDevicePool"

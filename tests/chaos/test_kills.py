@@ -65,7 +65,7 @@ def test_killed_workers_lose_no_job_and_no_result_is_seen_twice(long, tmp_path):
         assert not witness.changed()
         assert not witness.different_images()
         assert client.hgetall("sdtpu:dead:counts") == {}
-        back = sum(worker.text().count("back in their queues") for worker in fleet.workers)
+        back = sum(worker.text().count("messages redelivered: ") for worker in fleet.workers)
         again = sum(worker.text().count("done already") for worker in fleet.workers)
         assert back >= 1
     print(

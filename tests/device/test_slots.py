@@ -10,7 +10,7 @@ import pytest
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.diffusion.engine import Engine
-from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, memory_file
+from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, saved_choice_file
 from sdtpu_worker.diffusion.start import make_warm_engine
 
 
@@ -72,7 +72,7 @@ def test_a_choice_that_cannot_be_read_is_measured_anew_and_kept_again(tmp_path, 
     memory = tmp_path / "slots.json"
     memory.write_bytes(kept.encode("latin-1"))
     assert choose_slots_per_device(Bench({1: 20, 2: 24, 4: 34, 8: 60}), memory).slots_per_device == 8
-    assert caplog.text.count("is measured anew, since it cannot be read") == 1
+    assert caplog.text.count("cannot be read, so it is measured again") == 1
     assert json.loads(memory.read_text())["slots_per_device"] == 8
     assert [path.name for path in tmp_path.iterdir()] == ["slots.json"]
     memory.write_text(KEPT)
@@ -128,7 +128,7 @@ def test_real_engines_are_measured_and_the_choice_is_found_again(random_checkpoi
         made.append(slots)
         return make_warm_engine(checkpoint, pytest.devices[:2], slots, None, pytest.compile_cache)
 
-    memory = memory_file(tmp_path, checkpoint, pytest.devices[0], None)
+    memory = saved_choice_file(tmp_path, checkpoint, pytest.devices[0], None)
     first = choose_slots_per_device(make, memory)
     assert first.info.slots_per_device in made
     made.clear()

@@ -202,7 +202,7 @@ def test_a_report_that_is_too_large_or_lives_too_long_is_left_out(caplog):
 
 def test_messages_ahead_are_the_more_urgent_ones_and_a_turn_of_every_queue_per_place():
     alone = {"q": [1, 2, 30, 40]}
-    assert [messages_ahead(alone, "q", step) for step in range(4)] == [1, 3, 33, 73]
+    assert [messages_ahead(alone, "q", band) for band in range(4)] == [1, 3, 33, 73]
     shared = {"q": [0, 0, 0, 0], "q.t0": [2, 0, 10_000, 9], "q.t1": [0, 0, 5, 9]}
     assert messages_ahead(shared, "q.t1", 2) == 2 + 5 + 5
     assert messages_ahead(shared, "q", 2) == 2
@@ -428,7 +428,7 @@ def test_a_user_who_may_not_read_the_load_enqueues_without_it(redis, redis_url, 
     app.conf.sdtpu_max_queue = 1
     for _ in range(2):
         app.tasks["sdtpu.generate"].delay("a")
-    assert "enqueuing without a look at the load" in caplog.text
+    assert "the job is enqueued without a check" in caplog.text
     assert "pw" not in caplog.text
     app.close()
     redis.acl_deluser("plain")

@@ -13,7 +13,8 @@ from celery import Celery
 from redis import Redis
 
 from sdtpu_worker import BrokerUnavailable, install
-from sdtpu_worker.client.broker_errors import PATIENCE_S, bounded_wait, without_password
+from sdtpu_worker.client.backend_wait import PATIENCE_S, bounded_wait
+from sdtpu_worker.redaction import without_password
 from sdtpu_worker.testing.processes import find_redis_server, free_port, private_redis, running
 
 
@@ -195,8 +196,8 @@ def test_other_states_of_redis_are_named(reply, says):
         ("redis://:p;pw@h/0", "redis://:**@h/0"),
         ("redis://:pw@[::1]:6379/0", "redis://:**@[::1]:6379/0"),
         ("redis+socket://:pw@/run/redis.sock?virtual_host=1", "redis+socket://:**@/run/redis.sock"),
-        ("redis://:p/pw@h:1/0", "redis://**"),
-        ("redis://:p?pw@h:1/0", "redis://**"),
+        ("redis://:p/pw@h:1/0", "redis://:**@h:1/0"),
+        ("redis://:p?pw@h:1/0", "redis://:**@h:1/0"),
         ("redis://:pw", "redis://**"),
         ("pw", "**"),
     ],

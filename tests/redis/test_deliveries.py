@@ -10,8 +10,9 @@ import pytest
 import redis
 
 from sdtpu_worker.delivery.deliveries import MAX_DEAD_LETTERS, Deliveries, JobFacts
+from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
-from sdtpu_worker.delivery.scripts import CLAIM, Keys
+from sdtpu_worker.delivery.scripts import CLAIM
 from sdtpu_worker.testing.processes import private_redis
 
 
@@ -80,7 +81,7 @@ def test_a_message_that_is_too_large_is_claimed_but_not_read_whole(client, make)
     client.lpush("q", b"a" * 500 + b"b" * 501)
     assert claim(ours, "1", "q") == [0, 1001, b"a" * 10, b"b" * 10]
     assert places(client, ours, "q") == ([], 1, 1)
-    ours.release("1")
+    ours.requeue("1")
     assert client.lrange("q", 0, -1) == [b" " + b"a" * 500 + b"b" * 501]
 
 
@@ -90,25 +91,25 @@ def test_an_acknowledged_message_is_nowhere_and_its_jobs_facts_are_gone(client, 
     claim(ours, "1", "q")
     ours.record_starts(["task-1"])
     ours.save_snapshot("task-1", b"state")
-    ours.ack("1")
+    ours.acknowledge("1")
     assert places(client, ours, "q") == ([], 0, 0)
     assert client.keys("sdtpu:*") == []
-    ours.ack("1")
-    ours.release("1")
+    ours.acknowledge("1")
+    ours.requeue("1")
     assert places(client, ours, "q") == ([], 0, 0), "what is not held any more is left alone"
 
 
-def test_a_released_message_goes_to_the_front_and_bears_one_mark_however_often(client, make):
+def test_a_requeued_message_is_at_the_front_and_bears_one_mark_however_often(client, make):
     ours = make()
     client.lpush("q", b"first\nline", b"second")
     for tag in "123":
         assert claim(ours, tag, "q")[1].strip() == b"first\nline"
-        ours.release(tag)
+        ours.requeue(tag)
     assert client.lrange("q", 0, -1) == [b"second", b" first\nline"]
 
 
 @pytest.mark.parametrize("starts", [0, 1])
-def test_a_released_job_keeps_its_state_and_its_earlier_crashes_but_does_not_count_ours(client, make, starts):
+def test_a_requeued_job_keeps_its_state_and_its_earlier_crashes_but_does_not_count_ours(client, make, starts):
     for host in ("other", "host"):  # which died, and was started again under its name
         dead = make(host=host)
         take(client, dead, f"of {host}", "task-1")
@@ -119,28 +120,28 @@ def test_a_released_job_keeps_its_state_and_its_earlier_crashes_but_does_not_cou
     for _ in range(starts):
         ours.record_starts(["task-1"])
     ours.save_snapshot("task-1", b"state")
-    ours.release("1")
+    ours.requeue("1")
     facts = ours.job_facts("task-1")
     assert (facts.died_on, facts.snapshot) == (["other", "host"], b"state")
 
 
-def test_a_released_suspect_keeps_its_count_of_crashes_also_when_redis_is_told_later(client, make, monkeypatch):
+def test_a_requeued_suspect_keeps_its_count_of_crashes_also_when_redis_is_told_later(client, make, monkeypatch):
     ours = make()
     client.lpush("q", b"{}", b"{}")
     for tag in ("1", "2"):
         claim(ours, tag, "q")
         ours.record_starts([f"task-{tag}"])
-        ours.suspect(tag)
-    ours.release("1")
+        ours.mark_suspect(tag)
+    ours.requeue("1")
     with monkeypatch.context() as patch:
         patch.setattr(ours, "_eval", lambda *_: 1 / 0)
-        ours.release("2")
+        ours.requeue("2")
     ours.flush()
     assert places(client, ours, "q") == ([b" {}", b" {}"], 0, 0)
     assert [ours.job_facts(f"task-{tag}").died_on for tag in "12"] == [["host"], ["host"]]
 
 
-def test_giving_back_what_has_gone_to_another_worker_keeps_that_ones_count_of_crashes(client, make):
+def test_requeueing_a_message_that_another_worker_holds_keeps_that_workers_count_of_crashes(client, make):
     hung, alive = make(lease_s=0.2, host="hung"), make(host="alive")
     client.lpush("q", b"{}")
     claim(hung, "1", "q")
@@ -150,7 +151,7 @@ def test_giving_back_what_has_gone_to_another_worker_keeps_that_ones_count_of_cr
     assert claim(alive, "2", "q")
     alive.hold("2", "task-1")
     alive.record_starts(["task-1"])
-    hung.release("1")
+    hung.requeue("1")
     hung.record_starts(["task-1"])
     assert alive.job_facts("task-1").died_on == ["hung", "alive"]
     assert places(client, alive, "q") == ([], 1, 1)
@@ -212,12 +213,12 @@ def test_a_start_that_is_written_down_after_the_job_has_ended_leaves_nothing(cli
     ours = make()
     client.lpush("q", b"{}")
     claim(ours, "1", "q")
-    ours.ack("1")
+    ours.acknowledge("1")
     ours.record_starts(["task-1"])
     assert client.keys("*") == []
 
 
-def test_only_a_lease_that_ended_is_swept_and_its_crash_count_stays(client, make):
+def test_only_a_message_whose_lease_has_expired_is_swept_and_its_crash_count_stays(client, make):
     dead, alive = make(lease_s=0.2, host="dead"), make(lease_s=30)
     client.lpush("q", b"lost", b"kept")
     claim(dead, "1", "q")
@@ -229,7 +230,7 @@ def test_only_a_lease_that_ended_is_swept_and_its_crash_count_stays(client, make
     assert places(client, alive, "q") == ([b" lost"], 1, 1)
     assert alive.job_facts("task-1").died_on == ["dead"]
     assert dead.renew() == ["1"], "it hears that the message is not its own any more"
-    dead.ack("1")
+    dead.acknowledge("1")
     assert places(client, alive, "q") == ([b" lost"], 1, 1), "and cannot take it away from the next"
 
 
@@ -243,7 +244,7 @@ def test_renewing_makes_a_short_lease_last(client, make):
         assert other.sweep() == 0
 
 
-def test_a_job_that_ends_while_its_lease_is_renewed_has_not_gone_to_another_worker(client, make, monkeypatch):
+def test_a_job_that_ends_while_its_lease_is_renewed_is_not_said_to_be_redelivered(client, make, monkeypatch):
     ours = make()
     client.lpush("q", b"{}")
     claim(ours, "1", "q")
@@ -251,14 +252,14 @@ def test_a_job_that_ends_while_its_lease_is_renewed_has_not_gone_to_another_work
 
     def end_first(*args):
         monkeypatch.undo()
-        ours.ack("1")
+        ours.acknowledge("1")
         return evaluate(*args)
 
     monkeypatch.setattr(ours, "_eval", end_first)
     assert ours.renew() == []
 
 
-def test_what_redis_cannot_be_told_is_told_later(client, make, monkeypatch):
+def test_a_move_that_cannot_be_sent_to_redis_is_sent_by_the_next_flush(client, make, monkeypatch):
     ours = make()
     client.lpush("q", b"done", b"back")
     claim(ours, "1", "q")
@@ -267,8 +268,8 @@ def test_what_redis_cannot_be_told_is_told_later(client, make, monkeypatch):
     freed = []
     ours.on_free = lambda: freed.append(True)
     ours._client = away
-    ours.ack("1")
-    ours.release("2")
+    ours.acknowledge("1")
+    ours.requeue("2")
     assert (len(ours), len(freed)) == (0, 2)
     with pytest.raises(redis.exceptions.ConnectionError):
         ours.flush()
@@ -278,17 +279,17 @@ def test_what_redis_cannot_be_told_is_told_later(client, make, monkeypatch):
     assert places(client, ours, "q") == ([b" back"], 0, 0)
 
 
-def test_waiting_messages_go_back_when_a_connection_ends_and_running_ones_stay(client, make):
+def test_waiting_messages_are_requeued_when_a_connection_ends_and_running_ones_stay(client, make):
     ours = make()
     client.lpush("q", b"waits", b"runs")
     claim(ours, "1", "q")
     claim(ours, "2", "q")
-    ours.run("2")
-    ours.release_waiting()
+    ours.mark_running("2")
+    ours.requeue_waiting()
     assert places(client, ours, "q") == ([], 2, 2), "Redis may be away: it is not asked now"
     ours.flush()
     assert places(client, ours, "q") == ([b" waits"], 1, 1)
-    ours.release_all()
+    ours.requeue_all()
     ours.flush()
     assert client.llen("q") == 2
     assert len(ours) == 0
@@ -302,34 +303,34 @@ def test_a_message_bears_a_mark_for_every_holder_that_died(client, make):
         time.sleep(0.1)
         alive.sweep()
     claim(alive, "4", "q")
-    alive.release("4")
+    alive.requeue("4")
     assert client.lrange("q", 0, -1) == [b"   {}"]
 
 
-def test_a_job_that_could_not_be_ended_comes_again_when_its_lease_ends(client, make):
+def test_a_released_message_is_redelivered_when_its_lease_expires(client, make):
     ours = make(lease_s=0.2)
     client.lpush("q", b"stuck")
     claim(ours, "1", "q")
-    ours.let_go("1")
+    ours.release("1")
     assert (len(ours), ours.renew()) == (0, [])
     time.sleep(0.25)
     assert make().sweep() == 1
     assert client.lrange("q", 0, -1) == [b" stuck"]
 
 
-def test_buried_messages_are_counted_by_kind_and_the_last_ones_kept(client, make):
+def test_dead_letters_are_counted_by_kind_and_the_last_ones_kept(client, make):
     ours = make()
     for i in range(5):
         client.lpush("q", b"\xff bad %d" % i)
         _, message = claim(ours, str(i), "q")
-        ours.bury(str(i), "InvalidMessage", "q", "it is no JSON", len(message), message)
+        ours.dead_letter(str(i), "InvalidMessage", "q", "it is no JSON", len(message), message)
     assert places(client, ours, "q")[1:] == (0, 0)
     assert client.hgetall("sdtpu:dead:counts") == {b"InvalidMessage": b"5"}
     letter = json.loads(client.lindex("sdtpu:dead", 0))
     assert (letter["queue"], letter["reason"], letter["bytes"]) == ("q", "it is no JSON", 7)
     assert letter["message"] == "\\xff bad 4"
     client.lpush("sdtpu:dead", *range(2 * MAX_DEAD_LETTERS))
-    ours.bury("x", "InvalidMessage", "q", "", 0, b"")
+    ours.dead_letter("x", "InvalidMessage", "q", "", 0, b"")
     assert client.llen("sdtpu:dead") == MAX_DEAD_LETTERS
 
 
@@ -340,8 +341,8 @@ def test_every_key_bears_the_prefix(client, make):
     claim(ours, "2", "shop:q")
     ours.record_starts(["task-1"])
     ours.save_snapshot("task-1", b"state")
-    ours.bury("2", "kind", "q", "reason", 0, b"")
-    assert ours.delay("1", time.time() + 60)
+    ours.dead_letter("2", "kind", "q", "reason", 0, b"")
+    assert ours.defer("1", time.time() + 60)
     assert all(key.startswith(b"shop:") for key in client.keys("*"))
 
 
@@ -355,8 +356,8 @@ def test_a_full_redis_still_gives_messages_keeps_their_leases_and_takes_them_bac
         before = client.zscore(ours.keys.leases, "2")
         assert ours.renew() == []
         assert client.zscore(ours.keys.leases, "2") > before
-        ours.ack("1")
-        ours.release("2")
+        ours.acknowledge("1")
+        ours.requeue("2")
         assert client.lrange("q", 0, -1) == [b"three", b" two"]
         claim(dead, "3", "q")
         time.sleep(0.1)
@@ -415,7 +416,7 @@ def test_a_hung_device_loses_its_leases_and_a_mended_one_renews_again(client, ma
     claim(ours, "2", "q")
     clock.now += 1
     lease.pulse()
-    assert "gone to another worker as well" in caplog.text
+    assert "other workers run them as well" in caplog.text
 
 
 def test_a_lease_thread_starts_renews_and_stops(client, make):
@@ -436,32 +437,32 @@ def redis_time(client) -> float:
     return seconds + microseconds / 1e6
 
 
-def test_a_message_that_is_not_due_is_nobodys_and_comes_to_the_front_of_its_queue_in_time(client, make):
+def test_a_deferred_message_is_held_by_nobody_and_is_at_the_front_of_its_queue_when_it_is_due(client, make):
     ours = make()
     client.lpush("q", b"later", b"soon", b"now")
     now = redis_time(client)
     for tag, due_at in (("later", now + 0.4), ("soon", now + 0.3), ("now", now - 1)):
         assert claim(ours, tag, "q")[1].decode() == tag
-        assert ours.delay(tag, due_at) == (tag != "now")
+        assert ours.defer(tag, due_at) == (tag != "now")
     assert client.zrange("sdtpu:unacked_index", 0, -1) == [b"now"]
     assert client.zrange("sdtpu:delayed", 0, -1) == [b"soon", b"later"]
     client.lpush("q", b"another")
-    assert 0 < ours.bring_due() <= 0.3
+    assert 0 < ours.requeue_due() <= 0.3
     assert client.llen("q") == 1
     time.sleep(0.41)
-    assert make().bring_due() is None, "any worker brings it"
+    assert make().requeue_due() is None, "any worker brings it"
     assert client.lrange("q", 0, -1) == [b"another", b"later", b"soon"], "unmarked: nobody has had it"
     assert not client.exists("sdtpu:delayed")
     assert client.hkeys("sdtpu:unacked") == [b"now"]
 
 
-def test_a_message_that_another_worker_has_by_now_is_not_put_aside(client, make):
+def test_a_message_that_another_worker_holds_by_now_is_not_deferred(client, make):
     slow, other = make(lease_s=0.05), make()
     client.lpush("q", b"{}")
     claim(slow, "1", "q")
     time.sleep(0.06)
     assert other.sweep() == 1
-    assert not slow.delay("1", redis_time(client) + 60)
+    assert not slow.defer("1", redis_time(client) + 60)
     assert not client.exists("sdtpu:delayed")
 
 
@@ -471,24 +472,24 @@ def test_many_messages_that_are_due_at_once_come_in_their_order(client, make):
     client.lpush("q", *(b"%d" % i for i in range(450)))
     for i in range(450):
         claim(ours, str(i), "q")
-        assert ours.delay(str(i), now + 5 + i / 1000)
+        assert ours.defer(str(i), now + 5 + i / 1000)
     client.zadd("sdtpu:delayed", {str(i): now - 5 + i / 1000 for i in range(450)})
-    assert ours.bring_due() == 0.0, "some are left for the next time"
+    assert ours.requeue_due() == 0.0, "some are left for the next time"
     order = [client.rpop("q") for _ in range(200)]
     assert order == [b"%d" % i for i in range(200)]
-    ours.bring_due()
-    assert ours.bring_due() is None
+    ours.requeue_due()
+    assert ours.requeue_due() is None
     assert client.llen("q") == 250
 
 
-def test_a_lease_thread_brings_a_job_when_it_is_due(client, make):
+def test_a_lease_thread_requeues_a_deferred_message_when_it_is_due(client, make):
     ours = make()
     client.lpush("q", b"{}")
     claim(ours, "1", "q")
     lease = Lease(ours, lambda: True)
     lease.start()
     due_at = redis_time(client) + 1.5
-    assert ours.delay("1", due_at)
+    assert ours.defer("1", due_at)
     while not client.llen("q"):
         assert redis_time(client) < due_at + 5
         time.sleep(0.002)

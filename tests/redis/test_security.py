@@ -361,9 +361,9 @@ def test_a_warning_about_an_error_outside_of_a_task(guard):
 def test_why_a_message_was_put_aside_is_logged_without_what_was_got(guard):
     reason = f"the body must be [args, kwargs, embed], got [{SECRET!r}]"
     logging.getLogger("sdtpu_worker.delivery.transport").warning(
-        "a message of %d bytes in the queue %s was put aside: %s", 70, "sdtpu", reason
+        "a message of %d bytes in the queue %s was dead-lettered: %s", 70, "sdtpu", reason
     )
-    assert "in the queue sdtpu was put aside: the body must be [args, kwargs, embed], got [not logged" in guard.text
+    assert "in the queue sdtpu was dead-lettered: the body must be [args, kwargs, embed], got [not logged" in guard.text
     assert SECRET not in all_of(guard)
 
 

@@ -22,7 +22,7 @@ from redis import Redis, exceptions
 from sdtpu_worker import ConfigurationError, StorageError
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
 from sdtpu_worker.images.store import FileImageStore, RedisImageStore, make_image_store, read_image_bytes, stored_name
-from sdtpu_worker.operations.prompt_guard import sanitize_url
+from sdtpu_worker.redaction import sanitize_url
 from sdtpu_worker.testing.processes import find_redis_server, free_port, private_redis, running
 
 pytestmark = pytest.mark.timeout(60)

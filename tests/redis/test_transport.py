@@ -15,9 +15,9 @@ from kombu import Connection, Consumer, Exchange, Queue
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 from kombu.exceptions import OperationalError
 
-from sdtpu_worker.delivery import transport
+from sdtpu_worker.delivery import transport, wake_up
 from sdtpu_worker.delivery.deliveries import Deliveries
-from sdtpu_worker.delivery.scripts import Keys
+from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.errors import DeliveryLimitExceeded
 from sdtpu_worker.testing.processes import private_redis
 
@@ -159,7 +159,7 @@ def test_no_more_than_the_prefetch_limit_is_held_also_over_a_reconnect(make_work
     worker.run_for(0.2)
     assert len(worker.got) == 4
     for message in worker.got[:3]:
-        worker.deliveries.run(message.delivery_tag)
+        worker.deliveries.mark_running(message.delivery_tag)
     worker.connection.close()
     worker.deliveries.flush()
     assert worker.client.hlen("sdtpu:unacked") == 3, "what waited went back, what runs stays"
@@ -227,7 +227,7 @@ def test_a_lost_connection_is_an_error_of_the_loop_and_nothing_is_lost(make_work
     worker = make_worker()
     send("a")
     assert worker.run(lambda: worker.got)
-    worker.deliveries.run(worker.got[0].delivery_tag)
+    worker.deliveries.mark_running(worker.got[0].delivery_tag)
     for other in worker.client.client_list():
         if int(other["id"]) != worker.client.client_id():
             worker.client.client_kill_filter(_id=other["id"])
@@ -248,14 +248,14 @@ def test_a_lost_connection_is_an_error_of_the_loop_and_nothing_is_lost(make_work
 @pytest.mark.parametrize("tells", [True, False])
 def test_a_job_is_picked_up_at_once_also_where_redis_does_not_tell_of_it(make_worker, send, monkeypatch, tells):
     if not tells:
-        real = transport._ask
+        real = wake_up._ask
 
         def refuse(connection, *command):
             if command[:2] == ("CLIENT", "TRACKING"):
                 raise redis.ResponseError("unknown subcommand")
             return real(connection, *command)
 
-        monkeypatch.setattr(transport, "_ask", refuse)
+        monkeypatch.setattr(wake_up, "_ask", refuse)
     worker = make_worker()
     delays, done = [], threading.Event()
 
@@ -314,7 +314,7 @@ def test_a_job_for_later_waits_in_redis_and_neither_takes_a_place_nor_keeps_othe
         message.ack()
     (first, *_) = worker.client.zrange("sdtpu:delayed", 0, 0)
     worker.client.zadd("sdtpu:delayed", {first: 0})
-    worker.deliveries.bring_due()
+    worker.deliveries.requeue_due()
     worker.run_for(0.3)
     assert worker.client.zcard("sdtpu:delayed") == 20, "it is not due by its own header"
     send("past", countdown=-5)

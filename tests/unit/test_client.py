@@ -11,7 +11,7 @@ from celery import Celery, group
 
 import sdtpu_worker
 from sdtpu_worker import BrokerUnavailable, InvalidRequest, generate, install
-from sdtpu_worker.client.task import SENT_AT_HEADER
+from sdtpu_worker.contract.queues import SENT_AT_HEADER
 from sdtpu_worker.worker.run_job import sent_at_of
 
 
@@ -33,7 +33,7 @@ def app(redis_url):
 def queued(app: Celery) -> list[dict]:
     with app.connection_for_write() as connection:
         channel = connection.default_channel
-        queues = [channel._q_for_pri("sdtpu", step) for step in channel.priority_steps]
+        queues = [channel._q_for_pri("sdtpu", band) for band in channel.priority_steps]
         return [json.loads(message) for queue in queues for message in channel.client.lrange(queue, 0, -1)]
 
 

@@ -1,8 +1,8 @@
 """The contracts between the device loop, the worker, the engine and the policy. None of them names Celery or JAX.
 
 A `Policy` decides, a `DeviceEngine` executes what it decided, and the `DeviceLoop` between them owns the time. The
-worker around the loop needs more of an engine than the loop does: that is a `ServingEngine`. Whoever writes another
-engine, or a double for tests, has everything here that it must offer.
+worker around the loop needs more of an engine than the loop does: that is a `ServingEngine`. Another engine, or a
+double for tests, must offer what stands here and nothing else.
 
 An engine gets back the jobs and snapshots that it made itself; only it can read them. So parameters that take them
 are typed `Any`, and what an engine returns is typed by what the loop and the worker read of it.

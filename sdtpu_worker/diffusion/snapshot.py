@@ -85,7 +85,7 @@ class JobSnapshot:
             raise SnapshotMismatch(f"the snapshot is at step {self.step} of {num_steps}: start the job anew")
 
     def to_bytes(self) -> bytes:
-        """Return the snapshot compressed: a line with fingerprint and lane, then the arrays in the order of `SlotState`."""
+        """Return the snapshot compressed: a line with fingerprint and lane, then the arrays in `SlotState`'s order."""
         head = f"{self.fingerprint} {self.lane[0]} {self.lane[1]}\n".encode()
         body = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in self.state)
         return zlib.compress(head + body, level=1)

@@ -186,7 +186,7 @@ def test_limits_and_deadlines_end_a_job_with_the_reason(make_loop):
         assert raised.value.reason is reason
 
 
-def test_the_next_tick_is_dispatched_before_the_running_one_ends_and_takes_who_came_meanwhile(make_loop):
+def test_the_next_tick_is_dispatched_before_the_running_one_ends_with_the_jobs_that_came_meanwhile(make_loop):
     engine = FakeEngine(costs={LANE: TickCosts(2, Cost(0.02))})
     loop = make_loop(engine, devices=2, slots=1)
     first = loop.submit(FakeJob("first", 40))
@@ -241,7 +241,7 @@ def test_a_disk_that_is_full_when_a_trace_ends_is_no_error(caplog):
     assert caplog.text.count("the end of the trace could not be written: [Errno 28] No space left on device") == 1
 
 
-def test_a_job_handed_over_with_its_state_goes_on_where_it_was(make_loop):
+def test_a_job_handed_over_with_its_snapshot_resumes_where_it_was(make_loop):
     loop = make_loop(FakeEngine(), devices=1, slots=1)
     state = FakeSnapshot("moved", value=105, step=5, steps_left=7)
     submission = loop.submit(FakeJob("moved", 12, value=100), snapshot=state)
@@ -250,7 +250,7 @@ def test_a_job_handed_over_with_its_state_goes_on_where_it_was(make_loop):
     assert loop.stats.steps == 7
 
 
-def test_a_state_of_another_configuration_is_dropped_and_the_job_starts_anew(make_loop, caplog):
+def test_a_snapshot_of_another_configuration_is_dropped_and_the_job_starts_anew(make_loop, caplog):
     loop = make_loop(FakeEngine(), devices=1, slots=1)
     state = FakeSnapshot("moved", value=105, step=5, steps_left=7, fingerprint="another")
     submission = loop.submit(FakeJob("moved", 12, value=100), snapshot=state)
@@ -282,7 +282,7 @@ def test_a_parked_job_survives_a_failure_of_the_devices(make_loop):
 
 
 @pytest.mark.parametrize("poison", [{"5"}, {"2", "13"}, {"0", "1"}, {"15"}])
-def test_a_job_that_breaks_programs_fails_alone_and_all_others_get_their_pictures(make_loop, poison):
+def test_a_job_that_breaks_programs_fails_alone_and_all_other_jobs_get_their_images(make_loop, poison):
     engine = FakeEngine(poison=frozenset(poison))
     loop = make_loop(engine, devices=8, slots=2)
     submissions = [loop.submit(FakeJob(str(i), 20 + i, value=1000 * i)) for i in range(16)]
@@ -299,7 +299,7 @@ def test_a_job_that_breaks_programs_fails_alone_and_all_others_get_their_picture
 
 @pytest.mark.parametrize("fault", [{"fail_at": (1,)}, {"fail_late_at": (1,)}, {"fail_late_at": (2,)}])
 @pytest.mark.parametrize("jobs", [1, 2, 12])
-def test_a_passing_failure_costs_nobody_the_picture(make_loop, fault, jobs):
+def test_a_passing_failure_costs_no_job_its_image(make_loop, fault, jobs):
     loop = make_loop(FakeEngine(**fault), devices=2, slots=2)
     submissions = [loop.submit(FakeJob(str(i), 50, value=1000 * i)) for i in range(jobs)]
     assert [submission.future.result(10).pixels for submission in submissions] == [1000 * i + 50 for i in range(jobs)]
@@ -318,7 +318,7 @@ def test_what_the_devices_had_done_before_a_dispatch_failed_is_delivered(make_lo
     loop.close()
 
 
-def test_a_picture_that_is_not_finite_is_tried_again_alone_and_disturbs_nobody(make_loop):
+def test_a_job_whose_image_is_not_finite_is_tried_again_alone_and_disturbs_no_other_job(make_loop):
     engine = FakeEngine(nan=frozenset({"bad"}))
     loop = make_loop(engine, devices=2, slots=2)
     submissions = {name: loop.submit(FakeJob(name, 20)) for name in ("a", "bad", "b", "c")}
@@ -330,7 +330,7 @@ def test_a_picture_that_is_not_finite_is_tried_again_alone_and_disturbs_nobody(m
     assert engine.ticks[-1] == {"bad"}
 
 
-def test_a_picture_that_is_finite_the_second_time_is_handed_out(make_loop):
+def test_an_image_that_is_finite_the_second_time_ends_its_job(make_loop):
     class Passing(FakeEngine):
         def execute(self, plan, jobs, snapshots=None):
             tick = super().execute(plan, jobs, snapshots)
@@ -377,7 +377,7 @@ def test_devices_that_do_not_recover_hand_every_job_over_and_end_the_loop(make_l
     assert engine.recoveries == 1
 
 
-def test_a_job_that_must_be_alone_shares_no_tick_and_waits_for_nobody(make_loop):
+def test_a_job_that_must_be_alone_shares_no_tick_and_waits_for_no_other_job(make_loop):
     announced: list[tuple[list[str], bool]] = []
     engine = FakeEngine(costs={LANE: TickCosts(2, Cost(0.002))})
     loop = make_loop(engine, devices=2, slots=2, on_start=lambda ids, alone: announced.append((sorted(ids), alone)))
@@ -439,7 +439,7 @@ def test_jobs_that_wait_in_quarantine_can_be_cancelled_revoked_and_expire(make_l
     assert (running.future.result(10).pixels, last.future.result(10).pixels) == (150, 5)
 
 
-def test_whoever_gets_a_slot_for_the_first_time_is_announced_once_and_a_listener_that_fails_harms_nobody(
+def test_a_job_that_gets_its_first_slot_is_announced_once_and_a_listener_that_fails_harms_no_job(
     make_loop, caplog
 ):
     announced: list[str] = []
@@ -540,7 +540,7 @@ def test_draining_finishes_what_can_be_and_hands_over_the_rest_without_losing_a_
     loop.close()
 
 
-def test_draining_at_once_parks_everybody_and_a_later_call_only_shortens_the_time(make_loop):
+def test_draining_at_once_parks_every_running_job_and_a_later_call_only_shortens_the_time(make_loop):
     engine = FakeEngine(costs={LANE: TickCosts(2, Cost(0.002))})
     loop = make_loop(engine, devices=2, slots=2)
     jobs = [FakeJob(str(i), 5000, value=10_000 * i) for i in range(6)]
@@ -558,7 +558,7 @@ def test_draining_at_once_parks_everybody_and_a_later_call_only_shortens_the_tim
     assert loop.alive, "until it is closed"
 
 
-def test_draining_hands_over_the_parked_and_those_in_quarantine_with_what_they_have(make_loop):
+def test_draining_hands_over_parked_and_quarantined_jobs_with_their_snapshots(make_loop):
     engine = FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))})
     loop = make_loop(engine, devices=1, slots=1)
     low = loop.submit(FakeJob("low", 3000, value=7000), Terms(priority=9))
@@ -580,7 +580,7 @@ def test_time_without_a_job_does_not_count_as_active(make_loop):
     assert 0.1 < loop.stats.active_s < 0.6
 
 
-def test_what_comes_while_it_drains_is_done_if_there_is_time_for_it(make_loop):
+def test_a_job_that_comes_while_the_loop_drains_is_done_if_there_is_time_for_it(make_loop):
     loop = make_loop(FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))}), devices=1, slots=1)
     first = loop.submit(FakeJob("first", 50)).future
     loop.drain(3)
@@ -590,7 +590,7 @@ def test_what_comes_while_it_drains_is_done_if_there_is_time_for_it(make_loop):
         long.result(10)
 
 
-def test_draining_an_idle_loop_only_refuses_what_comes(make_loop):
+def test_draining_an_idle_loop_hands_over_every_job_that_comes(make_loop):
     loop = make_loop(FakeEngine())
     loop.drain(0)
     state = FakeSnapshot("moved", value=105, step=5, steps_left=7)

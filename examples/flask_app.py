@@ -24,8 +24,15 @@ from celery import Celery, states
 from flask import Flask, Response, request, url_for
 from redis.exceptions import RedisError
 
-from sdtpu_worker import BrokerUnavailable, InvalidRequest, StorageError, generate, install
-from sdtpu_worker.images.store import read_image_bytes
+from sdtpu_worker import (
+    BrokerUnavailable,
+    InvalidRequest,
+    StorageError,
+    generate,
+    image_content_type,
+    install,
+    read_image_bytes,
+)
 
 REDIS_URL = "redis://localhost:6379/0"
 NUMBERS = {"seed": int, "num_inference_steps": int, "height": int, "width": int, "guidance_scale": float}
@@ -94,7 +101,8 @@ def image(task_id: str) -> Response | tuple[dict[str, str], int]:
     job = celery_app.AsyncResult(task_id)
     if job.state != states.SUCCESS:
         return {"error": f"no image yet: the job is {job.state}"}, 404
-    return Response(read_image_bytes(job.result, celery_app), mimetype=f"image/{job.result['image']['format']}")
+    data, content_type = read_image_bytes(job.result, celery_app), image_content_type(job.result)
+    return Response(data, mimetype=content_type, headers={"X-Content-Type-Options": "nosniff"})
 
 
 @app.errorhandler(InvalidRequest)

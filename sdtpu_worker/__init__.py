@@ -30,15 +30,18 @@ if TYPE_CHECKING:
         SdtpuError,
         StorageError,
     )
+    from sdtpu_worker.images.decode import image_content_type
     from sdtpu_worker.images.encode import image_grid
-    from sdtpu_worker.images.store import open_image
+    from sdtpu_worker.images.store import open_image, read_image_bytes
     from sdtpu_worker.plugin import install
 
 _HOMES = {
     "generate": "client.task",
     "install": "plugin",
     "open_image": "images.store",
+    "read_image_bytes": "images.store",
     "image_grid": "images.encode",
+    "image_content_type": "images.decode",
     "GenerationRequest": "contract.request",
     "GenerationResult": "contract.result",
     "BrokerUnavailable": "errors",
@@ -72,9 +75,11 @@ __all__ = [
     "SdtpuError",
     "StorageError",
     "generate",
+    "image_content_type",
     "image_grid",
     "install",
     "open_image",
+    "read_image_bytes",
 ]
 
 

@@ -1,25 +1,33 @@
-"""Every `sdtpu_*` setting, in one table: name, default, unit and a line of documentation.
+"""Every `sdtpu_*` setting, in one table: name, default, parser and documentation.
 
-A setting stands in the Celery app's configuration, in lower case, or in the environment, in upper case; the
-environment wins, so that one image of a container can be configured where it runs.
+A setting is read from the environment (its name in upper case), else from the Celery app's configuration (in lower
+case), else it has its default. Since the environment comes first, one container image can be configured where it runs.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sdtpu_worker.contract.queues import DEFAULT_QUEUE
 from sdtpu_worker.contract.request import MAX_SIDE, SIDE_MULTIPLE
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.show import show
+from sdtpu_worker.redaction import brief, sanitize_url
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting; `parse` takes a string from the environment or a value from the app's configuration."""
+    """One setting.
+
+    Attributes:
+        name: as in the app's configuration.
+        default: its value where it is not set.
+        parse: returns the value of a string from the environment, or of an object from the app's configuration. Raises
+            ValueError with the words for what is allowed.
+        doc: what it does, in sentences; the last one without its full stop.
+    """
 
     name: str
     default: Any
@@ -69,11 +77,14 @@ def _whole(value: Any) -> int | None:
 
 
 def _slots(value: Any) -> int | str:
-    return "auto" if value == "auto" else _integer(1, 64)(value)
+    try:
+        return "auto" if value == "auto" else _integer(1, 64)(value)
+    except ValueError as exc:
+        raise ValueError(f"auto, or {exc}") from None
 
 
 def _switch(value: Any) -> bool:
-    """Parse a bool from the app's configuration, or a word from the environment."""
+    """Return a bool: one from the app's configuration, or a word from the environment."""
     words = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
     if isinstance(value, int) and value in (0, 1):
         return bool(value)
@@ -96,7 +107,7 @@ def _seconds(low: float, high: float) -> Callable[[Any], float]:
 
 
 def _address(value: Any) -> tuple[str, int]:
-    """Parse "127.0.0.1:8080", ":8080" (every interface) or "[::1]:8080"."""
+    """Return host and port of "127.0.0.1:8080", ":8080" (every interface) or "[::1]:8080"."""
     host, separator, text = value.strip().rpartition(":") if isinstance(value, str) else ("", "", "")
     port = _whole(text)
     if not separator or port is None or not 0 <= port <= 65_535:
@@ -105,7 +116,7 @@ def _address(value: Any) -> tuple[str, int]:
 
 
 def _resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
-    """Parse "512x512,768x512" (height x width), or a sequence of pairs; empty or None for the checkpoint's own."""
+    """Return the sizes of "512x512,768x512" (height x width) or of a sequence of pairs; None where it is empty."""
     wanted = f"heights x widths in multiples of {SIDE_MULTIPLE}, like '512x512,768x512' or [(512, 512)]"
     if value is None or value == "":
         return None
@@ -119,66 +130,141 @@ def _resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
     return sizes
 
 
+def _urls(value: Any) -> tuple[str, ...]:
+    """Parse "redis,file:///srv/old", or a list of such URLs; empty for none."""
+    urls = value.split(",") if isinstance(value, str) else value
+    if not isinstance(urls, list | tuple) or not all(isinstance(url, str) for url in urls):
+        raise ValueError("a list of `redis`, redis:// URLs and fsspec URLs, or one string with commas between them")
+    return tuple(dict.fromkeys(url.strip() for url in urls if url.strip()))
+
+
 SETTINGS = (
     Setting(
         "sdtpu_model", "embedded", _text,
-        "checkpoint: folder or hub name in the diffusers layout, msgpack or safetensors; `embedded` is the shipped one",
+        "The checkpoint to serve: a folder, or a repository on the Hugging Face hub, in the diffusers layout with"
+        " weights in msgpack or safetensors. `embedded` is the small checkpoint that the package brings",
     ),
-    Setting("sdtpu_revision", "main", _text,
-            "branch, tag or commit of a hub checkpoint (many keep Flax weights in `bf16`)"),
+    Setting(
+        "sdtpu_revision", "main", _text,
+        "The branch, tag or commit of a checkpoint from the hub; many repositories keep their Flax weights in the"
+        " branch `bf16`. A checkpoint in a folder has none",
+    ),
     Setting(
         "sdtpu_platform", "auto", _choice("auto", "tpu", "gpu", "cpu"),
-        "devices to run on; `auto` takes what is there and says so, the others refuse to start without it",
+        "The devices to run on. With `tpu`, `gpu` or `cpu` the worker does not start without such devices; `auto` takes"
+        " the devices that JAX finds, and logs them",
     ),
-    Setting("sdtpu_cpu_devices", 8, _integer(1, 64), "how many devices to simulate when running on the CPU"),
-    Setting("sdtpu_dtype", "auto", _choice("auto", "bfloat16", "float32"),
-            "computation; `auto` is bfloat16 on an accelerator and float32 on the CPU"),
-    Setting("sdtpu_slots_per_device", 1, _slots,
-            "jobs that one device denoises at the same time; `auto` measures 1, 2, 4 and 8 once and keeps the best"),
-    Setting("sdtpu_resolutions", None, _resolutions,
-            "sizes to serve, height x width in pixels, like `512x512,768x512`; default: the checkpoint's own"),
-    Setting("sdtpu_tick_s", 0.1, _seconds(0.001, 60),
-            "seconds of device work per dispatch; jobs join and leave in between"),
-    Setting("sdtpu_preemption", True, _switch,
-            "on: a job may take the slot of one of lower priority, which resumes later where it was"),
-    Setting("sdtpu_progress_s", 0.5, _seconds(0, 3600),
-            "seconds between two PROGRESS states of a job; 0 for none"),
-    Setting("sdtpu_preview_every", 0, _integer(0, 1000),
-            "steps between two small previews in the PROGRESS state; 0 for none"),
-    Setting("sdtpu_trace", None, _text,
-            "file for a timeline of the run, in Chrome's trace format (Perfetto opens it)"),
-    Setting("sdtpu_queue", DEFAULT_QUEUE, _queue, "queue of the task `sdtpu.generate`"),
-    Setting("sdtpu_tenant_shards", 16, _integer(0, 256),
-            "queues that jobs with a `tenant` are spread over, served in turn; 0 for one queue for all"),
-    Setting("sdtpu_max_queue", 0, _integer(0, 10**9),
-            "jobs that may wait in a queue before `delay()` raises QueueFull; 0 for no limit"),
-    Setting("sdtpu_max_message_bytes", 262_144, _integer(4096, 2**27),
-            "size of a task message, checked before it is parsed; a larger one is put aside"),
-    Setting("sdtpu_lease_s", 30.0, _seconds(1, 86_400),
-            "seconds after which the jobs of a worker that died go to another one"),
-    Setting("sdtpu_stall_s", 60.0, _seconds(1, 86_400),
-            "seconds that a tick may be late before the device counts as hung: its jobs go to another worker"),
-    Setting("sdtpu_grace_s", 25.0, _seconds(0, 86_400),
-            "seconds after SIGTERM to finish jobs in; the others are handed over where they are"),
-    Setting("sdtpu_max_deliveries", 3, _integer(1, 1000),
-            "workers that may die with a job on their devices before it fails with DeliveryLimitExceeded"),
-    Setting("sdtpu_health_address", None, _address,
-            "`host:port` that answers `/livez` and `/readyz`; default: none"),
-    Setting("sdtpu_log_prompts", False, _switch, "on: logs may hold prompts; off: only at level DEBUG"),
+    Setting(
+        "sdtpu_cpu_devices", 8, _integer(1, 64),
+        "The number of devices that a worker on the CPU simulates; other platforms ignore it",
+    ),
+    Setting(
+        "sdtpu_dtype", "auto", _choice("auto", "bfloat16", "float32"),
+        "The number format that the devices compute in. `auto` is bfloat16 on an accelerator and float32 on the CPU",
+    ),
+    Setting(
+        "sdtpu_slots_per_device", 1, _slots,
+        "How many jobs one device denoises at the same time. `auto` measures 1, 2, 4 and 8 at the first start and keeps"
+        " the best number for later starts",
+    ),
+    Setting(
+        "sdtpu_resolutions", None, _resolutions,
+        "The image sizes to serve, height x width in pixels. Not set, only the checkpoint's own size is served; a job"
+        " of a size that is not served fails with `InvalidRequest`",
+    ),
+    Setting(
+        "sdtpu_tick_s", 0.1, _seconds(0.001, 60),
+        "How many seconds of device work one dispatch holds, at least one denoising step. Jobs join and leave between"
+        " two dispatches, so a shorter tick reacts sooner and a longer one costs the host less",
+    ),
+    Setting(
+        "sdtpu_preemption", True, _switch,
+        "Whether a job may take the slot of a less urgent one, which is parked and resumes later at the same step. When"
+        " it is off, every job keeps its slot to its end",
+    ),
+    Setting(
+        "sdtpu_progress_s", 0.5, _seconds(0, 3600),
+        "Seconds between two PROGRESS states of a running job; 0 publishes none",
+    ),
+    Setting(
+        "sdtpu_preview_every", 0, _integer(0, 1000),
+        "How many denoising steps lie between two small previews in the PROGRESS state; 0 makes none",
+    ),
+    Setting(
+        "sdtpu_trace", None, _text,
+        "The file to which the worker writes a timeline of its ticks and jobs, in Chrome's trace format, which Perfetto"
+        " opens. Not set, no timeline is written",
+    ),
+    Setting(
+        "sdtpu_queue", DEFAULT_QUEUE, _queue,
+        "The queue of the task `sdtpu.generate`; clients and workers must have the same name",
+    ),
+    Setting(
+        "sdtpu_tenant_shards", 16, _integer(0, 256),
+        "How many queues the jobs with a `tenant` are spread over; a worker serves the queues in turn. With 0 all jobs"
+        " share one queue. Clients and workers must have the same number",
+    ),
+    Setting(
+        "sdtpu_max_queue", 0, _integer(0, 10**9),
+        "How many jobs of the same or a higher urgency may wait in a job's queue before `delay()` raises `QueueFull`; 0"
+        " sets no limit",
+    ),
+    Setting(
+        "sdtpu_max_message_bytes", 262_144, _integer(4096, 2**27),
+        "The largest task message, in bytes, that the worker reads. A larger one is dead-lettered, and its job fails"
+        " with `InvalidMessage` where its task id can be read",
+    ),
+    Setting(
+        "sdtpu_lease_s", 30.0, _seconds(1, 86_400),
+        "Seconds that a message stays with its worker without renewal. When a worker dies, its messages are redelivered"
+        " after this time; when Redis does not answer for longer, `/livez` fails",
+    ),
+    Setting(
+        "sdtpu_stall_s", 60.0, _seconds(1, 86_400),
+        "Seconds that a tick may be late before its devices count as hung: the leases are then not renewed, and other"
+        " workers get the jobs",
+    ),
+    Setting(
+        "sdtpu_grace_s", 25.0, _seconds(0, 86_400),
+        "Seconds after SIGTERM in which the worker finishes its jobs. It hands over the jobs that need longer; with 0"
+        " it hands over all of them at once",
+    ),
+    Setting(
+        "sdtpu_max_deliveries", 3, _integer(1, 1000),
+        "How many workers may die, hang or lose their devices with a job on them before the job fails with"
+        " `DeliveryLimitExceeded`",
+    ),
+    Setting(
+        "sdtpu_health_address", None, _address,
+        "The address, `host:port`, at which the worker answers `/livez` and `/readyz`. An empty host means every"
+        " interface, port 0 any free port; not set, the worker does not listen",
+    ),
+    Setting(
+        "sdtpu_log_prompts", False, _switch,
+        "Whether log lines may hold prompts. When it is off, only lines at level DEBUG may",
+    ),
     Setting(
         "sdtpu_image_store", "redis", _text,
-        "where images go: `redis` is the result backend's Redis, with the result's expiry; else a `redis://` URL"
-        " or any fsspec URL (`file:///…`, `gs://…`, `s3://…`)",
+        "Where the worker stores images: `redis` for the result backend's Redis, with the expiry of the results; or a"
+        " `redis://` URL; or an fsspec URL (`file:///…`, `gs://…`, `s3://…`). Clients read from the same place",
     ),
-    Setting("sdtpu_compile_cache", "auto", _text,
-            "folder of JAX's persistent compilation cache; `auto` is `~/.cache/sdtpu_worker/xla`, `off` for none"),
+    Setting(
+        "sdtpu_read_image_stores", (), _urls,
+        "Further stores to read images from, such as the one before `sdtpu_image_store` was changed: each as for"
+        " `sdtpu_image_store`, in a list, or in one string with commas between them. An image anywhere else is refused",
+    ),
+    Setting(
+        "sdtpu_compile_cache", "auto", _text,
+        "The folder of JAX's persistent compilation cache. `auto` is `~/.cache/sdtpu_worker/xla`; with `off` every"
+        " start compiles anew",
+    ),
 )  # fmt: skip
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings' values, one attribute each, without the `sdtpu_` prefix."""
+    """The values of all settings, one attribute each, named without `sdtpu_`."""
 
     model: str
     revision: str
@@ -202,12 +288,17 @@ class Config:
     max_deliveries: int
     health_address: tuple[str, int] | None
     log_prompts: bool
-    image_store: str
+    image_store: str = field(repr=False)  # this and the next may hold passwords
+    read_image_stores: tuple[str, ...] = field(repr=False)
     compile_cache: str
 
 
 def read_setting(name: str, conf: Mapping[str, Any]) -> Any:
-    """Return one setting's value from the environment, the app's configuration or the default.
+    """Return one setting's value: from the environment, else from the app's configuration, else the default.
+
+    Args:
+        name: the setting.
+        conf: a Celery app's `conf`, or any mapping with `sdtpu_*` keys.
 
     Raises:
         ConfigurationError: the value is not allowed.
@@ -220,11 +311,11 @@ def read_setting(name: str, conf: Mapping[str, Any]) -> Any:
     try:
         return setting.parse(raw)
     except ValueError as exc:
-        raise ConfigurationError(f"{source} must be {exc}, got {show(raw)}") from exc
+        raise ConfigurationError(f"{source} must be {exc}, got {sanitize_url(brief(raw))}") from exc
 
 
 def read_config(conf: Mapping[str, Any]) -> Config:
-    """Return all settings.
+    """Return the values of all settings.
 
     Args:
         conf: a Celery app's `conf`, or any mapping with `sdtpu_*` keys.

@@ -2,20 +2,20 @@
 
     SdtpuError
     ├── InvalidRequest (ValueError)      the client's mistake: a parameter, found at `delay()` or in the worker
-    │   └── InvalidMessage               the task message itself: its size, its JSON, its headers
-    ├── Overloaded                       refused at `delay()`; carries when the job would have been done
+    │   └── InvalidMessage               the task message itself is wrong: its size, its JSON, its headers
+    ├── Overloaded                       refused at `delay()`; says when the job would have been done
     │   ├── QueueFull                    more jobs wait than `sdtpu_max_queue` allows
-    │   └── DeadlineUnreachable          it would have expired before it had a slot
-    ├── ConfigurationError               the operator's mistake: a setting, a pool, a platform that is not there
+    │   └── DeadlineUnreachable          the job would have expired before it had a slot
+    ├── ConfigurationError               the operator's mistake: a setting, a pool, a platform that is missing
     │   └── InvalidCheckpoint            the checkpoint is missing, half-written or of another kind
-    ├── GenerationFailed                 the device could not make this image; carries the cause
+    ├── GenerationFailed                 the devices could not make this image; the text has the cause
     ├── DeliveryLimitExceeded            the job was on the devices of too many workers that died; names them
-    ├── SnapshotMismatch                 a parked job's state does not fit this engine; the job starts anew
+    ├── SnapshotMismatch                 a snapshot does not fit this engine; the job starts from its first step
     ├── EngineUnavailable                the worker's engine has stopped or never started
     ├── BrokerUnavailable (ConnectionError)   Redis cannot be reached or takes no writes; nothing was enqueued
-    └── StorageError                     an image could not be stored or is not there any more
+    └── StorageError                     an image could not be stored, or cannot be read any more
 
-Each is built from positional text alone, so that Celery's JSON result backend can rebuild it at the client.
+Each is built from positional arguments alone, so that Celery's JSON result backend can rebuild it at the client.
 """
 
 
@@ -28,15 +28,15 @@ class InvalidRequest(SdtpuError, ValueError):
 
 
 class InvalidMessage(InvalidRequest):
-    """A task message is too large, is not JSON or has not the shape of Celery's protocol; it was not run."""
+    """A task message is too large, is not JSON or does not follow Celery's protocol; no job was run."""
 
 
 class Overloaded(SdtpuError):
-    """The job was refused where it was enqueued; nothing was sent.
+    """The client refused to enqueue the job; nothing was sent.
 
     Args:
         text: what was found, what is allowed and what to do.
-        eta_s: seconds until the job would have been done; None when no worker has reported how fast it is.
+        eta_s: seconds until the job would have been done; None when no worker has published its load.
     """
 
     def __init__(self, text: str, eta_s: float | None = None) -> None:
@@ -56,7 +56,7 @@ class DeadlineUnreachable(Overloaded):
 
 
 class ConfigurationError(SdtpuError):
-    """A setting or the environment is wrong; the text says which and what to do."""
+    """A setting or the environment is wrong; the text says which one and what to do."""
 
 
 class InvalidCheckpoint(ConfigurationError):
@@ -64,7 +64,7 @@ class InvalidCheckpoint(ConfigurationError):
 
 
 class GenerationFailed(SdtpuError):
-    """The device failed on this job."""
+    """The devices failed on this job; the text has the cause."""
 
 
 class DeliveryLimitExceeded(SdtpuError):
@@ -72,16 +72,16 @@ class DeliveryLimitExceeded(SdtpuError):
 
 
 class SnapshotMismatch(SdtpuError):
-    """A parked job's state was made by another configuration, or is none."""
+    """A snapshot was made by another configuration, or is not a snapshot at all."""
 
 
 class EngineUnavailable(SdtpuError):
-    """The engine that should run this job is not running."""
+    """The engine of this process has stopped or was never started."""
 
 
 class BrokerUnavailable(SdtpuError, ConnectionError):
-    """Redis cannot be reached, or refuses to take a job; nothing was enqueued, and the text says why."""
+    """Redis cannot be reached or does not take the job; nothing was enqueued, and the text says why."""
 
 
 class StorageError(SdtpuError):
-    """An image could not be written or read."""
+    """An image could not be stored or read."""

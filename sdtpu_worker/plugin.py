@@ -9,6 +9,7 @@ from celery import Celery, _state, signals
 from celery.concurrency import get_implementation
 
 from sdtpu_worker.config import read_setting
+from sdtpu_worker.operations.settings_guard import guard_settings
 
 POOL = "sdtpu_worker.pool:DevicePool"
 WORKER_STEPS = ("sdtpu_worker.worker.steps:DeviceWorkerStep",)
@@ -41,6 +42,7 @@ def install(app: Celery) -> Celery:
     import sdtpu_worker.client.task  # noqa: F401  registers the shared task
 
     set_defaults(app, _DEFAULTS)
+    guard_settings(app)
     app.steps["worker"].update(WORKER_STEPS)
     app.steps["consumer"].update(CONSUMER_STEPS)
     signals.worker_init.connect(_leave_other_workers_alone, dispatch_uid="sdtpu_worker")

@@ -1,17 +1,24 @@
-"""URLs as an error or a log line may show them: without passwords."""
+"""What an error or a log line shows: URLs without passwords, and foreign values in few characters."""
 
 from __future__ import annotations
 
+import math
 import re
+from reprlib import Repr
 from typing import Any
 
 MASK = "**"
+
+_MOST_CHARACTERS = 80
+_MOST_BITS = 256
+_DIGITS_PER_BIT = math.log10(2)
 
 _URL = re.compile(  # to the next space, or to a `;` after which another URL begins
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)(?P<rest>[^\s;]*(?:;(?![\w+.-]+://)[^\s;]*)*)"
 )
 _SECRET_OPTION = re.compile(
-    r"(?P<name>[?&;][^=&;\s]*(?:passw|pwd|secret|token|key|sig|credential)[^=&;\s]*=)[^&;\s'\"]+", re.IGNORECASE
+    r"(?P<name>[?&;][^=&;?\s]{0,64}(?:passw|pwd|secret|token|key|sig|credential)[^=&;?\s]{0,64}=)[^&;\s'\"]+",
+    re.IGNORECASE,
 )
 _NEXT_URL = re.compile(r";(?=[\w+.-]+://)")
 _MASKED_URL = re.compile(
@@ -54,3 +61,30 @@ def _show(url: str) -> str:
         return match["place"]
     scheme, separator, _ = url.partition("://")
     return f"{scheme}://{MASK}" if separator else MASK
+
+
+class _ShortRepr(Repr):
+    """`reprlib`'s shortened `repr`, without passwords, also of integers too large for Python to write."""
+
+    def repr_str(self, value: str, level: int) -> str:
+        """Return the shortened text; passwords are masked first, while the URLs in it are whole."""
+        return super().repr_str(sanitize_url(value), level)
+
+    def repr_int(self, value: int, level: int) -> str:
+        """Return a large integer's number of digits instead of the digits."""
+        if value.bit_length() <= _MOST_BITS:
+            return repr(value)
+        return f"an integer of about {int(value.bit_length() * _DIGITS_PER_BIT) + 1:,} digits"
+
+
+_SHORT = _ShortRepr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _MOST_CHARACTERS
+_SHORT.maxlevel = 2
+
+
+def brief(value: Any) -> str:
+    """Return the beginning and the end of a value's `repr`, on one line; never raises, whatever the value is."""
+    try:
+        return _SHORT.repr(value).replace("\n", " ")
+    except Exception:  # the `__repr__` of a foreign class may raise any exception
+        return f"a value of the type {type(value).__name__}"

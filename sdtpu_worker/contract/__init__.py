@@ -1,1 +1,1 @@
-"""What client and worker agree on: requests, results, queues and load reports. Neither Celery nor JAX."""
+"""What client and worker agree on: requests, results, queues and load reports. Imports neither Celery nor JAX."""

@@ -1,4 +1,7 @@
-"""What workers say that they can do, in Redis for a few seconds, and what follows from it for a newcomer."""
+"""Load reports: what workers publish of their capacity, and what a client estimates from them for a new job.
+
+Reports are in Redis, and expire after a few seconds unless the worker publishes a new one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.show import show
+from sdtpu_worker.redaction import brief
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +32,16 @@ _PRIORITY = re.compile("-?[0-9]{1,7}")
 
 @dataclass(frozen=True)
 class WorkerLoad:
-    """What one worker reports.
+    """The load report of one worker.
 
     Attributes:
-        host: the worker's name, unique among those of its queue.
-        num_slots: jobs that its devices denoise at the same time.
+        host: the worker's name, unique among the workers of its queue.
+        num_slots: how many jobs its devices denoise at the same time.
         step_s: seconds of one denoising step with every slot in use, by size ("512x512", height first); the
             checkpoint's own size comes first.
-        mean_job_s: how long a job has occupied its slot lately, on average; before the first job, 50 steps.
-        held: how many jobs it holds, in a slot or waiting for one, by priority number.
-        next_free_s: until the next slot is free; 0 when one is.
+        mean_job_s: seconds that recent jobs have occupied their slots, on average; before the first job, 50 steps.
+        held: how many jobs the worker holds, in a slot or waiting for one, by priority number.
+        next_free_s: seconds until the next slot is free; 0 when one is free now.
     """
 
     host: str
@@ -78,7 +81,7 @@ class WorkerLoad:
         if not isinstance(held, dict) or not isinstance(facts.get("step_s"), dict):
             raise ValueError("held and step_s must be JSON objects")
         if not all(_PRIORITY.fullmatch(priority) for priority in held):
-            raise ValueError(f"the names in held must be priority numbers, got {show(held)}")
+            raise ValueError(f"the names in held must be priority numbers, got {brief(held)}")
         return cls(
             host=facts.get("host", ""),
             num_slots=facts.get("num_slots", 0),
@@ -89,11 +92,18 @@ class WorkerLoad:
         )
 
     def starts(self, priority: int, has_deadline: bool) -> tuple[float, float]:
-        """Return `(first_s, every_s)`: when the worker would start newcomers of a priority, one after the other.
+        """Return when the worker would start new jobs of a priority, one after the other.
 
         A slot of a less urgent job counts as free (`sdtpu_preemption`). Jobs of the same priority that wait in the
-        worker come first, except before a job with a deadline, which passes them. Each free slot beyond the first
-        moves `first_s` by one job below zero.
+        worker start first, unless the new job has a deadline, with which it passes them.
+
+        Args:
+            priority: of the new jobs; lower is more urgent.
+            has_deadline: whether they expire.
+
+        Returns:
+            `(first_s, every_s)`: seconds until the first start, and from one start to the next. With free slots
+            `first_s` is negative: each of them makes it less by `every_s`.
         """
         every_s = self.mean_job_s / self.num_slots
         in_slots = sum(count for held, count in self.held.items() if held <= priority)
@@ -103,21 +113,22 @@ class WorkerLoad:
         return self.next_free_s + max(0, ahead - self.num_slots) * every_s, every_s
 
     def job_s(self, request: GenerationRequest) -> float:
-        """Return how long a request would occupy its slot."""
+        """Return the seconds that a job with these parameters would occupy its slot."""
         own_size = next(iter(self.step_s.values()), None)
         step_s = self.step_s.get(f"{request.height}x{request.width}", own_size)
         return self.mean_job_s if step_s is None else request.num_inference_steps * step_s
 
 
 def publish_load(client: Any, queue: str, load: WorkerLoad, prefix: str = "", ttl_s: float = LOAD_TTL_S) -> None:
-    """Replace a worker's report; it is gone after `ttl_s`, by the clock of Redis.
+    """Publish a worker's load report in place of its last one.
 
     Args:
-        client: of the broker's Redis.
-        queue: `sdtpu_queue`, also when the worker serves tenants' queues.
+        client: a client of the broker's Redis.
+        queue: `sdtpu_queue`, also when the worker serves the queues of tenants.
         load: the report.
         prefix: kombu's `global_keyprefix`.
-        ttl_s: three times the seconds between two reports, so that one may be lost.
+        ttl_s: seconds after which the report expires, by Redis' clock: three times the seconds between two reports, so
+            that one of them may be lost.
     """
     key = prefix + load_key(queue)
     now_s, reports = client.pipeline(transaction=False).time().hgetall(key).execute()
@@ -130,24 +141,24 @@ def publish_load(client: Any, queue: str, load: WorkerLoad, prefix: str = "", tt
 
 
 def withdraw_load(client: Any, queue: str, host: str, prefix: str = "") -> None:
-    """Remove a worker's report when it stops taking jobs."""
+    """Remove the report of a worker that takes no more jobs."""
     client.hdel(prefix + load_key(queue), host)
 
 
 def read_loads(client: Any, queue: str, prefix: str = "") -> list[WorkerLoad]:
-    """Return the reports of the workers that live, in the order of their names."""
+    """Return the reports that have not expired, in the order of the workers' names."""
     now_s, reports = client.pipeline(transaction=False).time().hgetall(prefix + load_key(queue)).execute()
     return living_loads(reports, now_s)
 
 
 def estimated_start_s(loads: Iterable[WorkerLoad], ahead: int, priority: int, has_deadline: bool) -> float | None:
-    """Return the seconds until a job has a slot.
+    """Return the seconds until a new job has a slot; None without a load report.
 
     Args:
-        loads: the workers that may take it; none for an unknown start.
-        ahead: messages that are taken before its own.
-        priority: its own; lower is more urgent.
-        has_deadline: whether it expires.
+        loads: the load reports of the workers that may take the job.
+        ahead: how many messages the workers take before it.
+        priority: the job's; lower is more urgent.
+        has_deadline: whether the job expires.
     """
     starts = sorted(load.starts(priority, has_deadline) for load in loads)
     jobs_per_s = offset = 0.0
@@ -157,12 +168,12 @@ def estimated_start_s(loads: Iterable[WorkerLoad], ahead: int, priority: int, ha
         offset += first_s / every_s
         start_s = max(0.0, (ahead + offset) / jobs_per_s)
         if i + 1 < len(starts) and start_s <= starts[i + 1][0]:
-            break  # it starts before the others take part
+            break  # the job starts before the slower workers could start one
     return start_s
 
 
 def load_key(queue: str) -> str:
-    """Return the key of the hash of a queue's reports, by host."""
+    """Return the key of a queue's load reports: a hash of JSON texts by host."""
     return _KEY_PREFIX + queue
 
 
@@ -209,18 +220,18 @@ def _read_report(text: str | bytes) -> dict[str, Any]:
     except RecursionError as exc:
         raise ValueError("a worker's load must not be nested so deeply") from exc
     if not isinstance(facts, dict):
-        raise ValueError(f"a worker's load must be a JSON object, got {show(facts)}")
+        raise ValueError(f"a worker's load must be a JSON object, got {brief(facts)}")
     return facts
 
 
 def _check_number(name: str, value: Any, low: float, high: float, kind: Any = int | float) -> None:
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} must be a number from {low:,} to {high:,}, got {show(value)}")
+        raise ValueError(f"{name} must be a number from {low:,} to {high:,}, got {brief(value)}")
 
 
 def _check_text(name: str, value: Any, most: int) -> None:
     if not isinstance(value, str) or len(value) > most:
-        raise ValueError(f"{name} must be a string of at most {most} characters, got {show(value)}")
+        raise ValueError(f"{name} must be a string of at most {most} characters, got {brief(value)}")
 
 
 def _seconds(redis_time: tuple[int, int]) -> float:

@@ -18,8 +18,8 @@ DEFAULT_PRIORITY = 6
 """The priority of a job whose client names none: in the middle, with room above and below. Lower is more urgent."""
 SENT_AT_HEADER = "sdtpu_sent_at"
 """The message header with the time at which the client sent the job, in seconds since 1970."""
-MAX_SENT_AT = 2**40
-"""The latest time that `SENT_AT_HEADER` may say; a larger number is no time."""
+LATEST_SENT_AT = 2**40
+"""The latest time that this header may have; a worker ignores a later one."""
 
 
 def shard_queues(queue: str, shards: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""One image's parameters: validated at the client and again in the worker, to and from JSON."""
+"""The parameters of a job, validated at the client and again in the worker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdtpu_worker.errors import InvalidRequest
-from sdtpu_worker.show import show
+from sdtpu_worker.redaction import brief
 
 MAX_STEPS = 1000
 MAX_PROMPT_CHARACTERS = 10_000
@@ -26,15 +26,16 @@ IMAGE_FORMATS = ("png", "jpeg", "webp")
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """The parameters of one image; names are those of the diffusers pipeline call.
+    """The parameters of one job, under the names of the diffusers pipeline call.
 
     Attributes:
-        prompt: what the picture shows, 1 to 10,000 characters. Beyond 77 tokens it is truncated and reported.
-        negative_prompt: what it should not show; empty for none.
-        seed: 0 to 2**63 - 1, every bit counts; None lets the client draw one.
+        prompt: what the image shows, 1 to 10,000 characters. It is cut after 77 tokens, and the result says so.
+        negative_prompt: what the image should not show; empty for none.
+        seed: 0 to 2**63 - 1; None has the client draw one.
         num_inference_steps: denoising steps, 1 to 1000.
-        guidance_scale: how strongly the prompt steers (classifier-free guidance), -1000 to 1000.
-        height: pixels, a multiple of 8 and one of the worker's sizes; None for the checkpoint's own.
+        guidance_scale: how strongly the prompt counts (classifier-free guidance), -1000 to 1000.
+        height: pixels, a multiple of 8 and one of the worker's sizes (`sdtpu_resolutions`); None for the
+            checkpoint's own.
         width: as `height`.
         sampler: pndm, ddim, euler or dpmsolver++; None for the checkpoint's own.
         image_format: png, jpeg or webp.
@@ -60,9 +61,9 @@ class GenerationRequest:
 
     @classmethod
     def parse(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerationRequest:
-        """Build a request from a task's arguments: the prompt, positional or named, the rest by name.
+        """Return the request that a task's arguments make: the prompt first or by name, the others by name.
 
-        `tenant` says whose share of the workers the job takes; it is checked, but is no parameter of the image.
+        The argument `tenant`, which chooses the job's queue, is checked too, but it is not a part of the request.
 
         Raises:
             InvalidRequest: an argument is missing, unknown or not allowed.
@@ -76,7 +77,7 @@ class GenerationRequest:
         return cls(**given)
 
     def with_seed(self, task_id: str) -> GenerationRequest:
-        """Return the request with a seed: its own, else one that follows from the task id."""
+        """Return the request with a seed: its own, else one derived from the task id."""
         return self if self.seed is not None else dataclasses.replace(self, seed=seed_from_task_id(task_id))
 
     def to_json(self) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class GenerationRequest:
 
 
 def check_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Check the arguments given so far; what is missing may still come (a partial signature).
+    """Check the arguments of a task; some may be missing, because a partial signature gets them later.
 
     Raises:
         InvalidRequest: an argument is unknown, given twice or not allowed.
@@ -93,11 +94,11 @@ def check_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     if len(args) > 1:
         raise InvalidRequest(f"only the prompt is positional, got {len(args)} positional arguments; name the others")
     if args and "prompt" in kwargs:
-        raise InvalidRequest("prompt was given twice, by position and by name")
+        raise InvalidRequest("prompt was given twice, by position and by name; give it once")
     given = {**kwargs, **({"prompt": args[0]} if args else {})}
     for name, value in given.items():
         if name not in _ARGUMENT_CHECKS:
-            raise InvalidRequest(f"unknown parameter {show(name)}; the parameters are {', '.join(_ARGUMENT_CHECKS)}")
+            raise InvalidRequest(f"unknown parameter {brief(name)}; the parameters are {', '.join(_ARGUMENT_CHECKS)}")
         _ARGUMENT_CHECKS[name](name, value)
 
 
@@ -107,13 +108,13 @@ def draw_seed() -> int:
 
 
 def seed_from_task_id(task_id: str) -> int:
-    """Return the seed of a task that came without one: the same after redelivery and retry."""
+    """Return the seed of a job that has none: the same after every redelivery and retry."""
     return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:8], "big") >> 1
 
 
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise InvalidRequest(f"{name} must be a string, got {type(value).__name__}: {show(value)}")
+        raise InvalidRequest(f"{name} must be a string, got {type(value).__name__}: {brief(value)}")
     if len(value) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequest(f"{name} must have at most {MAX_PROMPT_CHARACTERS:,} characters, got {len(value):,}")
     for position, character in enumerate(value):
@@ -126,16 +127,16 @@ def _check_text(name: str, value: Any) -> None:
 def _check_prompt(name: str, value: Any) -> None:
     _check_text(name, value)
     if not value.strip():
-        raise InvalidRequest(f"{name} must not be empty, got {show(value)}")
+        raise InvalidRequest(f"{name} must not be empty, got {brief(value)}")
 
 
 def _check_tenant(name: str, value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, str) or not 1 <= len(value) <= MAX_TENANT_CHARACTERS:
-        raise InvalidRequest(f"{name} must be a string of 1 to {MAX_TENANT_CHARACTERS} characters, got {show(value)}")
+        raise InvalidRequest(f"{name} must be a string of 1 to {MAX_TENANT_CHARACTERS} characters, got {brief(value)}")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise InvalidRequest(f"{name} must not have control characters, got {show(value)}")
+        raise InvalidRequest(f"{name} must not have control characters, got {brief(value)}")
 
 
 def _check_integer(low: int, high: int, high_text: str, optional: bool = False) -> Any:
@@ -143,7 +144,7 @@ def _check_integer(low: int, high: int, high_text: str, optional: bool = False) 
         if value is None and optional:
             return
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise InvalidRequest(f"{name} must be an integer from {low} to {high_text}, got {show(value)}")
+            raise InvalidRequest(f"{name} must be an integer from {low} to {high_text}, got {brief(value)}")
 
     return check
 
@@ -153,7 +154,7 @@ def _check_guidance(name: str, value: Any) -> None:
     if not number or not -MAX_GUIDANCE_SCALE <= value <= MAX_GUIDANCE_SCALE:  # also of NaN, and of any integer
         raise InvalidRequest(
             f"{name} must be a finite number from -{MAX_GUIDANCE_SCALE:.0f} to {MAX_GUIDANCE_SCALE:.0f},"
-            f" got {show(value)}"
+            f" got {brief(value)}"
         )
 
 
@@ -161,14 +162,16 @@ def _check_side(name: str, value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_SIDE or value % SIDE_MULTIPLE:
-        raise InvalidRequest(f"{name} must be a multiple of {SIDE_MULTIPLE} up to {MAX_SIDE} pixels, got {show(value)}")
+        raise InvalidRequest(
+            f"{name} must be a multiple of {SIDE_MULTIPLE} up to {MAX_SIDE} pixels, got {brief(value)}"
+        )
 
 
 def _check_choice(choices: Sequence[str], optional: bool = False) -> Any:
     def check(name: str, value: Any) -> None:
         if (value is None and optional) or (isinstance(value, str) and value in choices):
             return
-        raise InvalidRequest(f"{name} must be one of {', '.join(choices)}, got {show(value)}")
+        raise InvalidRequest(f"{name} must be one of {', '.join(choices)}, got {brief(value)}")
 
     return check
 

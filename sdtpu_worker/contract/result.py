@@ -1,4 +1,4 @@
-"""What a finished job stores under its task id: JSON, with a reference to the image."""
+"""The result of a job: JSON under its task id, with a reference to the stored image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StoredImage:
-    """Where an image is and what it is; `bytes` is its size."""
+    """Where an image is stored, and what it is.
+
+    Attributes:
+        uri: names the image in its store.
+        format: png, jpeg or webp.
+        width: pixels.
+        height: pixels.
+        bytes: the size of the encoded image.
+    """
 
     uri: str
     format: str
@@ -21,7 +29,13 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds: waiting for a slot, on the device, and from `delay()` (or reception) to stored."""
+    """How long a job took, in seconds.
+
+    Attributes:
+        queued_s: from `delay()` to the slot; if the client has sent no time, from the worker's receipt of the job.
+        device_s: in the slot.
+        total_s: from the same moment as `queued_s` to the stored image.
+    """
 
     queued_s: float
     device_s: float
@@ -30,7 +44,14 @@ class Timings:
 
 @dataclass(frozen=True)
 class BatchPlace:
-    """Which device and slot made the image, and how many of all slots were in use in the tick that finished it."""
+    """Where the image was made.
+
+    Attributes:
+        device: the number of the device.
+        slot: the number of the slot on that device.
+        occupied: how many slots of the host were in use in the tick that finished the image.
+        num_slots: how many slots the host has.
+    """
 
     device: int
     slot: int
@@ -40,11 +61,17 @@ class BatchPlace:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """The result of one job, as it was run: every default is filled in.
+    """The result of one job, with the parameters that it was run with: every default is filled in.
 
     Attributes:
-        prompt_truncated: the prompt or the negative prompt was longer than 77 tokens.
-        nsfw_content_detected: the safety checker's verdict (the image is then black); None without a checker.
+        task_id: the id of the job's task.
+        image: the stored image.
+        prompt, negative_prompt, seed, num_inference_steps, guidance_scale, sampler: as in `GenerationRequest`.
+        model: the name of the checkpoint.
+        prompt_truncated: whether the prompt or the negative prompt was longer than 77 tokens, and cut there.
+        nsfw_content_detected: the safety checker's verdict; the image is black if it is True. None without a checker.
+        timings: how long the job took.
+        batch: the device and the slot that made the image.
     """
 
     task_id: str
@@ -67,6 +94,6 @@ class GenerationResult:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GenerationResult:
-        """Build the result from what `AsyncResult.get()` returns."""
+        """Return the result that `to_json` gave, as `AsyncResult.get()` returns it."""
         parts = {"image": StoredImage, "timings": Timings, "batch": BatchPlace}
         return cls(**{name: parts[name](**value) if name in parts else value for name, value in data.items()})

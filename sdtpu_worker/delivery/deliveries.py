@@ -36,8 +36,9 @@ DEAD_LETTER_BYTES = 4096
 JOB_FACTS_EXPIRE_S = 24 * 3600
 """Seconds that Redis keeps a job's starts and its snapshot."""
 MAX_SNAPSHOT_BYTES = 2**26
-"""Of a snapshot, deflated. One of 1024 x 1024 pixels has about 2 MB; without a bound a forged one fills memory."""
-_MAX_STARTS, _MAX_NAME_BYTES = 10_000, 512
+"""The largest snapshot, deflated, that is read. One of 1024 x 1024 pixels has about 2 MB; a forged one could fill the
+worker's memory."""
+_MAX_STARTS, _MAX_NAME_BYTES = 10_000, 512  # of a job's starts, and of the name in each: more is not read
 _MAX_MOVES = 200  # messages that one sweep, or one look for due messages, moves
 
 
@@ -287,11 +288,12 @@ class Deliveries:
         with self.client.pipeline(transaction=False) as pipe:
             pipe.lrange(self.keys.starts(task_id), 0, _MAX_STARTS - 1)
             pipe.getrange(self.keys.snapshot(task_id), 0, MAX_SNAPSHOT_BYTES)
-            names, snapshot = pipe.execute()
+            names, snapshot = map(_of_our_type, pipe.execute(raise_on_error=False))
         cut = (name[:_MAX_NAME_BYTES].decode(errors="replace") for name in dict.fromkeys(names))
         hosts = [name.partition("\n")[0] for name in cut]
         if len(snapshot) > MAX_SNAPSHOT_BYTES:
-            logger.warning("the state of task %s has more than %d bytes, it starts anew", task_id, MAX_SNAPSHOT_BYTES)
+            logger.warning("the snapshot of task %s has more than %d bytes and is not used: the job starts from its"
+                           " first step", task_id, MAX_SNAPSHOT_BYTES)  # fmt: skip
             snapshot = b""
         return JobFacts(hosts, snapshot or None)
 
@@ -336,3 +338,16 @@ class Deliveries:
 
     def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         return self.client.eval(script, len(keys), *keys, *args)
+
+
+def _of_our_type(answer: Any) -> Any:
+    """Return what Redis answered; nothing for a key of another type, which this package has not written.
+
+    Raises:
+        redis.exceptions.RedisError: Redis answered with any other error.
+    """
+    if not isinstance(answer, Exception):
+        return answer
+    if "WRONGTYPE" in str(answer):
+        return b""
+    raise answer

@@ -1,11 +1,11 @@
-"""Whether Celery can live with a message: its size and its shape, checked before Celery sees it.
+"""Checks the size and the shape of a message before Celery sees it.
 
-Whoever can write to Redis can write anything to the queue, and much of it would end a stock worker's process or leave
-a job without an end. What passes `check_envelope` becomes a `Request` in Celery's consumer without an exception, and
-everything that can still be wrong with it goes wrong within its own task and ends in that task's result.
+Any program that can write to Redis can write anything to the queue. Many messages would end a stock Celery worker's
+process, or leave a job that never ends. Of a message that passes `check_envelope`, Celery's consumer makes a `Request`
+without an exception; whatever is still wrong with it then fails within its own task and becomes that task's result.
 
-Protocol 2 of Celery keeps a task's fields in the headers and `[args, kwargs, embed]` in the body; protocol 1 keeps
-them all in the body. Either body is JSON text in base64, perhaps deflated.
+In Celery's protocol 2 the headers hold a task's fields, and the body is `[args, kwargs, embed]`; in protocol 1 the body
+holds everything. Both bodies are JSON text in base64, and may be deflated.
 """
 
 from __future__ import annotations
@@ -24,42 +24,46 @@ from kombu.utils import json as kombu_json
 
 from sdtpu_worker.delivery.message_rules import (
     ARGUMENTS,
+    CODE_ONLY_OPTIONS,
     COMPRESSION,
     DELIVERY_INFO,
     EMBED,
     HEADERS,
     MESSAGE,
-    NO_OPTIONS,
-    NOTHING,
+    NULL,
     OPTIONS,
-    PARTS,
-    PRIVATE,
     PROPERTIES,
+    RESERVED_NAMES,
     SIGNATURE,
+    SUBTASK_KWARGS,
     Refusal,
     check_fields,
     is_usable_id,
 )
 from sdtpu_worker.errors import InvalidMessage
-from sdtpu_worker.show import show
+from sdtpu_worker.redaction import brief
 
 MAX_DEPTH = 64
+"""How deeply the values of a message may be nested."""
 MAX_VALUES = 25_000
-"""More than the longest prompts have brackets and commas, since these are what is counted."""
+"""How many values a JSON text may have. Brackets and commas are counted, also those in prompts, so this is more than
+the longest prompts have."""
 MAX_PROTOCOL_1_VALUES = 1_000
-"""Fewer, because Celery's `saferepr` of protocol 1's arguments takes the square of their number: minutes for 80,000."""
+"""How many values the body of protocol 1 may have: the time of Celery's `saferepr` for its arguments grows with the
+square of their number, to minutes for 80,000."""
 GUESSED_BYTES = 4096
+"""How many bytes of each end of a message are searched for the id of its job."""
 
 
 class BadEnvelope(Exception):
     """A message that Celery must not see.
 
     Attributes:
-        reason: one line: what was got and what is allowed.
-        task_id: the id of the job that the message was to be; None if it has no usable one.
-        task_name: the name of its task, if it has one.
-        ignore_result: whether its client asked for no result.
-        error: what the job's result should become.
+        reason: one line that says what was got and what is allowed.
+        task_id: the id of the message's job; None if the message has no usable one.
+        task_name: the name of the message's task; None if it has no usable one.
+        ignore_result: whether the client wants no result.
+        error: the exception to store as the job's result.
     """
 
     def __init__(self, reason: str, fields: Mapping[str, Any], error: Exception | None = None) -> None:
@@ -73,15 +77,15 @@ class BadEnvelope(Exception):
 
 
 def check_envelope(raw: bytes, known_tasks: Container[str], max_bytes: int) -> dict[str, Any]:
-    """Return the message that kombu's virtual channel delivers, unchanged.
+    """Return a message as kombu's virtual channel delivers it, after checking it.
 
     Args:
-        raw: what stood in the queue.
-        known_tasks: names of the tasks that the app has.
-        max_bytes: of the message, and of its body when it is inflated.
+        raw: the message as it was in the queue.
+        known_tasks: the names of the tasks that the app has.
+        max_bytes: the largest size of the message, and of its inflated body.
 
     Raises:
-        BadEnvelope: Celery cannot make a job of it. Nothing else is ever raised.
+        BadEnvelope: Celery cannot make a job of the message. No other exception is ever raised.
     """
     fields: dict[str, Any] = {}
     try:
@@ -103,18 +107,18 @@ def check_envelope(raw: bytes, known_tasks: Container[str], max_bytes: int) -> d
         else:
             raise Refusal(f"the body of protocol 1 must have at most {MAX_PROTOCOL_1_VALUES:,} values, got {values:,}")
         return message
-    except Exception as exc:  # one that is no refusal is a fault of ours, and must not end the worker either
-        refusal = exc if isinstance(exc, Refusal) else Refusal(f"the message cannot be checked: {show(exc)}")
+    except Exception as exc:  # any other than a Refusal is an error of this code, and must not end the worker
+        refusal = exc if isinstance(exc, Refusal) else Refusal(f"the message cannot be checked: {brief(exc)}")
         if not is_usable_id(fields.get("id")):
             fields["id"] = find_task_id(raw[:GUESSED_BYTES], raw[-GUESSED_BYTES:])
         raise BadEnvelope(str(refusal), fields, refusal.error) from exc
 
 
 def find_task_id(raw_head: bytes, raw_tail: bytes) -> str | None:
-    """Guess the id of a message that is too large or too broken to be read, from its first and last kilobytes.
+    """Guess the job's id in a message that is too large or too broken to be read, from its two ends.
 
     Returns:
-        The id, if everything there that looks like one agrees and it is a usable id; else None.
+        The id, if all that looks like an id in both ends is the same usable id; else None.
     """
     found = set(_ID_PATTERN.findall(raw_head) + _ID_PATTERN.findall(raw_tail))
     if len(found) != 1:
@@ -132,22 +136,22 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 def _check_protocol_2(fields: Mapping[str, Any], body: Any, known_tasks: Container[str]) -> None:
     _check_task_fields(fields, known_tasks)
-    check_fields("headers", fields, dict.fromkeys(EMBED, NOTHING))
+    check_fields("headers", fields, dict.fromkeys(EMBED, NULL))
     if not isinstance(body, list) or len(body) != 3:
-        raise Refusal(f"the body must be [args, kwargs, embed], got {show(body)}")
+        raise Refusal(f"the body must be [args, kwargs, embed], got {brief(body)}")
     args, kwargs, embed = body
     check_fields("body", {"args": args, "kwargs": kwargs}, ARGUMENTS)
     if embed is None:
         return
     check_fields("embed", embed, EMBED)
     if unknown := embed.keys() - EMBED.keys():
-        raise Refusal(f"embed must have only {', '.join(EMBED)}, got {show(min(unknown))}")
+        raise Refusal(f"embed must have only {', '.join(EMBED)}, got {brief(min(unknown))}")
     _check_signatures(embed)
 
 
 def _check_protocol_1(fields: dict[str, Any], body: Any, known_tasks: Container[str]) -> None:
     if not isinstance(body, dict):
-        raise Refusal(f"without a task in the headers the body must be a dict (protocol 1), got {show(body)}")
+        raise Refusal(f"without a task in the headers the body must be a dict (protocol 1), got {brief(body)}")
     fields.update({**body, **fields})  # as Celery does
     _check_task_fields(fields, known_tasks)
     check_fields("body", body, ARGUMENTS)
@@ -157,14 +161,14 @@ def _check_protocol_1(fields: dict[str, Any], body: Any, known_tasks: Container[
 
 def _check_task_fields(fields: Mapping[str, Any], known_tasks: Container[str]) -> None:
     check_fields("headers", fields, HEADERS)
-    if private := fields.keys() & PRIVATE:
-        raise Refusal(f"headers must not be named as a method of Celery's request is, got {show(min(private))}")
+    if reserved := fields.keys() & RESERVED_NAMES:
+        raise Refusal(f"headers must not have the name of a method of Celery's request, got {brief(min(reserved))}")
     if (name := fields["task"]) not in known_tasks:
-        raise Refusal(f"task must be one of this app's, got {show(name)}", NotRegistered(name))
+        raise Refusal(f"task must be one of this app's, got {brief(name)}", NotRegistered(name))
 
 
 def _load(what: str, raw: bytes) -> Any:
-    """Read JSON as kombu does, if it is not so much that reading it takes long."""
+    """Return the value of a JSON text, read as kombu reads it; refuses a text that would take long."""
     if sum(map(raw.count, (b"[", b"{", b","))) > MAX_VALUES:
         raise Refusal(f"{what} must have at most {MAX_VALUES:,} values, got more")
     try:
@@ -173,8 +177,8 @@ def _load(what: str, raw: bytes) -> Any:
         raise
     except RecursionError:
         raise Refusal(f"{what} must be nested at most {MAX_DEPTH} levels deep, got far more") from None
-    except Exception as exc:  # whatever the decoders of `__type__` raise
-        raise Refusal(f"{what} must be JSON text in UTF-8, got {show(raw)}: {show(str(exc))}") from exc
+    except Exception as exc:  # the decoders of kombu's `__type__` raise any kind
+        raise Refusal(f"{what} must be JSON text in UTF-8, got {brief(raw)}: {brief(str(exc))}") from exc
 
 
 def _refuse_number(text: str) -> None:
@@ -185,10 +189,10 @@ _load_json = partial(json.loads, parse_constant=_refuse_number)
 
 
 def _check_plain(what: str, value: Any) -> int:
-    """Go through a JSON value level by level: depth, text and numbers must be what every later step can bear.
+    """Check a JSON value level by level: its depth, its texts and its numbers must do no harm to later steps.
 
     Returns:
-        How many values there are in it.
+        How many values it has, at all levels.
     """
     level, values = [value], 0
     for _ in range(MAX_DEPTH):
@@ -199,7 +203,7 @@ def _check_plain(what: str, value: Any) -> int:
         for item in level:
             if isinstance(item, str):
                 if not item.isascii() and _SURROGATE.search(item):
-                    raise Refusal(f"{what} must not have half a surrogate pair, got {show(item)}")
+                    raise Refusal(f"{what} must not have half a surrogate pair, got {brief(item)}")
             elif isinstance(item, dict):
                 below += item
                 below += item.values()
@@ -212,7 +216,7 @@ def _check_plain(what: str, value: Any) -> int:
 
 
 def _body_bytes(message: dict[str, Any], max_bytes: int) -> bytes:
-    """Return the body's JSON text; inflated with a bound."""
+    """Return the body's JSON text, inflated to at most `max_bytes`."""
     check_fields("headers", message["headers"], COMPRESSION)
     body: bytes = message["body"].encode()
     compression = message["headers"].get("compression")
@@ -220,7 +224,7 @@ def _body_bytes(message: dict[str, Any], max_bytes: int) -> bytes:
         try:
             body = base64.b64decode(body, validate=True)
         except ValueError as exc:
-            raise Refusal(f"the body must be base64, got {show(message['body'])}: {exc}") from exc
+            raise Refusal(f"the body must be base64, got {brief(message['body'])}: {exc}") from exc
     elif compression:
         raise Refusal("a compressed body must be in base64: set body_encoding to base64")
     if not compression:
@@ -236,17 +240,17 @@ def _body_bytes(message: dict[str, Any], max_bytes: int) -> bytes:
 
 
 def _check_signatures(embed: Mapping[str, Any]) -> None:
-    """Check every signature that the job carries along, and those within them."""
+    """Check every signature that the message carries (callbacks, chain, chord), and the signatures within them."""
     waiting = list(_signatures_in(embed, EMBED))
     while waiting:
         signature = waiting.pop()
         check_fields("signature", signature, SIGNATURE)
         options, kwargs = signature["options"], signature["kwargs"]
         check_fields("options", options, OPTIONS)
-        if private := (signature.keys() & PRIVATE) | (options.keys() & (PRIVATE | NO_OPTIONS)):
-            raise Refusal(f"a signature must not have {', '.join(sorted(private))}")
+        if reserved := (signature.keys() & RESERVED_NAMES) | (options.keys() & (RESERVED_NAMES | CODE_ONLY_OPTIONS)):
+            raise Refusal(f"a signature must not have the fields {', '.join(sorted(reserved))}; only code can set them")
         waiting += _signatures_in(options, ("link", "link_error", "chord", "chain"))
-        parts = PARTS.get(signature.get("subtask_type"), {})
+        parts = SUBTASK_KWARGS.get(signature.get("subtask_type"), {})
         check_fields("signature", kwargs, parts)
         waiting += _signatures_in(kwargs, parts)
 

@@ -1,4 +1,4 @@
-"""What each field of a task message may be: tables of rules, one for each place that has fields."""
+"""Which values each field of a task message may have: one table of rules for each part of the message."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import compression
 from kombu.serialization import registry
 
-from sdtpu_worker.show import show
+from sdtpu_worker.redaction import brief
 
 MAX_ID_CHARACTERS = 255
 MAX_RETRIES = 1_000_000
 MAX_SECONDS = 1_000_000_000
 EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9999, 12, 1, tzinfo=UTC)
-"""Dates within these can be converted to any time zone and to a timer's seconds."""
+"""Dates between these two can be converted to any time zone and to the seconds of a timer."""
 
 
 class Refusal(Exception):
-    """Why a message is refused, and what its job's result should become if not an `InvalidMessage`."""
+    """Why a message is refused; `error` is what its job's result becomes, None for an `InvalidMessage`."""
 
     def __init__(self, reason: str, error: Exception | None = None) -> None:
         super().__init__(reason)
@@ -29,7 +29,7 @@ class Refusal(Exception):
 
 
 class Rule(NamedTuple):
-    """What a field may be: in words, as a predicate, and whether it may be absent."""
+    """Which values a field may have, in words and as a predicate, and whether the field is required."""
 
     allowed: str
     holds: Callable[[Any], bool]
@@ -37,28 +37,33 @@ class Rule(NamedTuple):
 
 
 def check_fields(where: str, fields: Any, rules: Mapping[str, Rule]) -> None:
-    """Check the fields that there are rules for; others may be there too.
+    """Check the fields that have a rule; other fields are left alone.
+
+    Args:
+        where: what the error's text calls this part of the message.
+        fields: the fields by name.
+        rules: the rules by field name.
 
     Raises:
-        Refusal: it is no dict, or a field is missing or not allowed.
+        Refusal: `fields` is not a dict, or a field is missing or has a value that is not allowed.
     """
     if not isinstance(fields, dict):
-        raise Refusal(f"{where} must be a dict, got {show(fields)}")
+        raise Refusal(f"{where} must be a dict, got {brief(fields)}")
     for name, rule in rules.items():
         if name in fields:
             if not rule.holds(fields[name]):
-                raise Refusal(f"{where}: {name} must be {rule.allowed}, got {show(fields[name])}")
+                raise Refusal(f"{where}: {name} must be {rule.allowed}, got {brief(fields[name])}")
         elif rule.required:
             raise Refusal(f"{where}: {name} is missing; it must be {rule.allowed}")
 
 
 def is_usable_id(value: Any) -> bool:
-    """Whether a result can be stored by this id: 1 to 255 printable characters."""
+    """Whether a result can be stored under this id: 1 to 255 printable characters."""
     return isinstance(value, str) and 0 < len(value) <= MAX_ID_CHARACTERS and value.isprintable()
 
 
 def _is_date(value: Any) -> bool:
-    """Whether Celery can parse a date and convert it to its time zone, the system's and a timer's."""
+    """Whether Celery can parse a date and convert it to any time zone and to the seconds of a timer."""
     if isinstance(value, str) and not 0 < len(value) <= 64:
         return False
     try:
@@ -113,7 +118,7 @@ def _required(rule: Rule) -> Rule:
     return rule._replace(required=True)
 
 
-NOTHING = Rule("null", lambda value: value is None)
+NULL = Rule("null", lambda value: value is None)
 _ID = Rule(f"1 to {MAX_ID_CHARACTERS} printable characters", is_usable_id)
 _TEXT = Rule(f"at most {MAX_ID_CHARACTERS} printable characters", _is_text)
 _STRING, _FLAG = _of_type(str, "a string"), _of_type(bool, "true or false")
@@ -157,7 +162,7 @@ HEADERS = {
     "stamps": _maybe(_DICT),
     "headers": _maybe(_DICT),
 }
-"""Of protocol 2; in protocol 1 they stand in the body."""
+"""The headers of protocol 2; protocol 1 has these fields in the body."""
 COMPRESSION = {"compression": _maybe(_one_of("application/x-gzip", "gzip", "zlib"))}
 ARGUMENTS = {"args": _LIST, "kwargs": _DICT}
 EMBED = {name: _maybe(_LIST) for name in ("callbacks", "errbacks", "chain")} | {"chord": _maybe(_DICT)}
@@ -190,7 +195,7 @@ OPTIONS = {
     "chain": _maybe(_LIST),
 }
 _TASKS, _ITEMS = {"tasks": _required(_LIST)}, {"task": _required(_DICT), "it": _required(_LIST)}
-PARTS: dict[str | None, dict[str, Rule]] = {
+SUBTASK_KWARGS: dict[str | None, dict[str, Rule]] = {
     "chain": _TASKS,
     "group": _TASKS,
     "chord": {"header": _required(_either(_LIST, _DICT)), "body": _maybe(_DICT)},
@@ -198,9 +203,9 @@ PARTS: dict[str | None, dict[str, Rule]] = {
     "xmap": _ITEMS,
     "xstarmap": _ITEMS,
 }
-PRIVATE = frozenset(name for name in dir(Context) if name[0] == "_" or callable(getattr(Context, name)))
-"""Names that would hide what Celery's `Context` needs, since it takes every field as an attribute of itself."""
-NO_OPTIONS = frozenset(
+RESERVED_NAMES = frozenset(name for name in dir(Context) if name[0] == "_" or callable(getattr(Context, name)))
+"""Names that a header must not have: Celery's `Context` sets every header as an attribute, and would lose these."""
+CODE_ONLY_OPTIONS = frozenset(
     (
         "args",
         "kwargs",
@@ -224,4 +229,4 @@ NO_OPTIONS = frozenset(
         "create_sent_event",
     )
 )
-"""Parameters on the way from `Signature.apply_async` to `Producer.publish` that only code can give."""
+"""Parameters between `Signature.apply_async` and `Producer.publish` that only code can give, no message."""

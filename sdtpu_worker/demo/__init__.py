@@ -1,1 +1,1 @@
-"""The shipped tiny checkpoint, the scripts that made it, and `sdtpu demo`."""
+"""`sdtpu demo`: the whole way from prompts to images on one machine."""

@@ -1,4 +1,4 @@
-"""`sdtpu demo`: prompts through a private Redis, a worker on simulated devices, and back as pictures."""
+"""`sdtpu demo`: sends prompts through a private Redis to a worker on simulated devices, and saves the pictures."""
 
 from __future__ import annotations
 
@@ -49,18 +49,28 @@ PROMPTS = (
     "a black ring on the left of a green background",
 )
 START_TIMEOUT_S = 180.0
+"""Seconds for the worker to start and compile."""
 JOB_TIMEOUT_S = 600.0
+"""Seconds for all jobs together."""
 
 
 class DemoFailed(Exception):
-    """The demo could not be run to its end; the text says why."""
+    """The demo could not finish; the text says why."""
 
 
 def run_demo(out: Path, prompts: list[str], steps: int, seed: int, devices: int, slots_per_device: int) -> None:
-    """Run the demo and print what it measured; everything it started has stopped when it returns or raises.
+    """Run the demo and print what it measured. Redis and the worker have stopped when it returns or raises.
+
+    Args:
+        out: the folder for the images and the worker's log; made if it does not exist.
+        prompts: one for each job; none for the 24 prompts of the demo.
+        steps: denoising steps of each job.
+        seed: the seed of the first job; each further job has the next number.
+        devices: how many CPU devices the worker simulates.
+        slots_per_device: jobs that one device denoises at the same time.
 
     Raises:
-        DemoFailed: a process did not start, or a job failed.
+        DemoFailed: a parameter is not allowed, a process did not start, or a job failed.
     """
     started = time.monotonic()
     prompts = prompts or list(PROMPTS)
@@ -84,7 +94,7 @@ def run_demo(out: Path, prompts: list[str], steps: int, seed: int, devices: int,
 
 
 def _check(prompts: Sequence[str], steps: int, seed: int) -> None:
-    """Find a bad parameter before anything is started."""
+    """Raise `DemoFailed` for a parameter that is not allowed, before any process is started."""
     from sdtpu_worker import GenerationRequest, InvalidRequest
 
     try:
@@ -109,7 +119,11 @@ def _worker(redis_url: str, log: Path, devices: int, slots_per_device: int) -> I
 
 
 def _produce(redis_url: str, prompts: Sequence[str], steps: int, seed: int, out: Path) -> dict[str, Any]:
-    """Be the web app: enqueue every prompt as a task of its own, wait for the results, save the pictures."""
+    """Do what a web app does: enqueue every prompt as a task, wait for the results, save the pictures.
+
+    Returns:
+        What was measured, for the report.
+    """
     from celery import Celery
 
     from sdtpu_worker import generate, install, open_image
@@ -117,14 +131,16 @@ def _produce(redis_url: str, prompts: Sequence[str], steps: int, seed: int, out:
     app = install(Celery("demo-producer", broker=redis_url, backend=redis_url))
     app.set_current()
     app.set_default()
-    before = _loop_stats(app)
+    before = _worker_stats(app)
     began = time.monotonic()
     jobs = [generate.delay(prompt, seed=seed + i, num_inference_steps=steps) for i, prompt in enumerate(prompts)]
     results: dict[int, dict[str, Any]] = {}
     with click.progressbar(length=len(jobs), label=f"{len(jobs)} tasks", show_pos=True) as bar:
         while len(results) < len(jobs):
             if time.monotonic() - began > JOB_TIMEOUT_S:
-                raise DemoFailed(f"{len(jobs) - len(results)} tasks are not done after {JOB_TIMEOUT_S:.0f} s")
+                raise DemoFailed(
+                    f"{len(jobs) - len(results)} of {len(jobs)} tasks have not ended after {JOB_TIMEOUT_S:.0f} s"
+                )
             for i, job in enumerate(jobs):
                 if i not in results and job.ready():
                     if job.failed():
@@ -139,9 +155,9 @@ def _produce(redis_url: str, prompts: Sequence[str], steps: int, seed: int, out:
         old.unlink()
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
-        image.save(out / f"{i:03d}-{slug}.png", pnginfo=_chunks(image))
+        image.save(out / f"{i:03d}-{slug}.png", pnginfo=_text_chunks(image))
     labelled_grid(images, prompts).save(out / "grid.png")
-    summary = _summarise(before, _loop_stats(app), wall_s, len(jobs))
+    summary = _summarise(before, _worker_stats(app), wall_s, len(jobs))
     (out / "results.json").write_text(json.dumps({"summary": summary, "results": ordered}, indent=2) + "\n")
     app.close()
     return summary
@@ -170,7 +186,8 @@ def labelled_grid(images: Sequence[Any], labels: Sequence[str], columns: int = 6
     return image_grid(cells, -(-len(cells) // columns), columns)
 
 
-def _chunks(image: Any) -> Any:
+def _text_chunks(image: Any) -> Any:
+    """Return the text chunks of an opened PNG, to be saved with it again."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -179,12 +196,13 @@ def _chunks(image: Any) -> Any:
     return info
 
 
-def _loop_stats(app: Any) -> dict[str, Any]:
+def _worker_stats(app: Any) -> dict[str, Any]:
+    """Return what the worker counts of its devices, from `inspect stats`."""
     replies = app.control.inspect(timeout=5).stats() or {}
     for reply in replies.values():
         if "sdtpu" in reply.get("pool", {}):
             return {**reply["pool"]["sdtpu"], **reply["pool"]["sdtpu"]["loop"]}
-    raise DemoFailed("the worker does not answer `inspect stats`")
+    raise DemoFailed("the worker does not answer `inspect stats` within 5 s; see worker.log")
 
 
 def _summarise(before: dict[str, Any], after: dict[str, Any], wall_s: float, jobs: int) -> dict[str, Any]:
@@ -215,4 +233,4 @@ seconds per image    {report["seconds_per_image"]:.2f}
 worker start-up      {compiled}
 whole demo           {total_s:.0f} s
 
-{out / "grid.png"} shows them all; {out / "results.json"} has every result.""")
+{out / "grid.png"} shows all pictures; {out / "results.json"} has every result.""")

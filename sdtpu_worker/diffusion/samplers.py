@@ -22,7 +22,7 @@ import numpy as np
 
 from sdtpu_worker.contract.request import MAX_STEPS, SAMPLER_NAMES
 from sdtpu_worker.errors import InvalidCheckpoint, InvalidRequest
-from sdtpu_worker.show import show
+from sdtpu_worker.redaction import brief
 
 COLUMNS = ("t", "c_in", "p", "q", "a", "b", "c", "d", "e", "push")
 _MAX_TRAIN_TIMESTEPS = 1_000_000
@@ -54,7 +54,7 @@ class NoiseSchedule:
         steps = int(config.get("num_train_timesteps", 1000))
         if not 1 <= steps <= _MAX_TRAIN_TIMESTEPS:
             raise InvalidCheckpoint(
-                f"num_train_timesteps in the scheduler config must be 1 to {_MAX_TRAIN_TIMESTEPS:,}, got {show(steps)}"
+                f"num_train_timesteps in the scheduler config must be 1 to {_MAX_TRAIN_TIMESTEPS:,}, got {brief(steps)}"
             )
         start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
         kind = config.get("beta_schedule", "linear")

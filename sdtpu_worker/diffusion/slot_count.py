@@ -20,7 +20,7 @@ import jax
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.failures import is_out_of_memory
-from sdtpu_worker.show import show
+from sdtpu_worker.redaction import brief
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def _read_choice(saved_choice: Path) -> int | None:
         slots = json.loads(saved_choice.read_text(encoding="utf-8"))["slots_per_device"]
         if type(slots) is int and slots in CANDIDATES:
             return slots
-        reason = f"slots_per_device is {show(slots)}"
+        reason = f"slots_per_device is {brief(slots)}"
     except FileNotFoundError:
         return None
     except Exception as exc:  # half a file, another kind of file, no permission

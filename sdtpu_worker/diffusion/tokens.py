@@ -4,16 +4,17 @@ A prompt is mended as `ftfy.fix_text` mends it, cut into words by CLIP's pattern
 checkpoint's merges in the native code of `tokenizers`, which lets other threads run meanwhile and remembers nothing.
 Ids are those of transformers' `CLIPTokenizer`.
 
-Three things would let a text choose how long that takes, and are bounded: words beyond those that can have one of the
-ids that count are never looked at; a text that needs more than `_MOST_ROUNDS` rounds of mending (`&amp;amp;amp;…`) is
-taken as it is then; and of more than `_MOST_MARKS` combining marks in a row the rest is dropped, since bringing them
-into their canonical order takes the square of their number.
+What would let a text choose how long that takes is bounded. Lines, and pieces of very long ones, are mended one after
+the other, only until there are as many ids as count. A piece that needs more than `_MOST_ROUNDS` rounds of mending
+(`&amp;amp;amp;…`) is taken as it is then. Of more than `_MOST_MARKS` combining marks in a row the rest is dropped: to
+bring them into their canonical order takes the square of their number.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from sdtpu_worker.errors import InvalidCheckpoint
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would start a thread per core, for one prompt at a time
 
 DEFAULT_LENGTH = 77
 _SHORTEST, _LONGEST = 3, 100_000  # a start, something and an end; anything larger stands for "no limit"

@@ -1,4 +1,4 @@
-"""Pictures on the host: encode an array, arrange several in a grid."""
+"""Images on the host, on their way out: encode an array, arrange several images in a grid."""
 
 from __future__ import annotations
 

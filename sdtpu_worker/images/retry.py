@@ -1,4 +1,4 @@
-"""Try a write again while its store has passing trouble: a restart, a failover, no memory, a slow network."""
+"""Writes to an image store again while its trouble may pass: a restart, a failover, no memory, a slow network."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sdtpu_worker.redaction import sanitize_url
 logger = logging.getLogger(__name__)
 
 PUT_BUDGET_S = 30.0
-"""Seconds for which an image store tries again when it cannot take an image."""
+"""Seconds for which a write to an image store is tried again."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _POLL_S = 0.1, 2.0, 0.1
 
 
 def never() -> bool:
-    """Do not give up before the time is over."""
+    """Return False: do not give up before the time is over."""
     return False
 
 
@@ -29,17 +29,17 @@ def store_patiently(
     budget_s: float,
     give_up: Callable[[], bool],
 ) -> None:
-    """Write, with growing pauses between the attempts, until it works, cannot work, or the time is over.
+    """Write, and try again with growing pauses until the write succeeds, cannot succeed, or the time is over.
 
     Args:
-        write: the attempt; may be made more than once.
-        failure: what to say when it does not work; the cause is added, without passwords.
-        may_pass: whether an error can pass by itself.
-        budget_s: no attempt starts after this time.
-        give_up: asked several times a second while waiting; True ends it.
+        write: makes one attempt.
+        failure: the beginning of the error's text; the cause is added, without passwords.
+        may_pass: says whether an error may pass by itself; if not, the write is not tried again.
+        budget_s: no attempt starts after this many seconds.
+        give_up: asked several times a second during a pause; True ends it.
 
     Raises:
-        StorageError: it did not work.
+        StorageError: no attempt succeeded.
     """
     deadline, pause_s = time.monotonic() + budget_s, _FIRST_PAUSE_S
     while True:
@@ -60,7 +60,7 @@ def store_patiently(
 
 
 def _wait(pause_s: float, give_up: Callable[[], bool]) -> bool:
-    """Wait; return False at once when the caller gives up."""
+    """Wait and return True; return False as soon as the caller gives up."""
     until = time.monotonic() + pause_s
     while not give_up():
         left_s = until - time.monotonic()

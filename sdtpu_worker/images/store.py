@@ -1,23 +1,22 @@
 """Image bytes by task id: in Redis, with the result's expiry, or at any fsspec URL.
 
-A name in a store is made of the task id alone and cannot leave the store's own prefix. A result names its image by
-URI; since whoever can write to the result backend can write any URI, only one that the configured store would have
-given is ever read.
+A name in a store is made of the task id alone and cannot leave the store's own prefix. Whoever can write to the result
+backend can write any URI into a result, so nothing is ever made of that URI: it is compared with the one that each
+store of this process's own settings gives to the task, and only its equal is read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sdtpu_worker.contract.request import IMAGE_FORMATS
-from sdtpu_worker.contract.result import GenerationResult
+from sdtpu_worker.contract.result import GenerationResult, StoredImage
 from sdtpu_worker.errors import ConfigurationError, StorageError
+from sdtpu_worker.images.decode import decode_image, named_image
 from sdtpu_worker.images.retry import PUT_BUDGET_S, never, store_patiently
 from sdtpu_worker.redaction import sanitize_url
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 REDIS_URI_PREFIX = "redis:"
 _KEY_PREFIX = "sdtpu:image:"
+_SHOWN_CHARACTERS = 300  # of what a result holds, in an error
 _CONNECT_TIMEOUT_S, _REPLY_TIMEOUT_S = 5.0, 10.0
 _SAFE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")  # no capitals: file systems may take "A" for "a"
 _STORED_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # no separator, no "..", no hidden name
@@ -91,33 +91,53 @@ class RedisImageStore:
         )
         return REDIS_URI_PREFIX + key
 
+    def uri_of(self, task_id: str, image_format: str) -> str:
+        """Return the URI that `put` gives."""
+        return f"{REDIS_URI_PREFIX}{_KEY_PREFIX}{stored_name(task_id)}"
+
     def read(self, uri: str) -> bytes:
         """Return the bytes; see `ImageStore`."""
-        from redis.exceptions import RedisError
-
         key = uri.removeprefix(REDIS_URI_PREFIX)
         if key == uri or not key.startswith(_KEY_PREFIX):
             raise _foreign(uri, f"{REDIS_URI_PREFIX}{_KEY_PREFIX}…")
         try:
             data: Any = self.client.get(key)
-        except RedisError as exc:
+        except Exception as exc:  # redis-py's own, the system's, a TypeError for an option of the URL that is none
             raise StorageError(f"Redis could not be read for {uri}: {sanitize_url(str(exc))}") from exc
         if data is None:
             raise StorageError(f"no image at {uri}: it expired (result_expires) or was deleted")
+        if not isinstance(data, bytes):
+            raise StorageError(f"Redis gave text for {uri}, not bytes; leave decode_responses out of the store's URL")
         return data
 
 
 class FileImageStore:
-    """Images as `{name}.{format}` below an fsspec URL."""
+    """Images as `{name}.{format}` below an fsspec URL.
 
-    def __init__(self, url: str, budget_s: float = PUT_BUDGET_S) -> None:
+    A chained URL (`simplecache::s3://…`) is refused: what fsspec puts before a store keeps old copies, cannot be
+    written, or writes to the local disk.
+
+    Args:
+        url: the operator's; never one that a result or a message holds.
+        budget_s: seconds for which `put` tries again.
+        setting: the setting that has the URL, for errors.
+
+    Raises:
+        ConfigurationError: the URL cannot be used.
+    """
+
+    def __init__(self, url: str, budget_s: float = PUT_BUDGET_S, setting: str = "sdtpu_image_store") -> None:
         import fsspec
 
         self.budget_s = budget_s
+        if "::" in url:
+            raise ConfigurationError(
+                f"{setting} must not be a chained URL (with ::), got {sanitize_url(url)!r}; name the store itself"
+            )
         try:
             fs, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError, OSError) as exc:
-            raise _unusable(url, exc) from None
+        except Exception as exc:  # every file system of fsspec has its own errors
+            raise _unusable(url, exc, setting) from None
         self.fs, self.root = fs, root.rstrip("/")
         self._prefix: str = fs.unstrip_protocol(f"{self.root}/_").removesuffix("_")
 
@@ -132,6 +152,10 @@ class FileImageStore:
             give_up,
         )
         return self._prefix + name
+
+    def uri_of(self, task_id: str, image_format: str) -> str:
+        """Return the URI that `put` gives."""
+        return f"{self._prefix}{stored_name(task_id)}.{image_format}"
 
     def read(self, uri: str) -> bytes:
         """Return the bytes; see `ImageStore`."""
@@ -190,51 +214,74 @@ def make_image_store(app: Celery, url: str) -> ImageStore:
 def read_image_bytes(result: Mapping[str, Any] | GenerationResult, app: Celery | None = None) -> bytes:
     """Return the stored bytes of a result's image.
 
-    They come from the store that `sdtpu_image_store` names. Where that is not set, a result may also name a file or an
-    object elsewhere, if its name is the one that a worker gives to this task's image.
+    They come from the store that `sdtpu_image_store` names or, where the result says so, from one of
+    `sdtpu_read_image_stores`. Only the image of the result's own task is read.
 
     Args:
         result: what `AsyncResult.get()` returned, or a `GenerationResult`.
         app: whose settings and Redis to use; default: the current Celery app.
 
     Raises:
-        StorageError: the image is not there any more, is not in the store, or the store cannot be read.
+        StorageError: always this, whatever the result holds: it is none of `sdtpu.generate`, the image is in no store
+            that this process reads, is not there any more, or cannot be read. A setting of this process that cannot
+            be used is a StorageError too, caused by the ConfigurationError that says which.
     """
-    from celery import current_app
-
-    from sdtpu_worker.config import read_setting
-
+    task_id, image = named_image(result)
     try:
-        parsed = result if isinstance(result, GenerationResult) else GenerationResult.from_json(result)
-        uri, task_id = str(parsed.image.uri), str(parsed.task_id)
-    except (TypeError, AttributeError) as exc:
-        raise StorageError(
-            f"not a result of sdtpu.generate, which alone has an image: {type(result).__name__}"
-        ) from exc
-    app = app or current_app._get_current_object()
-    url = read_setting("sdtpu_image_store", app.conf)
-    folder, _, name = uri.rpartition("/")
-    if url == "redis" and folder and name in {f"{stored_name(task_id)}.{suffix}" for suffix in IMAGE_FORMATS}:
-        return FileImageStore(folder).read(uri)
-    return _find_store(app, url).read(uri)
+        from celery import current_app
+
+        return _read_from_own_stores(app or current_app._get_current_object(), task_id, image)
+    except StorageError:
+        raise
+    except Exception as exc:
+        raise StorageError(f"the image stores of this process cannot be read: {sanitize_url(str(exc))}") from exc
 
 
 def open_image(result: Mapping[str, Any] | GenerationResult, app: Celery | None = None) -> Image:
-    """Return a result's image, read and decoded; arguments and errors as for `read_image_bytes`."""
-    from PIL import Image
+    """Return a result's image, read and decoded; arguments as for `read_image_bytes`.
 
-    image = Image.open(io.BytesIO(read_image_bytes(result, app)))
-    image.load()
-    return image
+    Raises:
+        StorageError: as for `read_image_bytes`, or the stored bytes are not of the format and the size that the result
+            says, which is found before they are decoded, or they are damaged.
+    """
+    _, image = named_image(result)
+    return decode_image(read_image_bytes(result, app), image.format, image.width, image.height)
 
 
-def _find_store(app: Celery, url: str) -> RedisImageStore | FileImageStore:
+def _read_from_own_stores(app: Celery, task_id: str, image: StoredImage) -> bytes:
+    """Read an image from the first configured store that gives its task this URI and has it.
+
+    Raises:
+        StorageError: none does; if one should have it, its error.
+        ConfigurationError: none does, but one store cannot be used.
+    """
+    from sdtpu_worker.config import read_setting
+
+    settings = [("sdtpu_image_store", read_setting("sdtpu_image_store", app.conf))]
+    settings += [("sdtpu_read_image_stores", url) for url in read_setting("sdtpu_read_image_stores", app.conf)]
+    places: list[str] = []
+    missing: StorageError | None = None
+    unusable: ConfigurationError | None = None
+    for setting, url in settings:
+        try:
+            store = _find_store(app, url, setting)
+            places.append(store.uri_of(task_id, image.format))
+            if places[-1] == image.uri:
+                return store.read(image.uri)
+        except StorageError as exc:
+            missing = missing or exc
+        except ConfigurationError as exc:
+            unusable = unusable or exc
+    raise missing or unusable or _foreign(image.uri, " or ".join(places))
+
+
+def _find_store(app: Celery, url: str, setting: str = "sdtpu_image_store") -> RedisImageStore | FileImageStore:
     expires = app.conf.result_expires
     expires_s = int(getattr(expires, "total_seconds", lambda: expires or 0)()) or None
     if url == "redis":
         return RedisImageStore(_backend_client(app), expires_s)
     if not url.startswith(("redis://", "rediss://", "unix://")):
-        return FileImageStore(url)
+        return FileImageStore(url, setting=setting)
     from redis import Redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
@@ -247,7 +294,7 @@ def _find_store(app: Celery, url: str) -> RedisImageStore | FileImageStore:
             socket_timeout=_REPLY_TIMEOUT_S,
         )
     except ValueError as exc:
-        raise _unusable(url, exc) from None
+        raise _unusable(url, exc, setting) from None
     return RedisImageStore(client, expires_s)
 
 
@@ -268,16 +315,17 @@ def _write_local_atomically(path: str, data: bytes) -> None:
 
 def _foreign(uri: str, wanted: str) -> StorageError:
     return StorageError(
-        f"the image at {sanitize_url(uri)!r} is not in the configured store, which has {sanitize_url(wanted)}; set"
-        " sdtpu_image_store to what the worker has"
+        f"the image at {sanitize_url(uri[:_SHOWN_CHARACTERS])!r} is not in the configured store, which has"
+        f" {sanitize_url(wanted)}; set sdtpu_image_store to what the worker has, or add the worker's store to"
+        " sdtpu_read_image_stores"
     )
 
 
-def _unusable(url: str, exc: Exception) -> ConfigurationError:
+def _unusable(url: str, exc: Exception, setting: str = "sdtpu_image_store") -> ConfigurationError:
     """Say that a URL cannot be used; an error of parsing may quote a part of a password."""
     cause = type(exc).__name__ + ("" if "@" in url else f": {exc}")
     return ConfigurationError(
-        f"sdtpu_image_store must be redis, a redis:// URL or a writable fsspec URL, got {sanitize_url(url)!r} ({cause})"
+        f"{setting} must be redis, a redis:// URL or a writable fsspec URL, got {sanitize_url(url)!r} ({cause})"
     )
 
 

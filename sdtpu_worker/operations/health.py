@@ -1,6 +1,7 @@
-"""Whether this worker lives and whether it serves: the verdicts, from what its threads report.
+"""Two verdicts on this worker, from what its threads report: whether it is alive, and whether it is ready.
 
-Live fails when only a new process helps; ready fails whenever the worker takes no jobs. `health_http` tells both.
+`live` fails when only a new process helps; `ready` fails whenever the worker takes no jobs. `health_http` answers
+requests with them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at, and what was found."""
+    """One part of a verdict: what was checked, whether it is well, and what was found."""
 
     name: str
     ok: bool
@@ -20,21 +21,24 @@ class Check:
 
 
 class WorkerHealth:
-    """Both verdicts, from what the worker's threads report; any thread may report and ask.
+    """Takes the reports of the worker's threads and gives both verdicts. Any thread may report and ask.
 
     Args:
-        lease_s: seconds without an answer from Redis after which the worker counts as dead.
-        stall_s: seconds that a tick may be late.
+        lease_s: `sdtpu_lease_s`; the worker is not alive when Redis has not answered for longer.
+        stall_s: `sdtpu_stall_s`; the worker is not alive when a tick is late by more.
         clock: monotonic seconds.
 
     Attributes:
-        started: whether the worker ever consumed; before, it compiles or waits for Redis.
-        draining: whether it stops, and finishes its jobs.
+        started: the worker has begun to consume; until then it compiles, or waits for Redis.
+        draining: the worker is stopping: it finishes its jobs or hands them over, and takes no more.
     """
 
     BEAT_READY_S, BEAT_LIVE_S = 5.0, 15.0
+    """Seconds since the event loop's last turn up to which the worker is ready, and alive."""
     CONTACT_READY_S = 5.0
-    RECONNECT_S = 30.0  # more than the pause between two attempts and their time-outs
+    """Seconds since Redis' last answer up to which the worker is ready."""
+    RECONNECT_S = 30.0
+    """Seconds allowed for connecting anew: more than the pause between two attempts and their time-outs."""
 
     def __init__(self, lease_s: float, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s, self._stall_s, self._clock = lease_s, stall_s, clock
@@ -44,37 +48,37 @@ class WorkerHealth:
         self.started = self.draining = False
 
     def watch_device(self, is_alive: Callable[[], bool], stalled_s: Callable[[], float]) -> None:
-        """Say how to find out whether the device loop runs, and for how many seconds its tick has been late."""
+        """Ask the device loop from now on whether its thread is alive, and by how many seconds its tick is late."""
         self._device = is_alive, stalled_s
 
     def beat(self) -> None:
-        """Report that the main loop turns; at least once a second."""
+        """Report that Celery's event loop turns; to be called at least once a second."""
         self._beat_at = self._clock()
 
     def contact(self) -> None:
-        """Report that Redis answered, a claim or the lease."""
+        """Report that Redis has answered, a claim or a renewal of the leases."""
         self._contact_at = self._clock()
 
     def on_consume(self) -> None:
-        """Report that the consumer starts, for the first time or after a lost connection."""
+        """Report that the consumer starts, for the first time or after the connection was lost."""
         self.beat()
         if not self.started:
             self.contact()
         self.started, self._disconnected_at = True, None
 
     def on_disconnect(self) -> None:
-        """Report that the connection is lost: Celery's main loop does not turn until Redis is back."""
+        """Report that the connection is lost: Celery's event loop does not turn until Redis is back."""
         if self._disconnected_at is None:
             self._disconnected_at = self._clock()
 
     def drain(self) -> None:
-        """Report that the worker stops: its main thread waits for the jobs from now on."""
+        """Report that the worker stops: its main thread only waits for its jobs from now on."""
         self.draining = True
 
     def live(self) -> list[Check]:
-        """Return what decides whether this process should go on."""
+        """Return the checks that decide whether this process should keep running."""
         if self.draining:
-            return [Check("serving", True, "stopping: it finishes its jobs")]
+            return [Check("serving", True, "stopping: the worker finishes its jobs or hands them over")]
         if not self.started:
             return [Check("serving", True, "starting"), self._check_device()]
         return [
@@ -84,11 +88,11 @@ class WorkerHealth:
         ]
 
     def ready(self) -> list[Check]:
-        """Return what decides whether this worker takes jobs."""
+        """Return the checks that decide whether this worker takes jobs."""
         if self.draining:
-            return [Check("serving", False, "stopping: it finishes its jobs and takes no more")]
+            return [Check("serving", False, "stopping: the worker takes no more jobs")]
         if not self.started:
-            return [Check("serving", False, "starting: it has not consumed yet"), self._check_device()]
+            return [Check("serving", False, "starting: the worker does not consume yet"), self._check_device()]
         return [
             Check("serving", True, "started"),
             self._check_device(),
@@ -98,21 +102,21 @@ class WorkerHealth:
 
     def _check_device(self) -> Check:
         if self._device is None:
-            return Check("device", not self.started, "no device loop yet")
+            return Check("device", not self.started, "the device loop has not started yet")
         is_alive, stalled_s = self._device
         if not is_alive():
             return Check("device", False, "the device loop has ended")
         late_s = stalled_s()
         if late_s > self._stall_s:
-            return Check("device", False, f"the device is stuck: a tick is {late_s:.0f} s late (sdtpu_stall_s)")
+            return Check("device", False, f"the device is hung: a tick is {late_s:.0f} s late (sdtpu_stall_s)")
         return Check("device", True, f"a tick is {late_s:.0f} s late" if late_s >= 1 else "on time")
 
     def _check_event_loop(self, limit_s: float, away_limit_s: float) -> Check:
-        if self._disconnected_at is not None:  # it does not turn, and the lease may have reached Redis before
+        if self._disconnected_at is not None:  # it does not turn now; the lease's thread may have reached Redis already
             away_s = self._clock() - self._disconnected_at
             return Check("event_loop", away_s <= away_limit_s, f"connecting to Redis for {away_s:.0f} s")
         age_s = self._clock() - self._beat_at
-        return Check("event_loop", age_s <= limit_s, f"its last turn was {age_s:.0f} s ago")
+        return Check("event_loop", age_s <= limit_s, f"the event loop turned {age_s:.0f} s ago")
 
     def _check_redis(self, limit_s: float) -> Check:
         age_s = self._clock() - self._contact_at

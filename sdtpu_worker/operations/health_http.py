@@ -1,4 +1,4 @@
-"""The HTTP endpoint `/livez` and `/readyz` (`sdtpu_health_address`), and who asks it."""
+"""The HTTP endpoint `/livez` and `/readyz` (`sdtpu_health_address`), and the client that `sdtpu health` uses."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 Probe = Callable[[], list[Check]]
 
-_CLIENT_S = 5.0  # a client's time, from its connection to its answer
-_MAX_CLIENTS = 16
+_CLIENT_S = 5.0  # seconds that a client has, from its connection to its answer
+_MAX_CLIENTS = 16  # at the same time
 _MAX_REQUEST_BYTES = 8192
 _EVERY_INTERFACE = ("", "0.0.0.0", "::")
 
@@ -35,18 +35,18 @@ def format_address(address: tuple[str, int]) -> str:
 
 
 def ask_health(address: tuple[str, int], path: str, timeout_s: float = 5.0) -> tuple[bool, list[Check]]:
-    """Ask a worker's endpoint, without any proxy.
+    """Ask a worker's endpoint for a verdict; a proxy in the environment is not used.
 
     Args:
-        address: where it listens; an address that means every interface is asked on loopback.
+        address: host and port where the worker listens; an address that means every interface is asked on loopback.
         path: `/livez` or `/readyz`.
-        timeout_s: for the connection and for every part of the answer.
+        timeout_s: seconds for the connection and for each part of the answer.
 
     Returns:
         The verdict, and the checks behind it.
 
     Raises:
-        ConnectionError: nobody listens there, or what listens is no worker.
+        ConnectionError: nothing listens there, or it does not answer as a worker does.
     """
     host, port = address
     host = ("::1" if host == "::" else "127.0.0.1") if host in _EVERY_INTERFACE else host
@@ -65,14 +65,15 @@ class HealthServer:
     """Answers `/livez` and `/readyz` from threads of its own, until it is closed.
 
     Args:
-        address: host and port; an empty host for every interface, port 0 for a free one.
-        live, ready: give the checks; each must return at once. One that raises is a failing check.
+        address: host and port; an empty host means every interface, port 0 any free port.
+        live: returns the checks of `/livez`, without waiting. An exception counts as a failing check.
+        ready: returns the checks of `/readyz` likewise.
 
     Attributes:
-        address: host and port that it really listens on.
+        address: the host and port that the server listens on.
 
     Raises:
-        ConfigurationError: the address is in use, or is none of this host.
+        ConfigurationError: the address is in use, or does not belong to this host.
     """
 
     def __init__(self, address: tuple[str, int], live: Probe, ready: Probe) -> None:
@@ -83,7 +84,7 @@ class HealthServer:
             raise ConfigurationError(
                 f"sdtpu_health_address: cannot listen on {format_address(address)}: {remedy}"
             ) from exc
-        self.address: tuple[str, int] = self._server.server_address[:2]  # type: ignore[assignment]
+        self.address: tuple[str, int] = self._server.server_address[:2]  # type: ignore[assignment]  # typed for any socket
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, name="sdtpu-health", daemon=True
         )
@@ -91,7 +92,7 @@ class HealthServer:
         logger.info("health: http://%s/livez and /readyz", format_address(self.address))
 
     def close(self) -> None:
-        """Stop listening and drop the clients that are there; again is harmless."""
+        """Stop listening and hang up on connected clients. Safe to call again."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -99,7 +100,7 @@ class HealthServer:
 
 
 class _Server(ThreadingHTTPServer):
-    """A thread per client, for a limited time: the oldest goes when there are too many."""
+    """Serves each client in a thread, for a limited time; hangs up on the oldest when too many are connected."""
 
     daemon_threads = True
     allow_reuse_port = False
@@ -113,17 +114,17 @@ class _Server(ThreadingHTTPServer):
         self.address_family, self._dual, self.paths = found[0], dual, paths
         self._clients: dict[socket.socket, float] = {}  # oldest first
         self._lock = threading.Lock()
-        super().__init__(found[4][:2], _Handler)  # type: ignore[arg-type]
+        super().__init__(found[4][:2], _Handler)  # type: ignore[arg-type]  # typed for any socket
 
     def server_bind(self) -> None:
-        """Bind without the look-up in DNS that HTTPServer makes."""
+        """Bind without asking DNS for the host's name, as HTTPServer would."""
         if self._dual:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]  # as above
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a client in a thread."""
+        """Serve a client in a thread of its own."""
         with self._lock:
             if len(self._clients) >= _MAX_CLIENTS:
                 oldest = next(iter(self._clients))
@@ -133,24 +134,24 @@ class _Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Runs at least every `poll_interval`: end the clients whose time is over, however they trickle."""
+        """Hang up on clients whose time is over, however slowly they send; runs every `poll_interval` or more often."""
         self.drop_clients(_CLIENT_S)
 
     def drop_clients(self, older_than_s: float) -> None:
-        """Hang up on the clients that have been here so long; their threads end by that."""
+        """Hang up on clients that have been connected for this time; their threads then end."""
         with self._lock:
             for request, since in self._clients.items():
                 if time.monotonic() - since >= older_than_s:
                     _hang_up(request)
 
     def close_request(self, request: Any) -> None:
-        """Forget a client; under the lock, so that nobody hangs up on a socket that is another's by then."""
+        """Close and forget a client, under the lock: no thread may hang up on a file number that is in use anew."""
         with self._lock:
             self._clients.pop(request, None)
             super().close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error of ours."""
+        """Log a client that went away at DEBUG only: it is not an error of the worker."""
         logger.debug("health: client %s", client_address, exc_info=True)
 
 
@@ -160,7 +161,7 @@ def _hang_up(client: socket.socket) -> None:
 
 
 class _Lines:
-    """A request's lines, up to a number of bytes; after those the stream is at its end."""
+    """Reads a request's lines up to a number of bytes, and then reports the end of the stream."""
 
     def __init__(self, stream: BinaryIO, limit: int) -> None:
         self._stream, self._left = stream, limit
@@ -175,19 +176,19 @@ class _Lines:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one request and closes."""
+    """Answers one request and closes the connection."""
 
     server: _Server
     server_version, sys_version = "sdtpu_worker", ""
     timeout = _CLIENT_S
 
     def setup(self) -> None:
-        """Bound what is read."""
+        """Limit how many bytes of a request are read."""
         super().setup()
-        self.rfile = _Lines(self.rfile, _MAX_REQUEST_BYTES)  # type: ignore[assignment, arg-type]
+        self.rfile = _Lines(self.rfile, _MAX_REQUEST_BYTES)  # type: ignore[assignment, arg-type]  # what is used
 
     def do_GET(self) -> None:  # the standard library's name
-        """Answer with a verdict and its checks."""
+        """Answer with the verdict and its checks."""
         probe = self.server.paths.get(self.path.partition("?")[0])
         if probe is None:
             self.send_error(404)
@@ -196,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
             checks = probe()
         except Exception as exc:
             logger.warning("health: %s failed", self.path, exc_info=True)
-            checks = [Check("health", False, f"the check itself failed: {exc!r}")]
+            checks = [Check("health", False, f"the check itself raised an error: {exc!r}")]
         ok = all(check.ok for check in checks)
         found = {check.name: {"ok": check.ok, "detail": check.detail} for check in checks}
         self._answer(200 if ok else 503, {"status": "ok" if ok else "failing", "checks": found})
@@ -204,8 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer with an error in JSON; methods other than GET and HEAD are not found either."""
-        self._answer(404 if code == 501 else code, {"status": "not found: /livez and /readyz are", "checks": {}})
+        """Answer with an error in JSON; a method other than GET and HEAD is answered with 404 as well."""
+        self._answer(404 if code == 501 else code, {"status": "not found: ask GET /livez or GET /readyz", "checks": {}})
 
     def _answer(self, code: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode() + b"\n"
@@ -218,5 +219,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log requests for those who look for them only."""
+        """Log requests at DEBUG only."""
         logger.debug("health: %s %s", self.client_address[0], format % args)

@@ -1,8 +1,8 @@
-"""What may not stand in a log: passwords, and prompts.
+"""Keeps prompts out of the log.
 
-Celery logs what it holds: a result when a task succeeded, the text of an exception when it failed, a whole message
-when it cannot be read; kombu too. `install_prompt_guard` cleans these records where they are made, so that no handler,
-formatter or error tracker sees more, whichever of their loggers they come from.
+Celery and kombu log what they handle: a result when a task has succeeded, the text of an exception when it has failed,
+a whole message when it cannot be read. `install_prompt_guard` cleans these log records where they are made, so no
+handler, formatter or error tracker ever sees a prompt, whichever of their loggers a record comes from.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 NOT_LOGGED = "[not logged: sdtpu_log_prompts is off]"
 
 _LIBRARIES = ("celery", "kombu", "py")  # py.warnings: Celery also warns with the text of an exception
-_INTAKE = "sdtpu_worker.delivery.transport"  # says why a message was put aside, and what was got instead
-_CONTEXTS = ("celery.app.trace", "celery.worker.strategy")  # their records have a dict of all about a task
+_INTAKE = "sdtpu_worker.delivery.transport"  # logs why a message is dead-lettered, and quotes it
+_CONTEXTS = ("celery.app.trace", "celery.worker.strategy")  # their records carry a dict of a task's values
 _CONTENT = ("args", "kwargs", "argsrepr", "kwargsrepr", "body", "payload", "result", "return_value", "traceback", "exc")
 _PLAIN = (str, bool, int, float, type(None))
 _QUOTED_VALUE = re.compile(r"(\bgot |\bunknown parameter |\bvalue )(?!-?\d).*", re.DOTALL)
 _PIPELINED = re.compile(r"\(([A-Z]+)\b.*\)(?= of pipeline caused error)", re.DOTALL)  # redis-py quotes the command
 _OUTSIDE_BODY = "Exception raised outside body: "
 _IMAGE_OF_RESULT = re.compile(r"\{'task_id': '[^']*', 'image': \{'uri': '([^'\s]*)'")
-# Whose exceptions have texts of their own making, which cannot quote a prompt.
+# Exceptions of these packages, and these of Celery, never quote a prompt in their texts.
 _TRUSTED_PACKAGES = ("sdtpu_worker", "redis", "jax", "jaxlib", "billiard")
 _TRUSTED_OF_CELERY = ("NotRegistered", "ImproperlyConfigured", "OperationalError", "ContentDisallowed")
 
 
 def install_prompt_guard(app: Celery) -> None:
-    """Keep prompts out of this process's log above DEBUG, or let them in if `sdtpu_log_prompts` is on.
+    """Keep prompts out of this process's log above DEBUG; with `sdtpu_log_prompts` on, undo that.
 
-    For a worker of the device pool, where every task may be given or may return a prompt. Safe to call again.
+    For a worker of the device pool, where any task may be given a prompt or return one. Safe to call again.
     """
     from sdtpu_worker.config import read_setting
 
@@ -56,30 +56,30 @@ def remove_prompt_guard() -> None:
 
 
 class PromptGuard:
-    """A factory of log records that cleans those of Celery, kombu and the worker's own intake; any thread.
+    """A factory of log records that cleans those of Celery, kombu and the transport. Any thread.
 
     Args:
-        make_record: the factory that makes them.
+        make_record: the factory that makes the records.
     """
 
     def __init__(self, make_record: Callable[..., logging.LogRecord]) -> None:
         self.make_record = make_record
 
     def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
-        """Make a record without prompts; one that cannot be cleaned loses its text."""
+        """Make a record without prompts; a record that cannot be cleaned loses its text."""
         record = self.make_record(*args, **kwargs)
         guarded = record.name == _INTAKE or record.name.partition(".")[0] in _LIBRARIES
         if guarded and record.levelno > logging.DEBUG:
             try:
                 _clean(record)
-            except Exception as exc:  # whatever a message holds must not end the thread that logs it
-                record.msg, record.args = f"a line of the log was withheld ({type(exc).__name__})", ()
+            except Exception as exc:  # no content of a message may end the thread that logs it
+                record.msg, record.args = f"a log line that cannot be cleaned is left out ({type(exc).__name__})", ()
                 record.exc_info = record.exc_text = None
         return record
 
 
 def describe(exc: BaseException | None) -> str:
-    """Return what a log may say of an exception: its type, and its text where that cannot quote a prompt."""
+    """Return what a log line may say of an exception: its type, and its text where that cannot quote a prompt."""
     from sdtpu_worker.errors import InvalidRequest
 
     exc = getattr(exc, "exc", None) if type(exc).__name__ == "ExceptionWithTraceback" else exc
@@ -101,7 +101,7 @@ def _without_quotes(text: str) -> str:
 
 
 class _Words(str):
-    """A text that stands for an object, and so looks the same as `%r`."""
+    """A text that stands for an object: its `repr` is the text without quotes."""
 
     __repr__ = str.__str__
 
@@ -109,7 +109,7 @@ class _Words(str):
 def _clean(record: logging.LogRecord) -> None:
     exc_info = record.exc_info
     if isinstance(record.args, dict) and record.name in _CONTEXTS:
-        # Made for this record alone; also its attribute `data`, and so changed in place.
+        # Celery makes this dict for the record alone, and keeps it as the attribute `data` too: changed in place.
         record.args.update(_clean_context(record.args, exc_info[1] if exc_info else sys.exc_info()[1]))
     elif isinstance(record.args, Mapping):
         record.args = _clean_mapping(record.args)
@@ -126,7 +126,7 @@ def _clean(record: logging.LogRecord) -> None:
 
 
 def _clean_context(context: Mapping[str, Any], exc: BaseException | None) -> dict[str, Any]:
-    """Return the new values of a context of `celery.app.trace` or `celery.worker.strategy`."""
+    """Return the values to replace in a dict that `celery.app.trace` or `celery.worker.strategy` logs."""
     clean = {key: NOT_LOGGED for key in _CONTENT if key in context}
     if "return_value" in context:
         image = _IMAGE_OF_RESULT.match(str(context["return_value"]))
@@ -141,7 +141,7 @@ def _clean_mapping(values: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _clean_value(value: Any) -> Any:
-    """Return what a log may show of one value: plain ones as they are, of others what names them."""
+    """Return what a log line may show of a value: a plain value as it is, of any other object only its name."""
     if isinstance(value, _PLAIN) or callable(value):
         return value
     if isinstance(value, BaseException):
@@ -155,7 +155,7 @@ def _clean_value(value: Any) -> Any:
 
 
 def _clean_dump(message: str, args: tuple[Any, ...], exc: BaseException | None) -> tuple[Any, ...] | None:
-    """Return the new arguments of a record whose strings hold a message or an exception's text; None for others."""
+    """Return new arguments for a record that quotes a message or an exception's text; None for any other record."""
     from celery.worker.consumer import consumer
 
     if message.startswith("Chord %r raised"):
@@ -173,7 +173,7 @@ def _clean_dump(message: str, args: tuple[Any, ...], exc: BaseException | None) 
 
 
 def _format_exception(exc: BaseException | None, trace: TracebackType | None) -> str:
-    """Return a traceback with its chain of causes, every exception as `describe` has it."""
+    """Return a traceback with its chain of causes, each exception as `describe` gives it."""
     lines: list[str] = []
     seen: set[int] = set()
     while exc is not None and id(exc) not in seen:

@@ -1,4 +1,4 @@
-"""Start-up checks of a Redis server: what its configuration can do to jobs, and the remedy."""
+"""Start-up checks of a Redis server: what its version and configuration may do to jobs, and the remedy."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
     from redis import Redis
 
 OLDEST_REDIS = (5, 0)
-"""Scripts write after they asked for the time: an error in older ones."""
+"""Older servers refuse a script that writes after it has asked for the time."""
 _TRACKING_SINCE, _OLDEST_TESTED = (6, 0), (6, 2)
-_LITTLE_ROOM = 0.1  # of maxmemory
+_LITTLE_ROOM = 0.1  # as a share of maxmemory
 
 
 def redis_warnings(
     client: Redis, *, lease_s: float, visibility_timeout: float | None = None, images_in_redis: bool = True
 ) -> list[str]:
-    """Return what is wrong with a server: each a consequence and a remedy that names Redis' directive.
+    """Return a warning for each thing that is wrong: the consequence, and the remedy with the name of the directive.
 
-    Asks INFO, and CONFIG GET where it is permitted. What a managed service or an ACL forbids to ask cannot be known,
-    and nothing is said about it.
+    Asks INFO, and CONFIG GET where that is permitted. A fact that a managed service or an ACL keeps secret gives no
+    warning.
 
     Args:
-        client: of the broker, or of the result backend.
+        client: a client of the broker or of the result backend.
         lease_s: `sdtpu_lease_s`.
-        visibility_timeout: the one in `broker_transport_options`; None when it is not there.
-        images_in_redis: whether this server holds the images.
+        visibility_timeout: the one in `broker_transport_options`; None when it is not set.
+        images_in_redis: whether this server stores the images.
 
     Raises:
         ConfigurationError: the server is too old for this worker.
-        redis.exceptions.ConnectionError: it cannot be reached.
+        redis.exceptions.ConnectionError: the server cannot be reached.
     """
     try:
         info: Mapping[str, Any] = client.info()
@@ -61,16 +61,17 @@ def _version(info: Mapping[str, Any]) -> Iterator[str]:
     if version < OLDEST_REDIS:
         raise ConfigurationError(
             f"the Redis server is {text}, but the worker's scripts need {_dotted(OLDEST_REDIS)} or newer, better"
-            f" {_dotted(_OLDEST_TESTED)}; upgrade it"
+            f" {_dotted(_OLDEST_TESTED)}; upgrade the server"
         )
     if version < _TRACKING_SINCE:
         yield (
-            f"the Redis server is {text}, which has no CLIENT TRACKING: an idle worker finds new jobs by polling, a"
-            f" little later. Upgrade it to {_dotted(_OLDEST_TESTED)} or newer."
+            f"the Redis server is {text}, which has no CLIENT TRACKING: an idle worker polls for new jobs and finds"
+            f" them a little later. Upgrade the server to {_dotted(_OLDEST_TESTED)} or newer."
         )
     elif version < _OLDEST_TESTED:
         yield (
-            f"the Redis server is {text}; this worker is tested with {_dotted(_OLDEST_TESTED)} and newer. Upgrade it."
+            f"the Redis server is {text}; this worker is tested with {_dotted(_OLDEST_TESTED)} and newer."
+            " Upgrade the server."
         )
 
 
@@ -78,8 +79,8 @@ def _role(info: Mapping[str, Any]) -> Iterator[str]:
     if info.get("role") == "slave":
         master = f"{info.get('master_host', '?')}:{info.get('master_port', '?')}"
         yield (
-            "connected to a Redis replica: every write fails (replica-read-only) or is lost at its next"
-            f" synchronisation, so no job is taken. Connect to its master {master}, or through Sentinel"
+            "connected to a Redis replica: every write fails (replica-read-only), or is lost when the replica next"
+            f" synchronises, so this worker takes no job. Connect to its master {master}, or through Sentinel"
             " (broker_url = 'sentinel://…'), or end the replication (replicaof no one)."
         )
 
@@ -90,13 +91,13 @@ def _eviction(info: Mapping[str, Any], kept: list[str]) -> Iterator[str]:
         return
     if policy.startswith("allkeys-"):
         yield (
-            f"Redis' maxmemory-policy is {policy}: when its memory is full it drops anything, so {_all_of(kept)} may"
+            f"Redis' maxmemory-policy is {policy}: when its memory is full, it removes any key, so {_all_of(kept)} may"
             " vanish without an error. Set maxmemory-policy noeviction."
         )
     elif policy.startswith("volatile-"):
         expiring = [name for name in kept if name in ("results", "images")]
         yield (
-            f"Redis' maxmemory-policy is {policy}: when its memory is full it drops what expires, so"
+            f"Redis' maxmemory-policy is {policy}: when its memory is full, it removes keys that expire, so"
             f" {_all_of(expiring)} may vanish before result_expires. Set maxmemory-policy noeviction."
         )
 
@@ -104,10 +105,10 @@ def _eviction(info: Mapping[str, Any], kept: list[str]) -> Iterator[str]:
 def _room(info: Mapping[str, Any], kept: list[str]) -> Iterator[str]:
     limit, used = info.get("maxmemory", 0), info.get("used_memory", 0)
     if limit and used > (1 - _LITTLE_ROOM) * limit:
-        elsewhere = ", or let images go elsewhere (sdtpu_image_store)" if "images" in kept else ""
+        elsewhere = ", or store images elsewhere (sdtpu_image_store)" if "images" in kept else ""
         yield (
-            f"Redis uses {used / 2**20:,.0f} of {limit / 2**20:,.0f} MiB (maxmemory): once it is full, what is new is"
-            f" refused or what is old is dropped: {_all_of(kept)}. Raise maxmemory, or let results expire sooner"
+            f"Redis uses {used / 2**20:,.0f} of {limit / 2**20:,.0f} MiB (maxmemory): once its memory is full, it"
+            f" refuses new {_all_of(kept)}, or removes old ones. Raise maxmemory, or let results expire sooner"
             f" (result_expires){elsewhere}."
         )
 
@@ -121,8 +122,8 @@ def _persistence(client: Redis, info: Mapping[str, Any]) -> Iterator[str]:
         return
     if snapshots.get("save") == "":
         yield (
-            "Redis persists nothing (appendonly no, save ''): a restart of it loses every job that waits or runs, and"
-            " every result. Set appendonly yes."
+            "Redis writes nothing to its disk (appendonly no, save ''): a restart of Redis loses every job that waits"
+            " or runs, and every result. Set appendonly yes."
         )
 
 
@@ -130,8 +131,8 @@ def _visibility(lease_s: float, visibility_timeout: float | None) -> Iterator[st
     if visibility_timeout is not None and visibility_timeout < lease_s:
         yield (
             f"visibility_timeout in broker_transport_options is {visibility_timeout:g} s, shorter than sdtpu_lease_s"
-            f" ({lease_s:g} s): whoever consumes with it gives jobs to another worker that the first one still holds,"
-            " and they run twice. Leave visibility_timeout out, or make it at least as long."
+            f" ({lease_s:g} s): another Celery worker with this timeout redelivers messages that are still held here,"
+            " and their jobs run twice. Leave visibility_timeout out, or make it at least as long as sdtpu_lease_s."
         )
 
 

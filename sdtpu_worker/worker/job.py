@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ANNOUNCEMENT_TIMEOUT_S = 10.0
+_MOST_HOSTS_NAMED = 20
 
 
 class DeviceJob:
@@ -116,7 +117,7 @@ class DeviceJob:
         if len(facts.died_on) >= self._max_deliveries:
             raise DeliveryLimitExceeded(
                 f"the job was on the devices of {len(facts.died_on)} workers when they died, hung or were lost"
-                f" ({', '.join(facts.died_on)}); sdtpu_max_deliveries allows {self._max_deliveries}"
+                f" ({', '.join(facts.died_on[:_MOST_HOSTS_NAMED])}); sdtpu_max_deliveries allows {self._max_deliveries}"
             )
         snapshot = facts.snapshot or b""
         fits = snapshot.startswith(self._digest)  # made for the same parameters

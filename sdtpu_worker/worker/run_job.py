@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdtpu_worker.contract.queues import MAX_SENT_AT, SENT_AT_HEADER
+from sdtpu_worker.contract.queues import LATEST_SENT_AT, SENT_AT_HEADER
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.errors import EngineUnavailable
 from sdtpu_worker.worker.celery_request import JOB
@@ -42,7 +42,7 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
             "no engine runs in this process: sdtpu.generate runs only in a worker with the pool"
             " sdtpu_worker.pool:DevicePool (call sdtpu_worker.install(app), then `celery worker -Q sdtpu`)"
         )
-    sent_at = sent_at_of(task.request)
+    sent_at = read_sent_at(task.request.get(SENT_AT_HEADER))
     with job.in_celerys_words():
         facts = job.recall(task, request)
         job.begin(task)
@@ -56,8 +56,7 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
         return job.serving.run(task.request.id, request, sent_at, control).to_json()
 
 
-def sent_at_of(headers: Mapping[str, Any]) -> float | None:
-    """Return when the client sent a message, in `time.time()`; None if the message says no time."""
-    sent_at = headers.get(SENT_AT_HEADER)
-    is_time = isinstance(sent_at, int | float) and not isinstance(sent_at, bool) and 0 <= sent_at <= MAX_SENT_AT
-    return sent_at if is_time else None
+def read_sent_at(header: Any) -> float | None:
+    """Return the time at which the client sent a job, in seconds since 1970; None where the header is no such time."""
+    is_number = isinstance(header, int | float) and not isinstance(header, bool)
+    return header if is_number and 0 <= header <= LATEST_SENT_AT else None

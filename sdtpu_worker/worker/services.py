@@ -17,8 +17,9 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.states import FAILURE
 from celery.utils.functional import noop
@@ -45,8 +46,6 @@ from sdtpu_worker.worker.start_recorder import StartRecorder
 if TYPE_CHECKING:
     from redis import Redis
 
-    from sdtpu_worker.worker.pool import DevicePool
-
 logger = logging.getLogger(__name__)
 
 EX_ENGINE_LOST = 75
@@ -56,6 +55,22 @@ _HOLDERS_PER_DELIVERY = 10
 """How many more times than on the devices a message may be in the hands of workers that die: it is seldom why."""
 _REPORT_EVERY_S = 5.0
 _LEAVE_AFTER_S = 5.0
+
+
+class PartMakers(Protocol):
+    """Makes the parts that differ between device workers; `DevicePool` does, and its subclasses differ in them."""
+
+    @property
+    def make_engine(self) -> Callable[[Config], Any]:
+        """Make a warm engine on this host's devices."""
+
+    @property
+    def make_store(self) -> Callable[[Any, str], Any]:
+        """Make the image store for an app and the setting `sdtpu_image_store`."""
+
+    @property
+    def make_policy(self) -> Callable[[Any, Config], Any]:
+        """Make the policy for an engine."""
 
 
 class DeviceServices:
@@ -86,11 +101,11 @@ class DeviceServices:
         self._visibility_timeout: float | None = None
         self._undo = ExitStack()
 
-    def start(self, pool: DevicePool) -> None:
+    def start(self, pool: PartMakers) -> None:
         """Make everything ready for the first message. When that fails, what was started is stopped again.
 
         Args:
-            pool: says which engine, image store and policy are made; see `DevicePool`.
+            pool: makes the engine, the image store and the policy.
 
         Raises:
             ConfigurationError: a device, a checkpoint, a size, an address or a store that is configured is not there.

@@ -33,11 +33,11 @@ import sys
 from pathlib import Path
 import jax.numpy as jnp, numpy as np
 from sdtpu_worker.aggregator.plan import Phase
+from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import find_devices
-from sdtpu_worker.contract.request import GenerationRequest
 from tests.device.engines import on_one_device
 folder, cache, dtype, file = sys.argv[1:]
 devices = find_devices("cpu", 8)

@@ -89,7 +89,7 @@ def folder(tmp_path_factory) -> Path:
     draw = random.Random(0)
     syllables = ["".join(pair) for pair in itertools.product("bcdfghklmnprst", "aeiou")]
     texts = [" ".join(draw.choice(syllables) * draw.randint(1, 2) + draw.choice(syllables) for _ in range(20_000))]
-    texts += [(SHIPPED.parents[2] / "README.md").read_text(encoding="utf-8").lower(), *(p.lower() for p in PROMPTS * 5)]
+    texts += [(SHIPPED.parents[1] / "README.md").read_text(encoding="utf-8").lower(), *(p.lower() for p in PROMPTS * 5)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(vocab_size=6000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
     learner.train_from_iterator(texts, trainer)

@@ -194,8 +194,15 @@ def test_a_state_of_any_size_and_starts_of_any_number_are_not_read_whole(client,
     client.rpush("sdtpu:starts:job", *(f"{i:04}" + "y" * 10_000 for i in range(50)))
     facts = ours.job_facts("job")
     assert facts.snapshot is None
-    assert "has more than 100 bytes, it starts anew" in caplog.text
+    assert "has more than 100 bytes and is not used" in caplog.text
     assert [(name[:4], len(name)) for name in facts.died_on] == [("0000", 512), ("0001", 512), ("0002", 512)]
+
+
+def test_keys_of_another_type_in_the_place_of_a_jobs_facts_are_none(client, make):
+    """The job went back to its queue again and again."""
+    client.set("sdtpu:starts:job", "x")
+    client.rpush("sdtpu:snap:job", "x")
+    assert make().job_facts("job") == JobFacts([], None)
 
 
 def test_starts_name_their_hosts_and_expire(client, make):

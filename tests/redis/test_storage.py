@@ -50,9 +50,9 @@ class FlakyRedis:
         return self.data.get(key)
 
 
-def result_at(uri: str) -> dict[str, Any]:
+def result_at(uri: str, task_id: str = "x") -> dict[str, Any]:
     image = StoredImage(uri, "png", 8, 8, 4)
-    result = GenerationResult("id", image, "a fox", "", 1, 1, 1.0, "ddim", "m", False, None, Timings(0, 0, 0),
+    result = GenerationResult(task_id, image, "a fox", "", 1, 1, 1.0, "ddim", "m", False, None, Timings(0, 0, 0),
                               BatchPlace(0, 0, 1, 1))  # fmt: skip
     return result.to_json()
 
@@ -151,15 +151,15 @@ def test_a_result_cannot_name_a_foreign_key(redis_url, uri):
     app.close()
 
 
-def test_a_client_that_sets_no_store_reads_files_that_are_named_like_the_tasks_image(tmp_path, redis_url):
-    app = Celery(broker=redis_url, backend=redis_url, set_as_current=False)
-    for name in ("id.png", "other.png", "secret"):
+@pytest.mark.parametrize("store", ["file://{root}", "redis"])
+def test_only_the_image_of_the_results_own_task_is_read(tmp_path, store):
+    app = app_with(store.format(root=tmp_path), sdtpu_read_image_stores=[f"file://{tmp_path}"])
+    for name in ("x.png", "other.png", "secret", "x.webp"):
         (tmp_path / name).write_bytes(name.encode())
-    assert read_image_bytes(result_at(f"file://{tmp_path}/id.png"), app) == b"id.png"
-    for name in ("other.png", "secret", "id.png/", "id.png/../secret", "id.py", "id.webp"):
+    assert read_image_bytes(result_at(f"file://{tmp_path}/x.png"), app) == b"x.png"
+    for name in ("other.png", "secret", "x.png/", "x.png/../secret", "x.py", "x.webp"):
         with pytest.raises(StorageError):
             read_image_bytes(result_at(f"file://{tmp_path}/{name}"), app)
-    app.close()
 
 
 @pytest.mark.parametrize("broken", [None, 7, [], {}, {"image": 3}, {"image": {"uri": "x"}}])

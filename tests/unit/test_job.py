@@ -17,6 +17,7 @@ from sdtpu_worker.worker.celery_request import JOB, DeviceRequest
 from sdtpu_worker.worker.job import DeviceJob
 from sdtpu_worker.worker.process_changes import watch_failures_outside_tasks
 from sdtpu_worker.worker.result_patience import wait_for_results
+from sdtpu_worker.worker.run_job import read_sent_at
 
 
 def make_job(soft=None, hard=None, **stamps) -> DeviceJob:
@@ -123,3 +124,12 @@ def test_a_thread_that_runs_jobs_waits_for_its_result_backend(monkeypatch):
     with pytest.raises(EngineUnavailable):
         app.backend.get("some-key")
     app.close()
+
+
+@pytest.mark.parametrize(
+    ("header", "sent_at"),
+    [(1.7e9, 1.7e9), (0, 0), (10**400, None), (-(10**400), None), (-1, None), (True, None), ("1", None), (None, None)],
+)
+def test_a_message_cannot_say_that_it_was_sent_at_no_time(header, sent_at):
+    """A worker subtracts it from the time of day, which would overflow."""
+    assert read_sent_at(header) == sent_at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdtpu_worker.redaction import sanitize_url, without_password
+from sdtpu_worker.redaction import brief, sanitize_url, without_password
 
 
 def test_a_semicolon_in_a_password_hides_no_part_of_it_from_the_mask():
@@ -14,6 +14,15 @@ def test_a_semicolon_in_a_password_hides_no_part_of_it_from_the_mask():
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("text", ["a://" * 100_000, "b" * 1_000_000, "x://" + ";b" * 500_000])
+@pytest.mark.parametrize(
+    "text", ["a://" * 100_000, "b" * 1_000_000, "x://" + ";b" * 500_000, "?key" * 200_000, "?" + "key" * 200_000]
+)
 def test_a_long_text_takes_no_long_time(text):
     assert sanitize_url(text) == text
+
+
+def test_a_value_that_is_cut_short_shows_no_part_of_a_password():
+    url = f"redis://me:{'s3cret' * 30}@host/0"
+    for value in (url, [url], {"broker_url": url}):
+        assert "s3cret" not in brief(value)
+        assert "redis://me:**@host/0" in brief(value)

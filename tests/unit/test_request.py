@@ -11,7 +11,7 @@ import pytest
 
 from sdtpu_worker import GenerationRequest, GenerationResult, InvalidRequest
 from sdtpu_worker.contract.request import check_arguments, seed_from_task_id
-from sdtpu_worker.show import show
+from sdtpu_worker.redaction import brief
 
 BAD = [
     ((), {}, "prompt is missing"),
@@ -97,15 +97,15 @@ def nested(depth: int) -> list:
 
 
 def test_any_value_has_a_short_text_on_one_line():
-    assert show(7) == "7"
-    assert show("a fox") == "'a fox'"
-    assert show(10**5000) == show(-(10**5000)) == "an integer of about 5,001 digits"
-    assert "an integer of about 401 digits" in show({"a": [10**400]})
-    assert show(TwoLines()) == "one two"
+    assert brief(7) == "7"
+    assert brief("a fox") == "'a fox'"
+    assert brief(10**5000) == brief(-(10**5000)) == "an integer of about 5,001 digits"
+    assert "an integer of about 401 digits" in brief({"a": [10**400]})
+    assert brief(TwoLines()) == "one two"
     itself: list = []
     itself.append(itself)
     for value in (*HUGE, Broken(), [Broken()], "x" * 10**6, b"x" * 10**6, list(range(10**5)), nested(10**5), itself):
-        assert len(show(value)) < 400
+        assert len(brief(value)) < 400
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"seed": 2**63 - 1, "num_inference_steps": 1000, "guidance_scale": 1}])

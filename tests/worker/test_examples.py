@@ -26,7 +26,7 @@ from examples.flask_app import app, celery_app
 
 def visit(method, path, body=b"", content_type="application/json"):
     answer = app.test_client().open(path, method=method, data=body, content_type=content_type)
-    return answer.status_code, answer.mimetype, answer.data
+    return answer.status_code, dict(answer.headers), answer.data
 """
 DJANGO = """
 import django
@@ -37,7 +37,7 @@ django.setup()
 
 def visit(method, path, body=b"", content_type="application/json"):
     answer = Client(SERVER_NAME="localhost").generic(method, path, body, content_type)
-    return answer.status_code, answer.headers["Content-Type"], answer.content
+    return answer.status_code, dict(answer.headers), answer.content
 """
 VISIT_ALL = """
 import json, sys, threading
@@ -49,8 +49,8 @@ answers, apps = [], []
 def visit_all():
     apps.append(generate.app.main)
     for request in json.loads(sys.argv[1]):
-        status, content_type, body = visit(**request)
-        answers.append((status, content_type, body.decode("latin-1")))
+        status, headers, body = visit(**request)
+        answers.append((status, headers, body.decode("latin-1")))
 
 thread = threading.Thread(target=visit_all)  # web servers answer in threads, where Celery's current app is another
 thread.start()
@@ -75,8 +75,8 @@ def own_redis_url(server_url: str) -> str:
     return server_url
 
 
-def visit(framework: str, redis_url: str, *requests: dict[str, Any]) -> list[tuple[int, str, bytes]]:
-    """Send requests to one process of the app; return each answer's status, content type and body."""
+def visit(framework: str, redis_url: str, *requests: dict[str, Any]) -> list[tuple[int, dict[str, str], bytes]]:
+    """Send requests to one process of the app; return each answer's status, headers and body."""
     prelude, folder = APPS[framework]
     run = subprocess.run(
         [sys.executable, "-c", prelude + VISIT_ALL, json.dumps(requests)],
@@ -91,7 +91,7 @@ def visit(framework: str, redis_url: str, *requests: dict[str, Any]) -> list[tup
     assert len(seen["answers"]) == len(requests), run.stderr
     assert seen["own_app"], "in a thread, the task belongs to another Celery app"
     assert not seen["jax"], "the web process has imported JAX"
-    return [(status, content_type, body.encode("latin-1")) for status, content_type, body in seen["answers"]]
+    return [(status, headers, body.encode("latin-1")) for status, headers, body in seen["answers"]]
 
 
 def post(body: Any, content_type: str = "application/json") -> dict[str, str]:
@@ -194,9 +194,36 @@ def test_a_finished_job_shows_its_image_until_it_expires(framework: str, own_red
         "image_url": f"/images/{there}/image",
         "result": finished(there).to_json(),
     }
-    assert image == (200, "image/png", b"\x89PNG")
+    assert (image[0], image[1]["Content-Type"], image[2]) == (200, "image/png", b"\x89PNG")
+    assert image[1]["X-Content-Type-Options"] == "nosniff"
     assert expired[0] == 404
     assert "expired" in json.loads(expired[2])["error"]
+
+
+def test_a_forged_result_is_never_served_as_anything_but_a_picture(framework: str, own_redis_url: str) -> None:
+    forgeries = {
+        "a script in the site's name": {"format": "svg+xml"},
+        "a list for a format": {"format": ["png"]},
+        "another task's image": {"uri": "redis:sdtpu:image:other"},
+        "a key that is no image": {"uri": "redis:celery-task-meta-other"},
+        "a file system made of the result": {"uri": "reference::data:application/json;base64,e30=/x.png"},
+        "a number": {"uri": 7},
+        "too large a number": {"width": 10**400},
+    }
+    task_ids = {str(uuid.uuid4()): forged for forged in forgeries.values()}
+    svg = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    with Celery(broker=own_redis_url, backend=own_redis_url, set_as_current=False) as app:
+        for task_id, forged in task_ids.items():
+            result = finished(task_id).to_json()
+            app.backend.store_result(task_id, {**result, "image": {**result["image"], **forged}}, "SUCCESS")
+            make_image_store(app, "redis").put(task_id, "png", svg)
+        make_image_store(app, "redis").put("other", "png", b"another's")
+        app.backend.store_result(no_result := str(uuid.uuid4()), ["no", "result"], "SUCCESS")
+    answers = visit(framework, own_redis_url, *(get(f"/images/{task_id}/image") for task_id in [*task_ids, no_result]))
+    for (status, headers, body), about in zip(answers, [*forgeries, "no result"], strict=True):
+        assert status == 404, about
+        assert headers["Content-Type"] == "application/json", about
+        assert "error" in json.loads(body), about
 
 
 def test_a_running_job_shows_its_progress(framework: str, own_redis_url: str) -> None:

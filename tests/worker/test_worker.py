@@ -221,7 +221,8 @@ def test_images_in_redis_expire_with_their_results(app, worker):
         open_image(result)
 
 
-def test_images_in_files_are_named_by_their_task_even_if_its_id_is_hostile(app, file_worker):
+def test_images_in_files_are_named_by_their_task_even_if_its_id_is_hostile(app, file_worker, monkeypatch):
+    monkeypatch.setenv("SDTPU_READ_IMAGE_STORES", f"file://{file_worker}")
     result = generate.apply_async(("a fox",), {"seed": 3, "num_inference_steps": 2}, queue="files").get(timeout=60)
     path = file_worker / f"{result['task_id']}.png"
     assert result["image"]["uri"] == f"file://{path}"

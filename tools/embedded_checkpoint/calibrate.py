@@ -1,14 +1,15 @@
-"""Calibrate the shipped checkpoint's guidance, so that 7.5 is right under every sampler.
+"""Calibrate the guidance of the shipped checkpoint, so that a scale of 7.5 is right under every sampler.
 
     python -m tools.embedded_checkpoint.calibrate --work DIR [--strength 2.4]
 
-A model of this little world is sure of itself: at a guidance scale of 7.5 it overshoots, and PNDM, which extrapolates
-from earlier outputs, then diverges. Its pictures are best at a scale of about 2. So this trains a copy to give at 7.5
-what the trained model gives at `--strength`: conditional outputs move towards the unconditional ones, which stay. The
-targets are the trained model's own outputs, without noise, so a quarter of an hour on two cores is enough.
+The trained model knows few scenes and predicts them with great confidence. At a guidance scale of 7.5 it overshoots,
+and PNDM, which extrapolates from earlier outputs, diverges; its pictures are best at a scale of about 2. This script
+therefore trains a copy of the model whose output at 7.5 is the trained model's output at `--strength`: the conditional
+outputs move towards the unconditional ones, which stay. The targets are the trained model's own outputs, without noise,
+so a quarter of an hour on two cores is enough.
 
-Reads and rewrites `DIR/checkpoint` (see train_diffusion.py); the model as it was trained is kept in `DIR/uncalibrated`.
-A second run goes on from where the first one ended.
+Reads and rewrites `DIR/checkpoint` (see train_diffusion.py), and keeps the trained model in `DIR/uncalibrated`. A
+second run continues from the checkpoint of the first one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from sdtpu_worker.diffusion.checkpoint import load_checkpoint
+from sdtpu_worker.diffusion.checkpoint import Checkpoint, load_checkpoint
 from tools.embedded_checkpoint.train_diffusion import (
     CAPTIONS_PER_SCENE,
     MAX_LENGTH,
@@ -39,11 +41,11 @@ from tools.embedded_checkpoint.train_vae import draw_training_set
 GUIDANCE_SCALE = 7.5
 BATCH = 32
 EMA_DECAY = 0.99
-PARTS_WEIGHT = 1.0  # of the two outputs by themselves, against their guided combination
+PARTS_WEIGHT = 1.0  # of the error of the two outputs alone, beside the error of their guided combination
 
 
 def main() -> None:
-    """Train, log, save."""
+    """Train the copy, log its error and save it as the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder with the trained checkpoint")
     parser.add_argument("--strength", type=float, default=2.4, help="guidance scale of the trained model to reproduce")
@@ -64,36 +66,11 @@ def main() -> None:
     captions = [scene.varied_caption(rng) for scene in scenes for _ in range(CAPTIONS_PER_SCENE)]
     ids = teacher.tokenizer.encode(captions)[0].reshape(len(scenes), CAPTIONS_PER_SCENE, MAX_LENGTH)
     empty_ids = teacher.tokenizer.encode([""])[0]
-    signal = jnp.asarray(teacher.schedule.alphas_cumprod, jnp.float32)
-
-    def outputs(params, x, t, ids):
-        """Return the unconditional and the conditional output, each like x."""
-        text = teacher.text_encoder(jnp.concatenate([empty_ids, ids]), params=params["text_encoder"])[0]
-        text = jnp.concatenate([jnp.broadcast_to(text[:1], text[1:].shape), text[1:]])
-        both = teacher.unet.apply(
-            {"params": params["unet"]}, jnp.concatenate([x, x]), jnp.concatenate([t, t]), text
-        ).sample
-        return jnp.split(both, 2)
-
-    def loss_fn(params, fixed, x0, ids, key):
-        count = x0.shape[0]
-        key_t, key_noise = jax.random.split(key)
-        t = ((jnp.arange(count) + jax.random.uniform(key_t, (count,))) / count * len(signal)).astype(jnp.int32)
-        alpha, sigma = (jnp.sqrt(v)[:, None, None, None] for v in (signal[t], 1 - signal[t]))
-        x = alpha * x0 + sigma * jax.random.normal(key_noise, x0.shape)
-        free, steered = outputs(fixed, x, t, ids)
-        wanted = free + args.strength * (steered - free)
-        wanted_steered = free + args.strength / GUIDANCE_SCALE * (steered - free)
-        free_now, steered_now = outputs(params, x, t, ids)
-        guided = free_now + GUIDANCE_SCALE * (steered_now - free_now)
-        parts = jnp.mean((free_now - free) ** 2) + jnp.mean((steered_now - wanted_steered) ** 2)
-        loss = jnp.mean((guided - wanted) ** 2)
-        return loss + PARTS_WEIGHT * parts, loss
 
     schedule = optax.warmup_cosine_decay_schedule(1e-5, 6e-4, 50, args.steps, 1e-6)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
-    step = make_step(loss_fn, optimiser, mesh, EMA_DECAY)
+    step = make_step(make_loss(teacher, empty_ids, args.strength), optimiser, mesh, EMA_DECAY)
 
     fixed = {name: jax.tree.map(jnp.asarray, teacher.params[name]) for name in ("text_encoder", "unet")}
     student = load_checkpoint(str(args.work / "checkpoint")).params
@@ -113,6 +90,43 @@ def main() -> None:
             print(f"{i + 1}/{args.steps} guided error {mean:.5f} {time.monotonic() - started:.0f} s", flush=True)
         if (i + 1) % 150 == 0 or i + 1 == args.steps:
             save(average, teacher.text_encoder, args.work, args.work / "checkpoint")
+
+
+def make_loss(teacher: Checkpoint, empty_ids: np.ndarray, strength: float) -> Any:
+    """Return the loss for `make_step`: how far the copy at `GUIDANCE_SCALE` is from the teacher at `strength`.
+
+    Args:
+        teacher: the trained checkpoint.
+        empty_ids: the token ids of an empty caption, `(1, 77) int32`.
+        strength: the guidance scale of the teacher to reproduce.
+    """
+    signal = jnp.asarray(teacher.schedule.alphas_cumprod, jnp.float32)
+
+    def outputs(params, x, t, ids):
+        """Return the unconditional and the conditional output, each like x."""
+        text = teacher.text_encoder(jnp.concatenate([empty_ids, ids]), params=params["text_encoder"])[0]
+        text = jnp.concatenate([jnp.broadcast_to(text[:1], text[1:].shape), text[1:]])
+        both = teacher.unet.apply(
+            {"params": params["unet"]}, jnp.concatenate([x, x]), jnp.concatenate([t, t]), text
+        ).sample
+        return jnp.split(both, 2)
+
+    def loss_fn(params, fixed, x0, ids, key):
+        count = x0.shape[0]
+        key_t, key_noise = jax.random.split(key)
+        t = ((jnp.arange(count) + jax.random.uniform(key_t, (count,))) / count * len(signal)).astype(jnp.int32)
+        alpha, sigma = (jnp.sqrt(v)[:, None, None, None] for v in (signal[t], 1 - signal[t]))
+        x = alpha * x0 + sigma * jax.random.normal(key_noise, x0.shape)
+        free, steered = outputs(fixed, x, t, ids)
+        wanted = free + strength * (steered - free)
+        wanted_steered = free + strength / GUIDANCE_SCALE * (steered - free)
+        free_now, steered_now = outputs(params, x, t, ids)
+        guided = free_now + GUIDANCE_SCALE * (steered_now - free_now)
+        parts = jnp.mean((free_now - free) ** 2) + jnp.mean((steered_now - wanted_steered) ** 2)
+        loss = jnp.mean((guided - wanted) ** 2)
+        return loss + PARTS_WEIGHT * parts, loss
+
+    return loss_fn
 
 
 if __name__ == "__main__":

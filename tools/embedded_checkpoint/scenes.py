@@ -1,12 +1,12 @@
-"""The little world that the shipped checkpoint knows: scenes, their captions and a judge that reads pixels.
+"""The scenes that the shipped checkpoint knows, their captions, and a judge that reads them from pixels.
 
 A scene is one coloured shape on a plain background, 64 x 64 pixels. The caption grammar is
 
     a [small|large] COLOUR SHAPE on a COLOUR background
     a [small|large] COLOUR SHAPE (on the left|on the right|at the top|at the bottom) of a COLOUR background
 
-What a caption leaves open (exact size, exact place) is random, so that two seeds give two pictures.
-Needs Pillow and NumPy only; the training script draws with it, the scoring script judges with it.
+What a caption does not say (the exact size and place) is random, so two seeds give two pictures. This module needs only
+Pillow and NumPy; the training scripts draw with it, and the scoring script judges with it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ POSITIONS = ("left", "right", "top", "bottom", None)
 RADIUS_RANGES: dict[str | None, tuple[float, float]] = {"small": (9.5, 11.5), None: (14.0, 16.5), "large": (19.5, 22.0)}
 
 _SUPERSAMPLING = 4
-_HELD_OUT_SHARE = 6  # one (colour, shape, background) in six is never trained on
+_HELD_OUT_SHARE = 6  # one combination of colour, shape and background in six is never trained on
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: `None` for a size or a position that it leaves open."""
+    """What a caption says; a size or a position that it does not say is None."""
 
     colour: str
     shape: str
@@ -56,7 +56,7 @@ class Scene:
         return self._phrase(self.size, "on the" if self.position in ("left", "right") else "at the")
 
     def varied_caption(self, rng: random.Random) -> str:
-        """Return the caption in one of the wordings that the model is trained on."""
+        """Return the caption in a random one of the wordings that the model is trained on."""
         size = rng.choice(("large", "large", "big")) if self.size == "large" else self.size
         preposition = "on the" if self.position in ("left", "right") else rng.choice(("at the", "at the", "on the"))
         words = self._phrase(size, preposition)
@@ -79,7 +79,7 @@ class Scene:
         return hashlib.sha256(name.encode()).digest()[0] % _HELD_OUT_SHARE == 0
 
     def draw(self, rng: random.Random) -> Image.Image:
-        """Return one picture of the scene (64 x 64, RGB); `rng` chooses what the caption leaves open."""
+        """Return one picture of the scene (64 x 64, RGB); `rng` chooses the exact size and place."""
         radius = rng.uniform(*RADIUS_RANGES[self.size])
         wander = 3.0 if self.size == "large" else 5.0
         x, y = (IMAGE_SIZE / 2 + rng.uniform(-wander, wander) for _ in range(2))
@@ -95,7 +95,7 @@ class Scene:
 
 
 def every_scene() -> list[Scene]:
-    """Return all scenes that the grammar can say, in a fixed order."""
+    """Return all scenes that the caption grammar has, in a fixed order."""
     return [
         Scene(colour, shape, background, size, position)
         for colour, shape, background in itertools.product(COLOURS, SHAPES, COLOURS)
@@ -153,13 +153,13 @@ class Verdict:
     y: float
 
     def agrees_on_size(self, size: str | None) -> bool:
-        """Whether the measured size is what the word says; no word agrees with any size."""
+        """Whether the measured size is the size that a caption says; a caption without one agrees with any size."""
         if size is None:
             return True
         return self.radius < 12.6 if size == "small" else self.radius > 17.4
 
     def agrees_on_position(self, position: str | None) -> bool:
-        """Whether the measured place is what the word says; no word agrees with any place."""
+        """Whether the measured place is the one that a caption says; a caption without one agrees with any place."""
         if position is None:
             return True
         offset = {"left": -self.x, "right": self.x, "top": -self.y, "bottom": self.y}[position]
@@ -167,7 +167,7 @@ class Verdict:
 
 
 def judge(image: Image.Image) -> Verdict:
-    """Read a picture: colours by the nearest palette entry, the shape by drawing each one and comparing.
+    """Return what a picture shows: the nearest colours of the palette, and the shape whose drawing is most like it.
 
     Args:
         image: any size and mode; it is read at 64 x 64 RGB.
@@ -201,7 +201,7 @@ def judge(image: Image.Image) -> Verdict:
 
 
 def _best_shape(coverage: np.ndarray) -> str:
-    """Return the shape whose drawing, as large as the area says and as soft, differs least from the coverage."""
+    """Return the shape whose drawing, of the same area and about as soft, differs least from the coverage."""
     coverage = np.where(coverage < 0.1, 0, coverage)  # ripples of the background are not part of the object
     area, grid = coverage.sum(), np.arange(IMAGE_SIZE) + 0.5
     x, y = float((coverage.sum(0) * grid).sum() / area), float((coverage.sum(1) * grid).sum() / area)

@@ -1,10 +1,10 @@
-"""Score the shipped checkpoint, judged from pixels.
+"""Score the shipped checkpoint: what share of its pictures shows what the prompt says, judged from pixels.
 
     python -m tools.embedded_checkpoint.score [--checkpoint DIR] [--out DIR]
 
-Draws prompts whose combination of colour, shape and background was never trained on, makes a picture of each with
-every sampler, and lets the judge in `scenes.py` read them. About eight minutes on two cores for 200 prompts. Prints
-one row per sampler; with `--out` also writes `scores.json` and the contact sheet `samples.png`.
+Chooses prompts whose combination of colour, shape and background was never trained on, generates an image of each with
+every sampler, and has the judge in `scenes.py` read them. Takes about eight minutes on two cores for 200 prompts.
+Prints one row per sampler; with `--out` it also writes `scores.json` and the contact sheet `samples.png`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -22,12 +23,15 @@ from sdtpu_worker.contract.request import SAMPLER_NAMES, GenerationRequest
 from sdtpu_worker.demo.command import labelled_grid
 from tools.embedded_checkpoint.scenes import Scene, every_scene, judge
 
-EVERY = 5  # how many prompts there are for each one that is also drawn with another seed
+if TYPE_CHECKING:
+    from sdtpu_worker.diffusion.engine import Engine
+
+EVERY = 5  # one prompt in five is also generated with a second seed
 COLUMNS = ("colour", "background", "shape", "all three", "size", "position", "seeds differ")
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """Return different scenes that no training picture showed, half of them with a size or a position word."""
+    """Return different scenes that were never trained on, half of them with a size or a position word."""
     rng = random.Random(seed)
     scenes = [scene for scene in every_scene() if scene.held_out]
     plain = [scene for scene in scenes if scene.size is None and scene.position is None]
@@ -41,8 +45,8 @@ def score(scenes: list[Scene], pictures: list[Image.Image], others: list[Image.I
 
     Args:
         scenes: what the pictures should show.
-        pictures: one each.
-        others: every fifth prompt with another seed.
+        pictures: one picture of each scene.
+        others: pictures of every fifth scene with another seed.
     """
     hits: dict[str, list[bool]] = {column: [] for column in COLUMNS}
     for scene, picture in zip(scenes, pictures, strict=True):
@@ -60,8 +64,24 @@ def score(scenes: list[Scene], pictures: list[Image.Image], others: list[Image.I
     return {column: round(float(np.mean(found)), 4) for column, found in hits.items()}
 
 
+def generate(engine: Engine, scenes: list[Scene], seed: int, options: Mapping[str, Any]) -> list[Image.Image]:
+    """Return one picture of each scene.
+
+    Args:
+        engine: an engine of the checkpoint.
+        scenes: what the prompts say.
+        seed: of the first picture; each further one has the next number.
+        options: further parameters of every request.
+    """
+    from sdtpu_worker.diffusion import offline
+
+    requests = [GenerationRequest(scene.caption(), seed=seed + i, **options) for i, scene in enumerate(scenes)]
+    jobs = [engine.prepare(str(i), request) for i, request in enumerate(requests)]
+    return [Image.fromarray(image.pixels) for image in offline.generate(engine, jobs)]
+
+
 def main() -> None:
-    """Generate, judge, print."""
+    """Generate the images, judge them and print the scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="embedded", help="folder; default: the shipped one")
     parser.add_argument("--prompts", type=int, default=200, help="prompts per sampler")
@@ -69,7 +89,6 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="guidance")
     parser.add_argument("--out", type=Path, help="folder for scores.json and samples.png")
     args = parser.parse_args()
-    from sdtpu_worker.diffusion import offline
     from sdtpu_worker.diffusion.checkpoint import load_checkpoint
     from sdtpu_worker.diffusion.engine import Engine
     from sdtpu_worker.diffusion.sharding import find_devices
@@ -77,29 +96,14 @@ def main() -> None:
     engine = Engine(load_checkpoint(args.checkpoint), find_devices("cpu", 2), slots_per_device=16)
     scenes = held_out_scenes(args.prompts)
 
-    def generate(sampler: str, seed: int, scenes: list[Scene]) -> list[Image.Image]:
-        jobs = [
-            engine.prepare(
-                str(i),
-                GenerationRequest(
-                    scene.caption(),
-                    seed=seed + i,
-                    num_inference_steps=args.steps,
-                    guidance_scale=args.guidance_scale,
-                    sampler=sampler,
-                ),
-            )
-            for i, scene in enumerate(scenes)
-        ]
-        return [Image.fromarray(image.pixels) for image in offline.generate(engine, jobs)]
-
     print(f"{'sampler':<12}", *(f"{column:>12}" for column in COLUMNS))
     scores: dict[str, dict[str, float]] = {}
     misses: list[str] = []
     sheet: list[Any] = []
     for sampler in SAMPLER_NAMES:
-        pictures = generate(sampler, 1_000, scenes)
-        scores[sampler] = score(scenes, pictures, generate(sampler, 9_000, scenes[::EVERY]))
+        options = {"sampler": sampler, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+        pictures = generate(engine, scenes, 1_000, options)
+        scores[sampler] = score(scenes, pictures, generate(engine, scenes[::EVERY], 9_000, options))
         print(f"{sampler:<12}", *(f"{100 * scores[sampler][column]:>11.1f}%" for column in COLUMNS), flush=True)
         for scene, picture in zip(scenes, pictures, strict=True):
             seen = judge(picture)
@@ -111,10 +115,9 @@ def main() -> None:
         ]
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        options = {"prompts": args.prompts, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-        (args.out / "scores.json").write_text(
-            json.dumps({**options, "scores": scores, "misses": misses}, indent=2) + "\n"
-        )
+        facts = {"prompts": args.prompts, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+        report = {**facts, "scores": scores, "misses": misses}
+        (args.out / "scores.json").write_text(json.dumps(report, indent=2) + "\n")
         labelled_grid([picture for picture, _ in sheet], [label for _, label in sheet], 8).save(
             args.out / "samples.png"
         )

@@ -1,6 +1,6 @@
 """Make the tokenizer of the shipped checkpoint: CLIP's byte-level BPE, with merges learned from the caption grammar.
 
-Every word of the grammar becomes one token; any other text falls back to shorter pieces, down to bytes.
+Every word of the grammar becomes one token; other text is split into shorter pieces, down to single bytes.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     python -m tools.embedded_checkpoint.train_diffusion --work DIR
 
-Reads `DIR/vae` (see train_vae.py), writes a whole checkpoint in the diffusers Flax layout to `DIR/checkpoint`,
-weights in float16. About 50 minutes on two cores; a log line every 100 steps, the checkpoint anew every 1,000.
+Reads `DIR/vae` (see train_vae.py) and writes a whole checkpoint in the diffusers Flax layout to `DIR/checkpoint`, with
+weights in float16. Takes about 50 minutes on two cores; logs a line every 100 steps and saves every 1,000 steps.
 
-The model predicts v, which keeps its colours right at high guidance under every sampler: an epsilon model's errors
+The model predicts v, which keeps its colours right at high guidance under every sampler: the errors of an epsilon model
 at the first, noisiest steps are multiplied by 1/alpha and by the guidance scale. The loss weight in terms of x0 is
-1 + SNR, capped. A small auxiliary loss (read the words back from the text state) makes the text encoder useful early.
+1 + SNR, capped. A small auxiliary loss predicts the caption's words from the text encoder's output, so that the text
+encoder becomes useful early in the training.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ FIELDS = (("colour", tuple(COLOURS)), ("shape", SHAPES), ("background", tuple(CO
 
 
 def main() -> None:
-    """Train, log, save."""
+    """Train both models together, log the loss and save the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder with the trained autoencoder")
     parser.add_argument("--scenes", type=int, default=24_000, help="drawn training scenes")
@@ -94,7 +95,32 @@ def main() -> None:
 
     text_encoder = FlaxCLIPTextModel(text_config(tokenizer), _do_init=False)
     unet = FlaxUNet2DConditionModel(**UNET_CONFIG)
-    params = {
+    params = init_params(text_encoder, unet)
+    schedule = optax.warmup_cosine_decay_schedule(1e-5, 1e-3, 300, args.steps, 1e-5)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+
+    step = make_step(make_loss(text_encoder, unet), optimiser, mesh, EMA_DECAY)
+    print(f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(params)):,}", flush=True)
+    average, state = jax.tree.map(jnp.copy, params), optimiser.init(params)
+    draw, started, losses = np.random.default_rng(3), time.monotonic(), []
+    for i in range(args.steps):
+        chosen = draw.integers(len(latents), size=BATCH)
+        batch_ids = ids[chosen, draw.integers(CAPTIONS_PER_SCENE, size=BATCH)]
+        batch_ids = np.where(draw.random((BATCH, 1)) < EMPTY_CAPTIONS, empty_ids, batch_ids)
+        params, average, state, loss = step(
+            params, average, state, None, (latents[chosen], batch_ids, words[chosen]), jax.random.key(i)
+        )
+        losses.append(loss)
+        if (i + 1) % 100 == 0:
+            mean = float(jnp.mean(jnp.stack(losses[-100:])))
+            print(f"{i + 1}/{args.steps} loss {mean:.4f} {time.monotonic() - started:.0f} s", flush=True)
+        if (i + 1) % 1_000 == 0 or i + 1 == args.steps:
+            save(average, text_encoder, args.work, out)
+
+
+def init_params(text_encoder: FlaxCLIPTextModel, unet: FlaxUNet2DConditionModel) -> dict:
+    """Return the parameters to train: of both models, and of the heads that read the caption's words back."""
+    return {
         "text_encoder": text_encoder.init_weights(jax.random.key(1), (1, MAX_LENGTH)),
         "unet": unet.init_weights(jax.random.key(2)),
         "read_back": {
@@ -102,6 +128,10 @@ def main() -> None:
             for i, (name, names) in enumerate(FIELDS)
         },
     }
+
+
+def make_loss(text_encoder: FlaxCLIPTextModel, unet: FlaxUNet2DConditionModel) -> Any:
+    """Return the loss for `make_step`; a batch is latents, token ids and the words of the captions as numbers."""
     signal = jnp.asarray(NoiseSchedule.from_config(SCHEDULER_CONFIG).alphas_cumprod, jnp.float32)
 
     def loss_fn(params, _, x0, ids, words, key):
@@ -123,37 +153,21 @@ def main() -> None:
         )
         return loss + READ_BACK_WEIGHT * read_back, loss
 
-    schedule = optax.warmup_cosine_decay_schedule(1e-5, 1e-3, 300, args.steps, 1e-5)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-
-    step = make_step(loss_fn, optimiser, mesh, EMA_DECAY)
-    print(f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(params)):,}", flush=True)
-    average, state = jax.tree.map(jnp.copy, params), optimiser.init(params)
-    draw, started, losses = np.random.default_rng(3), time.monotonic(), []
-    for i in range(args.steps):
-        chosen = draw.integers(len(latents), size=BATCH)
-        batch_ids = ids[chosen, draw.integers(CAPTIONS_PER_SCENE, size=BATCH)]
-        batch_ids = np.where(draw.random((BATCH, 1)) < EMPTY_CAPTIONS, empty_ids, batch_ids)
-        params, average, state, loss = step(
-            params, average, state, None, (latents[chosen], batch_ids, words[chosen]), jax.random.key(i)
-        )
-        losses.append(loss)
-        if (i + 1) % 100 == 0:
-            mean = float(jnp.mean(jnp.stack(losses[-100:])))
-            print(f"{i + 1}/{args.steps} loss {mean:.4f} {time.monotonic() - started:.0f} s", flush=True)
-        if (i + 1) % 1_000 == 0 or i + 1 == args.steps:
-            save(average, text_encoder, args.work, out)
+    return loss_fn
 
 
 def make_step(loss_fn: Any, optimiser: optax.GradientTransformation, mesh: Mesh, ema_decay: float) -> Any:
     """Return the compiled, data-parallel training step with an average of the parameters.
 
     Args:
-        loss_fn: `loss_fn(params, fixed, *batch, key) -> (loss, the part of it to log)`.
+        loss_fn: `loss_fn(params, fixed, *batch, key) -> (loss, the part of the loss to log)`.
+        optimiser: updates the parameters.
+        mesh: the devices, with one axis named "batch".
+        ema_decay: the share of the averaged parameters that a step keeps.
 
     Returns:
-        `step(params, average, state, fixed, batch, key) -> (params, average, state, logged)`; the first three are
-        donated, every array of `batch` is split over the mesh.
+        `step(params, average, state, fixed, batch, key) -> (params, average, state, logged)`. The first three
+        arguments are donated; every array of `batch` is split over the mesh.
     """
 
     @partial(jax.jit, donate_argnums=(0, 1, 2))
@@ -176,7 +190,7 @@ def make_step(loss_fn: Any, optimiser: optax.GradientTransformation, mesh: Mesh,
 
 
 def encode_all(folder: Path, config: dict, images: np.ndarray) -> np.ndarray:
-    """Return the scaled latents of all images, `(count, 4, 8, 8) float32`."""
+    """Return the scaled latents of images `(count, 3, 64, 64) uint8`, as `(count, 4, 8, 8) float32`."""
     vae = FlaxAutoencoderKL(**{name: value for name, value in config.items() if not name.startswith("_")})
     params = msgpack_restore((folder / "diffusion_flax_model.msgpack").read_bytes())
     encode = jax.jit(lambda x: vae.apply({"params": params}, x / 127.5 - 1, method=vae.encode).latent_dist.mean)
@@ -185,7 +199,7 @@ def encode_all(folder: Path, config: dict, images: np.ndarray) -> np.ndarray:
 
 
 def tokenise(tokenizer: CLIPTokenizer, captions: list[str]) -> np.ndarray:
-    """Return `(len(captions), 77) int32`."""
+    """Return the captions' token ids, `(len(captions), 77) int32`."""
     batch = tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="np")
     return batch.input_ids.astype(np.int32)
 
@@ -207,7 +221,7 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def save(params: dict, text_encoder: FlaxCLIPTextModel, work: Path, out: Path) -> None:
-    """Write the whole checkpoint, weights in float16."""
+    """Write the whole checkpoint to `out`, with weights in float16; the autoencoder is copied from `work`."""
 
     def half(tree: dict) -> bytes:
         return to_bytes(jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), jax.device_get(tree)))

@@ -2,11 +2,12 @@
 
     python -m tools.embedded_checkpoint.train_vae --work DIR
 
-About 25 minutes on two cores. Writes `DIR/vae/` (config and weights in the diffusers Flax layout, weights in
-float32) and a log line every 50 steps; `DIR/vae/reconstructions.png` shows held-out scenes and what comes back.
+Takes about 25 minutes on two cores and logs a line every 50 steps. Writes `DIR/vae/`: the config and the weights in the
+diffusers Flax layout, in float32, and `reconstructions.png`, which shows held-out scenes above their reconstructions.
 
-Two phases. First encoder and decoder together: squared and absolute error weighted towards edges, and a small
-KL term. Then the decoder alone, on latents with a little noise, so that it forgives the UNet's small errors.
+The training has two phases. The first trains encoder and decoder together, on squared and absolute errors with more
+weight near edges, and a small KL term. The second trains the decoder alone, on latents with a little noise, so that
+small errors of the UNet do little harm.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,7 @@ _SPLIT = PartitionSpec("batch")
 
 
 def draw_training_set(count: int, seed: int = 0) -> tuple[np.ndarray, list]:
-    """Return `count` drawn training scenes, `(count, 3, 64, 64) uint8`, and their `Scene`s; none is held out."""
+    """Return pictures of `count` training scenes, `(count, 3, 64, 64) uint8`, and their `Scene`s; none is held out."""
     rng = random.Random(seed)
     scenes = [scene for scene in every_scene() if not scene.held_out]
     rng.shuffle(scenes)
@@ -59,7 +61,7 @@ def draw_training_set(count: int, seed: int = 0) -> tuple[np.ndarray, list]:
 
 
 def edge_weights(x: jax.Array) -> jax.Array:
-    """Return per-pixel loss weights `(n, 1, h, w)`: 1 on flat ground, up to 1 + EDGE_WEIGHT near an edge."""
+    """Return loss weights for each pixel, `(n, 1, h, w)`: 1 on plain areas, up to 1 + EDGE_WEIGHT near an edge."""
     dx = jnp.abs(jnp.diff(x, axis=3, append=x[..., -1:])).max(1, keepdims=True)
     dy = jnp.abs(jnp.diff(x, axis=2, append=x[..., -1:, :])).max(1, keepdims=True)
     edges = jnp.clip(dx + dy, 0, 1)
@@ -74,7 +76,7 @@ def reconstruction_loss(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def main() -> None:
-    """Train, log, save."""
+    """Train in two phases, log the loss and save the autoencoder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for what the training writes")
     parser.add_argument("--scenes", type=int, default=24_000, help="drawn training scenes")
@@ -89,19 +91,7 @@ def main() -> None:
     vae = FlaxAutoencoderKL(**CONFIG)
     params = vae.init_weights(jax.random.key(0))
 
-    def joint_loss(params, x, key):
-        posterior = vae.apply({"params": params}, x, method=vae.encode).latent_dist
-        z = posterior.sample(key).transpose(0, 3, 1, 2)
-        y = vae.apply({"params": params}, z, method=vae.decode).sample
-        return reconstruction_loss(x, y) + KL_WEIGHT * jnp.mean(posterior.kl()) / posterior.mean[0].size
-
-    def decoder_loss(params, x, key):
-        z = vae.apply({"params": params}, x, method=vae.encode).latent_dist.mean
-        z = jax.lax.stop_gradient(z)
-        z = z + LATENT_NOISE * jnp.std(z) * jax.random.normal(key, z.shape)
-        y = vae.apply({"params": params}, z.transpose(0, 3, 1, 2), method=vae.decode).sample
-        return reconstruction_loss(x, y)
-
+    joint_loss, decoder_loss = make_losses(vae)
     for name, loss_fn, steps, peak in (
         ("joint", joint_loss, args.steps, 2e-3),
         ("decoder", decoder_loss, args.decoder_steps, 1e-3),
@@ -136,8 +126,27 @@ def main() -> None:
                 save(vae, params, images, out)
 
 
+def make_losses(vae: FlaxAutoencoderKL) -> tuple[Any, Any]:
+    """Return the losses of the two phases, each `loss_fn(params, x, key)` of a batch in [-1, 1]."""
+
+    def joint_loss(params, x, key):
+        posterior = vae.apply({"params": params}, x, method=vae.encode).latent_dist
+        z = posterior.sample(key).transpose(0, 3, 1, 2)
+        y = vae.apply({"params": params}, z, method=vae.decode).sample
+        return reconstruction_loss(x, y) + KL_WEIGHT * jnp.mean(posterior.kl()) / posterior.mean[0].size
+
+    def decoder_loss(params, x, key):
+        z = vae.apply({"params": params}, x, method=vae.encode).latent_dist.mean
+        z = jax.lax.stop_gradient(z)
+        z = z + LATENT_NOISE * jnp.std(z) * jax.random.normal(key, z.shape)
+        y = vae.apply({"params": params}, z.transpose(0, 3, 1, 2), method=vae.decode).sample
+        return reconstruction_loss(x, y)
+
+    return joint_loss, decoder_loss
+
+
 def save(vae: FlaxAutoencoderKL, params: dict, images: np.ndarray, out: Path) -> None:
-    """Write config, weights and a picture of reconstructions; measure the scaling factor on training scenes."""
+    """Write the config, the weights and a picture of reconstructions; the scaling factor is measured on `images`."""
     encode = jax.jit(lambda x: vae.apply({"params": params}, x / 127.5 - 1, method=vae.encode).latent_dist.mean)
     decode = jax.jit(lambda z: vae.apply({"params": params}, z.transpose(0, 3, 1, 2), method=vae.decode).sample)
     scaling_factor = 1 / float(jnp.std(jnp.concatenate([encode(images[i : i + 64]) for i in range(0, 1024, 64)])))

@@ -12,8 +12,14 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_POST
 from redis.exceptions import RedisError
 
-from sdtpu_worker import BrokerUnavailable, InvalidRequest, StorageError, generate
-from sdtpu_worker.images.store import read_image_bytes
+from sdtpu_worker import (
+    BrokerUnavailable,
+    InvalidRequest,
+    StorageError,
+    generate,
+    image_content_type,
+    read_image_bytes,
+)
 
 NUMBERS = {"seed": int, "num_inference_steps": int, "height": int, "width": int, "guidance_scale": float}
 STATUS_OF = {InvalidRequest: 400, StorageError: 404, BrokerUnavailable: 503, RedisError: 503}
@@ -60,7 +66,8 @@ def image(request: HttpRequest, task_id: str) -> HttpResponse:
     job = AsyncResult(task_id)
     if job.state != states.SUCCESS:
         return JsonResponse({"error": f"no image yet: the job is {job.state}"}, status=404)
-    return HttpResponse(read_image_bytes(job.result), content_type=f"image/{job.result['image']['format']}")
+    data, content_type = read_image_bytes(job.result), image_content_type(job.result)
+    return HttpResponse(data, content_type=content_type, headers={"X-Content-Type-Options": "nosniff"})
 
 
 def read_parameters(request: HttpRequest) -> dict[str, Any]:

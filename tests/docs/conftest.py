@@ -1,0 +1,53 @@
+"""Private processes for the pages: one Redis, and one worker with the shipped checkpoint, for the whole session."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sdtpu_worker.testing.processes import private_redis, running, wait_for_line, worker_env
+from tests.docs.pages import ROOT, write_files
+
+COMPILE_CACHE = os.environ.get("SDTPU_TEST_COMPILE_CACHE") or str(Path(tempfile.gettempdir()) / "sdtpu-worker-test-xla")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a reader of the pages has around them: a Redis, a worker that is ready, the tutorials' folders.
+
+    Attributes:
+        env: an environment in which any Celery app uses this Redis.
+        folders: the tutorials' files, by the name of the page.
+    """
+
+    env: Mapping[str, str]
+    folders: Mapping[str, Path]
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """Follow both tutorials up to their worker; the Django project's worker serves all pages."""
+    import subprocess
+
+    folder = tmp_path_factory.mktemp("tutorials")
+    folders = {"flask": folder / "flask", "django": folder / "django"}
+    for place in folders.values():
+        place.mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "django", "startproject", "website", "."], cwd=folders["django"], check=True, timeout=60
+    )
+    for name, place in folders.items():
+        write_files(ROOT / "docs" / "tutorial" / f"{name}.md", place)
+    with private_redis() as url:
+        env = worker_env(url, SDTPU_PLATFORM="cpu", SDTPU_CPU_DEVICES="2", SDTPU_COMPILE_CACHE=COMPILE_CACHE)
+        log = folder / "worker.log"
+        command = [sys.executable, "-m", "celery", "-A", "website", "worker", "--queues", "sdtpu", "--loglevel", "INFO"]
+        with running(command, log, env=env, cwd=folders["django"]) as process:
+            wait_for_line(process, log, " ready.", 180)
+            yield Stage(env, folders)

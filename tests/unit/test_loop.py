@@ -439,9 +439,7 @@ def test_jobs_that_wait_in_quarantine_can_be_cancelled_revoked_and_expire(make_l
     assert (running.future.result(10).pixels, last.future.result(10).pixels) == (150, 5)
 
 
-def test_a_job_that_gets_its_first_slot_is_announced_once_and_a_listener_that_fails_harms_no_job(
-    make_loop, caplog
-):
+def test_a_job_that_gets_its_first_slot_is_announced_once_and_a_listener_that_fails_harms_no_job(make_loop, caplog):
     announced: list[str] = []
 
     def on_start(task_ids, alone) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdtpu_worker.aggregator.jobs import Terms
 from sdtpu_worker.config import Config
@@ -16,16 +16,12 @@ from sdtpu_worker.contract.load_report import WorkerLoad
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
 from sdtpu_worker.device_loop.loop import DeviceLoop
-from sdtpu_worker.device_loop.protocols import Policy
+from sdtpu_worker.device_loop.protocols import Policy, ServableJob, ServingEngine, Snapshot
 from sdtpu_worker.device_loop.submission import Finished, Progress, Submission
 from sdtpu_worker.device_loop.trace import NoTrace, Trace
 from sdtpu_worker.errors import ConfigurationError, SnapshotMismatch
 from sdtpu_worker.images.encode import encode_image
 from sdtpu_worker.images.store import ImageStore
-
-if TYPE_CHECKING:
-    from sdtpu_worker.diffusion.engine import Engine
-    from sdtpu_worker.diffusion.engine_io import PreparedJob
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +67,7 @@ class Serving:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ServingEngine,
         store: ImageStore,
         policy: Policy,
         config: Config,
@@ -85,7 +81,7 @@ class Serving:
         if config.trace:
             try:
                 costs = {lane: costs.cost for lane, costs in engine.costs.items()}
-                self.trace = Trace(Path(config.trace), costs, engine.num_devices)
+                self.trace = Trace(Path(config.trace), costs, engine.info.num_devices)
             except (OSError, ValueError) as exc:
                 raise ConfigurationError(f"sdtpu_trace must be a file that can be written: {exc}") from exc
         self.loop = DeviceLoop(engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start)
@@ -94,7 +90,7 @@ class Serving:
     @property
     def capacity(self) -> int:
         """Jobs to hold at a time: two batches, so that one gathers and is encoded while the other is denoised."""
-        return 2 * self.engine.num_slots
+        return 2 * self.engine.info.num_slots
 
     def run(
         self,
@@ -144,7 +140,7 @@ class Serving:
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
             "sampler": job.sampler,
-            "model": self.engine.checkpoint.name,
+            "model": self.engine.info.model,
         }
         with self.trace.span("encode", task_id):
             data = encode_image(pixels, request.image_format, report)
@@ -154,7 +150,7 @@ class Serving:
         logger.info(
             "task %s: %d steps in %.2f s on device %d slot %d, %d of %d slots in use",
             task_id, request.num_inference_steps, finished.finished_at - finished.started_at, finished.device,
-            finished.slot, finished.occupied, self.engine.num_slots,
+            finished.slot, finished.occupied, self.engine.info.num_slots,
         )  # fmt: skip
         return GenerationResult(
             task_id=task_id,
@@ -167,30 +163,30 @@ class Serving:
                 device_s=round(finished.finished_at - finished.started_at, 4),
                 total_s=round(total_s, 4),
             ),
-            batch=BatchPlace(finished.device, finished.slot, finished.occupied, self.engine.num_slots),
+            batch=BatchPlace(finished.device, finished.slot, finished.occupied, self.engine.info.num_slots),
         )
 
     def load(self, host: str) -> WorkerLoad:
         """Return what this host can do at the moment. Any thread."""
-        here = self._here.copy()
+        here, num_slots = self._here.copy(), self.engine.info.num_slots
         held = dict(Counter(here.values()))
         etas = [submission.progress.eta_s for submission in here]
         lanes = {f"{height}x{width}": costs for (height, width), costs in self.engine.costs.items()}
-        steps_s = {size: costs.step_s(self.engine.num_devices) for size, costs in lanes.items()}
+        steps_s = {size: costs.step_s(self.engine.info.num_devices) for size, costs in lanes.items()}
         return WorkerLoad(
             host=host,
-            num_slots=self.engine.num_slots,
+            num_slots=num_slots,
             step_s=steps_s,
             mean_job_s=self._mean_job_s or _STEPS_OF_A_JOB * next(iter(steps_s.values())),
             held=held,
-            next_free_s=0.0 if len(here) < self.engine.num_slots else min((eta for eta in etas if eta), default=0.0),
+            next_free_s=0.0 if len(here) < num_slots else min((eta for eta in etas if eta), default=0.0),
         )
 
     def _learn(self, job_s: float) -> None:
         mean_s = self._mean_job_s
         self._mean_job_s = max(1e-3, job_s if mean_s is None else mean_s + _LEARNING_RATE * (job_s - mean_s))
 
-    def _read_snapshot(self, job: PreparedJob, data: bytes | None) -> Any:
+    def _read_snapshot(self, job: ServableJob, data: bytes | None) -> Snapshot | None:
         if data is None:
             return None
         try:

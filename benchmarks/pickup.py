@@ -25,6 +25,7 @@ from kombu.asynchronous import Hub, set_event_loop
 from sdtpu_worker.delivery import transport, wake_up
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.keys import Keys
+from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.testing.processes import private_redis
 
 SEND = """
@@ -42,7 +43,9 @@ for _ in range(messages):
 def use_ours(url: str) -> contextlib.AbstractContextManager[None]:
     """Make kombu's Redis transport in this process ours meanwhile."""
     deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(), 30, "benchmark")
-    return transport.installed(transport.Intake(deliveries, {"t"}, 262_144, 30, print, lambda: True, lambda: None))
+    return transport.installed(
+        Intake(deliveries, {"pickup"}.__contains__, {"t"}, 262_144, 30, print, lambda: True, lambda: None)
+    )
 
 
 def measure(url: str, messages: int, every_s: float) -> list[float]:

@@ -36,6 +36,7 @@ from kombu.utils.json import loads
 from redis.exceptions import RedisError, ResponseError
 
 from sdtpu_worker.contract.queues import waiting_lists
+from sdtpu_worker.delivery.claim_schedule import ClaimSchedule
 from sdtpu_worker.delivery.envelope import BadEnvelope, check_envelope, find_task_id
 from sdtpu_worker.delivery.qos import Intake, QoS
 from sdtpu_worker.delivery.scripts import CLAIM, REDELIVERED
@@ -44,10 +45,6 @@ from sdtpu_worker.errors import DeliveryLimitExceeded
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.01
-"""Seconds between two claims on empty lists where Redis does not say when they are written to."""
-SAFETY_POLL_S = 1.0
-"""Seconds between two claims on empty lists where Redis does say it."""
 PROMPT_S = 1.0
 """A job that is due within these seconds goes to Celery, whose timer is exact; a later one is deferred."""
 _ENDS_BYTES = 4096
@@ -60,7 +57,6 @@ class ClaimingChannel:
     intake: Intake
     has_claimed = False
     """Whether this channel ever claimed, so that messages which the worker holds may have come on it."""
-    _claim_at = 0.0  # when to claim again, on the monotonic clock
     _claimed_tag = ""
     _claimed_lists: list[tuple[str, bool]] | None = None
     """Of each list of the claim that waits for its reply: the queue, and whether it is a task queue; None while kombu's
@@ -69,7 +65,7 @@ class ClaimingChannel:
     def __init__(self: Any, transport: Any, *args: Any, **kwargs: Any) -> None:
         self.intake = transport.intake  # kept: a closed channel has no transport any more
         super().__init__(transport, *args, **kwargs)  # type: ignore[call-arg]  # kombu's channel is mixed in
-        self._wake_up = WakeUp(self)
+        self._schedule, self._wake_up = ClaimSchedule(), WakeUp(self)
         self.handlers[WAKE_UP] = self._on_wake_up
 
     @property
@@ -83,8 +79,8 @@ class ClaimingChannel:
         return [queue for queue in self.active_queues if not self.intake.is_task_queue(queue)]
 
     def _on_wake_up(self: Any) -> None:
-        """Claim at once: a list was written to."""
-        self._claim_at = 0.0
+        """Claim at once, or as soon as the claim that is in flight has its reply: a list was written to."""
+        self._schedule.on_notice()
         self._wake_up.read()
 
     def _brpop_start(self: Any, timeout: float | None = None) -> None:
@@ -94,7 +90,7 @@ class ClaimingChannel:
             super()._brpop_start(timeout)  # type: ignore[misc]  # kombu's channel is mixed in
             return
         now = time.monotonic()
-        if now < self._claim_at:
+        if not self._schedule.is_due(now):
             return
         queues = self._queue_cycle.consume(len(self.active_queues))
         connection = self.client.connection
@@ -108,6 +104,7 @@ class ClaimingChannel:
         names = [deliveries.keys.held, deliveries.keys.leases, *(name for name, _ in lists)]
         kinds = "".join("t" if is_task_queue else "-" for _, is_task_queue in self._claimed_lists)
         self._in_poll, self._brpop_sent_at, self.has_claimed = connection, now, True
+        self._schedule.on_send()
         connection.send_command(
             "EVAL", CLAIM, len(names), *names,
             self._claimed_tag, deliveries.lease_s, self.intake.max_message_bytes, _ENDS_BYTES, kinds,
@@ -131,11 +128,12 @@ class ClaimingChannel:
             self._flush_brpop_reauth()
         self.intake.on_contact()
         if not reply:
-            is_woken = self._wake_up.tracks(self.client.connection)
-            self._claim_at = time.monotonic() + (SAFETY_POLL_S if is_woken else POLL_S)
-            if not is_woken:
-                self.connection.wake_up_in(POLL_S)
+            is_told = self._wake_up.tracks(self.client.connection)
+            pause_s = self._schedule.on_empty(time.monotonic(), is_told)
+            if pause_s and not is_told:  # else the loop turns by itself, now or once a second
+                self.connection.wake_up_in(pause_s)
             raise Empty
+        self._schedule.on_message()
         queue, is_task_queue = self._claimed_lists[int(reply[0])]
         self._queue_cycle.rotate(queue)
         if not is_task_queue:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import statistics
 import threading
 import time
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from kombu import Connection, Consumer, Exchange, Queue
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 from kombu.exceptions import OperationalError
 
-from sdtpu_worker.delivery import transport, wake_up
+from sdtpu_worker.delivery import claim_schedule, transport, wake_up
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.qos import Intake
@@ -447,3 +449,19 @@ def test_replies_to_remote_control_reach_who_asked_over_the_channel_of_the_tasks
     assert not worker.client.exists("sdtpu:dead", "sdtpu:dead:counts", "sdtpu:unacked", "unacked")
     send("a")
     assert worker.run(lambda: worker.got)
+
+
+def test_a_job_that_is_told_of_before_an_older_empty_reply_is_read_is_claimed_at_once(make_worker, send, monkeypatch):
+    monkeypatch.setattr(claim_schedule, "SAFETY_POLL_S", 3600.0)
+    worker = make_worker()
+    channel = worker.channel
+    assert worker.run(lambda: worker.contacts and not channel._in_poll), "idle"
+    channel._schedule = claim_schedule.ClaimSchedule()
+    channel._brpop_start()
+    assert select.select([channel.client.connection._sock], [], [], 5)[0], "the empty reply has come"
+    send("a")
+    assert select.select([channel._wake_up._connection._sock], [], [], 5)[0], "the notice has come"
+    channel._on_wake_up()
+    with pytest.raises(Empty):
+        channel._brpop_read()
+    assert worker.run(lambda: worker.got), "not only at the safety look"

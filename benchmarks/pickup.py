@@ -47,7 +47,7 @@ def use_ours(url: str) -> contextlib.AbstractContextManager[None]:
     """Make kombu's Redis transport in this process ours meanwhile."""
     deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(), 30, "benchmark")
     return transport.installed(
-        Intake(deliveries, {"pickup"}.__contains__, {"t"}, 262_144, 30, print, lambda: True, lambda: None)
+        Intake(deliveries, {"pickup"}.__contains__, {"t"}, 262_144, 30, print, lambda: True, lambda _: None)
     )
 
 

@@ -6,8 +6,10 @@ import contextlib
 import json
 import select
 import statistics
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from queue import Empty
 from typing import Any
 
@@ -40,9 +42,9 @@ class Worker:
         self.prefix = options.get("global_keyprefix", "")
         self.deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(self.prefix), 30, "host")
         self.bad, self.got, self.well = [], [], True
-        self.contacts = 0
+        self.contacts, self.refusals = 0, []
         intake = Intake(
-            self.deliveries, queues.__contains__, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_contact
+            self.deliveries, queues.__contains__, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_reply
         )
         self.installed = contextlib.ExitStack()
         self.installed.enter_context(transport.installed(intake))
@@ -52,8 +54,9 @@ class Worker:
         self.url, self.queues, self.prefetch, self.options = url, queues, prefetch, options
         self.connect()
 
-    def _on_contact(self) -> None:
-        self.contacts += 1
+    def _on_reply(self, refusal: str | None) -> None:
+        self.contacts += refusal is None
+        self.refusals += [refusal] if refusal else []
 
     def connect(self) -> None:
         self.connection = Connection(self.url, transport_options=self.options)
@@ -465,3 +468,84 @@ def test_a_job_that_is_told_of_before_an_older_empty_reply_is_read_is_claimed_at
     with pytest.raises(Empty):
         channel._brpop_read()
     assert worker.run(lambda: worker.got), "not only at the safety look"
+
+
+@contextlib.contextmanager
+def busy(client: redis.Redis) -> Iterator[None]:
+    """Have a script run for ever in Redis."""
+    port = client.connection_pool.connection_kwargs["port"]
+    client.config_set("lua-time-limit", 50)
+
+    def run() -> None:
+        with contextlib.suppress(redis.RedisError), redis.Redis(port=port) as other:
+            other.eval("while true do end", 0)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    client.script_kill()
+    thread.join()
+
+
+@contextlib.contextmanager
+def replica(client: redis.Redis) -> Iterator[None]:
+    """Make Redis a replica of a master that is away."""
+    client.replicaof("127.0.0.1", 1)
+    yield
+    client.replicaof("NO", "ONE")
+
+
+@contextlib.contextmanager
+def without_replicas(client: redis.Redis) -> Iterator[None]:
+    """Have Redis want more replicas than it has."""
+    client.config_set("min-replicas-to-write", 1)
+    yield
+    client.config_set("min-replicas-to-write", 0)
+
+
+@contextlib.contextmanager
+def without_permission(client: redis.Redis) -> Iterator[None]:
+    """Forbid the default user to take from a list."""
+    client.execute_command("ACL SETUSER", "default", "-rpop")
+    yield
+    client.execute_command("ACL SETUSER", "default", "+rpop")
+
+
+@contextlib.contextmanager
+def without_disk(client: redis.Redis) -> Iterator[None]:
+    """Have Redis fail to save its snapshot."""
+    before: Any = client.config_get("dir")
+    with tempfile.TemporaryDirectory() as folder:
+        client.config_set("dir", folder)
+    client.config_set("save", "3600 1")
+    client.bgsave()
+    while client.info("persistence")["rdb_last_bgsave_status"] == "ok":
+        time.sleep(0.01)
+    yield
+    client.config_set("save", "")
+    client.config_set("dir", before["dir"])
+
+
+@pytest.mark.parametrize(
+    ("trouble", "text"),
+    [
+        (busy, "BUSY"),
+        (replica, "READONLY"),
+        (without_replicas, "NOREPLICAS"),
+        (without_permission, "can't run this command"),
+        (without_disk, "MISCONF"),
+    ],
+)
+def test_an_error_in_reply_to_a_claim_costs_neither_the_worker_nor_its_connection(
+    make_worker, send, caplog, trouble, text
+):
+    worker = make_worker()
+    assert worker.run(lambda: worker.contacts)
+    with trouble(worker.client):
+        assert worker.run(lambda: len(worker.refusals) > 1, 10), "it tries again"
+        assert text in worker.refusals[0] or text == "NOPERM"
+        assert worker.got == []
+    send("a")
+    assert worker.run(lambda: worker.got, 10)
+    lines = [record.message for record in caplog.records if "refuses to give jobs" in record.message]
+    assert len(lines) == 1, "said once"

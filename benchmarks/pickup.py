@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--polled", action="store_true", help="as if Redis did not tell of new messages")
     args = parser.parse_args()
     if args.polled:
-        wake_up.WakeUp.track = lambda self, claims: None  # type: ignore[method-assign]  # as if Redis refused
+        wake_up.WakeUp.track = lambda self, claims, now: None  # type: ignore[method-assign]  # as if Redis refused
     for name in ("stock kombu", "ours"):
         with private_redis() as url:
             with use_ours(url) if name == "ours" else contextlib.nullcontext():

@@ -97,7 +97,7 @@ class ClaimingChannel:
         queues = self._queue_cycle.consume(len(self.active_queues))
         connection = self.client.connection
         if not self._wake_up.tracks(connection):
-            self._wake_up.track(connection)
+            self._wake_up.track(connection, now)
         deliveries, prefix = self.intake.deliveries, self.global_keyprefix
         by_queue = [[(name, queue) for name in waiting_lists(self, queue, prefix)] for queue in queues]
         lists = [one for band in zip(*by_queue, strict=True) for one in band]
@@ -120,6 +120,10 @@ class ClaimingChannel:
         """
         if self._claimed_lists is None:
             return bool(super()._brpop_read(**options))  # type: ignore[misc]  # kombu's channel is mixed in
+        if not self._in_poll:  # no reply: Redis closed the connection, or says that its notices reach nobody
+            self.client.connection.disconnect()
+            self._schedule.on_notice()
+            raise Empty
         try:
             reply = self.client.parse_response(self.client.connection, "EVAL", **options)
         except self.connection_errors:

@@ -549,3 +549,49 @@ def test_an_error_in_reply_to_a_claim_costs_neither_the_worker_nor_its_connectio
     assert worker.run(lambda: worker.got, 10)
     lines = [record.message for record in caplog.records if "refuses to give jobs" in record.message]
     assert len(lines) == 1, "said once"
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_an_idle_worker_keeps_its_connections_where_redis_closes_idle_ones(monkeypatch, protocol):
+    of_kombu = transport.Channel._connparams
+    monkeypatch.setattr(
+        transport.Channel, "_connparams", lambda self, **options: {**of_kombu(self, **options), "protocol": protocol}
+    )
+    with private_redis("--timeout", "2") as url, contextlib.closing(Worker(url)) as worker:
+        assert worker.run(lambda: worker.contacts)
+        wake_up, claims = worker.channel._wake_up, worker.channel.client.connection
+        before = wake_up._connection_id, claims._sock
+        assert (wake_up._connection.get_protocol(), wake_up.tracks(claims)) == (protocol, True)
+        worker.run_for(4.5)
+        assert (wake_up._connection_id, claims._sock) == before
+        assert wake_up.tracks(claims)
+        alive = {client["id"] for client in worker.client.client_list()}
+        assert str(wake_up._connection_id) in alive
+
+
+def test_a_worker_that_is_full_keeps_its_consumer_where_redis_closes_idle_connections():
+    with private_redis("--timeout", "1") as url:
+        client = Celery("client", broker=url, set_as_current=False)
+        for i in range(2):
+            client.send_task("t", task_id=str(i), queue="q", ignore_result=True)
+        client.close()
+        with contextlib.closing(Worker(url, prefetch=1)) as worker:
+            assert worker.run(lambda: worker.got)
+            worker.run_for(3.5)
+            worker.got[0].ack()
+            assert worker.run(lambda: len(worker.got) == 2)
+
+
+def test_a_lost_wake_up_connection_costs_nothing_else_and_is_replaced(make_worker, send, monkeypatch):
+    monkeypatch.setattr(wake_up, "RETRY_S", 0.1)
+    worker = make_worker()
+    assert worker.run(lambda: worker.contacts)
+    for _ in range(3):
+        lost = str(worker.channel._wake_up._connection_id)
+        worker.client.client_kill_filter(_id=lost)
+        send("a")
+        count = len(worker.got)
+        assert worker.run(lambda n=count: len(worker.got) > n)
+        worker.got[-1].ack()
+        assert worker.run(lambda gone=lost: str(worker.channel._wake_up._connection_id) != gone)
+        assert worker.run(lambda: worker.channel._wake_up.tracks(worker.channel.client.connection))

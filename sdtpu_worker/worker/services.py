@@ -209,6 +209,7 @@ class DeviceServices:
             )
             undo.enter_context(change_app(app, {}))
             return
+        self.health.watch_redis()
         options = app.conf.broker_transport_options
         self.deliveries = deliveries = Deliveries(
             self._make_client, Keys(options.get("global_keyprefix", "")), config.lease_s, self._hostname

@@ -5,7 +5,9 @@ it due puts it at the front of its queue. Deferred messages therefore take no wo
 a worker, however many there are. (`inspect scheduled` does not list them; `ZCARD sdtpu:delayed` counts them. A worker
 looks at revoked jobs when it takes a message, so a revoke holds for a deferred job as it does for a waiting one.)
 
-Beyond the message, Redis keeps the facts of a job (see `job_facts.py`); acknowledging the message removes them.
+Beyond the message, Redis keeps two facts of a job by task id (`sdtpu_worker.delivery.job_facts`): `sdtpu:starts:…`, the
+hosts on whose devices the job was when they died, hung or were lost, and `sdtpu:snap:…`, its snapshot if a worker
+handed it over. Acknowledging the message removes both.
 """
 
 from __future__ import annotations

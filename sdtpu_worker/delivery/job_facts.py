@@ -1,8 +1,4 @@
-"""What Redis keeps of a job beyond its message, by task id, for the worker that gets the job next.
-
-`sdtpu:starts:…` lists the processes on whose devices the job was when they died, hung or were lost; `sdtpu:snap:…` is
-its snapshot, if a worker handed it over. Anyone who can write to the broker can write both: they are read with bounds.
-"""
+"""What earlier workers left of a job in Redis, read within bounds: others may be able to write there."""
 
 from __future__ import annotations
 
@@ -19,7 +15,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_SNAPSHOT_BYTES = 2**26
-"""The largest snapshot, deflated, that is read. One of 1024 x 1024 pixels has about 2 MB."""
+"""The largest snapshot, deflated, that is read. One of 1024 x 1024 pixels has about 2 MB; a forged one could fill the
+worker's memory."""
 _MAX_STARTS, _MAX_NAME_BYTES = 10_000, 512  # of a job's starts, and of the name in each: more is not read
 
 
@@ -37,7 +34,7 @@ def read_job_facts(client: Redis, keys: Keys, task_id: str) -> JobFacts:
     Args:
         client: a client of the broker's Redis.
         keys: the names of the keys in Redis.
-        task_id: the job's id.
+        task_id: the job.
 
     Raises:
         redis.exceptions.RedisError: Redis was not reached.
@@ -45,7 +42,7 @@ def read_job_facts(client: Redis, keys: Keys, task_id: str) -> JobFacts:
     with client.pipeline(transaction=False) as pipe:
         pipe.lrange(keys.starts(task_id), 0, _MAX_STARTS - 1)
         pipe.getrange(keys.snapshot(task_id), 0, MAX_SNAPSHOT_BYTES)
-        names, snapshot = map(_of_our_type, pipe.execute(raise_on_error=False))
+        names, snapshot = map(_value_of, pipe.execute(raise_on_error=False))
     cut = (name[:_MAX_NAME_BYTES].decode(errors="replace") for name in dict.fromkeys(names))
     hosts = [name.partition("\n")[0] for name in cut]
     if len(snapshot) > MAX_SNAPSHOT_BYTES:
@@ -55,8 +52,8 @@ def read_job_facts(client: Redis, keys: Keys, task_id: str) -> JobFacts:
     return JobFacts(hosts, snapshot or None)
 
 
-def _of_our_type(answer: Any) -> Any:
-    """Return what Redis answered; nothing for a key of another type, which this package has not written.
+def _value_of(answer: Any) -> Any:
+    """Return a value that Redis answered with; nothing for a key of another type, which no worker wrote.
 
     Raises:
         redis.exceptions.RedisError: Redis answered with any other error.

@@ -15,7 +15,8 @@ STEPS = (10, 20, 30, 50)
 
 
 def test_the_bare_loop_of_the_limit_makes_every_picture_once_in_balanced_ticks():
-    shape: Any = SimpleNamespace(resolutions=(LANE,), num_devices=8, phases_per_tick=2, costs={LANE: COSTS})
+    info = SimpleNamespace(resolutions=(LANE,), num_devices=8, phases_per_tick=2)
+    shape: Any = SimpleNamespace(info=info, costs={LANE: COSTS})
     jobs: dict[str, Any] = {str(i): FakeJob(str(i), STEPS[i % 4], lane=LANE) for i in range(96)}
     engine, images, seconds = FakeEngine(), {}, 0.0
     for plan in limit.plan_ahead(shape, list(jobs.values()), 0.4):

@@ -42,7 +42,8 @@ folder, cache, dtype, file = sys.argv[1:]
 devices = find_devices("cpu", 8)
 engine = Engine(load_checkpoint(folder, getattr(jnp, dtype)), devices, 2, None, CompileCache(cache))
 request = GenerationRequest("a red circle", seed=2**40 + 7, num_inference_steps=9, sampler="dpmsolver++")
-lane, snapshot = engine.resolutions[0], engine.read_snapshot(Path(file).read_bytes(), engine.prepare("it", request))
+lane, job = engine.info.resolutions[0], engine.prepare("it", request)
+snapshot = engine.read_snapshot(Path(file).read_bytes(), job)
 engine.restore(lane, 5, 0, snapshot)
 plan = on_one_device(engine, lane, 5, Phase(steps=9 - snapshot.step), Phase(decode=(0, "it")))
 np.save(file + ".npy", engine.execute(plan, {}).wait()[0].pixels)
@@ -109,7 +110,7 @@ def test_a_job_goes_on_bit_for_bit_in_another_process(engine, random_checkpoint,
 
 def test_a_snapshot_of_another_configuration_is_refused(engine, shipped, devices, compile_cache):
     job = start(engine, 0, 0, 3)
-    lane = engine.resolutions[0]
+    lane = engine.info.resolutions[0]
     snapshot = engine.snapshot(lane, 0, 0)
     stranger = JobSnapshot("0123", snapshot.lane, snapshot.arrays)
     assert engine.accepts(snapshot)
@@ -252,5 +253,5 @@ def test_the_fake_engines_snapshot_is_checked_as_well(change):
 
 def test_a_snapshot_is_small(engine):
     start(engine, 0, 0, 3)
-    snapshot = engine.snapshot(engine.resolutions[0], 0, 0)
+    snapshot = engine.snapshot(engine.info.resolutions[0], 0, 0)
     assert len(snapshot.to_bytes()) < sum(leaf.nbytes for leaf in snapshot.state) / 2

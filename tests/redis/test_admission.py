@@ -170,7 +170,7 @@ def test_every_odd_value_in_every_field_is_either_sensible_or_left_out_with_a_wa
         caplog.clear()
         found = living_loads(texts, NOW)
         has_ended = name == "until" and odd in ("0", "1000000", "1e9", "1e-6", "5e-324")
-        assert len(found) + caplog.text.count("a worker's load is left out: ") == 2 - has_ended
+        assert len(found) + caplog.text.count("a worker's load report is left out: ") == 2 - has_ended
         assert any(load.host == "b" for load in found)
         assert len(caplog.text) < 500
 

@@ -298,7 +298,7 @@ BYTES = {
 def test_whatever_else_is_stored_is_a_storage_error(tmp_path, monkeypatch, kind, strict):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     with warnings.catch_warnings(action="error" if strict else "ignore"):
-        with pytest.raises(StorageError, match=r"the stored ([\d,]+ bytes are no PNG of 8 x 8|image is a PNG of)"):
+        with pytest.raises(StorageError, match=r"the stored ([\d,]+ bytes are not a PNG of 8 x 8|image is a PNG of)"):
             open_bytes(tmp_path, BYTES[kind])
 
 

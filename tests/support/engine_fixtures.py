@@ -41,9 +41,9 @@ def _load_shipped() -> Checkpoint:
 
 @functools.cache
 def _make_engine() -> Engine:
-    from sdtpu_worker.diffusion.engine import Engine
+    from sdtpu_worker.diffusion.start import make_warm_engine
 
-    return Engine(_load_shipped(), _find_devices(), 1, None, _open_cache())
+    return make_warm_engine(_load_shipped(), _find_devices(), 1, None, _open_cache())
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,9 @@ from sdtpu_worker import GenerationRequest
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.plan import Phase, Plan
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
-from sdtpu_worker.diffusion.engine import Engine, choose_dtype
+from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import find_devices
+from sdtpu_worker.diffusion.start import choose_dtype
 
 STEPS = 10
 INSERT, ADVANCE, DECODE = Phase(insert=(0, "job")), Phase(steps=STEPS), Phase(decode=(0, "job"))
@@ -37,7 +38,8 @@ def main() -> None:
     devices = find_devices("auto", 8)
     dtype = choose_dtype("auto", devices[0].platform)
     engine = Engine(load_checkpoint(args.model, dtype), devices, args.slots_per_device)
-    print(f"{len(devices)} devices of kind {engine.device_kind}, {args.slots_per_device} slots each, {dtype.__name__}")
+    info = engine.info
+    print(f"{info.num_devices} devices of kind {info.device_kind}, {info.slots_per_device} slots each, {info.dtype}")
     costs = measure(engine, args.repeats)
     if args.json:
         args.json.write_text(json.dumps(costs.to_json(), indent=1) + "\n")
@@ -45,7 +47,7 @@ def main() -> None:
 
 def measure(engine: Engine, repeats: int) -> TickCosts:
     """Measure the first resolution's tick, print a table, return the costs."""
-    lane, count = engine.resolutions[0], engine.num_devices
+    lane, count = engine.info.resolutions[0], engine.info.num_devices
     job = engine.prepare("job", GenerationRequest("a red circle", seed=0, num_inference_steps=1000))
 
     def tick_ms(busy: int, phase: Phase) -> float:

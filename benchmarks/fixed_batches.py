@@ -7,26 +7,29 @@ celery -A benchmarks.fixed_batches:mixed worker -Q sdtpu
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from celery import Celery
 
 from benchmarks.fixed_policy import BATCHES_HELD, FixedBatches
 from sdtpu_worker import install
+from sdtpu_worker.config import Config
 from sdtpu_worker.contract.queues import DEFAULT_QUEUE
+from sdtpu_worker.device_loop.protocols import ServingEngine
 from sdtpu_worker.worker.pool import DevicePool
+from sdtpu_worker.worker.services import DeviceServices
 
 
 class BucketedPool(DevicePool):
     bucketed = True
 
     @classmethod
-    def make_policy(cls, engine: Any, config: Any) -> FixedBatches:
-        return FixedBatches(engine.costs, engine.slots_per_device, engine.phases_per_tick, cls.bucketed)
+    def make_policy(cls, engine: ServingEngine, config: Config) -> FixedBatches:
+        return FixedBatches(engine.costs, engine.info.slots_per_device, engine.info.phases_per_tick, cls.bucketed)
 
-    def serve(self, services: Any) -> None:
+    def serve(self, services: DeviceServices) -> None:
         super().serve(services)
-        self.limit = BATCHES_HELD * services.serving.engine.num_slots
+        assert services.serving is not None
+        self.limit = BATCHES_HELD * services.serving.engine.info.num_slots
         self.executor = ThreadPoolExecutor(self.limit, thread_name_prefix="sdtpu-job")
 
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from sdtpu_worker.aggregator.costs import TickCosts
-from sdtpu_worker.aggregator.jobs import EVERYBODY, Admission, Overdue, Terms
+from sdtpu_worker.aggregator.jobs import EVERY_JOB, Eligibility, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Place, Plan
 
 BATCHES_HELD = 8
@@ -31,7 +31,7 @@ class FixedBatches:
         self.phases_per_tick, self.bucketed = phases_per_tick, bucketed
         self._waiting: dict[str, int] = {}
         self._running: dict[str, int] = {}
-        self._admission = EVERYBODY
+        self._eligibility = EVERY_JOB
         self._ticks: deque[Plan] = deque()
 
     def add(
@@ -47,14 +47,14 @@ class FixedBatches:
     def overdue(self, now: float) -> list[tuple[str, Overdue]]:
         return []
 
-    def admit(self, admission: Admission) -> None:
-        self._admission = admission
+    def set_eligible(self, eligibility: Eligibility) -> None:
+        self._eligibility = eligibility
 
     def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
         """Return the next tick of the batch, however long it takes: a batch that has begun runs to its end."""
         if not self._ticks:
             self._running = {}
-            if not self._admissible():
+            if not self._eligible():
                 return None
             self._start_batch()
         return self._ticks.popleft()
@@ -79,11 +79,11 @@ class FixedBatches:
     def counts(self) -> Mapping[str, int]:
         return {"waiting": len(self._waiting), "running": len(self._running) if self._ticks else 0}
 
-    def _admissible(self) -> dict[str, int]:
-        return {task: steps for task, steps in self._waiting.items() if task in self._admission}
+    def _eligible(self) -> dict[str, int]:
+        return {task: steps for task, steps in self._waiting.items() if task in self._eligibility}
 
     def _start_batch(self) -> None:
-        waiting = self._admissible()
+        waiting = self._eligible()
         oldest_steps = next(iter(waiting.values()))
         chosen = [task for task, steps in waiting.items() if not self.bucketed or steps == oldest_steps]
         chosen = chosen[: self.num_devices * self.slots_per_device]

@@ -40,9 +40,10 @@ from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.device_loop.loop import DeviceLoop
 from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
-from sdtpu_worker.diffusion.engine import Engine, choose_dtype
-from sdtpu_worker.diffusion.engine_io import PreparedJob
+from sdtpu_worker.diffusion.engine import Engine
+from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.sharding import find_devices
+from sdtpu_worker.diffusion.start import choose_dtype, make_warm_engine
 from sdtpu_worker.testing.processes import private_redis, running, wait_for_line, worker_command, worker_env
 
 MIXES = {"all 30 steps": (30,), "10, 20, 30, 50 steps mixed": (10, 20, 30, 50)}
@@ -60,10 +61,12 @@ def main() -> None:
     os.environ["BENCHMARK_STEP_S"] = str(args.step_ms / 1000)
     devices = find_devices("auto", 8)
     cache = CompileCache("auto")
-    engine = Engine(load_checkpoint("embedded", choose_dtype("auto", devices[0].platform)), devices, 1, None, cache)
+    checkpoint = load_checkpoint("embedded", choose_dtype("auto", devices[0].platform))
+    engine = make_warm_engine(checkpoint, devices, 1, None, cache)
     if args.step_ms:
         hold_speed(engine)
-    print(f"{engine.num_devices} devices of kind {engine.device_kind}, {args.jobs} jobs, {args.repeats} repeats")
+    info = engine.info
+    print(f"{info.num_devices} devices of kind {info.device_kind}, {args.jobs} jobs, {args.repeats} repeats")
     with celery_worker("benchmarks.serving_constant_speed:ours" if args.step_ms else "sdtpu_worker.app") as app:
         for name, mix in MIXES.items():
             requests = make_requests(args.jobs, mix)
@@ -110,20 +113,19 @@ def bare(engine: Engine, jobs: Sequence[PreparedJob], tick_s: float) -> float:
 
 def plan_ahead(engine: Engine, jobs: Sequence[PreparedJob], tick_s: float) -> Iterator[Plan]:
     """Yield ticks of equal work for devices with one slot each that know their jobs."""
-    (lane,) = engine.resolutions
+    (lane,) = engine.info.resolutions
     cost = engine.costs[lane].cost
     work_s = {job.task_id: job.num_inference_steps * cost.step_s + cost.insert_s + cost.decode_s for job in jobs}
-    loads = [(0.0, d) for d in range(engine.num_devices)]
+    loads = [(0.0, d) for d in range(engine.info.num_devices)]
     queues: list[deque[PreparedJob]] = [deque() for _ in loads]
     for job in sorted(jobs, key=lambda job: -work_s[job.task_id]):
         load, d = heapq.heappop(loads)
         queues[d].append(job)
         heapq.heappush(loads, (load + work_s[job.task_id], d))
-    running: list[tuple[str, int] | None] = [None] * engine.num_devices  # (task, steps left)
+    running: list[tuple[str, int] | None] = [None] * engine.info.num_devices  # (task, steps left)
     while any(queues) or any(running):
-        phases = [
-            _phases(queues[d], running, d, cost, tick_s, engine.phases_per_tick) for d in range(engine.num_devices)
-        ]
+        most = engine.info.phases_per_tick
+        phases = [_phases(queues[d], running, d, cost, tick_s, most) for d in range(engine.info.num_devices)]
         yield Plan(lane, tuple(map(tuple, phases)))
 
 
@@ -151,7 +153,7 @@ def _phases(
 
 def loop(engine: Engine, jobs: Sequence[PreparedJob]) -> float:
     """Return the images per second of the device loop with the step-level policy."""
-    policy = Aggregator(engine.costs, engine.slots_per_device, engine.phases_per_tick, tick_s=0.1)
+    policy = Aggregator(engine.costs, engine.info.slots_per_device, engine.info.phases_per_tick, tick_s=0.1)
     device_loop = DeviceLoop(engine, policy)
     started = time.perf_counter()
     submissions = [device_loop.submit(job) for job in jobs]

@@ -21,8 +21,8 @@ from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.jobs import Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Plan
 from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
-from sdtpu_worker.device_loop.loop import TICKS_IN_FLIGHT, dispatch_lead_s
 from sdtpu_worker.device_loop.protocols import Policy
+from sdtpu_worker.device_loop.ticks_in_flight import MAX_TICKS_IN_FLIGHT, dispatch_lead_s
 
 LANE: Lane = (0, 0)
 
@@ -192,7 +192,7 @@ def simulate(
                     give(host, now)
 
     def schedule(host: _Host, now: float) -> None:
-        if len(host.in_flight) >= TICKS_IN_FLIGHT:
+        if len(host.in_flight) >= MAX_TICKS_IN_FLIGHT:
             return
         due_at = now
         if host.in_flight:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,11 @@ from PIL import Image
 from sdtpu_worker import GenerationRequest, image_grid
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
-from sdtpu_worker.diffusion.engine_io import PreparedJob
+from sdtpu_worker.diffusion.offline import generate
+from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.sharding import find_devices
 
+Answer = TypeVar("Answer")
 PROMPT = "a yellow star on a blue background"
 PROMPTS = [
     "a red circle on a blue background",
@@ -59,7 +62,7 @@ def main() -> None:
     # 3. The engine: parameters replicated on every device, one program compiled ahead of time, one slot per device.
     engine, compile_s = timed(lambda: Engine(checkpoint, devices))
     kernel = engine.params["unet"]["conv_in"]["kernel"]
-    print(f"3. engine ready in {compile_s:.1f} s, of which {engine.compile_s:.1f} s compiling; "
+    print(f"3. engine ready in {compile_s:.1f} s, of which {engine.info.compile_s:.1f} s compiling; "
           f"conv_in {kernel.shape} is on {len(kernel.sharding.device_set)} devices, "
           f"{'whole on each' if kernel.is_fully_replicated else 'split'}")  # fmt: skip
 
@@ -105,10 +108,10 @@ def main() -> None:
 
     # 8. More than one picture per device: the same engine with two slots on each.
     engine, ready_s = timed(lambda: Engine(checkpoint, devices, slots_per_device=2))
-    keys = jax.random.split(jax.random.key(1), engine.num_slots)
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(engine.num_slots)]
+    keys = jax.random.split(jax.random.key(1), engine.info.num_slots)
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(engine.info.num_slots)]
     images, batch_s = timed(lambda: pixels_of(engine, jobs_for(prompts, keys)))
-    print(f"8. {engine.num_slots} slots ready in {ready_s:.1f} s; {len(images)} pictures in {batch_s:.2f} s")
+    print(f"8. {engine.info.num_slots} slots ready in {ready_s:.1f} s; {len(images)} pictures in {batch_s:.2f} s")
     save(args.out / "two-per-device.png", images, 2)
 
     # 9. What the guide cannot do: samplers, step counts, guidance and seeds mixed in the same program.
@@ -126,7 +129,7 @@ def main() -> None:
 
 def pixels_of(engine: Engine, jobs: list[PreparedJob]) -> list[np.ndarray]:
     """Run the jobs and return their pixels, on the host."""
-    return [image.pixels for image in engine.generate(jobs)]
+    return [image.pixels for image in generate(engine, jobs)]
 
 
 def save(path: Path, images: Sequence[np.ndarray], rows: int) -> None:
@@ -136,7 +139,7 @@ def save(path: Path, images: Sequence[np.ndarray], rows: int) -> None:
     print(f"   -> {path}")
 
 
-def timed(function):
+def timed(function: Callable[[], Answer]) -> tuple[Answer, float]:
     """Return a function's result and the seconds it took."""
     started = time.perf_counter()
     result = function()

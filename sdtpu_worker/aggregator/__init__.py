@@ -1,1 +1,1 @@
-"""Who runs when, and what a plan is. Pure: no clock, no threads, no arrays."""
+"""The policy that decides which job runs when, and the plans that it makes. Pure: no clock, no threads, no arrays."""

@@ -1,4 +1,4 @@
-"""What work costs, in seconds: measured when the engine starts, corrected by every tick. Pure."""
+"""What the devices' work costs in seconds: measured when the engine starts, corrected by every tick. Pure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _LEARNING_RATE = 0.1
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on one device: a denoising step of all its slots, an insert (with the text encoder), a decode."""
+    """Seconds on one device: of a denoising step of all its slots, of an insert with its text encoder, of a decode."""
 
     step_s: float
     insert_s: float = 0.0
     decode_s: float = 0.0
 
     def of(self, phases: Iterable[Phase]) -> float:
-        """Return the seconds of one device's phases."""
+        """Return the seconds that one device needs for phases."""
         return sum(
             phase.steps * self.step_s
             + (phase.insert is not None) * self.insert_s
@@ -29,16 +29,16 @@ class Cost:
 
 
 class TickCosts:
-    """The costs of one lane.
+    """The costs of one lane's ticks.
 
-    A tick lasts as long as its busiest device. Real devices do not slow each other down; simulated ones share the
-    cores of a CPU, so `slowdown` says by how much everything takes longer while a number of them is busy.
+    A tick lasts as long as its busiest device. Real devices do not slow each other down. Simulated devices share the
+    cores of a CPU, so `slowdown` says how many times longer all work takes while a number of devices is busy.
 
     Args:
-        num_devices: how many there are.
-        cost: on a device that is alone.
-        slowdown: by number of busy devices, at least one of them; between those given it is interpolated.
-        overhead_s: what a tick takes that has nothing to do.
+        num_devices: how many devices the host has.
+        cost: what work costs on a device while no other device is busy.
+        slowdown: factors by number of busy devices; numbers between those given are interpolated.
+        overhead_s: how long a tick takes in which no device has anything to do.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TickCosts:
         self._slowdown = [_interpolate(given, busy) for busy in range(1, num_devices + 1)]
 
     def slowdown(self, busy: int) -> float:
-        """Return how many times longer work takes while `busy` devices are busy."""
+        """Return how many times longer work takes while `busy` devices are busy than on one alone."""
         return self._slowdown[min(max(busy, 1), self.num_devices) - 1]
 
     def step_s(self, busy: int) -> float:
@@ -57,11 +57,11 @@ class TickCosts:
         return self.cost.step_s * self.slowdown(busy)
 
     def tick_s(self, plan: Plan) -> float:
-        """Return how long a tick is expected to take."""
+        """Return the seconds that a tick is expected to take."""
         return self.overhead_s + sum(seconds for _, seconds in self._parts(plan))
 
     def learn(self, plan: Plan, elapsed_s: float) -> None:
-        """Take in how long a tick took: correct the slowdowns that it went through, in proportion to their share."""
+        """Correct the slowdowns that a tick went through, each in proportion to its share of the tick."""
         parts = list(self._parts(plan))
         expected_s = self.overhead_s + sum(seconds for _, seconds in parts)
         if expected_s <= 0:
@@ -78,14 +78,14 @@ class TickCosts:
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> TickCosts:
-        """Rebuild what `to_json` gave."""
+        """Rebuild costs from what `to_json` returned."""
         facts: dict = dict(data)
         slowdown = dict(enumerate(facts.pop("slowdown"), start=1))
         overhead_s = facts.pop("overhead_s")
         return cls(len(slowdown), Cost(**facts), slowdown, overhead_s)
 
     def _parts(self, plan: Plan) -> Iterator[tuple[int, float]]:
-        """Yield `(devices busy, seconds)` of a tick: first all that work in it, at last only the busiest."""
+        """Yield `(devices busy, seconds)` of a tick: first for all devices that work in it, at last for the busiest."""
         works = sorted(self.cost.of(phases) for phases in plan.devices if phases)
         done = 0.0
         for i, work in enumerate(works):

@@ -1,8 +1,9 @@
-"""A job as the policy sees it: what its client asked for, how far it is, where it stands in the order. Pure."""
+"""A job as the policy sees it: what its client asked for, how far it is, and its place in the queue. Pure."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,17 +11,18 @@ from sdtpu_worker.aggregator.costs import Cost
 from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
 
 AGEING_S = 30.0
-"""A job that waits goes up one priority in this time, so that nothing starves."""
+"""Seconds in which a waiting job rises by one priority, so that no job starves."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a job's client asked for besides the picture.
+    """What a job's client asked for besides the image.
 
     Attributes:
-        priority: lower goes first; only a difference in this number lets a job take another's slot.
-        expires_at: when the job is not wanted any more unless it has a slot, on the clock of `plan(now)`.
-        soft_time_limit_s, time_limit_s: how long it may hold a slot.
+        priority: a job with a lower number goes first; only a difference in this number lets a job take another
+            job's slot.
+        expires_at: a job that has no slot by this time, on the clock of `plan(now)`, is dropped.
+        soft_time_limit_s, time_limit_s: how long the job may hold a slot.
     """
 
     priority: int = DEFAULT_PRIORITY
@@ -30,21 +32,36 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Admission:
-    """Who may have a slot: these jobs, or everybody but these; a job is `in` it or not."""
+class Eligibility:
+    """Which jobs the policy may give a slot; ask with `task_id in eligibility`.
+
+    Attributes:
+        task_ids: the jobs that are named.
+        excludes: True if every job is eligible except those named, False if only those named are.
+    """
 
     task_ids: frozenset[str] = frozenset()
-    others: bool = True
+    excludes: bool = True
 
     def __contains__(self, task_id: str) -> bool:
-        return (task_id in self.task_ids) is not self.others
+        return (task_id in self.task_ids) is not self.excludes
+
+    @classmethod
+    def only(cls, task_ids: Iterable[str]) -> Eligibility:
+        """Return the eligibility of these jobs and no other."""
+        return cls(frozenset(task_ids), excludes=False)
+
+    @classmethod
+    def all_but(cls, task_ids: Iterable[str]) -> Eligibility:
+        """Return the eligibility of every job except these."""
+        return cls(frozenset(task_ids), excludes=True)
 
 
-EVERYBODY = Admission()
+EVERY_JOB = Eligibility()
 
 
 class Overdue(Enum):
-    """Why a job had to leave."""
+    """Why the policy dropped a job whose time was over."""
 
     EXPIRED = "expired before it had a slot"
     SOFT_TIME_LIMIT = "soft time limit"
@@ -53,21 +70,30 @@ class Overdue(Enum):
 
 @dataclass
 class QueuedJob:
-    """A job that waits or has a slot, as the policy sees it."""
+    """A job that waits or has a slot.
+
+    Attributes:
+        number: the order of arrival.
+        remaining: denoising steps that the job has still to take.
+        has_started: the job has had a slot, here or on another worker.
+        parked: the job's snapshot waits for a slot.
+        slot_since: when the job got its slot.
+        used_s: the seconds that the job spent in slots that it lost.
+    """
 
     task_id: str
     num_steps: int
     terms: Terms
-    number: int  # order of arrival
+    number: int
     arrived_at: float
     remaining: int
     has_started: bool = False
     parked: bool = False
     slot_since: float = 0.0
-    used_s: float = 0.0  # in slots that it lost
+    used_s: float = 0.0
 
     def level(self, now: float) -> int:
-        """Return the priority, improved by the time since it arrived."""
+        """Return the priority, improved by the time since the job arrived."""
         return math.floor(self.terms.priority - (now - self.arrived_at) / AGEING_S)
 
     def order(self, now: float) -> tuple[int, float, int]:
@@ -75,5 +101,5 @@ class QueuedJob:
         return self.level(now), self.terms.expires_at, self.number
 
     def work_s(self, cost: Cost) -> float:
-        """Return the seconds of a lone device until its picture is there."""
+        """Return the seconds that one device, working alone, needs until the job's image is decoded."""
         return self.remaining * cost.step_s + cost.decode_s + (0.0 if self.has_started else cost.insert_s)

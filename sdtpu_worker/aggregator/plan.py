@@ -1,21 +1,23 @@
-"""What the policy hands to the engine: plans are data. Pure: no clock, no threads, no arrays."""
+"""What the policy hands to the engine: a plan for one tick, as data. Pure: no clock, no threads, no arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 Lane = tuple[int, int]
+"""A resolution, `(height, width)` in pixels, with its own compiled programs and its own slots on every device."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of one device's tick, done in this order.
+    """A part of one device's tick: first decode, then insert, then advance.
 
     Attributes:
-        decode: `(slot, task_id)` of a job that is done, or None; its slot is free afterwards.
+        decode: `(slot, task_id)` of a job that has taken all of its steps, or None; its slot is free afterwards.
         insert: `(slot, task_id)` of a job that starts, or None.
-        steps: denoising steps for the device's slots; slots that are done keep their values.
+        steps: denoising steps for the device's slots; a slot whose job has taken all of its steps keeps its values.
     """
 
     decode: tuple[int, str] | None = None
@@ -32,19 +34,28 @@ class Place:
     slot: int
 
 
+class PlannedDecode(NamedTuple):
+    """One image that a tick decodes: the number of the phase on its device, and where the job is."""
+
+    device: int
+    phase: int
+    slot: int
+    task_id: str
+
+
 @dataclass(frozen=True)
 class Plan:
     """One tick of one lane.
 
     Attributes:
         lane: the resolution, `(height, width)`.
-        devices: every device's phases; none for a device that has nothing to do.
+        devices: the phases of every device; an empty tuple for a device that has nothing to do.
         parked: jobs whose state leaves its slot before the first phase, at most one on a device.
-        resumed: jobs whose state comes back after that, before the first phase, at most one on a device.
-        previews: jobs whose latents are wanted as a small picture after the last phase, at most one on a device.
+        resumed: jobs whose state comes back into a slot after that, before the first phase, at most one on a device.
+        previews: jobs whose latents are wanted as a small image after the last phase, at most one on a device.
         occupied: slots of the lane that hold a job at some time of the tick.
         steps_done: by task id, the steps that a job has taken when the tick is over.
-        work_s: every device's expected seconds of work.
+        work_s: the expected seconds of work of every device.
     """
 
     lane: Lane
@@ -61,33 +72,38 @@ class Plan:
         """How many devices have something to do."""
         return sum(bool(phases) for phases in self.devices)
 
-    def inserted(self) -> Iterator[str]:
-        """Yield the tasks that start."""
-        return (phase.insert[1] for phases in self.devices for phase in phases if phase.insert)
+    def inserted(self) -> tuple[str, ...]:
+        """Return the task ids of the jobs that start in the tick."""
+        return tuple(phase.insert[1] for phases in self.devices for phase in phases if phase.insert)
 
-    def decoded(self) -> Iterator[tuple[int, int, int, str]]:
-        """Yield `(device, phase, slot, task_id)` of every picture that the tick makes."""
-        for device, phases in enumerate(self.devices):
-            for i, phase in enumerate(phases):
-                if phase.decode:
-                    yield device, i, *phase.decode
+    def decoded(self) -> tuple[PlannedDecode, ...]:
+        """Return every image that the tick decodes."""
+        return tuple(
+            PlannedDecode(device, i, *phase.decode)
+            for device, phases in enumerate(self.devices)
+            for i, phase in enumerate(phases)
+            if phase.decode
+        )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a plan: the seconds from its start on the devices to its end."""
+    """How long the devices took for a plan: the seconds from their start on it to its end."""
 
     plan: Plan
     elapsed_s: float
 
 
 def phases_per_tick(slots_per_device: int) -> int:
-    """Return P: as many phases as slots can change hands in a tick, and one to go on; more than 4 do not pay."""
+    """Return P: as many phases as slots can change hands in a tick, and one more to advance; at most 4.
+
+    More than 4 phases cost more in a longer program than they save.
+    """
     return min(slots_per_device + 1, 4)
 
 
 def one_of_each_device(places: Iterable[Place]) -> list[tuple[Place, ...]]:
-    """Return the places in as few groups as possible that can each be parked by one plan."""
+    """Return the places in as few groups as possible that one plan each can park."""
     groups: list[dict[int, Place]] = []
     for place in places:
         group = next((group for group in groups if place.device not in group), None)

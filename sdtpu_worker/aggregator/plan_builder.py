@@ -1,4 +1,4 @@
-"""One tick of one lane in the making: which job goes where, and what every device does in each of its phases. Pure."""
+"""Builds the plan for one tick of one lane: which job gets which slot, what each device does in each phase. Pure."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ from collections import deque
 from collections.abc import Iterator
 
 from sdtpu_worker.aggregator.costs import Cost
-from sdtpu_worker.aggregator.jobs import Admission, QueuedJob
+from sdtpu_worker.aggregator.jobs import Eligibility, QueuedJob
 from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
 
 Slots = list[QueuedJob | None]
 
 
-class TickMaker:
-    """Makes a `Plan`: devices take jobs in the order in which they have a slot for them.
+class PlanBuilder:
+    """Builds a `Plan`: devices take jobs in the order in which they have a slot for them.
 
     Args:
-        slots: who is where, `[device][slot]`; changed as the plan goes.
-        queue: who waits, in order; those who get a slot leave it, those who lose theirs are added.
+        slots: the job in each slot, `[device][slot]`; the builder moves jobs in it as it plans.
+        queue: the eligible jobs that wait, in order; a job that gets a slot leaves it, a preempted job joins it.
         cost: what work costs on a device.
-        steps: how many steps a device takes that has nothing else to do.
+        steps: denoising steps of a device that does nothing else in the tick.
         phases_per_tick: how many phases the compiled tick has.
         preview_every: steps between two previews of a job; 0 for none.
-        now: the time.
+        now: the time in seconds.
+
+    Attributes:
+        elapsed_s: seconds of work that every device has in the plan so far.
+        displaced: jobs that lost their slot because they are not eligible; they do not join the queue.
+        touched: by `(device, slot)`, the job that holds the slot, or held it last, in this tick.
+        jobs: the jobs whose steps the plan counts: all in `touched`, less the parked ones.
+        previews_before: by task id, how many previews a job was due before this tick.
     """
 
     def __init__(
@@ -41,47 +48,48 @@ class TickMaker:
         self.phases: list[list[Phase]] = [[] for _ in slots]
         self.elapsed_s = [0.0] * len(slots)
         self.parked: list[Place] = []
-        self.set_aside: list[QueuedJob] = []
+        self.displaced: list[QueuedJob] = []
         self.resumed: list[Place] = []
         self.touched = {(d, i): job for d, device in enumerate(slots) for i, job in enumerate(device) if job}
         self.jobs: list[QueuedJob] = list(self.touched.values())
-        self.previewed = {job.task_id: self._previews_due(job) for job in self.jobs}
+        self.previews_before = {job.task_id: self._previews_due(job) for job in self.jobs}
 
     def preempt(self) -> None:
-        """Let the first of the queue take the slots of running jobs of lower priority, one on each device.
+        """Let the first jobs of the queue take the slots of running jobs of lower priority, one on each device.
 
-        A job that is done in this tick anyway is left alone, and so is one that has aged to the newcomer's level.
+        A running job keeps its slot if it takes its last step in this tick, or if waiting has raised it to the level
+        of the job that wants its slot.
         """
-        newcomers = deque(self.queue)
+        candidates = deque(self.queue)
         by_weakness = sorted(
             ((d, i, job) for (d, i), job in self.touched.items() if job.remaining > self.steps),
             key=lambda place: (place[2].terms.priority, place[2].remaining),
             reverse=True,
         )
         for device, i, victim in by_weakness:
-            if not newcomers:
+            if not candidates:
                 return
-            first = newcomers[0]
+            first = candidates[0]
             weaker = victim.terms.priority > first.terms.priority and victim.level(self.now) > first.level(self.now)
             if not weaker or any(place.device == device for place in self.parked):
                 continue
-            newcomers.popleft()
+            candidates.popleft()
             self._park(device, i, victim)
-            self.queue.append(victim)  # behind those that it lost its slot to
+            self.queue.append(victim)  # behind the jobs that take the slots
 
-    def make_room(self, admission: Admission) -> None:
-        """Take jobs that are not admitted off their slots, one on each device; they are `set_aside`, not queued.
+    def displace(self, eligibility: Eligibility) -> None:
+        """Park running jobs that are not eligible, one on each device; they become `displaced` and are not queued.
 
-        A job that is done in this tick anyway is left alone.
+        A job that takes its last step in this tick keeps its slot.
         """
         for (device, i), job in self.touched.items():
-            stays = job.task_id in admission or job.remaining <= self.steps
+            stays = job.task_id in eligibility or job.remaining <= self.steps
             if not stays and not any(place.device == device for place in self.parked):
                 self._park(device, i, job)
-                self.set_aside.append(job)
+                self.displaced.append(job)
 
     def fill(self) -> None:
-        """Give every device its phases; whoever is free first, and has the fewest jobs, takes the next job."""
+        """Give every device its phases; the device that is free first, and has the fewest jobs, takes the next job."""
         heap = [(0.0, sum(job is not None for job in slots), d) for d, slots in enumerate(self.slots)]
         heapq.heapify(heap)
         while heap:
@@ -91,7 +99,7 @@ class TickMaker:
                 heapq.heappush(heap, (self.elapsed_s[device], occupied, device))
 
     def to_plan(self, lane: Lane) -> Plan:
-        """Return what was made."""
+        """Return the plan."""
         return Plan(
             lane=lane,
             devices=tuple(map(tuple, self.phases)),
@@ -104,30 +112,31 @@ class TickMaker:
         )
 
     def _park(self, device: int, i: int, job: QueuedJob) -> None:
-        """Plan that a running job's state comes from its slot to the host."""
+        """Plan that a running job's state leaves its slot for the host."""
         self.parked.append(Place(job.task_id, device, i))
         self.slots[device][i] = None
         self.jobs.remove(job)
         job.parked, job.used_s = True, job.used_s + self.now - job.slot_since
 
     def _previews_due(self, job: QueuedJob) -> int:
+        """Return how many previews a job should have had by now."""
         return (job.num_steps - job.remaining) // self.preview_every if self.preview_every else 0
 
     def _previews(self) -> Iterator[Place]:
-        """Yield one job of each device that came past another `preview_every` steps."""
+        """Yield on each device one job that takes another `preview_every`th step in this tick."""
         for device, slots in enumerate(self.slots):
             for i, job in enumerate(slots):
-                if job and self._previews_due(job) > self.previewed.get(job.task_id, 0):
+                if job and self._previews_due(job) > self.previews_before.get(job.task_id, 0):
                     yield Place(job.task_id, device, i)
                     break
 
     def _add_phase(self, device: int) -> bool:
-        """Add one phase; False when there was nothing to do in what is left of the tick."""
+        """Add one phase; return False if the device has nothing to do in the rest of the tick."""
         slots, phases, cost = self.slots[device], self.phases[device], self.cost
         if not phases:
             self._resume(device)
         elapsed_s = self.elapsed_s[device]
-        budget_s = (self.steps + 0.25) * cost.step_s  # what the others need at least, and a little
+        budget_s = (self.steps + 0.25) * cost.step_s  # what other devices need at least, and a little
         decode = next(((i, job) for i, job in enumerate(slots) if job and not job.remaining), None)
         if phases and decode and elapsed_s + cost.decode_s > budget_s:
             return False
@@ -142,7 +151,7 @@ class TickMaker:
             and (not phases or elapsed_s + cost.insert_s < budget_s)
         ):
             insert = slots.index(None), self.queue.popleft()
-            self._seat(device, *insert)
+            self._give_slot(device, *insert)
             elapsed_s += cost.insert_s
         steps = 0 if self._more_to_do_first(device) else self._steps(device, budget_s - elapsed_s)
         for job in slots:
@@ -161,7 +170,7 @@ class TickMaker:
         return True
 
     def _more_to_do_first(self, device: int) -> bool:
-        """Whether the next phase should decode or insert again before the slots go on."""
+        """Return whether the next phase should decode or insert again before the slots advance."""
         slots = self.slots[device]
         takes_another = None in slots and self.queue and not self.queue[0].parked
         return not self._is_last_phase(device) and bool(
@@ -169,7 +178,10 @@ class TickMaker:
         )
 
     def _steps(self, device: int, budget_s: float) -> int:
-        """Go to the first job that gets done, for the next phase to decode it; in the last phase to the end."""
+        """Return the steps of a phase: up to the first job's last step, so that the next phase decodes it.
+
+        The last phase of a tick takes as many steps as fit.
+        """
         left = [job.remaining for job in self.slots[device] if job and job.remaining]
         if not left:
             return 0
@@ -179,14 +191,15 @@ class TickMaker:
         return len(self.phases[device]) == self.phases_per_tick - 1
 
     def _resume(self, device: int) -> None:
+        """Plan that the first job of the queue resumes in a free slot of the device, if the job is parked."""
         if self.queue and self.queue[0].parked and None in self.slots[device]:
             job = self.queue.popleft()
             slot = self.slots[device].index(None)
             self.resumed.append(Place(job.task_id, device, slot))
-            self._seat(device, slot, job)
+            self._give_slot(device, slot, job)
             job.parked = False
 
-    def _seat(self, device: int, slot: int, job: QueuedJob) -> None:
+    def _give_slot(self, device: int, slot: int, job: QueuedJob) -> None:
         self.slots[device][slot] = job
         job.has_started, job.slot_since = True, self.now
         self.touched[device, slot] = job

@@ -1,13 +1,13 @@
-"""The policy: which job goes into which slot, how far every device goes, what is decoded. Pure: no clock, no
-threads, no arrays; the time comes in as an argument.
+"""The policy: it decides which job gets which slot, how many steps every device takes and which images are decoded.
+
+Pure: no clock, no threads, no arrays; the time comes in as an argument.
 
 Invariant: every job that was added leaves exactly once: decoded, cancelled or overdue. A slot holds at most one job.
-No slot stays free while a job of its lane waits past one plan for it, and no job waits for ever behind others, unless
-`admit` says so.
+An eligible job gets a free slot of its lane in the next plan, and no eligible job waits for ever behind other jobs.
 
-A lane is one resolution: its own compiled programs and its own slots on every device. Each plan is one tick of one
-lane. Devices run their phases without asking the host, so the policy knows every slot's step from what it planned:
-`plan` moves its own account on at once, and `update` only reports how long it took.
+A lane is one resolution: it has its own compiled programs and its own slots on every device. Each plan is one tick of
+one lane. Devices run their phases without asking the host, so the policy knows every slot's step from what it planned:
+`plan` counts the planned steps as taken at once, and `update` only says how long the tick took.
 """
 
 from __future__ import annotations
@@ -19,37 +19,47 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from sdtpu_worker.aggregator.costs import TickCosts
-from sdtpu_worker.aggregator.jobs import EVERYBODY, Admission, Overdue, QueuedJob, Terms
+from sdtpu_worker.aggregator.jobs import EVERY_JOB, Eligibility, Overdue, QueuedJob, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
-from sdtpu_worker.aggregator.plan_builder import Slots, TickMaker
+from sdtpu_worker.aggregator.plan_builder import PlanBuilder, Slots
 
 
 @dataclass
 class _LaneState:
+    """One lane's jobs.
+
+    Attributes:
+        slots: the job in each slot, `[device][slot]`.
+        waiting: jobs without a slot, by task id.
+        credit_s: device seconds that the lane may still use before it is another lane's turn (deficit round robin).
+    """
+
     costs: TickCosts
-    slots: list[Slots]  # [device][slot]
+    slots: list[Slots]
     waiting: dict[str, QueuedJob] = field(default_factory=dict)
-    credit_s: float = 0.0  # deficit round robin
+    credit_s: float = 0.0
 
     def running(self) -> Iterator[tuple[int, int, QueuedJob]]:
+        """Yield `(device, slot, job)` of every job that has a slot."""
         for device, slots in enumerate(self.slots):
             for i, job in enumerate(slots):
                 if job is not None:
                     yield device, i, job
 
-    def has_work(self, admission: Admission = EVERYBODY) -> bool:
-        return any(task_id in admission for task_id in self.waiting) or any(True for _ in self.running())
+    def has_work(self, eligibility: Eligibility = EVERY_JOB) -> bool:
+        """Return whether an eligible job waits or any job has a slot."""
+        return any(task_id in eligibility for task_id in self.waiting) or any(True for _ in self.running())
 
 
 class Aggregator:
     """Plans ticks for single-prompt jobs; owned by the device loop's thread.
 
     Args:
-        costs: what work costs, for every lane that has programs.
+        costs: what work costs, for every lane that has programs; `update` corrects them.
         slots_per_device: rows of one device's batch.
         phases_per_tick: how many phases the compiled tick has.
-        tick_s: how long a tick should take, seconds; half of it while a slot is free, for whoever comes next.
-        preemption: a job may take the slot of one of lower priority.
+        tick_s: how long a tick should take, in seconds; half of it while a slot is free for a job that comes next.
+        preemption: a job may take the slot of a job of lower priority.
         preview_every: steps between two previews of a job; 0 for none.
     """
 
@@ -71,7 +81,7 @@ class Aggregator:
         }
         self._turn = deque(costs)
         self._number = 0
-        self._admission = EVERYBODY
+        self._eligibility = EVERY_JOB
 
     def add(
         self,
@@ -82,16 +92,16 @@ class Aggregator:
         terms: Terms | None = None,
         steps_done: int = 0,
     ) -> None:
-        """Queue a job; one with `steps_done` comes with a state to go on from.
+        """Queue a job; a job with `steps_done` comes with a snapshot and resumes from it.
 
         Raises:
             KeyError: the lane has no programs.
-            ValueError: the task is here already, or has done more steps than it has.
+            ValueError: the policy has this task already, or the job has done more steps than it has.
         """
         if not 0 <= steps_done <= num_steps:
             raise ValueError(f"task {task_id} cannot have done {steps_done} of its {num_steps} steps")
         if any(task_id == job.task_id for job in self._jobs()):
-            raise ValueError(f"task {task_id} is already here")
+            raise ValueError(f"task {task_id} was added already: a task id may be added again once its job has ended")
         self._number += 1
         self._lanes[lane].waiting[task_id] = QueuedJob(
             task_id, num_steps, terms or Terms(), self._number, now, remaining=num_steps - steps_done,
@@ -99,7 +109,7 @@ class Aggregator:
         )  # fmt: skip
 
     def cancel(self, task_id: str) -> bool:
-        """Drop a job, waiting or running; its slot is free in the next plan. False if it is not here any more."""
+        """Drop a waiting or running job, and free its slot; return False if the policy does not have the job."""
         for state in self._lanes.values():
             if state.waiting.pop(task_id, None) is not None:
                 return True
@@ -110,7 +120,7 @@ class Aggregator:
         return False
 
     def overdue(self, now: float) -> list[tuple[str, Overdue]]:
-        """Drop the jobs that expired before they had a slot, and those that held one for too long."""
+        """Drop and return the jobs that expired before they had a slot, and the jobs that held a slot for too long."""
         gone = [
             (job.task_id, Overdue.EXPIRED)
             for state in self._lanes.values()
@@ -127,29 +137,30 @@ class Aggregator:
             self.cancel(task_id)
         return gone
 
-    def admit(self, admission: Admission) -> None:
-        """Give no slot to anybody else from now on, whatever the order.
+    def set_eligible(self, eligibility: Eligibility) -> None:
+        """Give slots only to eligible jobs from now on, whatever the order of the queue.
 
-        Others that have one lose it, one on each device in a tick, and go on later from where they are.
+        Running jobs that are not eligible are parked, one on each device in a tick, and resume when they are eligible
+        again.
         """
-        self._admission = admission
+        self._eligibility = eligibility
 
     def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
-        """Return the next tick, or None when there is nothing to do.
+        """Return the plan for the next tick, or None when there is nothing to do.
 
         Lanes with work share the devices' seconds by deficit round robin.
 
         Args:
-            now: the time.
-            most_s: no step and no decode is planned that is expected to end later than this from its start.
+            now: the time in seconds.
+            most_s: no step and no decode is planned that is expected to end later than this after the tick's start.
         """
         for state in self._lanes.values():
-            if not state.has_work(self._admission):
+            if not state.has_work(self._eligibility):
                 state.credit_s = 0.0
         fit = {
             lane: self._tick_steps(state, most_s)
             for lane, state in self._lanes.items()
-            if state.has_work(self._admission)
+            if state.has_work(self._eligibility)
         }
         if not any(fit.values()):
             return None
@@ -167,15 +178,15 @@ class Aggregator:
                 return plan
 
     def update(self, outcome: Outcome) -> None:
-        """Learn from a tick's duration what work costs."""
+        """Correct the costs of a lane by how long a tick of it took."""
         self._lanes[outcome.plan.lane].costs.learn(outcome.plan, outcome.elapsed_s)
 
     def expected_s(self, plan: Plan) -> float:
-        """Return how long a plan will take."""
+        """Return the seconds that a plan is expected to take."""
         return self._lanes[plan.lane].costs.tick_s(plan)
 
     def etas_s(self, now: float) -> dict[str, float]:
-        """Return for every job here the seconds until its picture is expected, if nobody else comes."""
+        """Return by task id the seconds until a job's image is expected, if no other job comes."""
         busy_lanes = sum(state.has_work() for state in self._lanes.values())
         etas: dict[str, float] = {}
         for state in self._lanes.values():
@@ -190,12 +201,12 @@ class Aggregator:
         return etas
 
     def lowest_priority_running(self) -> int | None:
-        """Return the largest priority number of the jobs that have a slot and could lose it."""
+        """Return the largest priority number of the jobs that have a slot and steps to take; None if there are none."""
         numbers = [job.terms.priority for state in self._lanes.values() for *_, job in state.running() if job.remaining]
         return max(numbers, default=None)
 
     def places(self) -> dict[Lane, list[Place]]:
-        """Return who has a slot, by lane."""
+        """Return where every running job is, by lane."""
         return {
             lane: [Place(job.task_id, device, slot) for device, slot, job in state.running()]
             for lane, state in self._lanes.items()
@@ -209,7 +220,7 @@ class Aggregator:
         }
 
     def _busy_devices(self, state: _LaneState) -> int:
-        """Return how many devices the jobs here keep busy: they spread over all before they share one."""
+        """Return how many devices a lane's jobs keep busy: they spread over all devices before two share one."""
         return min(self.num_devices, len(state.waiting) + sum(1 for _ in state.running()))
 
     def _jobs(self) -> Iterator[QueuedJob]:
@@ -218,28 +229,31 @@ class Aggregator:
             yield from (job for *_, job in state.running())
 
     def _plan_lane(self, lane: Lane, state: _LaneState, steps: int, now: float) -> Plan:
-        queue = deque(sorted(self._admissible(state), key=lambda job: job.order(now)))
-        may = {job.task_id for job in queue}
-        held_back = [job for job in state.waiting.values() if job.task_id not in may]
+        queue = deque(sorted(self._eligible(state), key=lambda job: job.order(now)))
+        queued = {job.task_id for job in queue}
+        ineligible = [job for job in state.waiting.values() if job.task_id not in queued]
         occupied = sum(1 for _ in state.running())
-        tick = TickMaker(state.slots, queue, state.costs.cost, steps, self.phases_per_tick, self.preview_every, now)
-        tick.make_room(self._admission)
-        if not tick.parked and self.preemption and occupied == self.num_devices * self.slots_per_device:
-            tick.preempt()
-        tick.fill()
-        state.waiting = {job.task_id: job for job in (*held_back, *tick.set_aside, *queue)}
-        return tick.to_plan(lane)
+        builder = PlanBuilder(
+            state.slots, queue, state.costs.cost, steps, self.phases_per_tick, self.preview_every, now
+        )
+        builder.displace(self._eligibility)
+        if not builder.parked and self.preemption and occupied == self.num_devices * self.slots_per_device:
+            builder.preempt()
+        builder.fill()
+        state.waiting = {job.task_id: job for job in (*ineligible, *builder.displaced, *queue)}
+        return builder.to_plan(lane)
 
-    def _admissible(self, state: _LaneState) -> list[QueuedJob]:
-        return [job for job in state.waiting.values() if job.task_id in self._admission]
+    def _eligible(self, state: _LaneState) -> list[QueuedJob]:
+        return [job for job in state.waiting.values() if job.task_id in self._eligibility]
 
     def _tick_steps(self, state: _LaneState, most_s: float) -> int:
         """Return how many steps a device that only denoises takes in the next tick; 0 if none fits in `most_s`.
 
-        About `tick_s`: half of it while a slot is free for whoever comes next, twice as much when another batch waits
-        anyway. Pictures come out when a tick ends, so it is stretched or cut to end with the next decode.
+        A tick lasts about `tick_s`: half of it while a slot is free for a job that comes next, twice as long when
+        another whole batch waits anyway. Images leave the devices when a tick ends, so the tick is stretched or cut
+        to end with the next decode.
         """
-        jobs = len(self._admissible(state)) + sum(1 for _ in state.running())
+        jobs = len(self._eligible(state)) + sum(1 for _ in state.running())
         load = jobs / (self.num_devices * self.slots_per_device)
         tick_s = self.tick_s * (0.5 if load <= 1 else 1 if load < 2 else 2)
         cost, step_s = state.costs.cost, state.costs.step_s(self._busy_devices(state))
@@ -247,6 +261,6 @@ class Aggregator:
         decode_steps = math.ceil(cost.decode_s / cost.step_s)
         most = math.inf if math.isinf(most_s) else max(0, int((most_s - state.costs.overhead_s) / step_s))
         ends = [job.remaining + decode_steps for *_, job in state.running()]
-        if decode_steps in ends:  # a decode is due, however long it takes: the others go on meanwhile
+        if decode_steps in ends:  # a decode is due, however long it takes: other devices denoise meanwhile
             return max(int(min(steps, most)), decode_steps) if decode_steps <= most else 0
         return int(min(most, min((end for end in ends if steps <= 2 * end <= 3 * steps), default=steps)))

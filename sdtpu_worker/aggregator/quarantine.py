@@ -1,13 +1,14 @@
-"""Jobs that are tried again apart from all others, until the one that breaks device programs is alone. Pure.
+"""Quarantine: suspects run again apart from all other jobs, until the job that breaks device programs is alone. Pure.
 
-A program that fails says nothing about which of its jobs it failed on. So all of them are suspects: they are halved,
-and each half has the devices for itself; a half that fails is halved again; a job that fails when it started alone is
-at fault. With n suspects, one of them at fault, the devices fail about log2(n) times more and nobody else pays with
-more than time.
+A device program that fails does not say on which of its jobs it failed. So all jobs that had a slot are suspects.
+They are halved, and each half gets the devices for itself. A half that fails is halved again. A job that started
+alone and fails is at fault. With n suspects, one of them at fault, the devices fail about log2(n) more times, and
+innocent jobs lose nothing but time.
 
-Invariant: a job is in at most one group, and gets a slot only with its group. While a group runs, nobody else has a
-slot: who had one has left it, and goes on later from where it was. After a group the others have the devices for as
-long as it had them, so that suspects cost others half of the devices' time at most, however many there are.
+Invariant: a job is in at most one group, and gets a slot only with its group. While a group runs, no job outside of
+it has a slot: such a job was parked before, and resumes later. After a group, the jobs outside quarantine have the
+devices for as long as the group had them, so that suspects cost other jobs at most half of the devices' time, however
+many suspects there are.
 """
 
 from __future__ import annotations
@@ -17,67 +18,67 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import chain
 
-from sdtpu_worker.aggregator.jobs import Admission
+from sdtpu_worker.aggregator.jobs import Eligibility
 
 
 class Quarantine:
-    """The groups that wait, in order, and the one that runs."""
+    """The groups of suspects that wait, in order, and the group that runs."""
 
     def __init__(self) -> None:
         self._groups: deque[list[str]] = deque()
         self._running: list[str] = []
-        self._runs_alone = False  # as it started: whoever is left of several was not alone
-        self._since: float | None = None  # when the group that runs got the devices
-        self._others_until = -math.inf
+        self._started_alone = False  # the running group had one member from the start; the last one left is not alone
+        self._group_since: float | None = None  # when the running group got the devices
+        self._other_jobs_until = -math.inf
 
     def __len__(self) -> int:
-        """Return how many jobs are in it."""
+        """Return how many jobs are in quarantine."""
         return len(self._running) + sum(map(len, self._groups))
 
     def add(self, task_id: str) -> None:
-        """Put a job into a group of its own, behind the others."""
+        """Put a job into a group of its own, behind the groups that wait."""
         self.discard(task_id)
         self._groups.append([task_id])
 
     def discard(self, task_id: str) -> None:
-        """Forget a job: it has ended. Unknown ids are ignored."""
+        """Forget a job that has ended. Unknown ids are ignored."""
         for group in (self._running, *self._groups):
             if task_id in group:
                 group.remove(task_id)
         self._groups = deque(filter(None, self._groups))
 
     def is_alone(self, task_id: str) -> bool:
-        """Whether the job has the devices for itself and has had since it started."""
-        return self._runs_alone and task_id in self._running
+        """Return whether the job has the devices for itself and has had since it started."""
+        return self._started_alone and task_id in self._running
 
-    def admission(self, idle: bool, now: float, others: bool = False) -> Admission:
-        """Return who may have a slot now.
+    def eligibility(self, devices_idle: bool, now: float, other_jobs: bool = False) -> Eligibility:
+        """Return which jobs may have a slot now.
 
         Args:
-            idle: nobody has a slot and the devices are at nothing: the next group starts, if it is its turn.
-            now: the time.
-            others: there are jobs outside the quarantine.
+            devices_idle: no job has a slot and no tick is in flight: the next group starts, if it is its turn.
+            now: the time in seconds.
+            other_jobs: there are jobs outside quarantine.
         """
         if self._running:
-            return Admission(frozenset(self._running), others=False)
-        if self._since is not None:
-            self._others_until, self._since = now + (now - self._since), None
-        if not self._groups or (others and now < self._others_until):
-            return Admission(frozenset(chain.from_iterable(self._groups)))
-        if idle:
-            self._running, self._since = self._groups.popleft(), now
-            self._runs_alone = len(self._running) == 1
-        return Admission(frozenset(self._running), others=False)
+            return Eligibility.only(self._running)
+        if self._group_since is not None:
+            self._other_jobs_until, self._group_since = now + (now - self._group_since), None
+        if not self._groups or (other_jobs and now < self._other_jobs_until):
+            return Eligibility.all_but(chain.from_iterable(self._groups))
+        if devices_idle:
+            self._running, self._group_since = self._groups.popleft(), now
+            self._started_alone = len(self._running) == 1
+        return Eligibility.only(self._running)
 
     def failed(self, suspects: Sequence[str]) -> str | None:
-        """Take in that a device program failed.
+        """Divide the suspects of a device program that failed into groups.
 
         Args:
             suspects: the jobs that had a slot.
 
         Returns:
-            The job that is at fault, if that is proved; the other suspects are in groups now, before those that were
-            there.
+            The job that is at fault, if that is proved. The other suspects are in groups now, before the groups that
+            waited already.
         """
         if len(suspects) == 1 and self.is_alone(suspects[0]):
             self.discard(suspects[0])

@@ -1,1 +1,1 @@
-"""The threads that feed the devices: jobs in, plans to the engine, images out. Neither Celery nor JAX."""
+"""The threads that feed the devices: jobs come in, plans go to the engine, images go out. Neither Celery nor JAX."""

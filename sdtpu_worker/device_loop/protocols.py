@@ -1,79 +1,285 @@
-"""What the device loop needs of the jobs, the engine and the policy: it knows neither Celery nor JAX."""
+"""The contracts between the device loop, the worker, the engine and the policy. None of them names Celery or JAX.
+
+A `Policy` decides, a `DeviceEngine` executes what it decided, and the `DeviceLoop` between them owns the time. The
+worker around the loop needs more of an engine than the loop does: that is a `ServingEngine`. Another engine, or a
+double for tests, must offer what stands here and nothing else.
+
+An engine gets back the jobs and snapshots that it made itself; only it can read them. So parameters that take them
+are typed `Any`, and what an engine returns is typed by what the loop and the worker read of it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sdtpu_worker.aggregator.jobs import Admission, Overdue, Terms
+from sdtpu_worker.aggregator.costs import TickCosts
+from sdtpu_worker.aggregator.jobs import Eligibility, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
+from sdtpu_worker.contract.request import GenerationRequest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Job(Protocol):
-    """What the loop reads of a prepared job; the rest is between the host's preparation and the engine."""
+    """What the loop reads of a prepared job."""
 
     @property
-    def task_id(self) -> str: ...
+    def task_id(self) -> str:
+        """Names the job in plans."""
+
     @property
-    def lane(self) -> Lane: ...
+    def lane(self) -> Lane:
+        """The job's resolution, `(height, width)` in pixels."""
+
     @property
-    def num_inference_steps(self) -> int: ...
+    def num_inference_steps(self) -> int:
+        """Denoising steps from the start to the image."""
+
+
+class ServableJob(Job, Protocol):
+    """What the worker reads of a prepared job besides."""
+
+    @property
+    def sampler(self) -> str:
+        """The sampler that draws the image: the request's, or the checkpoint's own."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a prompt was longer than the text encoder takes."""
+
+
+class Snapshot(Protocol):
+    """A job's whole state off the devices, or on its way from there. Any thread may use it."""
+
+    @property
+    def step(self) -> int:
+        """Denoising steps that the job has taken; waits for the copy from the device.
+
+        Raises:
+            Exception: the copy failed with its device.
+        """
+
+    def to_bytes(self) -> bytes:
+        """Return the snapshot for another worker, which reads it with `ServingEngine.read_snapshot`."""
+
+
+class Image(Protocol):
+    """One decoded image."""
+
+    @property
+    def task_id(self) -> str:
+        """The job that the image belongs to."""
+
+    @property
+    def device(self) -> int:
+        """The device that decoded it."""
+
+    @property
+    def slot(self) -> int:
+        """The slot of the device that held the job."""
+
+    @property
+    def pixels(self) -> Any:
+        """`(height, width, 3) uint8`; an engine for tests may give whatever its tests compare."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether the latents and the pixels had no NaN and no infinity; if not, the pixels are no image."""
 
 
 class ExecutedTick(Protocol):
-    """A dispatched plan.
-
-    `parked` has the states of the jobs that it took off their slots, by task id: on the host after `wait`, on their
-    way before. After `wait`, `previews` has the small pictures that were asked for, and `done_at` the time when the
-    devices were done, if that is known.
-    """
+    """A dispatched plan. Ticks end in the order in which they were dispatched."""
 
     @property
-    def parked(self) -> Mapping[str, Any]: ...
+    def parked(self) -> Mapping[str, Snapshot]:
+        """By task id, the snapshots of `Plan.parked`: on the host after `wait`, on their way there before."""
+
     @property
-    def previews(self) -> Mapping[str, Any]: ...
+    def previews(self) -> Mapping[str, np.ndarray]:
+        """By task id, `(h, w, 3) uint8`, the small images of `Plan.previews`; filled by `wait`."""
+
     @property
-    def done_at(self) -> float | None: ...
-    def wait(self) -> list[Any]:
-        """Block until it is done; return objects with `task_id`, `device`, `slot`, `pixels`, `finite`."""
+    def done_at(self) -> float | None:
+        """`time.monotonic()` when the devices were done, if that is known; set by `wait`."""
+
+    def wait(self) -> Sequence[Image]:
+        """Block until the devices are done, and return the images that the tick decoded.
+
+        Called once, in the thread `sdtpu-device-wait`.
+
+        Raises:
+            Exception: what the device program raised; the slots of all devices are lost then.
+        """
 
 
 class DeviceEngine(Protocol):
-    """The device contract: the engine never chooses."""
+    """What the device loop uses of an engine. The engine never chooses: a plan says what every device does.
 
-    def execute(self, plan: Plan, jobs: Mapping[str, Any], snapshots: Mapping[str, Any]) -> ExecutedTick: ...
+    The loop calls `execute`, `is_fatal` and `recover` in its own thread, `accepts` in any.
+    """
+
+    def execute(self, plan: Plan, jobs: Mapping[str, Any], snapshots: Mapping[str, Any]) -> ExecutedTick:
+        """Dispatch a plan without waiting for the devices.
+
+        Args:
+            plan: what every device does, in this order: park, resume, the phases, previews.
+            jobs: by task id, the prepared jobs that the plan inserts, as `ServingEngine.prepare` made them.
+            snapshots: by task id, the snapshots of the jobs that the plan resumes, as this engine made or read them.
+
+        Raises:
+            Exception: nothing was dispatched, or what was dispatched is lost; the loop calls `recover` when the ticks
+                before have ended.
+        """
+
     def accepts(self, snapshot: Any) -> bool:
-        """Whether a job can go on from a snapshot here, bit for bit."""
+        """Return whether a job can resume from a snapshot here, bit for bit."""
 
     def is_fatal(self, exc: Exception) -> bool:
-        """Whether no other try on these devices can mend what a program raised."""
+        """Return whether no other try on these devices can mend what `execute` or `wait` raised."""
 
     def recover(self) -> None:
-        """Empty every slot after a failure and prove with a small tick that the devices still work; raise if not."""
+        """Empty every slot after a failure, and prove with a small tick that the devices still work.
+
+        Raises:
+            Exception: they do not; the loop gives up.
+        """
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine is: facts that are fixed when it has compiled its programs.
+
+    Attributes:
+        model: the checkpoint's name, as results report it.
+        default_sampler: the sampler of a request that names none.
+        dtype: of the parameters and the computation, such as `bfloat16`.
+        platform: `tpu`, `gpu` or `cpu`.
+        device_kind: the accelerator's name.
+        num_devices: devices of this host.
+        slots_per_device: rows of one device's batch.
+        phases_per_tick: the most phases that a device runs in one tick.
+        resolutions: the lanes that have programs.
+        trace_s, compile_s: seconds that tracing and compiling the programs took.
+        cache_hits, cache_misses: programs that came from the persistent compilation cache, and that did not.
+    """
+
+    model: str
+    default_sampler: str
+    dtype: str
+    platform: str
+    device_kind: str
+    num_devices: int
+    slots_per_device: int
+    phases_per_tick: int
+    resolutions: tuple[Lane, ...]
+    trace_s: float = 0.0
+    compile_s: float = 0.0
+    cache_hits: int = 0
+    cache_misses: int = 0
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of one resolution over all devices."""
+        return self.num_devices * self.slots_per_device
+
+
+class ServingEngine(DeviceEngine, Protocol):
+    """What a worker uses of an engine besides: preparing jobs, reading snapshots, checking images, facts.
+
+    Every method may be called from any thread, except those of `DeviceEngine` and `close`.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """The facts that do not change."""
+
+    @property
+    def costs(self) -> Mapping[Lane, TickCosts]:
+        """What work costs, by lane; the policy corrects these very objects with every tick."""
+
+    @property
+    def traces_since_ready(self) -> int:
+        """Programs that this process traced or compiled since the engine was ready; 0 while all is well."""
+
+    def prepare(self, task_id: str, request: GenerationRequest) -> ServableJob:
+        """Do the host's part of a job.
+
+        Raises:
+            InvalidRequest: this engine does not serve the request.
+        """
+
+    def read_snapshot(self, data: bytes, job: Any) -> Snapshot:
+        """Read what another worker's `Snapshot.to_bytes` wrote; the bytes may come from anybody.
+
+        Args:
+            data: the bytes.
+            job: the job that the snapshot must be of, as `prepare` made it.
+
+        Raises:
+            SnapshotMismatch: the bytes are not a snapshot of this job, which this engine can resume from.
+        """
+
+    def check_safety(self, pixels: Any) -> bool | None:
+        """Return whether the checkpoint's safety checker flags an image; None if the checkpoint has none.
+
+        Args:
+            pixels: `Image.pixels` as the engine gave them.
+        """
+
+    def close(self) -> None:
+        """Undo what the engine registered in this process. Called once, when no tick is in flight."""
 
 
 class Policy(Protocol):
-    """Who makes the plans; see `sdtpu_worker.aggregator.policy.Aggregator`."""
+    """What the device loop uses of a policy; see `sdtpu_worker.aggregator.policy.Aggregator`.
 
-    num_devices: int
+    Only the loop's thread calls it. Times are in seconds on the loop's clock.
+    """
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that every plan has phases for."""
 
     def add(
         self, task_id: str, lane: Lane, num_steps: int, now: float, terms: Terms | None, steps_done: int = 0
-    ) -> None: ...
-    def cancel(self, task_id: str) -> bool: ...
-    def overdue(self, now: float) -> list[tuple[str, Overdue]]: ...
-    def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
-        """Return the next tick, if possible of no more than `most_s`, or None when there is nothing to do in it."""
+    ) -> None:
+        """Queue a job; a job with `steps_done` resumes from a snapshot.
 
-    def admit(self, admission: Admission) -> None:
-        """Give no slot to anybody else from now on, and take it from them."""
+        Raises:
+            KeyError: the lane has no programs.
+            ValueError: the policy has this task already.
+        """
+
+    def cancel(self, task_id: str) -> bool:
+        """Drop a job, and free its slot; return False if the policy does not have the job."""
+
+    def overdue(self, now: float) -> list[tuple[str, Overdue]]:
+        """Drop and return the jobs whose time is over."""
+
+    def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
+        """Return the next tick, of at most `most_s` seconds if possible, or None when there is nothing to do in it."""
+
+    def set_eligible(self, eligibility: Eligibility) -> None:
+        """Give slots only to eligible jobs from now on, and park the running jobs that are not eligible."""
 
     def places(self) -> Mapping[Lane, Sequence[Place]]:
-        """Return who has a slot, by lane."""
+        """Return where every running job is, by lane."""
 
-    def expected_s(self, plan: Plan) -> float: ...
-    def update(self, outcome: Outcome) -> None: ...
-    def etas_s(self, now: float) -> Mapping[str, float]: ...
-    def lowest_priority_running(self) -> int | None: ...
-    def counts(self) -> Mapping[str, int]: ...
+    def expected_s(self, plan: Plan) -> float:
+        """Return the seconds that a plan is expected to take."""
+
+    def update(self, outcome: Outcome) -> None:
+        """Learn how long a plan took."""
+
+    def etas_s(self, now: float) -> Mapping[str, float]:
+        """Return by task id the seconds until a job's image is expected."""
+
+    def lowest_priority_running(self) -> int | None:
+        """Return the largest priority number of the jobs that could lose their slot; None if there are none."""
+
+    def counts(self) -> Mapping[str, int]:
+        """Return how many jobs are `waiting` and how many are `running`."""

@@ -13,21 +13,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LoopStats:
-    """Counters since the start.
+    """Counters since the loop started.
 
     Attributes:
-        ticks: that ended well.
-        images: pictures handed out.
+        ticks: ticks that ended without a failure.
+        images: images that jobs ended with.
         steps: denoising steps of devices, whatever was in their slots.
-        job_steps: denoising steps that jobs took in their slots, in ticks that ended well; repeated work is what it
-            exceeds the steps of the pictures by.
-        preemptions: jobs that lost their slot to a more urgent one.
+        job_steps: denoising steps that jobs took in ticks that ended without a failure; the excess over the steps of
+            the images is repeated work.
+        preemptions: times that a job was parked for another one.
         failures: device programs that failed.
-        retried: times that a job was put back to be tried again, apart from the others.
-        handed_over: jobs that another worker goes on with.
-        active_s: the time with at least one job here.
-        device_busy_s: of every device.
-        occupied_slot_s: of all slots together.
+        retried: times that a job went back to its start or its snapshot to be tried again.
+        handed_over: jobs that the loop handed over to another worker.
+        active_s: seconds with at least one job in the loop.
+        device_busy_s: seconds that each device was busy.
+        occupied_slot_s: seconds that slots held a job, summed over all slots.
     """
 
     ticks: int = 0
@@ -43,7 +43,7 @@ class LoopStats:
     occupied_slot_s: float = 0.0
 
     def count(self, plan: Plan, elapsed_s: float, job_steps: int) -> None:
-        """Add a tick that ended well."""
+        """Count a tick that ended without a failure."""
         longest = max(plan.work_s, default=0.0)
         self.ticks += 1
         self.job_steps += job_steps

@@ -1,8 +1,9 @@
-"""A job in the device loop's hands: how far it is, and every way in which it can end.
+"""A job in the device loop: how far it is, and every way in which it can end.
 
-JobCancelled     somebody did not want it any more
+Finished         the devices decoded its image
+JobCancelled     its client or the worker did not want it any more
 JobOverdue       its time was over
-JobHandedOver    this loop stops before it was done; another one goes on with its state
+JobHandedOver    this loop stops before the job is done; another worker resumes it from its snapshot
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
-from sdtpu_worker.device_loop.protocols import Job
+from sdtpu_worker.device_loop.protocols import Job, Snapshot
+from sdtpu_worker.device_loop.stages import JobStage
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class JobCancelled(Exception):
@@ -30,15 +35,15 @@ class JobOverdue(Exception):
 
 
 class JobHandedOver(Exception):
-    """The job was not done here and is another worker's now.
+    """The job is not done here; another worker continues it.
 
     Args:
-        snapshot: the state to go on from, None to start.
-        suspect: it had a slot on devices that hang or were lost, perhaps by its fault.
+        snapshot: what the other worker resumes from; None to start from the beginning.
+        suspect: the job had a slot on devices that hang or were lost, perhaps by its fault.
     """
 
-    def __init__(self, snapshot: Any | None = None, suspect: bool = False) -> None:
-        super().__init__("this worker stops: another one goes on with the job")
+    def __init__(self, snapshot: Snapshot | None = None, suspect: bool = False) -> None:
+        super().__init__("this worker stops before the job is done: another worker continues it")
         self.snapshot, self.suspect = snapshot, suspect
 
 
@@ -48,9 +53,9 @@ class Progress:
 
     Attributes:
         current, total: denoising steps.
-        pending: it has no slot, not yet or not at the moment.
-        eta_s: seconds until its picture is expected; None until there is an estimate.
-        preview: `(h, w, 3) uint8`, a small picture of the latents, if previews are on.
+        pending: the job has no slot, not yet or not at the moment.
+        eta_s: seconds until its image is expected; None until there is an estimate.
+        preview: `(h, w, 3) uint8`, a small image of the latents; None unless previews are on.
     """
 
     current: int
@@ -58,17 +63,19 @@ class Progress:
     pending: bool
     description: str
     eta_s: float | None = None
-    preview: Any = None
+    preview: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One job's way through the device.
+    """How a job went through the devices.
 
     Attributes:
-        pixels: `(height, width, 3) uint8`.
-        occupied: slots in use in the tick that finished the job.
-        started_at, finished_at: `time.monotonic()` of its slot and of its pixels' arrival on the host.
+        pixels: `Image.pixels` of the engine, `(height, width, 3) uint8`.
+        device, slot: where the image was decoded.
+        occupied: slots in use in the tick that decoded the image.
+        started_at: `time.monotonic()` when the job got its slot.
+        finished_at: `time.monotonic()` when the tick that decoded the image had ended.
     """
 
     pixels: Any
@@ -81,67 +88,98 @@ class Finished:
 
 @dataclass(eq=False)
 class Submission:
-    """A job and the future of its `Finished`; owned by the loop's thread, read from any.
+    """A job and the future of its `Finished`. The loop's thread changes it, any thread may read it.
 
     Attributes:
-        may_start: asked until it has its slot.
-        snapshot: its last state off the devices.
-        moved: set when it gets a slot, loses it or ends; whoever waits for that clears it.
-        started_at: when it got its slot; None again while it waits for another try.
-        parked: it had a slot and waits for another one, with its state off the devices.
-        announced: it has had a slot here, since when no other job has had the devices for itself.
-        steps_done: as of the last tick that ended.
+        may_start: asked until the job has its slot.
+        snapshot: the job's last state off the devices, or on its way from there.
+        alone: no other job may be on the devices with this one.
+        steps_done: denoising steps as of the last tick that ended.
+        moved: set when the job gets its slot, loses it or ends; the thread that waits for that clears it.
+        started_at: when the job got its slot; None while it waits for its first one or for another try.
+        announced: the loop has told of the job's start, and since then no other job had the devices for itself.
     """
 
     job: Job
     terms: Terms
     may_start: Callable[[], bool]
-    snapshot: Any
+    snapshot: Snapshot | None
     progress: Progress
-    arrived_at: float = 0.0
-    alone: bool = False
+    arrived_at: float
+    alone: bool
+    steps_done: int
     future: Future[Finished] = field(default_factory=Future)
     moved: threading.Event = field(default_factory=threading.Event)
     started_at: float | None = None
-    parked: bool = False
     announced: bool = False
-    steps_done: int = 0
+    _stage: JobStage = JobStage.WAITING
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        terms: Terms,
+        may_start: Callable[[], bool],
+        snapshot: Snapshot | None,
+        alone: bool,
+        now: float,
+    ) -> Submission:
+        """Return a job that waits for its first slot here, to start or to resume from a snapshot."""
+        steps_done = snapshot.step if snapshot is not None else 0
+        progress = Progress(steps_done, job.num_inference_steps, True, "waiting for a slot")
+        submission = cls(job, terms, may_start, snapshot, progress, now, alone, steps_done)
+        submission.future.add_done_callback(lambda _: submission.moved.set())
+        return submission
+
+    @property
+    def stage(self) -> JobStage:
+        """Where the job stands; see `JobStage` for the transitions."""
+        return JobStage.ENDED if self.future.done() else self._stage
 
     @property
     def has_slot(self) -> bool:
-        """Whether it is on a device."""
-        return self.started_at is not None and not self.parked
+        """Whether the job is in a slot of a device."""
+        return self.stage is JobStage.RUNNING
 
-    def usable_snapshot(self) -> Any | None:
-        """Return its state off the devices, or None if there is none or it was lost with them; may wait for a copy."""
+    def start(self, now: float) -> None:
+        """Note that the job gets a slot, its first one or another one."""
+        self.started_at = now if self.started_at is None else self.started_at
+        self._stage = JobStage.RUNNING
+
+    def park(self, snapshot: Snapshot) -> None:
+        """Note that the job's state leaves its slot."""
+        self.snapshot, self._stage = snapshot, JobStage.PARKED
+
+    def retry(self) -> None:
+        """Go back to where the job can be tried again from: its snapshot, or the start."""
+        self.snapshot = self.usable_snapshot()
+        self.steps_done = self.snapshot.step if self.snapshot is not None else 0
+        self.started_at, self._stage = None, JobStage.RETRYING
+        self.progress = replace(self.progress, pending=True, description="waiting to be tried again")
+        self.moved.set()
+
+    def usable_snapshot(self) -> Snapshot | None:
+        """Return the snapshot; None if there is none, or it was lost with the devices. May wait for its copy."""
         try:
             return self.snapshot if self.snapshot is not None and self.snapshot.step else None
-        except Exception:  # whatever the copy from a broken device raises
+        except Exception:  # a copy from a device that failed raises whatever the device program raised
             return None
 
-    def report(self, steps_done: int, preview: Any = None) -> None:
-        """Say how far it is after a tick."""
-        old = self.progress
+    def update_progress(self, steps_done: int, preview: np.ndarray | None = None) -> None:
+        """Set how far the job is after a tick."""
+        old, parked = self.progress, self.stage is JobStage.PARKED
         self.progress = replace(
             old,
             current=max(steps_done, old.current),
-            pending=self.parked,
-            description="waiting for a slot again" if self.parked else "denoising",
+            pending=parked,
+            description="waiting for a slot again" if parked else "denoising",
             preview=old.preview if preview is None else preview,
         )
         if self.progress.pending != old.pending:
             self.moved.set()
 
-    def start_over(self) -> None:
-        """Go back to where it can be tried again from: its last state off the devices, or the start."""
-        self.snapshot = self.usable_snapshot()
-        self.steps_done = self.snapshot.step if self.snapshot is not None else 0
-        self.started_at, self.parked = None, False
-        self.progress = replace(self.progress, pending=True, description="waiting to be tried again")
-        self.moved.set()
-
     def settle(self, end: Finished | Exception) -> bool:
-        """End the job, unless it has ended already; return whether it did. Any thread."""
+        """End the job, unless it has ended already; return whether this call ended it. Any thread."""
         try:
             if isinstance(end, Exception):
                 self.future.set_exception(end)
@@ -155,6 +193,7 @@ class Submission:
         """End as another submission of the same job does."""
 
         def copy_end(done: Future[Finished]) -> None:
-            self.settle(done.exception() or done.result())  # type: ignore[arg-type]
+            error = done.exception()
+            self.settle(error if isinstance(error, Exception) else done.result())
 
         other.future.add_done_callback(copy_end)

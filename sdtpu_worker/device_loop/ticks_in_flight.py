@@ -1,38 +1,39 @@
-"""The ticks that the devices are at, oldest first, and the thread that waits for them to end."""
+"""The ticks that were dispatched to the engine and have not ended, and the thread that waits for them to end."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
 
 from sdtpu_worker.aggregator.plan import Plan
-from sdtpu_worker.device_loop.protocols import ExecutedTick
+from sdtpu_worker.device_loop.protocols import DeviceEngine, ExecutedTick, Image, Job, Snapshot
 from sdtpu_worker.device_loop.submission import Submission
 from sdtpu_worker.device_loop.trace import Trace
 
-TICKS_IN_FLIGHT = 2
+MAX_TICKS_IN_FLIGHT = 2
 _LEAD_S, _LEAD_SHARE = 0.01, 0.1
 
 
 def dispatch_lead_s(expected_s: float) -> float:
-    """Return how long before the expected end of a tick of this length the next one is dispatched."""
+    """Return how long before the expected end of a tick of this length the next tick is dispatched."""
     return _LEAD_S + _LEAD_SHARE * expected_s
 
 
 @dataclass(eq=False)
-class Flight:
+class TickInFlight:
     """A dispatched tick.
 
     Attributes:
-        jobs: those in it, by task id; a job that is submitted again under the same id is another one.
-        started_at: when the devices began, or will have.
+        executed: the engine's side of it.
+        jobs: the jobs in it, by task id; a job that is submitted again under the same id is another one.
+        started_at: when the devices began, or are expected to begin.
     """
 
-    tick: ExecutedTick
+    executed: ExecutedTick
     plan: Plan
     jobs: Mapping[str, Submission]
     expected_s: float
@@ -43,8 +44,8 @@ class Flight:
         """When the devices should be done."""
         return self.started_at + self.expected_s
 
-    def steps_taken(self) -> int:
-        """Take note of how far its jobs are now; return how many steps they took in it."""
+    def count_steps(self) -> int:
+        """Set how many steps its jobs have taken now; return how many of them they took in this tick."""
         taken = 0
         for task_id, steps in self.plan.steps_done.items():
             if job := self.jobs.get(task_id):
@@ -53,10 +54,11 @@ class Flight:
         return taken
 
 
-class Flights:
-    """The queue of them, owned by the loop's thread.
+class TicksInFlight:
+    """Dispatches plans to the engine and keeps the ticks in flight, oldest first; owned by the loop's thread.
 
     Args:
+        engine: executes the plans.
         on_end: told of every tick that ended, with its images or what it raised, and when; in the waiting thread.
         trace: where the transfer of the images is drawn.
         clock: monotonic seconds.
@@ -64,74 +66,118 @@ class Flights:
 
     def __init__(
         self,
-        on_end: Callable[[Flight, list[Any] | Exception, float], None],
+        engine: DeviceEngine,
+        on_end: Callable[[TickInFlight, Sequence[Image] | Exception, float], None],
         trace: Trace,
         clock: Callable[[], float],
     ) -> None:
-        self._on_end, self._trace, self._clock = on_end, trace, clock
-        self._flights: deque[Flight] = deque()
-        self._to_wait_for: SimpleQueue[Flight | None] = SimpleQueue()
+        self._engine, self._on_end, self._trace, self._clock = engine, on_end, trace, clock
+        self._answer_due_at: float | None = None  # when the engine's call that is under way should return
+        self._ticks: deque[TickInFlight] = deque()
+        self._to_wait_for: SimpleQueue[TickInFlight | None] = SimpleQueue()
         self.thread = threading.Thread(target=self._wait, name="sdtpu-device-wait", daemon=True)
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._ticks)
 
-    def launch(self, flight: Flight) -> None:
-        """Take in a tick that was dispatched."""
-        self._flights.append(flight)
-        self._to_wait_for.put(flight)
+    def dispatch(
+        self,
+        plan: Plan,
+        jobs: Mapping[str, Job],
+        snapshots: Mapping[str, Snapshot | None],
+        submissions: Mapping[str, Submission],
+        expected_s: float,
+    ) -> TickInFlight:
+        """Have the engine execute a plan, and add its tick.
 
-    def land(self, flight: Flight, at: float) -> None:
-        """Take out the oldest, which has ended; the next one began then at the earliest."""
-        assert self.is_oldest(flight)
-        self._flights.popleft()
-        if self._flights:
-            self._flights[0].started_at = max(at, self._flights[0].started_at)
+        Args:
+            plan: what the devices do.
+            jobs: by task id, the prepared jobs that the plan inserts.
+            snapshots: by task id, the snapshots of the jobs that the plan resumes.
+            submissions: by task id, the jobs that take steps in the tick or are decoded in it.
+            expected_s: seconds that the policy expects the tick to take.
 
-    def is_oldest(self, flight: Flight) -> bool:
-        """Whether it is what the devices are at; ticks end in the order in which they were dispatched."""
-        return self.oldest is flight
+        Raises:
+            Exception: what the engine raised.
+        """
+        with self._answer_due(self.ends_at(self._clock()) + expected_s):
+            executed = self._engine.execute(plan, jobs, snapshots)
+        tick = TickInFlight(executed, plan, submissions, expected_s, self._clock())
+        self._ticks.append(tick)
+        self._to_wait_for.put(tick)
+        return tick
+
+    def recover(self) -> None:
+        """Have the engine prove that the devices work after a failure, and remove all ticks.
+
+        Raises:
+            Exception: the devices do not work.
+        """
+        with self._answer_due(self._clock()):
+            self._engine.recover()
+        self.forget()
+
+    def remove(self, tick: TickInFlight, at: float) -> None:
+        """Remove the oldest tick, which has ended; the devices began the next one then at the earliest."""
+        assert self.is_oldest(tick)
+        self._ticks.popleft()
+        if self._ticks:
+            self._ticks[0].started_at = max(at, self._ticks[0].started_at)
+
+    def is_oldest(self, tick: TickInFlight) -> bool:
+        """Return whether the devices work on this tick; ticks end in the order in which they were dispatched."""
+        return self.oldest is tick
 
     def forget(self) -> None:
-        """Drop all: a failure took them; their ends mean nothing any more."""
-        self._flights.clear()
+        """Remove all ticks after a failure that emptied the slots; how they end does not matter any more."""
+        self._ticks.clear()
 
     def stop(self) -> None:
-        """End the thread as soon as nothing is in flight."""
+        """End the waiting thread as soon as the ticks in flight have ended."""
         self._to_wait_for.put(None)
 
     def ends_at(self, now: float) -> float:
-        """Return when the devices should have done all of it."""
+        """Return when the devices should be done with all ticks."""
         end = now
-        for i, flight in enumerate(self._flights):
-            end = end + flight.expected_s if i else max(now, flight.ends_at)
+        for i, tick in enumerate(self._ticks):
+            end = end + tick.expected_s if i else max(now, tick.ends_at)
         return end
 
     @property
-    def oldest(self) -> Flight | None:
-        """What the devices are at. Any thread."""
+    def oldest(self) -> TickInFlight | None:
+        """The tick that the devices work on. Any thread."""
         try:
-            return self._flights[0]
+            return self._ticks[0]
         except IndexError:
             return None
 
     def late_s(self, now: float) -> float:
-        """Return by how much the oldest is late. Any thread."""
-        oldest = self.oldest
-        return max(0.0, now - oldest.ends_at) if oldest else 0.0
+        """Return by how many seconds the oldest tick, or an answer of the engine, is late; 0.0 if none. Any thread."""
+        oldest, answer_due_at = self.oldest, self._answer_due_at
+        due = [at for at in (oldest.ends_at if oldest else None, answer_due_at) if at is not None]
+        return max([0.0, *(now - at for at in due)])
 
     def parking(self) -> set[str]:
-        """Return the jobs whose state is on its way from the devices. Any thread."""
-        return {place.task_id for flight in list(self._flights) for place in flight.plan.parked}
+        """Return the jobs whose snapshots are on their way from the devices. Any thread."""
+        return {place.task_id for tick in list(self._ticks) for place in tick.plan.parked}
+
+    @contextlib.contextmanager
+    def _answer_due(self, at: float) -> Iterator[None]:
+        """Expect the engine's call in this block to return by a time."""
+        self._answer_due_at = at
+        try:
+            yield
+        finally:
+            self._answer_due_at = None
 
     def _wait(self) -> None:
-        """Wait for the devices, so that the loop's thread can take jobs in meanwhile."""
-        while (flight := self._to_wait_for.get()) is not None:
+        """Wait for the devices, so that the loop's thread can accept jobs meanwhile."""
+        while (tick := self._to_wait_for.get()) is not None:
             try:
-                end: list[Any] | Exception = flight.tick.wait()
+                end: Sequence[Image] | Exception = tick.executed.wait()
             except Exception as exc:
                 end = exc
             now = self._clock()
-            done_at = flight.tick.done_at or now
-            self._trace.transfer(flight.plan, done_at, now)
-            self._on_end(flight, end, done_at)
+            done_at = tick.executed.done_at or now
+            self._trace.transfer(tick.plan, done_at, now)
+            self._on_end(tick, end, done_at)

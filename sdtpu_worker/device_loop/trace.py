@@ -1,8 +1,8 @@
 """A timeline of a run in Chrome's trace format: open it in Perfetto (https://ui.perfetto.dev).
 
-One process of the timeline is the devices, a row each, with what every tick did on them; the other is the host, with
-what happened to each job besides. The devices report only when a whole tick is done: the parts of a tick are drawn
-in proportion to what they are expected to cost, the ends of the tick are measured.
+One process of the timeline stands for the devices, with a row for each and the phases of every tick; the other stands
+for the host, with what its threads did for each job. The start and the end of a tick are measured. Devices do not say
+when a phase ends, so the parts of a tick are drawn in proportion to what they are expected to cost.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ _MAX_EVENTS = 2_000_000  # about 300 MB
 
 
 class Trace:
-    """Writes the timeline to a file as it goes; may be used from many threads.
+    """Writes the timeline to a file during the run. Any thread may use it.
 
-    When a write fails (a full disk), it says so once and stops: a timeline is never worth a job.
+    When a write fails (a full disk), the trace logs that once and stops: no job fails for a timeline.
 
     Args:
-        path: the file; replaced.
-        costs: what work costs, by lane; the shares of a tick's parts follow it.
+        path: the file; an older one is replaced.
+        costs: what work costs, by lane; it gives each part of a tick its share.
+        num_devices: rows for the devices.
     """
 
     def __init__(self, path: Path, costs: Mapping[Lane, Cost], num_devices: int) -> None:
@@ -62,14 +63,14 @@ class Trace:
         self._write(ph="C", name="occupancy", ts=_us(started_at), pid=_DEVICES, tid=0, args=occupancy)
 
     def transfer(self, plan: Plan, started_at: float, ended_at: float) -> None:
-        """Draw how the calling thread brought the pictures of a tick from the devices to the host."""
-        tasks = [task_id for *_, task_id in plan.decoded()]
+        """Draw how the calling thread brought the images of a tick from the devices to the host."""
+        tasks = [image.task_id for image in plan.decoded()]
         if tasks:
             self._draw("transfer", started_at, ended_at, {"tasks": tasks})
 
     @contextlib.contextmanager
     def span(self, name: str, task_id: str) -> Iterator[None]:
-        """Draw what the calling thread does for a job meanwhile."""
+        """Draw what the calling thread does for a job in this block."""
         started_at = time.monotonic()
         try:
             yield
@@ -106,12 +107,12 @@ class Trace:
                 self._file.write(line)
             except OSError as exc:
                 file, self._file = self._file, None
-                logger.warning("the trace is switched off, since its file cannot be written: %s", exc)
+                logger.warning("the trace is switched off, because its file cannot be written: %s", exc)
                 with contextlib.suppress(OSError):
-                    file.close()  # tries once more to write what it has
+                    file.close()  # it tries once more to write what is in its buffer
                 return
             if self._events == _MAX_EVENTS:
-                logger.warning("the trace has %d events: what happens from here on is not in it", _MAX_EVENTS)
+                logger.warning("the trace has %d events: later events are not written", _MAX_EVENTS)
 
 
 class NoTrace(Trace):

@@ -1,10 +1,16 @@
-"""JAX's persistent compilation cache, set up so that every program is kept, and counted."""
+"""JAX's persistent compilation cache, set up to keep every program, and counts of what JAX compiles in this process.
+
+JAX has one compilation cache and one registry of listeners for the whole process. Settings of the cache stay when an
+object here is closed; its listener is unregistered.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 from pathlib import Path
+from typing import Self
 
 import jax
 
@@ -14,35 +20,54 @@ _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache
 
 
 class CompileCache:
-    """Counts the cache's hits and misses in this process.
+    """Sets up the cache, and counts its hits and misses in this process until it is closed.
 
     Args:
         folder: where compiled programs are kept; `auto` for the user's cache folder, `off` for nowhere.
+
+    Attributes:
+        path: the folder; None if compiled programs are not kept.
     """
 
     def __init__(self, folder: str) -> None:
-        self._counts = {_HIT: 0, _MISS: 0}
+        self._lock, self._counts = threading.Lock(), {_HIT: 0, _MISS: 0}  # programs are compiled in several threads
         self.path: Path | None = None
         if folder == "off":
             return
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.path = Path(base if folder == "auto" else folder).expanduser()
+        path = Path(base if folder == "auto" else folder).expanduser()
         if folder == "auto":
-            self.path = self.path / "sdtpu_worker" / "xla"
+            path = path / "sdtpu_worker" / "xla"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
-            logger.warning("compiled programs are not kept, every start compiles anew: %s", exc)
-            self.path = None
+            logger.warning(
+                "compiled programs are not kept, every start compiles them again: sdtpu_compile_cache must be a folder"
+                " that can be written: %s",
+                exc,
+            )
             return
-        jax.config.update("jax_compilation_cache_dir", str(self.path))
+        self.path = path
+        jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         jax.monitoring.register_event_listener(self._on_event)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop counting; the cache stays on."""
+        if self.path is not None:
+            jax.monitoring.unregister_event_listener(self._on_event)
+
     def counts(self) -> tuple[int, int]:
         """Return `(hits, misses)` so far."""
-        return self._counts[_HIT], self._counts[_MISS]
+        with self._lock:
+            return self._counts[_HIT], self._counts[_MISS]
 
     def since(self, before: tuple[int, int]) -> tuple[int, int]:
         """Return `(hits, misses)` since an earlier `counts()`."""
@@ -51,26 +76,31 @@ class CompileCache:
 
     def _on_event(self, event: str, **_: object) -> None:
         if event in self._counts:
-            self._counts[event] += 1
+            with self._lock:
+                self._counts[event] += 1
 
 
 class TraceCounter:
-    """Counts what JAX traces or compiles in this process from its making on."""
-
-    _events = 0
-    _listens = False
+    """Counts what JAX traces or compiles in this process, until it is closed."""
 
     def __init__(self) -> None:
-        if not TraceCounter._listens:
-            TraceCounter._listens = True
-            jax.monitoring.register_event_duration_secs_listener(TraceCounter._on_event)
-        self._before = TraceCounter._events
+        self._lock, self._count = threading.Lock(), 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def count(self) -> int:
-        """Return how many events there were."""
-        return TraceCounter._events - self._before
+        """Return how many traces and compilations there were since the start or the last `restart`."""
+        return self._count
 
-    @staticmethod
-    def _on_event(event: str, _: float, **__: object) -> None:
+    def restart(self) -> None:
+        """Count from zero again."""
+        with self._lock:
+            self._count = 0
+
+    def close(self) -> None:
+        """Stop counting."""
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def _on_event(self, event: str, _: float, **__: object) -> None:
         if "jaxpr_trace" in event or "backend_compile" in event:
-            TraceCounter._events += 1
+            with self._lock:
+                self._count += 1

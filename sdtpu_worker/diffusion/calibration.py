@@ -1,9 +1,8 @@
-"""What an engine learns from really running its programs at the start: what work costs, and how pictures look here."""
+"""What an engine shows when it really runs its programs at the start: what work costs, and how images look here."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,22 +10,39 @@ from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion import previews
-from sdtpu_worker.diffusion.engine_io import PreparedJob
+from sdtpu_worker.diffusion.engine import Engine
+from sdtpu_worker.diffusion.engine_io import Calibration
+from sdtpu_worker.diffusion.preparation import PreparedJob
 
-if TYPE_CHECKING:
-    from sdtpu_worker.diffusion.engine import Engine
-
-_TASK_ID, _STEPS = "warm-up", 4
+_TASK_ID, _STEPS = "calibration", 4
 
 
-def measure_costs(engine: Engine, lane: Lane) -> TickCosts:
-    """Measure what inserting, a step and decoding cost on one device, and how much more so when others are busy."""
+def calibrate(engine: Engine) -> Calibration:
+    """Run every program of an engine, and return what that showed, for `Engine.adopt`.
+
+    The slots hold what the runs left in them until `adopt` empties them; nothing else may use the engine meanwhile.
+    """
+    costs, reference_images, colours = {}, {}, {}
+    lanes = engine.info.resolutions
+    for lane in lanes:
+        engine.restore(lane, 0, 0, engine.snapshot(lane, 0, 0))
+        costs[lane] = _measure_costs(engine, lane)
+        reference_images[lane] = engine.draw_reference_image(lane)[0]
+        if engine.has_previews:
+            colours[lane] = _fit_colours(engine, lane)
+    engine.check_safety(np.zeros((*lanes[0], 3), np.uint8))
+    return Calibration(costs, reference_images, colours)
+
+
+def _measure_costs(engine: Engine, lane: Lane) -> TickCosts:
+    """Measure an insert, a step and a decode on one device, and how much longer a step takes on several."""
     job = _job(engine, lane, _TASK_ID)
     insert, steps, decode = Phase(insert=(0, _TASK_ID)), Phase(steps=_STEPS), Phase(decode=(0, _TASK_ID))
+    num_devices = engine.info.num_devices
 
     def seconds(busy: int, phase: Phase) -> float:
         """Return the shorter of two runs."""
-        plan = Plan(lane, ((phase,),) * busy + ((),) * (engine.num_devices - busy))
+        plan = Plan(lane, ((phase,),) * busy + ((),) * (num_devices - busy))
         times = []
         for _ in range(2):
             started = time.monotonic()
@@ -40,23 +56,27 @@ def measure_costs(engine: Engine, lane: Lane) -> TickCosts:
     insert_s, steps_s, decode_s = (max(1e-6, seconds(1, phase) - overhead_s) for phase in (insert, steps, decode))
     slowdown = {
         busy: max(1.0, (seconds(busy, steps) - overhead_s) / steps_s)
-        for busy in (2, engine.num_devices // 2, engine.num_devices)
-        if 1 < busy <= engine.num_devices
+        for busy in (2, num_devices // 2, num_devices)
+        if 1 < busy <= num_devices
     }
-    return TickCosts(engine.num_devices, Cost(steps_s / _STEPS, insert_s, decode_s), slowdown, overhead_s)
+    return TickCosts(num_devices, Cost(steps_s / _STEPS, insert_s, decode_s), slowdown, overhead_s)
 
 
-def draw_proof(engine: Engine, lane: Lane) -> list[np.ndarray]:
-    """Return the pixels of a picture of one step that every device draws, `(height, width, 3) uint8` each."""
-    job = _job(engine, lane, "proof")
-    phases = Phase(insert=(0, "proof"), steps=job.num_inference_steps), Phase(decode=(0, "proof"))
-    images = engine.execute(Plan(lane, (phases,) * engine.num_devices), {"proof": job}).wait()
-    return [image.pixels for image in images]
+def _empty_tick_s(engine: Engine, lane: Lane, count: int = 8) -> float:
+    """Return the seconds from the end of a tick without work to the end of the next one, with two in flight."""
+    nothing = Plan(lane, ((),) * engine.info.num_devices)
+    started = time.monotonic()
+    ticks = [engine.execute(nothing, {})]
+    for _ in range(count):
+        ticks.append(engine.execute(nothing, {}))
+        ticks.pop(0).wait()
+    ticks.pop().wait()
+    return (time.monotonic() - started) / (count + 1)
 
 
-def fit_colours(engine: Engine, lane: Lane) -> np.ndarray:
-    """Draw a picture on every device, to learn what the latents' channels look like; see `previews.fit_colours`."""
-    places = [Place(str(i), i, 0) for i in range(engine.num_devices)]
+def _fit_colours(engine: Engine, lane: Lane) -> np.ndarray:
+    """Draw an image on every device, and fit the map from latents to colours; see `previews.fit_colours`."""
+    places = [Place(str(i), i, 0) for i in range(engine.info.num_devices)]
     jobs = {}
     for p in places:
         prompt = previews.PROMPTS[p.device % len(previews.PROMPTS)]
@@ -69,20 +89,8 @@ def fit_colours(engine: Engine, lane: Lane) -> np.ndarray:
 
 
 def _job(
-    engine: Engine, lane: Lane, task_id: str, prompt: str = "warm-up", seed: int = 0, steps: int = 1
+    engine: Engine, lane: Lane, task_id: str, prompt: str = "calibration", seed: int = 0, steps: int = 1
 ) -> PreparedJob:
     height, width = lane
     request = GenerationRequest(prompt, seed=seed, num_inference_steps=steps, height=height, width=width)
     return engine.prepare(task_id, request)
-
-
-def _empty_tick_s(engine: Engine, lane: Lane, count: int = 8) -> float:
-    """Return the seconds that a tick takes from the next one, two being in flight."""
-    nothing = Plan(lane, ((),) * engine.num_devices)
-    started = time.monotonic()
-    ticks = [engine.execute(nothing, {})]
-    for _ in range(count):
-        ticks.append(engine.execute(nothing, {}))
-        ticks.pop(0).wait()
-    ticks.pop().wait()
-    return (time.monotonic() - started) / (count + 1)

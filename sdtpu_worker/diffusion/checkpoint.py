@@ -35,7 +35,7 @@ class Checkpoint:
     """A loaded checkpoint: modules without state, and parameters as host arrays beside them.
 
     Attributes:
-        name: what the results report as `model`.
+        name: the `model` of results.
         params: `{"text_encoder", "unet", "vae"}` and, with a checker, `"safety_checker"`; float leaves in `dtype`.
         schedule: the noise schedule with the whole scheduler config.
         default_sampler: the sampler that the scheduler config asks for.
@@ -72,17 +72,12 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
         revision: of a hub checkpoint.
 
     Raises:
-        InvalidCheckpoint: it is missing, half-written, or not a Stable Diffusion checkpoint with msgpack or
+        InvalidCheckpoint: the checkpoint is missing, half-written, or not of Stable Diffusion with msgpack or
             safetensors weights.
     """
     folder = _find_folder(name, revision)
     classes = _read_classes(folder)
-    for part, wanted in (("unet", _UNET_CLASS), ("vae", _VAE_CLASS), ("text_encoder", _TEXT_CLASS)):
-        if classes.get(part) != wanted:
-            raise InvalidCheckpoint(
-                f"{folder}: model_index.json must name {wanted} as {part}, got {classes.get(part)};"
-                " this worker runs Stable Diffusion 1.x and 2.x checkpoints"
-            )
+    _check_classes(folder, classes)
     unet_config = _read_json(folder / "unet" / "config.json", folder)
     vae_config = _read_json(folder / "vae" / "config.json", folder)
     text_config = _read_json(folder / "text_encoder" / "config.json", folder)
@@ -158,7 +153,7 @@ def _find_folder(name: str, revision: str) -> Path:
 
 
 def _download(name: str, revision: str) -> Path:
-    """Download a hub checkpoint without the formats that it does not need; no pickle is ever downloaded."""
+    """Download a hub checkpoint, each part in one format; a pickle is never downloaded."""
     from huggingface_hub import snapshot_download
 
     for patterns in _WEIGHTS:
@@ -170,7 +165,7 @@ def _download(name: str, revision: str) -> Path:
 
 
 def _read_classes(folder: Path) -> dict[str, str]:
-    """Return the class that `model_index.json` names for each part that there is."""
+    """Return by part the class that `model_index.json` names for it."""
     index = _read_json(folder / "model_index.json", folder)
     return {
         part: str(entry[1]).removeprefix("Flax")
@@ -179,8 +174,22 @@ def _read_classes(folder: Path) -> dict[str, str]:
     }
 
 
+def _check_classes(folder: Path, classes: Mapping[str, str]) -> None:
+    """Make sure that the parts are those of a checkpoint that this worker runs.
+
+    Raises:
+        InvalidCheckpoint: a part is missing or of another class.
+    """
+    for part, wanted in (("unet", _UNET_CLASS), ("vae", _VAE_CLASS), ("text_encoder", _TEXT_CLASS)):
+        if classes.get(part) != wanted:
+            raise InvalidCheckpoint(
+                f"{folder}: model_index.json must name {wanted} as {part}, got {classes.get(part)};"
+                " this worker runs Stable Diffusion 1.x and 2.x checkpoints"
+            )
+
+
 def _shapes(module: FlaxUNet2DConditionModel | FlaxAutoencoderKL, folder: Path) -> Params:
-    """Return the tree of a module's parameters with their shapes; computes nothing."""
+    """Return the tree of a module's parameters with their shapes, without computing them."""
     try:
         return jax.eval_shape(module.init_weights, jax.random.key(0))
     except Exception as exc:  # a config that makes no model fails in as many ways as there are layers
@@ -217,7 +226,7 @@ def _load_safety_checker(folder: Path) -> tuple[Any, Any, Params]:
 
 
 def safety_checker_class() -> Any:
-    """Return diffusers' Flax safety checker, mended: its own cosine calls `jnp.clip(a_min=...)`, which JAX dropped."""
+    """Return diffusers' Flax safety checker with our cosine: its own calls `jnp.clip(a_min=…)`, which JAX dropped."""
     from diffusers.pipelines.stable_diffusion import safety_checker_flax
 
     safety_checker_flax.jax_cosine_distance = _cosine_similarity

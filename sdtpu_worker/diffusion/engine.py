@@ -1,71 +1,60 @@
-"""Slots on the devices: prepares jobs on the host, executes plans, hands decoded pixels back.
+"""Slots on the devices: the engine prepares jobs on the host, executes plans and returns decoded pixels.
 
 The engine never chooses: a plan says for each device which slot to decode, which job to insert, how many steps to
-take, and whose state leaves or comes back. It never touches Celery.
+take, and which job's state leaves its slot or comes back. The engine knows nothing of Celery.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import deque
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.errors import FlaxError
 
-from sdtpu_worker.aggregator.costs import Cost, TickCosts
-from sdtpu_worker.aggregator.plan import Lane, Place, Plan
-from sdtpu_worker.aggregator.policy import Aggregator
+from sdtpu_worker.aggregator.costs import TickCosts
+from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.diffusion import calibration as warmup
+from sdtpu_worker.device_loop.protocols import EngineInfo, ServingEngine
+from sdtpu_worker.diffusion import failures
 from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
-from sdtpu_worker.diffusion.engine_io import DecodedImage, PreparedJob, Tick, by_device
-from sdtpu_worker.diffusion.programs import (
-    NOTHING,
-    Geometry,
-    SlotState,
-    lower_preview,
-    lower_restore,
-    lower_safety_check,
-    lower_snapshot,
-    lower_tick,
-    tick_params,
-)
-from sdtpu_worker.diffusion.samplers import make_table
+from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs
+from sdtpu_worker.diffusion.engine_io import Calibration, Tick, by_device
+from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
+from sdtpu_worker.diffusion.programs import NOTHING, Geometry, Instructions, SlotState, tick_params
+from sdtpu_worker.diffusion.safety import SafetyChecker
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of, layout_of
-from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidCheckpoint, InvalidRequest
+from sdtpu_worker.errors import ConfigurationError, EngineUnavailable
 
-_SAFETY, _SNAPSHOT, _RESTORE, _PREVIEW = "safety check", "snapshot", "restore", "preview"
-
-OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
-"""What XLA says when buffers or programs do not fit. Source: openxla/xla docs/errors, E0100 and E0101."""
-_LOST = (
-    "halted",  # a TPU core stopped: "Core halted unexpectedly", "device halted prematurely" (docs/errors, E0200)
-    "UNAVAILABLE:", "ABORTED:", "DATA_LOSS:",  # absl's codes of a connection, a runtime or a memory that is gone
-    "DEVICE_LOST", "device is lost", "CUDA_ERROR_", "hipError",  # errors that stay with a GPU's context
-)  # fmt: skip
+_REFERENCE = "reference image"
 
 
 class Engine:
     """A checkpoint replicated over devices, with compiled programs and slots for each resolution.
 
-    `prepare` may be called from any thread; `execute` from one thread at a time.
+    A new engine has compiled its programs and can execute plans. Costs, previews and the proof that `recover` demands
+    need what `calibrate(engine)` measures; `start.make_warm_engine` does both.
+
+    Any thread may call `prepare`, `accepts`, `read_snapshot`, `check_safety` and the properties; one thread at a time
+    the other methods.
 
     Args:
         checkpoint: the loaded model.
-        devices: which to use.
+        devices: the devices to use.
         slots_per_device: rows of each device's batch; fixed for good, since pixels are bitwise equal only within
             one compiled configuration.
         resolutions: `(height, width)` pairs in pixels; default: the checkpoint's own.
-        compile_cache: the persistent one, for its counts.
-        with_previews: make plans with previews possible.
+        compile_cache: the persistent compilation cache, for its counts.
+        with_previews: compile the programs that plans with previews need.
+
+    Attributes:
+        info: what the worker reads of the engine.
+        has_previews: plans may ask for previews.
+        params: the parameters on the devices.
+        fingerprints: by lane, what a snapshot's fingerprint must be to resume from it here.
 
     Raises:
         ConfigurationError: a resolution does not fit the model.
@@ -77,72 +66,70 @@ class Engine:
         checkpoint: Checkpoint,
         devices: list[jax.Device],
         slots_per_device: int = 1,
-        resolutions: tuple[tuple[int, int], ...] | None = None,
+        resolutions: tuple[Lane, ...] | None = None,
         compile_cache: CompileCache | None = None,
         with_previews: bool = False,
     ) -> None:
-        self.checkpoint, self.slots_per_device = checkpoint, slots_per_device
-        self.num_devices, self.device_kind = len(devices), devices[0].device_kind
-        self.platform = devices[0].platform
-        self.resolutions = tuple(dict.fromkeys(resolutions or (checkpoint.default_size,)))
-        self.mesh = make_mesh(devices)
-        self.costs: dict[Lane, TickCosts] = {}
-        self._colours: dict[Lane, jax.Array] = {}
-        self._proofs: dict[Lane, np.ndarray] = {}
-        multiple = checkpoint.vae_scale_factor * 2 ** (len(checkpoint.unet.config.block_out_channels) - 1)
-        for size in self.resolutions:
-            if any(side % multiple for side in size):
-                raise ConfigurationError(
-                    f"sdtpu_resolutions must be multiples of {multiple} pixels for this checkpoint, got {_size(size)}"
-                )
-        self._geometries = {
-            size: Geometry.of(checkpoint, self.num_devices, slots_per_device, *size) for size in self.resolutions
-        }
-        self._layouts = {size: layout_of(geometry) for size, geometry in self._geometries.items()}
-        self.phases_per_tick = self._geometries[self.resolutions[0]].phases
-        self.fingerprints = {
-            size: fingerprint_of(checkpoint, size, slots_per_device, self.device_kind) for size in self.resolutions
-        }
-        self.params = params = put(tick_params(checkpoint.params), self.mesh, REPLICATED)
-        self._safety_params: Any = None
-        started = time.monotonic()
-        try:
-            programs: dict[Any, Any] = {}
-            for size, geometry in self._geometries.items():
-                programs[size] = lower_tick(checkpoint, params, geometry, self.mesh)
-                programs[_SNAPSHOT, size] = lower_snapshot(geometry, self.mesh)
-                programs[_RESTORE, size] = lower_restore(geometry, self.mesh)
-                if with_previews:
-                    programs[_PREVIEW, size] = lower_preview(geometry, self.mesh)
-        except (FlaxError, TypeError, ValueError) as exc:
-            raise InvalidCheckpoint(
-                f"{checkpoint.name}: the parameters do not fit the configs: {_first_line(exc)}"
-            ) from exc
+        self.checkpoint, self.has_previews, self.mesh = checkpoint, with_previews, make_mesh(devices)
+        lanes = tuple(dict.fromkeys(resolutions or (checkpoint.default_size,)))
+        _check_sizes(checkpoint, lanes)
+        self._geometries = {lane: Geometry.of(checkpoint, len(devices), slots_per_device, *lane) for lane in lanes}
+        self._layouts = {lane: layout_of(geometry) for lane, geometry in self._geometries.items()}
+        kind = devices[0].device_kind
+        self.fingerprints = {lane: fingerprint_of(checkpoint, lane, slots_per_device, kind) for lane in lanes}
+        self.params = put(tick_params(checkpoint.params), self.mesh, REPLICATED)
+        safety_params = None
         if checkpoint.safety_checker is not None:
-            self._safety_params = put(checkpoint.params["safety_checker"], self.mesh, REPLICATED)
-            programs[_SAFETY] = lower_safety_check(checkpoint, self._safety_params, self.mesh)
-        traced = time.monotonic()
-        counts = compile_cache.counts() if compile_cache else (0, 0)
-        with ThreadPoolExecutor(len(programs)) as threads:
-            compiled = dict(zip(programs, threads.map(lambda p: p.compile(), programs.values()), strict=True))
-        self.trace_s, self.compile_s = traced - started, time.monotonic() - traced
-        self.cache_hits, self.cache_misses = compile_cache.since(counts) if compile_cache else (0, 0)
-        self._safety_check = compiled.pop(_SAFETY, None)
-        self._safety_lock = threading.Lock()
-        self._programs = compiled
+            safety_params = put(checkpoint.params["safety_checker"], self.mesh, REPLICATED)
+        self._programs = compile_programs(
+            checkpoint, self.params, safety_params, self._geometries, self.mesh, with_previews, compile_cache
+        )
+        self._safety = None
+        if self._programs.safety_check is not None:
+            extractor = checkpoint.feature_extractor
+            self._safety = SafetyChecker(self._programs.safety_check, safety_params, extractor, self.mesh)
+        self.info = _describe(checkpoint, devices, self._geometries, self._programs)
+        self._calibration: Calibration | None = None
+        self._preview_colours: dict[Lane, jax.Array] = {}
         self.reset()
-        self._warm_up()
         self._traces = TraceCounter()
+        self._unregister = weakref.finalize(self, self._traces.close)
+
+    def adopt(self, calibration: Calibration) -> None:
+        """Take over what `calibrate` measured: the engine is ready, with empty slots, and counts traces from now on."""
+        self._calibration = calibration
+        colours = calibration.preview_colours
+        self._preview_colours = {lane: put(of_lane, self.mesh, REPLICATED) for lane, of_lane in colours.items()}
+        self.reset()
+        self._traces.restart()
+
+    @property
+    def calibration(self) -> Calibration:
+        """What `adopt` took over.
+
+        Raises:
+            RuntimeError: nothing yet.
+        """
+        if self._calibration is None:
+            raise RuntimeError(
+                "the engine is not calibrated: make it with start.make_warm_engine, or call"
+                " engine.adopt(calibrate(engine))"
+            )
+        return self._calibration
+
+    @property
+    def costs(self) -> Mapping[Lane, TickCosts]:
+        """What work costs, by lane; a policy corrects these with every tick.
+
+        Raises:
+            RuntimeError: the engine is not calibrated.
+        """
+        return self.calibration.costs
 
     @property
     def traces_since_ready(self) -> int:
-        """How many programs this process traced or compiled since the engine was ready; none, unless others do."""
+        """How many programs this process traced or compiled since the engine was ready; its own are none of them."""
         return self._traces.count()
-
-    @property
-    def num_slots(self) -> int:
-        """Slots of one resolution over all devices."""
-        return self.num_devices * self.slots_per_device
 
     def prepare(self, task_id: str, request: GenerationRequest, key_data: np.ndarray | None = None) -> PreparedJob:
         """Do the host's part of a job: tokenise, make the coefficient table, make the key.
@@ -153,34 +140,9 @@ class Engine:
             key_data: `(2,) uint32`, raw key words (for split keys), instead of the request's seed.
 
         Raises:
-            InvalidRequest: the size or the sampler is not served here.
+            InvalidRequest: this engine does not serve the size or the sampler, or there is no seed.
         """
-        height, width = self.checkpoint.default_size
-        size = (request.height or height, request.width or width)
-        if size not in self._geometries:
-            raise InvalidRequest(
-                f"height x width must be one of {', '.join(map(_size, self.resolutions))} (sdtpu_resolutions),"
-                f" got {_size(size)}"
-            )
-        sampler = request.sampler or self.checkpoint.default_sampler
-        table = make_table(sampler, self.checkpoint.schedule, request.num_inference_steps)
-        if key_data is None:
-            if request.seed is None:
-                raise InvalidRequest("seed is missing: pass one, or the key's words")
-            key_data = np.array([request.seed >> 32, request.seed & 0xFFFFFFFF], np.uint32)
-        prompt_ids, truncated = self.tokenise([request.negative_prompt, request.prompt])
-        return PreparedJob(
-            task_id=task_id,
-            lane=size,
-            sampler=sampler,
-            prompt_ids=prompt_ids,
-            key_data=np.asarray(key_data, np.uint32),
-            num_inference_steps=table.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            init_noise_sigma=table.init_noise_sigma,
-            table=table.rows,
-            truncated=truncated,
-        )
+        return prepare_job(self.checkpoint, self._geometries, self.tokenise, task_id, request, key_data)
 
     def tokenise(self, prompts: list[str]) -> tuple[np.ndarray, bool]:
         """Return token ids, `(len(prompts), 77) int32`, and whether any prompt had to be cut."""
@@ -192,9 +154,9 @@ class Engine:
         """Dispatch a plan and return without waiting for the devices.
 
         Args:
-            plan: what to do.
-            jobs: the prepared jobs that the plan inserts, by task id.
-            snapshots: the states of the jobs that it resumes, by task id.
+            plan: what every device does.
+            jobs: by task id, the prepared jobs that the plan inserts.
+            snapshots: by task id, the snapshots of the jobs that the plan resumes.
 
         Raises:
             SnapshotMismatch: a snapshot is of another configuration; nothing was dispatched.
@@ -205,6 +167,81 @@ class Engine:
         parked = self._take_off(plan.lane, plan.parked)
         if plan.resumed:
             self._put_back(plan.lane, {place: snapshots[place.task_id] for place in plan.resumed})
+        todo = put(self._instructions(plan, jobs), self.mesh, SHARDED)
+        self._slots[plan.lane], decoded = self._programs.ticks[plan.lane](self.params, self._slots[plan.lane], todo)
+        return Tick(plan, decoded, parked, self._preview(plan.lane, plan.previews) if plan.previews else None)
+
+    def read_snapshot(self, data: bytes, job: PreparedJob) -> JobSnapshot:
+        """Read a job's snapshot from bytes of any origin.
+
+        Raises:
+            SnapshotMismatch: the bytes are not a snapshot of this job in this configuration.
+        """
+        snapshot = JobSnapshot.from_bytes(data, self._layouts)
+        snapshot.check(self.fingerprints[job.lane])
+        snapshot.check_job(job)
+        return snapshot
+
+    def accepts(self, snapshot: JobSnapshot) -> bool:
+        """Return whether a job can resume from a snapshot here, bit for bit."""
+        return self.fingerprints.get(snapshot.lane) == snapshot.fingerprint
+
+    def snapshot(self, lane: Lane, device: int, slot: int) -> JobSnapshot:
+        """Copy a slot's whole state off its device; the slot keeps it."""
+        (snapshot,) = self._take_off(lane, (Place("", device, slot),)).values()
+        return snapshot
+
+    def restore(self, lane: Lane, device: int, slot: int, snapshot: JobSnapshot) -> None:
+        """Put a snapshot into a slot; the job continues there bit for bit.
+
+        Raises:
+            SnapshotMismatch: the snapshot was made by another configuration.
+        """
+        snapshot.check(self.fingerprints[lane])
+        self._put_back(lane, {Place("", device, slot): snapshot})
+
+    def reset(self) -> None:
+        """Empty every slot, also after a program failed and took its donated state with it."""
+        self._slots = {size: put(g.empty_slots(), self.mesh, SHARDED) for size, g in self._geometries.items()}
+
+    def recover(self) -> None:
+        """Empty every slot after a failure, and prove that every device still draws the reference image.
+
+        Raises:
+            EngineUnavailable: a device's pixels differ from those that `calibrate` saw.
+            Exception: what the device program raised.
+        """
+        self.reset()
+        for lane, wanted in self.calibration.reference_images.items():
+            if not all(np.array_equal(pixels, wanted) for pixels in self.draw_reference_image(lane)):
+                raise EngineUnavailable("a device does not draw the reference image any more as it did at the start")
+        self.reset()
+
+    def draw_reference_image(self, lane: Lane) -> list[np.ndarray]:
+        """Have every device draw the same image of one step; return the `(height, width, 3) uint8` pixels of each."""
+        request = GenerationRequest(_REFERENCE, seed=0, num_inference_steps=1, height=lane[0], width=lane[1])
+        phases = Phase(insert=(0, _REFERENCE), steps=1), Phase(decode=(0, _REFERENCE))
+        plan = Plan(lane, (phases,) * self.info.num_devices)
+        return [image.pixels for image in self.execute(plan, {_REFERENCE: self.prepare(_REFERENCE, request)}).wait()]
+
+    def is_fatal(self, exc: Exception) -> bool:
+        """Return whether no other try on these devices can mend what a program raised."""
+        return failures.is_fatal(exc)
+
+    def check_safety(self, pixels: np.ndarray) -> bool | None:
+        """Return whether the checkpoint's safety checker flags an image; None if the checkpoint has none.
+
+        Args:
+            pixels: `(height, width, 3) uint8`.
+        """
+        return self._safety.flags(pixels) if self._safety is not None else None
+
+    def close(self) -> None:
+        """Stop counting traces. An engine that is garbage does so by itself."""
+        self._unregister()
+
+    def _instructions(self, plan: Plan, jobs: Mapping[str, PreparedJob]) -> Instructions:
+        """Return a plan as the arrays that the tick's program reads."""
         todo = self._geometries[plan.lane].no_instructions()
         row = todo.phases
         for i, phases in enumerate(plan.devices):
@@ -219,105 +256,14 @@ class Engine:
                     row.prompt_ids[i, p], row.key_data[i, p], row.table[i, p] = job.prompt_ids, job.key_data, job.table
                     row.num_steps[i, p], row.guidance_scale[i, p] = job.num_inference_steps, job.guidance_scale
                     row.init_noise_sigma[i, p] = job.init_noise_sigma
-        todo = put(todo, self.mesh, SHARDED)
-        self._slots[plan.lane], decoded = self._programs[plan.lane](self.params, self._slots[plan.lane], todo)
-        return Tick(plan, decoded, parked, self._preview(plan.lane, plan.previews) if plan.previews else None)
-
-    def read_snapshot(self, data: bytes, job: PreparedJob) -> JobSnapshot:
-        """Rebuild a job's snapshot from bytes that may come from anybody.
-
-        Raises:
-            SnapshotMismatch: the bytes are not a snapshot of this job in this configuration.
-        """
-        snapshot = JobSnapshot.from_bytes(data, self._layouts)
-        snapshot.check(self.fingerprints[job.lane])
-        snapshot.check_job(job)
-        return snapshot
-
-    def accepts(self, snapshot: JobSnapshot) -> bool:
-        """Whether a job can go on from a snapshot here, bit for bit."""
-        return self.fingerprints.get(snapshot.lane) == snapshot.fingerprint
-
-    def snapshot(self, lane: Lane, device: int, slot: int) -> JobSnapshot:
-        """Copy a slot's whole state off its device; the slot keeps it. Same threads as `execute`."""
-        (snapshot,) = self._take_off(lane, (Place("", device, slot),)).values()
-        return snapshot
-
-    def restore(self, lane: Lane, device: int, slot: int, snapshot: JobSnapshot) -> None:
-        """Put a state into a slot, to go on there bit for bit. Same threads as `execute`.
-
-        Raises:
-            SnapshotMismatch: it was made by another configuration.
-        """
-        snapshot.check(self.fingerprints[lane])
-        self._put_back(lane, {Place("", device, slot): snapshot})
-
-    def generate(self, jobs: Sequence[PreparedJob], steps_per_tick: int = 8) -> list[DecodedImage]:
-        """Run prepared jobs through the policy, all at once and without a worker; return images in the jobs' order.
-
-        For notebooks, scripts and tests; nothing else may use the engine meanwhile.
-        """
-        costs = {lane: TickCosts(self.num_devices, Cost(1.0 / steps_per_tick)) for lane in self.resolutions}
-        aggregator = Aggregator(costs, self.slots_per_device, self.phases_per_tick, tick_s=1.0)
-        by_id = {job.task_id: job for job in jobs}
-        for job in by_id.values():
-            aggregator.add(job.task_id, job.lane, job.num_inference_steps, now=0.0)
-        images: dict[str, DecodedImage] = {}
-        ticks: deque[Tick] = deque()
-        while (plan := aggregator.plan(now=0.0)) or ticks:
-            if plan:
-                ticks.append(self.execute(plan, by_id))
-            if plan is None or len(ticks) == 2:
-                images.update((image.task_id, image) for image in ticks.popleft().wait())
-        return [images[job.task_id] for job in jobs]
-
-    def reset(self) -> None:
-        """Empty every slot, also after a program failed and took its donated state with it."""
-        self._slots = {size: put(g.empty_slots(), self.mesh, SHARDED) for size, g in self._geometries.items()}
-
-    def recover(self) -> None:
-        """Empty every slot after a failure and prove that every device works: it draws a picture of the start again.
-
-        Raises:
-            EngineUnavailable: the pixels are others.
-            Exception: what the device program raised.
-        """
-        self.reset()
-        for lane, wanted in self._proofs.items():
-            if not all(np.array_equal(got, wanted) for got in warmup.draw_proof(self, lane)):
-                raise EngineUnavailable("a device does not give the pixels any more that it gave at the start")
-        self.reset()
-
-    def is_fatal(self, exc: Exception) -> bool:
-        """Whether no other try on these devices can mend what a program raised: memory or a device is gone."""
-        return isinstance(exc, RuntimeError | MemoryError) and any(
-            text in str(exc) for text in (*OUT_OF_MEMORY, *_LOST)
-        )
-
-    def check_safety(self, pixels: np.ndarray) -> bool | None:
-        """Run the checkpoint's safety checker on one image; None without one. May be called from any thread.
-
-        Args:
-            pixels: `(height, width, 3) uint8`.
-        """
-        if self._safety_check is None:
-            return None
-        from PIL import Image
-
-        extractor: Any = self.checkpoint.feature_extractor
-        features = extractor(Image.fromarray(pixels), return_tensors="np").pixel_values
-        batch = np.zeros((self.num_devices, *features.shape[1:]), np.float32)
-        batch[0] = features[0]
-        wanted = np.arange(self.num_devices) == 0
-        with self._safety_lock:
-            flags = self._safety_check(self._safety_params, *put((batch, wanted), self.mesh, SHARDED))
-        return bool(np.asarray(flags)[0])
+        return todo
 
     def _take_off(self, lane: Lane, places: Sequence[Place]) -> dict[str, JobSnapshot]:
+        """Start copying the states of slots to the host."""
         if not places:
             return {}
         slots = put(self._slot_of_each_device(places), self.mesh, SHARDED)
-        states = self._programs[_SNAPSHOT, lane](self._slots[lane], slots)
+        states = self._programs.snapshots[lane](self._slots[lane], slots)
         rows = [by_device(leaf) for leaf in states]
         snapshots = {}
         for place in places:
@@ -327,48 +273,63 @@ class Engine:
             snapshots[place.task_id] = JobSnapshot(self.fingerprints[lane], lane, arrays)
         return snapshots
 
-    def _preview(self, lane: Lane, places: Sequence[Place]) -> jax.Array:
-        slots = put(self._slot_of_each_device(places), self.mesh, SHARDED)
-        return self._programs[_PREVIEW, lane](self._colours[lane], self._slots[lane], slots)
-
-    def _slot_of_each_device(self, places: Iterable[Place], otherwise: int = 0) -> np.ndarray:
-        """Return `(D,) int32`."""
-        slots = np.full(self.num_devices, otherwise, np.int32)
-        for place in places:
-            slots[place.device] = place.slot
-        return slots
-
     def _put_back(self, lane: Lane, snapshots: Mapping[Place, JobSnapshot]) -> None:
         slots, states = self._slot_of_each_device(snapshots, NOTHING), self._geometries[lane].empty_states()
         for place, snapshot in snapshots.items():
             for leaf, row in zip(states, snapshot.state, strict=True):
                 leaf[place.device] = row[0]
-        restored = self._programs[_RESTORE, lane](self._slots[lane], *put((slots, states), self.mesh, SHARDED))
+        restored = self._programs.restores[lane](self._slots[lane], *put((slots, states), self.mesh, SHARDED))
         self._slots[lane] = restored
 
-    def _warm_up(self) -> None:
-        """Really run every program, and learn from it what work costs and what pictures of the start look like."""
-        for lane in self.resolutions:
-            self.restore(lane, 0, 0, self.snapshot(lane, 0, 0))
-            self.costs[lane] = warmup.measure_costs(self, lane)
-            self._proofs[lane] = warmup.draw_proof(self, lane)[0]
-            if (_PREVIEW, lane) in self._programs:
-                self._colours[lane] = put(warmup.fit_colours(self, lane), self.mesh, REPLICATED)
-        self.reset()
-        if self._safety_check is not None:
-            self.check_safety(np.zeros((*self.resolutions[0], 3), np.uint8))
+    def _preview(self, lane: Lane, places: Sequence[Place]) -> jax.Array:
+        slots = put(self._slot_of_each_device(places), self.mesh, SHARDED)
+        return self._programs.previews[lane](self._preview_colours[lane], self._slots[lane], slots)
+
+    def _slot_of_each_device(self, places: Iterable[Place], otherwise: int = 0) -> np.ndarray:
+        """Return `(D,) int32`."""
+        slots = np.full(self.info.num_devices, otherwise, np.int32)
+        for place in places:
+            slots[place.device] = place.slot
+        return slots
 
 
-def choose_dtype(name: str, platform: str) -> Any:
-    """Return the dtype that `sdtpu_dtype` names; `auto` is bfloat16 on an accelerator and float32 on the CPU."""
-    if name == "auto":
-        name = "float32" if platform == "cpu" else "bfloat16"
-    return {"bfloat16": jnp.bfloat16, "float32": jnp.float32}[name]
+def _check_sizes(checkpoint: Checkpoint, lanes: Iterable[Lane]) -> None:
+    """Make sure that the model can draw images of these sizes.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    multiple = checkpoint.vae_scale_factor * 2 ** (len(checkpoint.unet.config.block_out_channels) - 1)
+    for lane in lanes:
+        if any(side % multiple for side in lane):
+            raise ConfigurationError(
+                f"sdtpu_resolutions must be multiples of {multiple} pixels for this checkpoint, got {format_size(lane)}"
+            )
 
 
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+def _describe(
+    checkpoint: Checkpoint,
+    devices: Sequence[jax.Device],
+    geometries: Mapping[Lane, Geometry],
+    programs: CompiledPrograms,
+) -> EngineInfo:
+    geometry = next(iter(geometries.values()))
+    return EngineInfo(
+        model=checkpoint.name,
+        default_sampler=checkpoint.default_sampler,
+        dtype=checkpoint.dtype.__name__,
+        platform=devices[0].platform,
+        device_kind=devices[0].device_kind,
+        num_devices=len(devices),
+        slots_per_device=geometry.slots_per_device,
+        phases_per_tick=geometry.phases,
+        resolutions=tuple(geometries),
+        trace_s=programs.trace_s,
+        compile_s=programs.compile_s,
+        cache_hits=programs.cache_hits,
+        cache_misses=programs.cache_misses,
+    )
 
 
-def _first_line(exc: BaseException) -> str:
-    return str(exc).strip().split("\n", 1)[0]
+if TYPE_CHECKING:
+    _: type[ServingEngine] = Engine  # mypy reports here what an engine lacks of the contract

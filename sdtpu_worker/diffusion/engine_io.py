@@ -1,4 +1,4 @@
-"""What goes into the engine and comes out of it: a prepared job, a dispatched tick, a decoded image."""
+"""What goes into the engine and comes out of it: a calibration, a dispatched tick, a decoded image."""
 
 from __future__ import annotations
 
@@ -9,37 +9,36 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Plan
 from sdtpu_worker.diffusion.programs import Decoded
 from sdtpu_worker.diffusion.snapshot import JobSnapshot
 
 
 @dataclass(frozen=True)
-class PreparedJob:
-    """One job, ready to be inserted: everything that the host computes, done before a slot is free.
+class Calibration:
+    """What `calibrate` saw when it ran an engine's programs.
 
     Attributes:
-        prompt_ids: `(2, 77) int32`, negative prompt first.
-        key_data: `(2,) uint32`, high and low word of the key.
-        table: `(MAX_STEPS, columns) float32` coefficients.
-        truncated: a prompt had more than 77 tokens.
+        costs: what work costs, by lane.
+        reference_images: by lane, the `(height, width, 3) uint8` pixels that every device must draw again to prove
+            after a failure that it works.
+        preview_colours: by lane, the `(C + 1, 3) float32` map from latents to colours; empty without previews.
     """
 
-    task_id: str
-    lane: Lane
-    sampler: str
-    prompt_ids: np.ndarray
-    key_data: np.ndarray
-    num_inference_steps: int
-    guidance_scale: float
-    init_noise_sigma: float
-    table: np.ndarray
-    truncated: bool
+    costs: Mapping[Lane, TickCosts]
+    reference_images: Mapping[Lane, np.ndarray]
+    preview_colours: Mapping[Lane, np.ndarray]
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """One finished job: `pixels` is `(height, width, 3) uint8`; not `finite` means that it is not a picture."""
+    """The image of one job.
+
+    Attributes:
+        pixels: `(height, width, 3) uint8`.
+        finite: the latents and the pixels had no NaN and no infinity; if not, the pixels are no image.
+    """
 
     task_id: str
     device: int
@@ -49,12 +48,12 @@ class DecodedImage:
 
 
 class Tick:
-    """A dispatched plan; the devices may still be at it.
+    """A dispatched plan; the devices may still work on it.
 
     Attributes:
-        parked: the snapshots of the jobs that the plan took off their slots, by task id; on the host after `wait`.
-        previews: small pictures, `(h, w, 3) uint8` of the latents' size, by task id; there after `wait`.
-        done_at: `time.monotonic()` when the devices were done; there after `wait`.
+        parked: by task id, the snapshots of the jobs that the plan parks; on the host after `wait`.
+        previews: by task id, small images, `(h, w, 3) uint8` of the latents' size; empty until `wait` has returned.
+        done_at: `time.monotonic()` when the devices were done; None until `wait` knows.
     """
 
     def __init__(
@@ -66,14 +65,14 @@ class Tick:
         self._previews = by_device(previews) if previews is not None else {}
         for place in plan.previews:
             self._previews[place.device].copy_to_host_async()
-        self._wanted = list(plan.decoded())
+        self._wanted = plan.decoded()
         if self._wanted:
             decoded.finite.copy_to_host_async()
             for shard in self._shards().values():
                 shard.copy_to_host_async()
 
     def wait(self) -> list[DecodedImage]:
-        """Block until the tick is done and return the images that it decoded.
+        """Block until the devices are done, and return the images that the tick decoded.
 
         Raises:
             Exception: what the device program raised.
@@ -94,7 +93,7 @@ class Tick:
 
     def _shards(self) -> Mapping[int, jax.Array]:
         """Return the pixels of the devices that decoded something."""
-        wanted = {device for device, *_ in self._wanted}
+        wanted = {image.device for image in self._wanted}
         return {device: shard for device, shard in by_device(self._decoded.pixels).items() if device in wanted}
 
 

@@ -1,11 +1,11 @@
-"""Small pictures of latents: a linear map to colours, fitted to the checkpoint's own decoder when the engine starts."""
+"""Small images of latents: a linear map to colours, fitted to the checkpoint's own decoder when the engine starts."""
 
 from __future__ import annotations
 
 import numpy as np
 
 PROMPTS = ("red", "green", "blue", "yellow", "white", "black", "a photo of a landscape", "a portrait")
-"""What is drawn to fit the map; different colours matter, what is in the pictures does not."""
+"""What is drawn to fit the map: the images need different colours, and may show anything."""
 STEPS = 10
 
 
@@ -17,8 +17,8 @@ def fit_colours(latents: np.ndarray, pixels: np.ndarray) -> np.ndarray:
         pixels: `(n, height, width, 3) uint8`, what they were decoded to; height and width are multiples of h and w.
 
     Returns:
-        `(C + 1, 3) float32`: what a unit of each latent channel adds to red, green and blue from 0 to 255, and at
-        last the colour of latents that are zero.
+        `(C + 1, 3) float32`: what a unit of each latent channel adds to red, green and blue from 0 to 255; the last
+        row is the colour of latents that are zero.
     """
     n, channels, h, w = latents.shape
     blocks = pixels.reshape(n, h, pixels.shape[1] // h, w, pixels.shape[2] // w, 3).mean((2, 4))

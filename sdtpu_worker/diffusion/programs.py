@@ -58,14 +58,14 @@ class Instructions(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What a tick hands back; only the phases that were told to decode mean anything."""
+    """What a tick returns; only the entries of phases that decode hold an image."""
 
     pixels: Any  # (D, P, height, width, 3) uint8
-    finite: Any  # (D, P) bool, False if the latents or the picture had a NaN or an infinity
+    finite: Any  # (D, P) bool, False if the latents or the image had a NaN or an infinity
 
 
 class SlotState(NamedTuple):
-    """One job's whole state, as it leaves a device and comes back; as `Slots` with D instead of N."""
+    """The whole state of one job of each device, as it leaves and comes back; as `Slots` with D instead of N."""
 
     latents: Any
     history: Any
@@ -125,7 +125,7 @@ class Geometry:
         return SlotState(*rows)
 
     def no_instructions(self) -> Instructions:
-        """Return fresh instructions that do nothing; a dispatch aliases what it is given, so never reuse them."""
+        """Return fresh instructions that do nothing. A dispatch aliases its arrays, so never use them twice."""
         d = self.num_devices
         dp = d, self.phases
         phases = Phases(
@@ -143,7 +143,7 @@ class Geometry:
 
 
 def tick_params(params: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters that a tick reads: the VAE's encoder stays behind (dispatch cost grows with leaves)."""
+    """Return the parameters that a tick reads: without the VAE's encoder, since every leaf makes a dispatch slower."""
     vae = {name: params["vae"][name] for name in ("decoder", "post_quant_conv") if name in params["vae"]}
     return {"text_encoder": params["text_encoder"], "unet": params["unet"], "vae": vae}
 
@@ -214,7 +214,7 @@ def lower_restore(geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def lower_preview(geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:
-    """Trace and lower the program that makes a small picture of one slot of each device.
+    """Trace and lower the program that makes a small image of one slot of each device.
 
     Returns:
         What `.compile()` makes `preview(colours (C + 1, 3) float32, slots, slot (D,) int32) -> (D, h, w, 3) uint8`
@@ -274,7 +274,7 @@ def _lower_sharded(local: Any, mesh: Mesh, *arrays: Any, donate: int | tuple[int
 
 
 def _insert(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slots, todo: Phases) -> Slots:
-    """Encode the prompt and start the job in its slot; the noise comes from the job's own key alone."""
+    """Encode the prompt and start the job in its slot; the noise comes from nothing but the job's own key."""
     slot = todo.insert_slot
 
     def start(slots: Slots) -> Slots:
@@ -295,7 +295,7 @@ def _insert(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slot
 
 
 def _advance(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slots, steps: jax.Array) -> Slots:
-    """Take `steps` denoising steps in all of the device's slots; those that are done keep their values."""
+    """Take `steps` denoising steps in all slots of the device; a slot keeps its values after its job's last step."""
     rows = jnp.arange(geometry.slots_per_device)
     # Unconditional halves first, then the conditional ones: (2S, L, E).
     context = slots.context.swapaxes(0, 1).reshape(-1, *slots.context.shape[2:])

@@ -37,7 +37,7 @@ class NoiseSchedule:
 
     Attributes:
         alphas_cumprod: `(num_train_timesteps,) float64`, the share of signal variance left at each timestep.
-        config: the whole scheduler config; keys that a sampler does not find take diffusers' defaults.
+        config: the whole scheduler config; a sampler takes diffusers' default for a key that is missing.
     """
 
     alphas_cumprod: np.ndarray
@@ -105,7 +105,7 @@ class CoefficientTable:
     """One sampler at one number of steps.
 
     Attributes:
-        rows: `(MAX_STEPS, len(COLUMNS)) float32`; rows after `num_inference_steps` are zero and never read.
+        rows: `(MAX_STEPS, len(COLUMNS)) float32`; rows from `num_inference_steps` on are zero and never read.
         num_inference_steps: how many rows count.
         init_noise_sigma: what the initial unit noise is multiplied by.
     """

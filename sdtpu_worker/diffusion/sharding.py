@@ -1,4 +1,4 @@
-"""Which devices there are, and the one mesh axis that all state is sharded over."""
+"""Find the host's devices, and shard all state over the one axis of their mesh."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _HOST_COUNT_FLAG = "--xla_force_host_platform_device_count"
 def find_devices(platform: str, cpu_devices: int) -> list[jax.Device]:
     """Return this host's devices.
 
-    Must run before anything else starts a JAX backend: the number of simulated CPU devices is fixed by then.
+    Call it before anything else starts a JAX backend: that fixes the number of simulated CPU devices.
 
     Args:
-        platform: `auto` for what is there, or tpu, gpu or cpu.
-        cpu_devices: how many devices to simulate on the CPU; XLA_FLAGS' own count goes before it.
+        platform: `tpu`, `gpu`, `cpu`, or `auto` for the platform that JAX prefers on this host.
+        cpu_devices: how many devices to simulate on the CPU; a count in XLA_FLAGS takes precedence.
 
     Raises:
-        ConfigurationError: the platform is not there; the text names the found and the wanted kind.
+        ConfigurationError: the host has no such platform; the text names the one found and the one wanted.
     """
     if _HOST_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
         _configure("jax_num_cpu_devices", cpu_devices)
@@ -58,5 +58,4 @@ def _configure(option: str, value: Any) -> None:
     try:
         jax.config.update(option, value)
     except RuntimeError:
-        # A backend already runs in this process (an embedding program chose its devices): take those.
-        return
+        return  # a backend runs already: a program that embeds this one has chosen its devices

@@ -1,4 +1,4 @@
-"""One job's whole state off the device: to wait for another slot, on any device of any process like this one."""
+"""One job's whole state off the devices, to resume on any device of any worker with the same configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jaxlib
@@ -19,11 +19,9 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
+from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.programs import Geometry, SlotState
 from sdtpu_worker.errors import SnapshotMismatch
-
-if TYPE_CHECKING:
-    from sdtpu_worker.diffusion.engine_io import PreparedJob
 
 _SAMPLE_BYTES = 4096
 _HEAD_BYTES = 64
@@ -55,10 +53,10 @@ class JobSnapshot:
         return int(self.state.step[0])
 
     def check(self, fingerprint: str) -> None:
-        """Make sure that it fits a configuration.
+        """Make sure that the snapshot was made by a configuration.
 
         Raises:
-            SnapshotMismatch: it was made in another one; the job has to start anew.
+            SnapshotMismatch: another configuration made it; the job has to start anew.
         """
         if self.fingerprint != fingerprint:
             raise SnapshotMismatch(
@@ -67,12 +65,12 @@ class JobSnapshot:
             )
 
     def check_job(self, job: PreparedJob) -> None:
-        """Make sure that it is in the middle of this job: all that says how the devices go on is the job's own.
+        """Make sure that the snapshot is of this job: its coefficients, guidance and step counts are the job's own.
 
-        What is left for the bytes to choose are the latents, what steps have left behind and the encoded prompts.
+        Bytes that somebody forged can then choose only latents, their history and encoded prompts.
 
         Raises:
-            SnapshotMismatch: it is of another job, or not between its first and its last step.
+            SnapshotMismatch: the snapshot is of another job, or of a step that the job does not have.
         """
         state, num_steps = self.state, job.num_inference_steps
         is_of_job = (
@@ -87,18 +85,18 @@ class JobSnapshot:
             raise SnapshotMismatch(f"the snapshot is at step {self.step} of {num_steps}: start the job anew")
 
     def to_bytes(self) -> bytes:
-        """Return it compressed: a line with the fingerprint and the lane, then every array in `SlotState`'s order."""
+        """Return the snapshot compressed: a line with fingerprint and lane, then the arrays in `SlotState`'s order."""
         head = f"{self.fingerprint} {self.lane[0]} {self.lane[1]}\n".encode()
         body = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in self.state)
         return zlib.compress(head + body, level=1)
 
     @classmethod
     def from_bytes(cls, data: bytes, layouts: Mapping[Lane, SlotState]) -> JobSnapshot:
-        """Rebuild what `to_bytes` gave, of bytes that may come from anybody.
+        """Read what `to_bytes` wrote, from bytes that may come from anybody.
 
         Args:
-            data: the bytes; never more of them is inflated than the largest layout has.
-            layouts: what a state looks like in each lane; see `layout_of`.
+            data: the bytes; they are inflated to no more than the size of the largest layout.
+            layouts: the shapes and dtypes of a state, by lane; see `layout_of`.
 
         Raises:
             SnapshotMismatch: the bytes are not a snapshot of one of these lanes.
@@ -125,17 +123,19 @@ class JobSnapshot:
 
 
 def layout_of(geometry: Geometry) -> SlotState:
-    """Return what one job's state looks like: `(1, …)` shapes and dtypes."""
+    """Return the `(1, …)` shapes and dtypes of one job's state."""
     return SlotState(*(jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for leaf in geometry.empty_states()))
 
 
 def fingerprint_of(checkpoint: Checkpoint, lane: Lane, slots_per_device: int, device_kind: str) -> str:
-    """Return what must be equal for two engines to give the same pixels: model, dtype, sizes, device, versions.
+    """Return a digest of what two engines must share to draw the same pixels: model, dtype, sizes, devices, versions.
 
-    Of every parameter the ends count, not each byte: gigabytes would take seconds.
+    XLA compiles the same program for simulated devices otherwise when the process has more of them, so their number
+    counts too. Of every parameter the digest covers both ends, not each byte: gigabytes would take seconds.
     """
     digest = hashlib.blake2b(digest_size=16)
-    facts: list[Any] = [jax.__version__, jaxlib.__version__, device_kind, str(checkpoint.dtype), lane, slots_per_device]
+    facts: list[Any] = [jax.__version__, jaxlib.__version__, device_kind, jax.local_device_count()]
+    facts += [str(checkpoint.dtype), lane, slots_per_device]
     facts += [_plain(checkpoint.schedule.config), _plain(checkpoint.unet.config), _plain(checkpoint.vae.config)]
     digest.update(repr(facts).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):

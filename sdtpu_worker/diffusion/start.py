@@ -1,4 +1,4 @@
-"""From settings to a warm engine: find the devices, load the checkpoint, compile and really run every program."""
+"""From the settings to an engine that is ready to serve: find devices, load the checkpoint, compile, calibrate."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import logging
 import time
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.config import Config
 from sdtpu_worker.diffusion.cache import CompileCache
-from sdtpu_worker.diffusion.checkpoint import load_checkpoint
-from sdtpu_worker.diffusion.engine import Engine, choose_dtype
+from sdtpu_worker.diffusion.calibration import calibrate
+from sdtpu_worker.diffusion.checkpoint import Checkpoint, load_checkpoint
+from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import find_devices
-from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, memory_file
+from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, saved_choice_file
 
 logger = logging.getLogger(__name__)
 
 
 def start_engine(config: Config) -> Engine:
-    """Return a warm engine on all of this host's devices.
-
-    Args:
-        config: the settings.
+    """Return an engine as the settings describe it, which has really run every program.
 
     Raises:
         ConfigurationError: a device, a checkpoint or a size that is configured is not there.
@@ -31,21 +33,44 @@ def start_engine(config: Config) -> Engine:
         "found %d devices of kind %s (platform %s, sdtpu_platform = %s)",
         len(devices), devices[0].device_kind, devices[0].platform, config.platform,
     )  # fmt: skip
-    cache = CompileCache(config.compile_cache)
-    dtype: Any = choose_dtype(config.dtype, devices[0].platform)
-    checkpoint = load_checkpoint(config.model, dtype, config.revision)
-    logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
+    with CompileCache(config.compile_cache) as cache:
+        dtype = choose_dtype(config.dtype, devices[0].platform)
+        checkpoint = load_checkpoint(config.model, dtype, config.revision)
+        logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
 
-    def make_engine(slots_per_device: int) -> Engine:
-        return Engine(checkpoint, devices, slots_per_device, config.resolutions, cache, config.preview_every > 0)
+        def make(slots_per_device: int) -> Engine:
+            has_previews = config.preview_every > 0
+            return make_warm_engine(checkpoint, devices, slots_per_device, config.resolutions, cache, has_previews)
 
-    if isinstance(config.slots_per_device, int):
-        engine = make_engine(config.slots_per_device)
-    else:
-        memory = memory_file(cache.path, checkpoint, devices[0], config.resolutions)
-        engine = choose_slots_per_device(make_engine, memory)
+        if isinstance(config.slots_per_device, int):
+            engine = make(config.slots_per_device)
+        else:
+            saved_choice = saved_choice_file(cache.path, checkpoint, devices[0], config.resolutions)
+            engine = choose_slots_per_device(make, saved_choice)
+    info = engine.info
     logger.info(
         "traced %d programs in %.2f s, compiled in %.2f s (compile cache: %d hits, %d misses)",
-        len(engine.resolutions), engine.trace_s, engine.compile_s, engine.cache_hits, engine.cache_misses,
+        len(info.resolutions), info.trace_s, info.compile_s, info.cache_hits, info.cache_misses,
     )  # fmt: skip
     return engine
+
+
+def make_warm_engine(
+    checkpoint: Checkpoint,
+    devices: list[jax.Device],
+    slots_per_device: int = 1,
+    resolutions: tuple[Lane, ...] | None = None,
+    compile_cache: CompileCache | None = None,
+    with_previews: bool = False,
+) -> Engine:
+    """Return an engine that is compiled and calibrated; see `Engine` for the arguments and what it raises."""
+    engine = Engine(checkpoint, devices, slots_per_device, resolutions, compile_cache, with_previews)
+    engine.adopt(calibrate(engine))
+    return engine
+
+
+def choose_dtype(name: str, platform: str) -> Any:
+    """Return the dtype that `sdtpu_dtype` names; `auto` is bfloat16 on an accelerator and float32 on the CPU."""
+    if name == "auto":
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return {"bfloat16": jnp.bfloat16, "float32": jnp.float32}[name]

@@ -40,7 +40,7 @@ _MOST_MERGES = 49_152 - 256 - 2  # of CLIP's vocabulary; files may have more, wh
 _MOST_ROUNDS = 4
 _MOST_LINES = 500
 _MOST_CHARACTERS = 2560
-"""Mended at a time: more than 77 of CLIP's longest tokens, 32 characters, have."""
+"""How many characters are mended at a time: more than 77 of CLIP's longest tokens (32 characters) have."""
 _MOST_MARKS = 64
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _DEFAULTS = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
@@ -53,7 +53,7 @@ _TOO_MANY_MARKS = regex.compile(rf"(?<!\p{{M}})(\p{{M}}{{{_MOST_MARKS}}})\p{{M}}
 _FIXES = ftfy.TextFixerConfig(unescape_html=False, normalization=None, explain=False)
 _VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _BYTES = {byte: 256 + i for i, byte in enumerate(byte for byte in range(256) if byte not in _VISIBLE)}
-"""The characters that stand for bytes which are no visible ones in Latin-1; the others stand for themselves."""
+"""The characters that stand for bytes which Latin-1 does not show; all other bytes stand for themselves."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Read the weights of one part of a checkpoint: Flax msgpack, or safetensors in the layout of Flax or of PyTorch.
 
-Pickles (`.bin`, `.ckpt`, `.pt`, `.pth`) can run code when they are opened, so none is ever opened here. PyTorch is
-not needed to convert: the expected shape of every Flax leaf says under which name and in which layout PyTorch has it.
+Pickles (`.bin`, `.ckpt`, `.pt`, `.pth`) can run code when they are opened, so this module opens none. It converts
+without PyTorch: the name and the shape of every Flax leaf say under which name and in which layout PyTorch has it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def read_weights(folder: Path, part: str, shapes: Mapping[str, Any], dtype: Any)
         dtype: of the parameters that are returned.
 
     Raises:
-        InvalidCheckpoint: there are no weights of an allowed format, they are broken, or they do not fit the shapes.
+        InvalidCheckpoint: the part has no weights of an allowed format, or they are broken, or do not fit the shapes.
     """
     path = find_weights(folder, part)
     if path is None:
@@ -108,7 +108,7 @@ def _read_safetensors(path: Path) -> tuple[Tensors, bool]:
         try:
             with safe_open(file, framework="np") as opened:
                 formats.add((opened.metadata() or {}).get("format"))
-                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118  a safe_open has keys() and cannot be iterated
         except Exception as exc:  # the reader's own errors, OS errors, unknown types of numbers
             raise _broken(file, exc) from exc
     if not tensors:
@@ -189,7 +189,7 @@ def _check(path: Path, found: Mapping[tuple[str, ...], Any], expected: Mapping[t
 
 
 def _broken(path: Path, exc: Exception) -> InvalidCheckpoint:
-    """Say why a file could not be read: often it is a pickle under another name."""
+    """Return the error that says why a file could not be read: often it is a pickle under another name."""
     size, start = "missing", b""
     if path.is_file():
         size = f"{path.stat().st_size:,} bytes"

@@ -1,4 +1,7 @@
-"""Doubles for tests of code that uses this package; they need neither JAX nor a device."""
+"""An engine that counts instead of drawing: a double for tests, which needs neither JAX nor a device.
+
+It keeps the contract of `sdtpu_worker.device_loop.protocols.DeviceEngine`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import copy
 import json
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Plan
@@ -17,10 +20,15 @@ from sdtpu_worker.errors import SnapshotMismatch
 
 _MOST_SNAPSHOT_BYTES = 4096
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sdtpu_worker.device_loop.protocols import DeviceEngine
+
 
 @dataclass(frozen=True)
 class FakeJob:
-    """What a `DeviceLoop` reads of a job, and a number for `FakeEngine` to count with."""
+    """What a `DeviceLoop` reads of a job, and the number from which `FakeEngine` counts."""
 
     task_id: str
     num_inference_steps: int
@@ -30,18 +38,18 @@ class FakeJob:
 
 @dataclass(frozen=True)
 class FakeImage:
-    """What `FakeEngine` decodes; `pixels` is the job's value plus the steps that it was given."""
+    """What `FakeEngine` decodes; `pixels` is what `FakeEngine.draw` makes of the job's value plus its steps."""
 
     task_id: str
     device: int
     slot: int
-    pixels: int
+    pixels: Any
     finite: bool = True
 
 
 @dataclass(frozen=True)
 class FakeSnapshot:
-    """A parked job of a `FakeEngine`."""
+    """The state of a job of a `FakeEngine`."""
 
     task_id: str
     value: int
@@ -55,11 +63,11 @@ class FakeSnapshot:
 
     @classmethod
     def from_bytes(cls, data: bytes, num_inference_steps: int | None = None) -> FakeSnapshot:
-        """Rebuild what `to_bytes` gave, of bytes that may come from anybody.
+        """Read what `to_bytes` wrote, from bytes of any origin.
 
         Args:
             data: the bytes.
-            num_inference_steps: of the job that it should be of; None for any.
+            num_inference_steps: steps of the job that the snapshot must be of; None for any.
 
         Raises:
             SnapshotMismatch: the bytes are not a snapshot of such a job.
@@ -80,22 +88,22 @@ class FakeSnapshot:
 
 
 class FakeDeviceLost(RuntimeError):
-    """What a `FakeEngine` raises when no other try can mend it."""
+    """What a `FakeEngine` raises when its devices are lost: no other try can mend that."""
 
 
 class FakeEngine:
-    """An engine whose arithmetic can be checked by hand: inserting puts `value` into the slot, a step adds 1.
+    """An engine whose arithmetic can be checked by hand: an insert puts the job's `value` into the slot, a step adds 1.
 
     A job of value 100 and 7 steps is decoded as 107, whatever device and slot it had, and however often it was
-    parked. Like the real engine, it steps all of a device's slots, but none further than its number of steps.
+    parked. Like the real engine, it advances all slots of a device, but no job beyond its number of steps.
 
     Args:
         fail_at: numbers of `execute` calls, from 0, that raise instead.
         fail_late_at: numbers of `execute` calls whose tick raises in `wait`, as a device that fails while it works.
         gate: when given, every tick's `wait` blocks until it is set: a device that hangs.
-        costs: when given, a tick takes as long as these say now, in real time, one tick after the other. A policy
-            may have the same ones and go on learning: what it takes for slower does not get slower by that.
-        poison: tasks that make every tick of theirs fail late, with whoever is in it.
+        costs: when given, a tick takes as long as these say at the start, in real time, one tick after the other. A
+            policy may correct the same objects: the engine does not get slower by what a policy learns.
+        poison: tasks that make every tick fail late that they have a slot in.
         nan: tasks whose images are not finite.
         fatal_at: numbers of `execute` calls whose tick fails late and for good: `recover` raises from then on.
     """
@@ -110,13 +118,14 @@ class FakeEngine:
         nan: frozenset[str] = frozenset(),
         fatal_at: tuple[int, ...] = (),
     ) -> None:
-        self.fail_at, self.fail_late_at, self.gate, self.costs = fail_at, fail_late_at, gate, costs
+        self.fail_at, self.fail_late_at, self.gate = fail_at, fail_late_at, gate
         self.poison, self.nan, self.fatal_at = poison, nan, fatal_at
-        self._durations = copy.deepcopy(costs)
+        self.costs: Mapping[Lane, TickCosts] = costs or {}
+        self._durations = copy.deepcopy(self.costs)
         self.calls = self.recoveries = 0
         self.is_lost = False
         self.slots: dict[tuple[Lane, int, int], FakeSnapshot] = {}  # by (lane, device, slot)
-        self.ticks: list[frozenset[str]] = []  # who was in a slot
+        self.ticks: list[frozenset[str]] = []  # the tasks that had a slot in each tick
         self._free_at = 0.0
 
     def execute(
@@ -145,21 +154,25 @@ class FakeEngine:
                 self._advance(plan.lane, d, phase.steps)
         if self._durations:
             self._free_at = max(self._free_at, time.monotonic()) + self._durations[plan.lane].tick_s(plan)
-        return FakeTick(images, parked, self.gate, self._free_at, self._failure_of(self.calls - 1))
+        return FakeTick(images, parked, self.gate, self._free_at, self._failure_of(self.calls - 1), self.draw)
+
+    def draw(self, count: int) -> Any:
+        """Return the pixels of a job that ends with this count: the count itself. A subclass may draw something."""
+        return count
 
     def is_fatal(self, exc: Exception) -> bool:
-        """Whether the device is lost."""
+        """Return whether the devices are lost."""
         return isinstance(exc, FakeDeviceLost)
 
     def recover(self) -> None:
-        """Empty every slot, and fail if the device is lost."""
+        """Empty every slot, and raise if the devices are lost."""
         self.recoveries += 1
         if self.is_lost:
             raise FakeDeviceLost("the fake device is lost")
         self.reset()
 
     def accepts(self, snapshot: FakeSnapshot) -> bool:
-        """Whether it was made by a `FakeEngine`."""
+        """Return whether a `FakeEngine` made the snapshot."""
         return snapshot.fingerprint == "fake"
 
     def reset(self) -> None:
@@ -195,16 +208,22 @@ class FakeTick:
         gate: threading.Event | None,
         done_at: float,
         failure: Exception | None = None,
+        draw: Callable[[int], Any] = int,
     ) -> None:
-        self.parked, self.previews = parked, dict[str, Any]()
+        self.parked: Mapping[str, FakeSnapshot] = parked
+        self.previews: dict[str, np.ndarray] = {}
         self.done_at: float | None = None
-        self._images, self._gate, self._done_at, self._failure = images, gate, done_at, failure
+        self._images, self._gate, self._done_at, self._failure, self._draw = images, gate, done_at, failure, draw
 
     def wait(self) -> list[FakeImage]:
-        """Return the images, when the gate is open and the time has come."""
+        """Return the images as soon as the gate is open and the tick's time is over."""
         if self._gate is not None and not self._gate.wait(30):
             raise TimeoutError("the gate of a FakeEngine was not opened within 30 s")
         time.sleep(max(0.0, self._done_at - time.monotonic()))
         if self._failure is not None:
             raise self._failure
-        return self._images
+        return [replace(image, pixels=self._draw(image.pixels)) for image in self._images]
+
+
+if TYPE_CHECKING:
+    _: type[DeviceEngine] = FakeEngine  # mypy reports here what the double lacks of the contract

@@ -17,6 +17,7 @@ from celery.worker import state
 
 from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.config import Config
+from sdtpu_worker.device_loop.protocols import Policy, ServingEngine
 from sdtpu_worker.images.store import make_image_store
 from sdtpu_worker.worker.celery_request import JOB, answer_directly
 from sdtpu_worker.worker.job import DeviceJob
@@ -33,19 +34,19 @@ _STORE_S = 10.0
 """How long jobs that left the devices may take to encode, store and end."""
 
 
-def make_engine(config: Config) -> Any:
+def make_engine(config: Config) -> ServingEngine:
     """Return a warm engine on this host's devices; imports JAX."""
     from sdtpu_worker.diffusion.start import start_engine
 
     return start_engine(config)
 
 
-def make_aggregator(engine: Any, config: Config) -> Aggregator:
+def make_aggregator(engine: ServingEngine, config: Config) -> Policy:
     """Return the policy for an engine."""
     return Aggregator(
         engine.costs,
-        engine.slots_per_device,
-        engine.phases_per_tick,
+        engine.info.slots_per_device,
+        engine.info.phases_per_tick,
         config.tick_s,
         config.preemption,
         config.preview_every,
@@ -111,7 +112,7 @@ class DevicePool(TaskPool):
         self._signals = 0
         self.limit = services.serving.capacity
         self.executor = ThreadPoolExecutor(
-            self.limit + services.serving.engine.num_slots,
+            self.limit + services.serving.engine.info.num_slots,
             thread_name_prefix="sdtpu-job",
             initializer=services.wait_for_results,
         )
@@ -258,15 +259,15 @@ class DevicePool(TaskPool):
     def _get_info(self) -> dict[str, Any]:
         info = dict(super()._get_info())
         if self.services is not None and self.services.serving is not None:
-            engine = self.services.serving.engine
+            engine, facts = self.services.serving.engine, self.services.serving.engine.info
             info["sdtpu"] = {
-                "devices": engine.num_devices,
-                "device_kind": engine.device_kind,
-                "slots": engine.num_slots,
-                "model": engine.checkpoint.name,
-                "trace_s": round(engine.trace_s, 3),
-                "compile_s": round(engine.compile_s, 3),
-                "compile_cache": {"hits": engine.cache_hits, "misses": engine.cache_misses},
+                "devices": facts.num_devices,
+                "device_kind": facts.device_kind,
+                "slots": facts.num_slots,
+                "model": facts.model,
+                "trace_s": round(facts.trace_s, 3),
+                "compile_s": round(facts.compile_s, 3),
+                "compile_cache": {"hits": facts.cache_hits, "misses": facts.cache_misses},
                 "traces_since_ready": engine.traces_since_ready,
                 "costs": {f"{h}x{w}": costs.to_json() for (h, w), costs in engine.costs.items()},
                 "loop": self.services.serving.loop.stats.to_json(),

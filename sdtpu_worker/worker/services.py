@@ -34,6 +34,7 @@ from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.envelope import BadEnvelope
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
+from sdtpu_worker.device_loop.protocols import ServingEngine
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
 from sdtpu_worker.operations.redis_checks import redis_warnings
@@ -118,6 +119,7 @@ class DeviceServices:
             self._connect_to_broker(undo)
             store = pool.make_store(self._app, self.config.image_store)
             engine = pool.make_engine(self.config)
+            undo.callback(engine.close)
             policy = pool.make_policy(engine, self.config)
             hooks = Hooks(_end_process, self._make_start_recorder(undo), self.stopping.is_set)
             self.serving = serving = Serving(engine, store, policy, self.config, hooks)
@@ -281,14 +283,15 @@ class DeviceServices:
             logger.warning("the load report of this worker could not be published: %s", exc)
 
 
-def _log_ready(engine: Any, after_s: float) -> None:
+def _log_ready(engine: ServingEngine, after_s: float) -> None:
+    info = engine.info
     sizes = ", ".join(
-        f"{height}x{width} ({1000 * costs.step_s(engine.num_devices):.1f} ms a step)"
+        f"{height}x{width} ({1000 * costs.step_s(info.num_devices):.1f} ms a step)"
         for (height, width), costs in engine.costs.items()
     )
     logger.info(
-        "ready: %d devices of kind %s, %d slots, %s, after %.1f s",
-        engine.num_devices, engine.device_kind, engine.num_slots, sizes, after_s,
+        "ready: %d devices of kind %s, %d slots, %s, %s, sampler %s by default, after %.1f s",
+        info.num_devices, info.device_kind, info.num_slots, info.dtype, sizes, info.default_sampler, after_s,
     )  # fmt: skip
 
 

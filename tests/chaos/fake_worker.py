@@ -21,17 +21,19 @@ import json
 import os
 import signal
 import threading
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.aggregator.plan import Plan
 from sdtpu_worker.app import app
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.device_loop.protocols import EngineInfo, ServingEngine
 from sdtpu_worker.images.store import ImageStore, make_image_store
-from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob, FakeSnapshot
+from sdtpu_worker.testing.fake_engine import FakeEngine, FakeImage, FakeJob, FakeSnapshot, FakeTick
 from sdtpu_worker.worker.pool import DevicePool
 from tests.chaos.pictures import LANE, expected_count, picture
 
@@ -52,12 +54,18 @@ class PictureEngine(FakeEngine):
 
     def __init__(self, devices: int, slots_per_device: int, step_s: float) -> None:
         super().__init__(costs={LANE: TickCosts(devices, Cost(step_s))})
-        self.num_devices, self.slots_per_device, self.phases_per_tick = devices, slots_per_device, slots_per_device + 1
-        self.num_slots = devices * slots_per_device
-        self.device_kind, self.resolutions = "fake", (LANE,)
-        self.checkpoint = SimpleNamespace(name="fake")
-        self.trace_s = self.compile_s = 0.0
-        self.cache_hits = self.cache_misses = self.traces_since_ready = 0
+        self.traces_since_ready = 0
+        self.info = EngineInfo(
+            model="fake",
+            default_sampler="ddim",
+            dtype="int",
+            platform="cpu",
+            device_kind="fake",
+            num_devices=devices,
+            slots_per_device=slots_per_device,
+            phases_per_tick=slots_per_device + 1,
+            resolutions=(LANE,),
+        )
 
     def prepare(self, task_id: str, request: GenerationRequest) -> PictureJob:
         """Make a job that counts from its seed on."""
@@ -71,33 +79,42 @@ class PictureEngine(FakeEngine):
     def check_safety(self, pixels: np.ndarray) -> None:
         """Have no safety checker."""
 
+    def close(self) -> None:
+        """Do nothing: nothing is registered."""
+
     def read_snapshot(self, data: bytes, job: FakeJob) -> FakeSnapshot:
         """Rebuild what `to_bytes` gave."""
         return FakeSnapshot.from_bytes(data, job.num_inference_steps)
 
-    def execute(self, plan: Any, jobs: Any, snapshots: Any = None) -> Any:
+    def draw(self, count: int) -> np.ndarray:
+        """Return a picture of a count."""
+        return picture(count)
+
+    def execute(
+        self, plan: Plan, jobs: Mapping[str, Any], snapshots: Mapping[str, FakeSnapshot] | None = None
+    ) -> FakeTick:
         """Follow a plan; accidents happen."""
         prompts = {jobs[task_id].prompt for task_id in plan.inserted()}
         if "kill" in prompts:
             os.kill(os.getpid(), signal.SIGKILL)
         if "lose" in prompts:
             self.fatal_at = (self.calls,)
-        tick = _PictureTick(super().execute(plan, jobs, snapshots))
+        tick = super().execute(plan, jobs, snapshots)
         self.ticks.clear()
-        if "hang" in prompts:
-            tick.wait = threading.Event().wait  # type: ignore[method-assign, assignment]
-        return tick
+        return HangingTick([], tick.parked, None, 0.0) if "hang" in prompts else tick
 
 
-class _PictureTick:
-    """A tick whose images are pictures."""
+class HangingTick(FakeTick):
+    """A tick that does not end."""
 
-    def __init__(self, tick: Any) -> None:
-        self.parked, self.previews, self.done_at = tick.parked, tick.previews, tick.done_at
-        self._tick = tick
+    def wait(self) -> list[FakeImage]:
+        """Block for ever."""
+        threading.Event().wait()
+        return []
 
-    def wait(self) -> list[Any]:
-        return [dataclasses.replace(image, pixels=picture(image.pixels)) for image in self._tick.wait()]
+
+if TYPE_CHECKING:
+    _: type[ServingEngine] = PictureEngine  # mypy reports here what the double lacks of the contract
 
 
 class FakeDevicePool(DevicePool):
@@ -114,7 +131,7 @@ class FakeDevicePool(DevicePool):
         """Make the store, with the patience that the test asks for."""
         store = make_image_store(app, url)
         if budget_s := os.environ.get("SDTPU_FAKE_PUT_BUDGET_S"):
-            store.budget_s = float(budget_s)  # type: ignore[attr-defined]
+            store.budget_s = float(budget_s)  # type: ignore[attr-defined]  # both stores have it
         return store
 
 

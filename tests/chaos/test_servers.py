@@ -17,7 +17,8 @@ from redis.exceptions import AuthenticationError, ConnectionError, NoPermissionE
 from sdtpu_worker.testing.processes import StartFailed
 from tests.chaos.proxies import FlakyProxy, TlsProxy
 from tests.chaos.sentinel import SentinelCluster
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.servers import RedisServer
+from tests.support.waiting import wait_until
 
 
 @contextlib.contextmanager
@@ -136,7 +137,7 @@ def test_a_tls_proxy_speaks_tls_to_redis_py_and_celery():
             pytest.raises(ConnectionError, match=r"(?i)certificate.verify.failed"),
         ):
             stranger.ping()
-        with client_of(proxy.url.replace("rediss://", "redis://").split("?")[0]) as plain, pytest.raises(Exception):  # noqa: B017, PT011
+        with client_of(proxy.url.replace("rediss://", "redis://").split("?")[0]) as plain, pytest.raises(Exception):  # noqa: B017, PT011  (any error of the driver)
             plain.ping()
         app = Celery("tls", broker=proxy.url, backend=proxy.url, set_as_current=False)
         assert app.backend.connparams["ssl_cert_reqs"] == ssl.CERT_REQUIRED

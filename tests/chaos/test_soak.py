@@ -35,7 +35,7 @@ from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.device_loop.loop import DeviceLoop
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob
 from sdtpu_worker.testing.processes import private_redis
-from tests.chaos.fleet import Fleet, Ledger, client_app
+from tests.chaos.fleet import Fleet, Ledger
 from tests.chaos.footprint import (
     assert_as_before,
     assert_nothing_left,
@@ -45,7 +45,8 @@ from tests.chaos.footprint import (
     pool_stats,
     settled,
 )
-from tests.chaos.servers import wait_until
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -271,7 +272,7 @@ class VirtualWorker:
 
     def next_at(self) -> float:
         """Return when there is something to do."""
-        oldest, wait_s = self.loop._flights.oldest, self.loop._wait_s()
+        oldest, wait_s = self.loop._ticks.oldest, self.loop._wait_s()
         if self.loop._inbox._arrivals or self.loop._inbox._cancelled:
             return self.clock.now
         times = [oldest.ends_at if oldest else np.inf, np.inf if wait_s is None else self.clock.now + max(0.0, wait_s)]
@@ -280,23 +281,23 @@ class VirtualWorker:
     def turn(self) -> None:
         """Do what is due: the ticks that have ended, then one turn of the loop."""
         loop, now = self.loop, self.clock.now
-        oldest = loop._flights.oldest
+        oldest = loop._ticks.oldest
         if oldest is not None and oldest.ends_at <= now:
-            while (flight := loop._flights._to_wait_for.get_nowait()) is not oldest:
-                pass  # of before a failure
+            while (tick := loop._ticks._to_wait_for.get_nowait()) is not oldest:
+                pass  # a tick from before a failure
             try:
-                end: Any = flight.tick.wait()
+                end: Any = tick.executed.wait()
             except Exception as exc:
                 end = exc
-            loop._inbox.end(flight, end, now)
+            loop._inbox.end(tick, end, now)
         loop._take_in()
-        if loop._failure is not None and not loop._flights:
+        if loop._failure is not None and not loop._ticks:
             loop._recover(loop._failure)
         elif loop._failure is None and loop._is_due(now):
             loop._dispatch(now)
-        if not loop._flights:
-            while not loop._flights._to_wait_for.empty():
-                loop._flights._to_wait_for.get_nowait()
+        if not loop._ticks:
+            while not loop._ticks._to_wait_for.empty():
+                loop._ticks._to_wait_for.get_nowait()
         self.engine.ticks.clear()
 
     def run_until(self, at: float) -> None:
@@ -314,8 +315,8 @@ class VirtualWorker:
         loop, inbox, jobs, policy = self.loop, self.loop._inbox, self.loop._jobs, self.policy
         return Counter(
             here=len(jobs), arrivals=len(inbox._arrivals), cancelled=len(inbox._cancelled),
-            ended=len(inbox._ended), flights=len(loop._flights), quarantine=len(jobs._quarantine),
-            to_wait_for=loop._flights._to_wait_for.qsize(), **policy.counts(),
+            ended=len(inbox._ended), ticks=len(loop._ticks), quarantine=len(jobs._quarantine),
+            to_wait_for=loop._ticks._to_wait_for.qsize(), **policy.counts(),
         )  # fmt: skip
 
 
@@ -394,7 +395,8 @@ class Copies:
     def __init__(self, client: redis.Redis) -> None:
         self.client, self.count = client, 0
         self.template_id = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 1}, queue="elsewhere").id
-        self.raw = client.rpop("elsewhere\x06\x166").decode()
+        raw: Any = client.rpop("elsewhere\x06\x166")
+        self.raw = raw.decode()
 
     def send(self, count: int, eta: datetime | None = None) -> None:
         raw = self.raw.replace('"eta": null', f'"eta": "{eta.isoformat()}"') if eta else self.raw

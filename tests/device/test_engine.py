@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
-import time
+import weakref
 from collections import Counter
 
 import jax
@@ -26,12 +27,15 @@ from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.device_loop.loop import DeviceLoop
 from sdtpu_worker.device_loop.submission import JobHandedOver
+from sdtpu_worker.diffusion.calibration import calibrate
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import SHARDED, put
+from sdtpu_worker.diffusion.start import make_warm_engine
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidRequest
-from tests.device.checkpoints import SHIPPED, make_random_checkpoint
-from tests.device.engines import generate_all, on_one_device, run_alone
+from tests.support.checkpoints import SHIPPED, make_random_checkpoint
+from tests.support.engines import generate_all, on_one_device, run_alone
+from tests.support.waiting import wait_until
 
 PROMPTS = (
     "a red circle on a blue background",
@@ -64,21 +68,21 @@ def mixed_requests(count: int, seed: int) -> list[GenerationRequest]:
 @pytest.fixture(
     scope="module", params=[(1, "float32"), (3, "float32"), (2, "bfloat16")], ids=lambda p: f"{p[0]}x{p[1]}"
 )
-def any_engine(request, random_checkpoint):
+def any_engine(request, random_checkpoint, devices, compile_cache):
     slots, dtype = request.param
     checkpoint = load_checkpoint(str(random_checkpoint), getattr(jnp, dtype))
-    return Engine(checkpoint, pytest.devices, slots, None, pytest.compile_cache)
+    return make_warm_engine(checkpoint, devices, slots, None, compile_cache)
 
 
 def test_the_same_request_gives_the_same_pixels_on_every_device_and_slot_with_any_neighbours(any_engine):
     wanted = GenerationRequest("a red circle", seed=2**40 + 7, num_inference_steps=9, sampler="dpmsolver++")
     job = any_engine.prepare("it", wanted)
-    generate_all(any_engine, mixed_requests(any_engine.num_slots, 1))  # leaves strangers' state in every slot
+    generate_all(any_engine, mixed_requests(any_engine.info.num_slots, 1))  # leaves strangers' state in every slot
     rng = random.Random(0)
     reference = run_alone(any_engine, job, 0, 0, [9]).pixels
     assert reference.std() > 0
     for portions in ([1] * 9, [4, 5], [2, 3, 20]):
-        device, slot = rng.randrange(any_engine.num_devices), rng.randrange(any_engine.slots_per_device)
+        device, slot = rng.randrange(any_engine.info.num_devices), rng.randrange(any_engine.info.slots_per_device)
         np.testing.assert_array_equal(run_alone(any_engine, job, device, slot, portions).pixels, reference)
     places = set()
     for trial in range(4):
@@ -92,8 +96,10 @@ def test_the_same_request_gives_the_same_pixels_on_every_device_and_slot_with_an
 
 def test_five_hundred_mixed_jobs_trace_and_compile_nothing(any_engine):
     before = any_engine.traces_since_ready
-    lane, jobs = any_engine.resolutions[0], mixed_requests(500, 5)
-    policy = Aggregator(any_engine.costs, any_engine.slots_per_device, any_engine.phases_per_tick, tick_s=0.02)
+    lane, jobs = any_engine.info.resolutions[0], mixed_requests(500, 5)
+    policy = Aggregator(
+        any_engine.costs, any_engine.info.slots_per_device, any_engine.info.phases_per_tick, tick_s=0.02
+    )
     loop = DeviceLoop(any_engine, policy)
     loop.start()
     submissions = [
@@ -112,7 +118,46 @@ def test_a_trace_would_be_counted(any_engine):
     assert any_engine.traces_since_ready > before
 
 
-def test_one_trace_makes_each_program(random_checkpoint):
+def test_an_engine_that_is_closed_or_forgotten_leaves_no_listener_behind(random_checkpoint, devices):
+    checkpoint = load_checkpoint(str(random_checkpoint))
+    closed, forgotten = (Engine(checkpoint, devices[:1]) for _ in range(2))
+    listeners = [weakref.ref(engine._traces) for engine in (closed, forgotten)]
+    closed.close()
+    closed.close()
+    before = closed.traces_since_ready
+    jax.jit(lambda x: x + before)(1)
+    assert closed.traces_since_ready == before
+    del closed, forgotten
+    gc.collect()
+    assert [listener() for listener in listeners] == [None, None]
+
+
+def test_an_engine_that_is_not_calibrated_draws_images_and_says_what_it_lacks(random_checkpoint, devices):
+    engine = Engine(load_checkpoint(str(random_checkpoint)), devices[:2])
+    (image,) = generate_all(engine, mixed_requests(1, 3))
+    assert image.finite
+    with pytest.raises(RuntimeError, match=r"not calibrated: .*make_warm_engine"):
+        _ = engine.costs
+
+
+def test_a_calibration_has_the_costs_the_reference_image_and_the_colours_of_every_lane(random_checkpoint, devices):
+    lanes = ((8, 8), (8, 16))
+    engine = Engine(load_checkpoint(str(random_checkpoint)), devices[:2], 1, lanes, with_previews=True)
+    calibration = calibrate(engine)
+    assert engine.traces_since_ready == 0, "nothing compiles but the programs of the engine"
+    for lane in lanes:
+        costs = calibration.costs[lane]
+        assert costs.num_devices == 2
+        assert min(costs.cost.step_s, costs.cost.insert_s, costs.cost.decode_s) > 0
+        assert calibration.reference_images[lane].shape == (*lane, 3)
+        assert calibration.preview_colours[lane].shape == (5, 3)
+    assert np.asarray(engine._slots[lanes[0]].num_steps).any()
+    engine.adopt(calibration)
+    assert engine.costs is calibration.costs
+    assert not np.asarray(engine._slots[lanes[0]].num_steps).any(), "the slots of a ready engine are empty"
+
+
+def test_one_trace_makes_each_program(random_checkpoint, devices):
     traces: Counter[str] = Counter()
 
     def count(event: str, _: float, **options: object) -> None:
@@ -121,15 +166,15 @@ def test_one_trace_makes_each_program(random_checkpoint):
 
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        engine = Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:2], 1, ((8, 8), (8, 16)))
+        engine = Engine(load_checkpoint(str(random_checkpoint)), devices[:2], 1, ((8, 8), (8, 16)))
         generate_all(engine, mixed_requests(5, 0))
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
     assert traces["local_tick"] == traces["local_snapshot"] == traces["local_restore"] == 2
 
 
-def test_several_resolutions_are_served_by_programs_of_their_own(random_checkpoint):
-    engine = Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:2], 1, ((8, 8), (8, 16)))
+def test_several_resolutions_are_served_by_programs_of_their_own(random_checkpoint, devices):
+    engine = Engine(load_checkpoint(str(random_checkpoint)), devices[:2], 1, ((8, 8), (8, 16)))
     requests = [
         GenerationRequest("a", seed=i, num_inference_steps=2, height=8, width=width)
         for i, width in enumerate((8, 16, 16, 8, 16))
@@ -140,9 +185,9 @@ def test_several_resolutions_are_served_by_programs_of_their_own(random_checkpoi
         engine.prepare("x", GenerationRequest("a", seed=0, height=64, width=64))
 
 
-def test_a_configured_size_that_the_model_cannot_make_is_refused(random_checkpoint):
+def test_a_configured_size_that_the_model_cannot_make_is_refused(random_checkpoint, devices):
     with pytest.raises(ConfigurationError, match="sdtpu_resolutions must be multiples of 4"):
-        Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:1], 1, ((8, 10),))
+        Engine(load_checkpoint(str(random_checkpoint)), devices[:1], 1, ((8, 10),))
 
 
 @pytest.mark.slow
@@ -151,12 +196,14 @@ def test_a_configured_size_that_the_model_cannot_make_is_refused(random_checkpoi
     [("pndm", FlaxPNDMScheduler), ("ddim", FlaxDDIMScheduler), ("dpmsolver++", FlaxDPMSolverMultistepScheduler)],
 )
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
-def test_pixels_agree_with_the_flax_pipeline(request, tmp_path, sampler, scheduler_class, prediction_type):
+def test_pixels_agree_with_the_flax_pipeline(
+    request, devices, compile_cache, tmp_path, sampler, scheduler_class, prediction_type
+):
     if prediction_type == "v_prediction":
         folder, engine = SHIPPED, request.getfixturevalue("engine")
     else:
         folder = make_random_checkpoint(tmp_path / "checkpoint")
-        engine = Engine(load_checkpoint(str(folder)), pytest.devices, 1, None, pytest.compile_cache)
+        engine = Engine(load_checkpoint(str(folder)), devices, 1, None, compile_cache)
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(
         str(folder), safety_checker=None, feature_extractor=None, dtype=jnp.float32
     )
@@ -206,7 +253,7 @@ def test_values_that_are_not_finite_are_reported_for_their_job_alone(engine):
     jobs = {str(i): engine.prepare(str(i), request) for i, request in enumerate(requests)}
     jobs["3"].table[:, 4] = np.nan
     phases = [(Phase(insert=(0, str(i)), steps=2), Phase(decode=(0, str(i)))) for i in range(8)]
-    plan = Plan(engine.resolutions[0], tuple(phases))
+    plan = Plan(engine.info.resolutions[0], tuple(phases))
     images = engine.execute(plan, jobs).wait()
     assert [image.finite for image in images] == [i != 3 for i in range(8)]
     for i in (2, 4):
@@ -231,9 +278,10 @@ def test_devices_that_work_recover_with_empty_slots_and_compile_nothing(engine):
 
 
 def test_devices_that_draw_something_else_than_at_the_start_do_not_recover(engine, monkeypatch):
-    lane = engine.resolutions[0]
-    monkeypatch.setitem(engine._proofs, lane, 255 - engine._proofs[lane])
-    with pytest.raises(EngineUnavailable, match="pixels"):
+    lane = engine.info.resolutions[0]
+    images = engine.calibration.reference_images
+    monkeypatch.setitem(images, lane, 255 - images[lane])
+    with pytest.raises(EngineUnavailable, match="reference image"):
         engine.recover()
 
 
@@ -257,14 +305,15 @@ def test_lost_devices_and_memory_that_is_full_are_told_from_what_another_try_may
 
 @pytest.mark.parametrize("any_engine", [(3, "float32"), (2, "bfloat16")], indirect=True, ids=["3", "2"])
 def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engine):
-    costs = {lane: TickCosts(any_engine.num_devices, Cost(0.01)) for lane in any_engine.resolutions}
+    costs = {lane: TickCosts(any_engine.info.num_devices, Cost(0.01)) for lane in any_engine.info.resolutions}
     requests = [
-        dataclasses.replace(request, num_inference_steps=40) for request in mixed_requests(any_engine.num_slots + 3, 7)
+        dataclasses.replace(request, num_inference_steps=40)
+        for request in mixed_requests(any_engine.info.num_slots + 3, 7)
     ]
     wanted = generate_all(any_engine, requests)
 
     def run(snapshots=None) -> tuple[list, DeviceLoop]:
-        policy = Aggregator(costs, any_engine.slots_per_device, any_engine.phases_per_tick, tick_s=0.02)
+        policy = Aggregator(costs, any_engine.info.slots_per_device, any_engine.info.phases_per_tick, tick_s=0.02)
         loop = DeviceLoop(any_engine, policy)
         loop.start()
         jobs = [any_engine.prepare(str(i), request) for i, request in enumerate(requests)]
@@ -272,10 +321,7 @@ def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engin
         return [loop.submit(job, snapshot=state) for job, state in zip(jobs, snapshots, strict=True)], loop
 
     submissions, loop = run()
-    deadline = time.monotonic() + 30
-    while sum(submission.progress.current > 0 for submission in submissions) < any_engine.num_slots:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: sum(submission.progress.current > 0 for submission in submissions) >= any_engine.info.num_slots)
     loop.drain(0)
     ends = [submission.future.exception(30) for submission in submissions]
     steps = loop.stats.job_steps
@@ -285,7 +331,7 @@ def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engin
         end.snapshot and any_engine.read_snapshot(end.snapshot.to_bytes(), submission.job)
         for end, submission in zip(ends, submissions, strict=True)
     ]
-    assert sum(state is not None for state in states) == any_engine.num_slots
+    assert sum(state is not None for state in states) == any_engine.info.num_slots
     any_engine.recover()
     submissions, loop = run(states)
     for submission, image in zip(submissions, wanted, strict=True):
@@ -295,23 +341,23 @@ def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engin
     assert steps + loop.stats.job_steps == total, "no step was lost or repeated"
 
 
-def test_a_safety_checker_in_the_checkpoint_is_run_and_one_that_is_not_gives_none(engine, tmp_path):
+def test_a_safety_checker_in_the_checkpoint_is_run_and_one_that_is_not_gives_none(engine, devices, tmp_path):
     assert engine.check_safety(np.zeros((64, 64, 3), np.uint8)) is None
     folder = make_random_checkpoint(tmp_path / "checkpoint", safety_checker=True)
     checkpoint = load_checkpoint(str(folder))
-    assert Engine(checkpoint, pytest.devices[:2]).check_safety(np.zeros((8, 8, 3), np.uint8)) in (True, False)
+    assert Engine(checkpoint, devices[:2]).check_safety(np.zeros((8, 8, 3), np.uint8)) in (True, False)
     weights = checkpoint.params["safety_checker"]
     verdicts = []
     for threshold in (2.0, -2.0):
         weights["concept_embeds_weights"] = np.full(17, threshold, np.float32)
         weights["special_care_embeds_weights"] = np.full(3, threshold, np.float32)
-        verdicts.append(Engine(checkpoint, pytest.devices[:2]).check_safety(np.full((8, 8, 3), 99, np.uint8)))
+        verdicts.append(Engine(checkpoint, devices[:2]).check_safety(np.full((8, 8, 3), 99, np.uint8)))
     assert verdicts == [False, True]
 
 
-def test_a_preview_shows_the_picture_of_a_slot_and_changes_no_pixel(engine, shipped):
-    previewing = Engine(shipped, pytest.devices, 1, None, pytest.compile_cache, with_previews=True)
-    lane = previewing.resolutions[0]
+def test_a_preview_shows_the_picture_of_a_slot_and_changes_no_pixel(engine, shipped, devices, compile_cache):
+    previewing = make_warm_engine(shipped, devices, 1, None, compile_cache, with_previews=True)
+    lane = previewing.info.resolutions[0]
     for sampler in ("ddim", "euler"):
         request = GenerationRequest(
             "a red circle on a blue background", seed=1, num_inference_steps=20, sampler=sampler

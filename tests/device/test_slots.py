@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.diffusion import slot_count
+from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
-from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, memory_file
+from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, saved_choice_file
+from sdtpu_worker.diffusion.start import make_warm_engine
 
 
 class Bench:
@@ -19,12 +23,12 @@ class Bench:
     def __init__(self, step_ms: dict[int, float]) -> None:
         self.step_ms, self.made = step_ms, []
 
-    def __call__(self, slots: int) -> SimpleNamespace:
+    def __call__(self, slots: int) -> Any:
         self.made.append(slots)
         if slots not in self.step_ms:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
         costs = {(64, 64): TickCosts(8, Cost(self.step_ms[slots] / 1000))}
-        return SimpleNamespace(costs=costs, num_devices=8, slots_per_device=slots)
+        return SimpleNamespace(costs=costs, info=SimpleNamespace(num_devices=8, slots_per_device=slots))
 
 
 @pytest.mark.parametrize(
@@ -33,16 +37,16 @@ class Bench:
         ({1: 20, 2: 24, 4: 34, 8: 60}, 8),  # a device that is far from full
         ({1: 20, 2: 26, 4: 50, 8: 100}, 2),  # full from two on
         ({1: 20, 2: 39.5, 4: 79}, 1),  # full with one: more would only delay every job
-        ({1: 20, 2: 24}, 2),  # no memory for four
+        ({1: 20, 2: 24}, 2),  # no saved_choice for four
     ],
 )
 def test_the_fewest_slots_with_the_best_rate_are_chosen(tmp_path, step_ms, best):
-    memory = tmp_path / "slots.json"
-    assert choose_slots_per_device(Bench(step_ms), memory).slots_per_device == best
+    saved_choice = tmp_path / "slots.json"
+    assert choose_slots_per_device(Bench(step_ms), saved_choice).info.slots_per_device == best
     again = Bench(step_ms)
-    assert choose_slots_per_device(again, memory).slots_per_device == best
+    assert choose_slots_per_device(again, saved_choice).info.slots_per_device == best
     assert again.made == [best], "the choice is kept for good"
-    assert json.loads(memory.read_text())["slots_per_device"] == best
+    assert json.loads(saved_choice.read_text())["slots_per_device"] == best
 
 
 KEPT = '{"slots_per_device": 2, "seconds_per_image_step": {}}\n'
@@ -68,46 +72,46 @@ KEPT = '{"slots_per_device": 2, "seconds_per_image_step": {}}\n'
 )
 def test_a_choice_that_cannot_be_read_is_measured_anew_and_kept_again(tmp_path, caplog, kept):
     """A file half-written by a start that was killed ended every later start."""
-    memory = tmp_path / "slots.json"
-    memory.write_bytes(kept.encode("latin-1"))
-    assert choose_slots_per_device(Bench({1: 20, 2: 24, 4: 34, 8: 60}), memory).slots_per_device == 8
-    assert caplog.text.count("is measured anew, since it cannot be read") == 1
-    assert json.loads(memory.read_text())["slots_per_device"] == 8
+    saved_choice = tmp_path / "slots.json"
+    saved_choice.write_bytes(kept.encode("latin-1"))
+    assert choose_slots_per_device(Bench({1: 20, 2: 24, 4: 34, 8: 60}), saved_choice).info.slots_per_device == 8
+    assert caplog.text.count("cannot be read, so it is measured again") == 1
+    assert json.loads(saved_choice.read_text())["slots_per_device"] == 8
     assert [path.name for path in tmp_path.iterdir()] == ["slots.json"]
-    memory.write_text(KEPT)
-    assert choose_slots_per_device(Bench({2: 24}), memory).slots_per_device == 2
+    saved_choice.write_text(KEPT)
+    assert choose_slots_per_device(Bench({2: 24}), saved_choice).info.slots_per_device == 2
 
 
 def test_a_choice_that_cannot_be_kept_is_only_a_warning(tmp_path, caplog, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    curve = {1: 20, 2: 24, 4: 34, 8: 60}
-    for memory in (tmp_path / "file" / "slots.json", tmp_path / "folder", tmp_path / "missing" / "slots.json"):
+    curve: dict[int, float] = {1: 20, 2: 24, 4: 34, 8: 60}
+    for saved_choice in (tmp_path / "file" / "slots.json", tmp_path / "folder", tmp_path / "missing" / "slots.json"):
         caplog.clear()
-        assert choose_slots_per_device(Bench(curve), memory).slots_per_device == 8
+        assert choose_slots_per_device(Bench(curve), saved_choice).info.slots_per_device == 8
         assert caplog.text.count("the next start measures it again") == 1
     monkeypatch.setattr(Path, "write_text", lambda *args, **options: (_ for _ in ()).throw(OSError("No space left")))
-    assert choose_slots_per_device(Bench(curve), tmp_path / "folder" / "slots.json").slots_per_device == 8
+    assert choose_slots_per_device(Bench(curve), tmp_path / "folder" / "slots.json").info.slots_per_device == 8
     assert list((tmp_path / "folder").iterdir()) == [], "nothing half-written stays"
 
 
 def test_a_start_that_is_killed_as_it_writes_leaves_the_choice_as_it_was(tmp_path, monkeypatch):
-    memory = tmp_path / "slots.json"
+    saved_choice = tmp_path / "slots.json"
 
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        choose_slots_per_device(Bench({1: 20, 2: 24, 4: 34, 8: 60}), memory)
-    assert not memory.exists()
+        choose_slots_per_device(Bench({1: 20, 2: 24, 4: 34, 8: 60}), saved_choice)
+    assert not saved_choice.exists()
 
 
 def test_a_failure_that_is_not_about_memory_is_not_hidden():
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         choose_slots_per_device(Bench({}), None)
 
-    def broken(slots: int) -> SimpleNamespace:
+    def broken(slots: int) -> Any:
         if slots > 1:
             raise ValueError("a bug")
         return Bench({1: 20})(1)
@@ -117,19 +121,20 @@ def test_a_failure_that_is_not_about_memory_is_not_hidden():
 
 
 @pytest.mark.slow
-def test_real_engines_are_measured_and_the_choice_is_found_again(random_checkpoint, tmp_path):
-    from sdtpu_worker.diffusion.checkpoint import load_checkpoint
-
+def test_real_engines_are_measured_and_the_choice_is_found_again(
+    random_checkpoint, devices, compile_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(slot_count, "CANDIDATES", (1, 2))  # each is compiled
     checkpoint = load_checkpoint(str(random_checkpoint))
     made = []
 
     def make(slots: int) -> Engine:
         made.append(slots)
-        return Engine(checkpoint, pytest.devices[:2], slots, None, pytest.compile_cache)
+        return make_warm_engine(checkpoint, devices[:2], slots, None, compile_cache)
 
-    memory = memory_file(tmp_path, checkpoint, pytest.devices[0], None)
-    first = choose_slots_per_device(make, memory)
-    assert first.slots_per_device in made
+    saved_choice = saved_choice_file(tmp_path, checkpoint, devices[0], None)
+    first = choose_slots_per_device(make, saved_choice)
+    assert first.info.slots_per_device in made
     made.clear()
-    assert choose_slots_per_device(make, memory).slots_per_device == first.slots_per_device
-    assert made == [first.slots_per_device]
+    assert choose_slots_per_device(make, saved_choice).info.slots_per_device == first.info.slots_per_device
+    assert made == [first.info.slots_per_device]

@@ -7,7 +7,9 @@ import math
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,10 +20,12 @@ from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.aggregator.plan import Outcome
 from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.device_loop.loop import DeviceLoop
+from sdtpu_worker.device_loop.stages import JobStage, LoopStage
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue
 from sdtpu_worker.device_loop.trace import Trace
 from sdtpu_worker.errors import EngineUnavailable, GenerationFailed
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob, FakeSnapshot
+from tests.support.waiting import wait_until
 
 LANE = (64, 64)
 
@@ -121,13 +125,6 @@ def test_closing_fails_what_is_still_here_and_refuses_more(make_loop):
         loop.submit(FakeJob("late", 1))
 
 
-def wait_until(condition, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.002)
-
-
 def test_an_urgent_job_parks_another_which_ends_with_the_same_result(make_loop):
     loop = make_loop(FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))}), devices=1, slots=1)
     low = loop.submit(FakeJob("low", 300, value=7000), Terms(priority=9))
@@ -185,7 +182,7 @@ def test_limits_and_deadlines_end_a_job_with_the_reason(make_loop):
         assert raised.value.reason is reason
 
 
-def test_the_next_tick_is_dispatched_before_the_running_one_ends_and_takes_who_came_meanwhile(make_loop):
+def test_the_next_tick_is_dispatched_before_the_running_one_ends_with_the_jobs_that_came_meanwhile(make_loop):
     engine = FakeEngine(costs={LANE: TickCosts(2, Cost(0.02))})
     loop = make_loop(engine, devices=2, slots=1)
     first = loop.submit(FakeJob("first", 40))
@@ -240,7 +237,7 @@ def test_a_disk_that_is_full_when_a_trace_ends_is_no_error(caplog):
     assert caplog.text.count("the end of the trace could not be written: [Errno 28] No space left on device") == 1
 
 
-def test_a_job_handed_over_with_its_state_goes_on_where_it_was(make_loop):
+def test_a_job_handed_over_with_its_snapshot_resumes_where_it_was(make_loop):
     loop = make_loop(FakeEngine(), devices=1, slots=1)
     state = FakeSnapshot("moved", value=105, step=5, steps_left=7)
     submission = loop.submit(FakeJob("moved", 12, value=100), snapshot=state)
@@ -249,7 +246,7 @@ def test_a_job_handed_over_with_its_state_goes_on_where_it_was(make_loop):
     assert loop.stats.steps == 7
 
 
-def test_a_state_of_another_configuration_is_dropped_and_the_job_starts_anew(make_loop, caplog):
+def test_a_snapshot_of_another_configuration_is_dropped_and_the_job_starts_anew(make_loop, caplog):
     loop = make_loop(FakeEngine(), devices=1, slots=1)
     state = FakeSnapshot("moved", value=105, step=5, steps_left=7, fingerprint="another")
     submission = loop.submit(FakeJob("moved", 12, value=100), snapshot=state)
@@ -273,7 +270,7 @@ def test_a_parked_job_survives_a_failure_of_the_devices(make_loop):
     low = loop.submit(FakeJob("low", 300, value=7000), Terms(priority=9))
     wait_until(lambda: low.progress.current > 20)
     urgent = loop.submit(FakeJob("urgent", 500), Terms(priority=0))
-    wait_until(lambda: low.parked)
+    wait_until(lambda: low.stage is JobStage.PARKED)
     engine.fail_late_at = (engine.calls,)
     assert urgent.future.result(10).pixels == 500
     assert low.future.result(10).pixels == 7300
@@ -281,7 +278,7 @@ def test_a_parked_job_survives_a_failure_of_the_devices(make_loop):
 
 
 @pytest.mark.parametrize("poison", [{"5"}, {"2", "13"}, {"0", "1"}, {"15"}])
-def test_a_job_that_breaks_programs_fails_alone_and_all_others_get_their_pictures(make_loop, poison):
+def test_a_job_that_breaks_programs_fails_alone_and_all_other_jobs_get_their_images(make_loop, poison):
     engine = FakeEngine(poison=frozenset(poison))
     loop = make_loop(engine, devices=8, slots=2)
     submissions = [loop.submit(FakeJob(str(i), 20 + i, value=1000 * i)) for i in range(16)]
@@ -298,7 +295,7 @@ def test_a_job_that_breaks_programs_fails_alone_and_all_others_get_their_picture
 
 @pytest.mark.parametrize("fault", [{"fail_at": (1,)}, {"fail_late_at": (1,)}, {"fail_late_at": (2,)}])
 @pytest.mark.parametrize("jobs", [1, 2, 12])
-def test_a_passing_failure_costs_nobody_the_picture(make_loop, fault, jobs):
+def test_a_passing_failure_costs_no_job_its_image(make_loop, fault, jobs):
     loop = make_loop(FakeEngine(**fault), devices=2, slots=2)
     submissions = [loop.submit(FakeJob(str(i), 50, value=1000 * i)) for i in range(jobs)]
     assert [submission.future.result(10).pixels for submission in submissions] == [1000 * i + 50 for i in range(jobs)]
@@ -317,7 +314,7 @@ def test_what_the_devices_had_done_before_a_dispatch_failed_is_delivered(make_lo
     loop.close()
 
 
-def test_a_picture_that_is_not_finite_is_tried_again_alone_and_disturbs_nobody(make_loop):
+def test_a_job_whose_image_is_not_finite_is_tried_again_alone_and_disturbs_no_other_job(make_loop):
     engine = FakeEngine(nan=frozenset({"bad"}))
     loop = make_loop(engine, devices=2, slots=2)
     submissions = {name: loop.submit(FakeJob(name, 20)) for name in ("a", "bad", "b", "c")}
@@ -329,7 +326,7 @@ def test_a_picture_that_is_not_finite_is_tried_again_alone_and_disturbs_nobody(m
     assert engine.ticks[-1] == {"bad"}
 
 
-def test_a_picture_that_is_finite_the_second_time_is_handed_out(make_loop):
+def test_an_image_that_is_finite_the_second_time_ends_its_job(make_loop):
     class Passing(FakeEngine):
         def execute(self, plan, jobs, snapshots=None):
             tick = super().execute(plan, jobs, snapshots)
@@ -376,7 +373,7 @@ def test_devices_that_do_not_recover_hand_every_job_over_and_end_the_loop(make_l
     assert engine.recoveries == 1
 
 
-def test_a_job_that_must_be_alone_shares_no_tick_and_waits_for_nobody(make_loop):
+def test_a_job_that_must_be_alone_shares_no_tick_and_waits_for_no_other_job(make_loop):
     announced: list[tuple[list[str], bool]] = []
     engine = FakeEngine(costs={LANE: TickCosts(2, Cost(0.002))})
     loop = make_loop(engine, devices=2, slots=2, on_start=lambda ids, alone: announced.append((sorted(ids), alone)))
@@ -438,9 +435,7 @@ def test_jobs_that_wait_in_quarantine_can_be_cancelled_revoked_and_expire(make_l
     assert (running.future.result(10).pixels, last.future.result(10).pixels) == (150, 5)
 
 
-def test_whoever_gets_a_slot_for_the_first_time_is_announced_once_and_a_listener_that_fails_harms_nobody(
-    make_loop, caplog
-):
+def test_a_job_that_gets_its_first_slot_is_announced_once_and_a_listener_that_fails_harms_no_job(make_loop, caplog):
     announced: list[str] = []
 
     def on_start(task_ids, alone) -> None:
@@ -527,7 +522,7 @@ def test_draining_finishes_what_can_be_and_hands_over_the_rest_without_losing_a_
     waiting = [submission for submission in submissions if submission.started_at is None]
     for submission in waiting:
         assert isinstance(submission.future.exception(0.2), JobHandedOver), "they cannot be done in time"
-    ends = {submission.job: submission.future.exception(5) for submission in submissions}
+    ends: dict[Any, Any] = {submission.job: submission.future.exception(5) for submission in submissions}
     assert 0.3 < time.monotonic() - started_at < 0.8
     handed_over = {job: end for job, end in ends.items() if end is not None}
     assert [job.task_id for job, end in ends.items() if end is None] == [str(i) for i in range(slots)]
@@ -539,7 +534,7 @@ def test_draining_finishes_what_can_be_and_hands_over_the_rest_without_losing_a_
     loop.close()
 
 
-def test_draining_at_once_parks_everybody_and_a_later_call_only_shortens_the_time(make_loop):
+def test_draining_at_once_parks_every_running_job_and_a_later_call_only_shortens_the_time(make_loop):
     engine = FakeEngine(costs={LANE: TickCosts(2, Cost(0.002))})
     loop = make_loop(engine, devices=2, slots=2)
     jobs = [FakeJob(str(i), 5000, value=10_000 * i) for i in range(6)]
@@ -557,13 +552,13 @@ def test_draining_at_once_parks_everybody_and_a_later_call_only_shortens_the_tim
     assert loop.alive, "until it is closed"
 
 
-def test_draining_hands_over_the_parked_and_those_in_quarantine_with_what_they_have(make_loop):
+def test_draining_hands_over_parked_and_quarantined_jobs_with_their_snapshots(make_loop):
     engine = FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))})
     loop = make_loop(engine, devices=1, slots=1)
     low = loop.submit(FakeJob("low", 3000, value=7000), Terms(priority=9))
     wait_until(lambda: low.progress.current > 20)
     urgent = loop.submit(FakeJob("urgent", 5000, value=10_000), Terms(priority=0))
-    wait_until(lambda: low.parked and urgent.progress.current > 20)
+    wait_until(lambda: low.stage is JobStage.PARKED and urgent.progress.current > 20)
     alone = loop.submit(FakeJob("alone", 50), alone=True)
     loop.drain(0.05)
     ends = {submission.job: submission.future.exception(5) for submission in (low, urgent, alone)}
@@ -579,7 +574,7 @@ def test_time_without_a_job_does_not_count_as_active(make_loop):
     assert 0.1 < loop.stats.active_s < 0.6
 
 
-def test_what_comes_while_it_drains_is_done_if_there_is_time_for_it(make_loop):
+def test_a_job_that_comes_while_the_loop_drains_is_done_if_there_is_time_for_it(make_loop):
     loop = make_loop(FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))}), devices=1, slots=1)
     first = loop.submit(FakeJob("first", 50)).future
     loop.drain(3)
@@ -589,7 +584,7 @@ def test_what_comes_while_it_drains_is_done_if_there_is_time_for_it(make_loop):
         long.result(10)
 
 
-def test_draining_an_idle_loop_only_refuses_what_comes(make_loop):
+def test_draining_an_idle_loop_hands_over_every_job_that_comes(make_loop):
     loop = make_loop(FakeEngine())
     loop.drain(0)
     state = FakeSnapshot("moved", value=105, step=5, steps_left=7)
@@ -651,6 +646,68 @@ def test_draining_from_a_signal_handler_that_interrupts_a_submission_does_not_bl
         loop.submit(FakeJob("a", 1)).future.result(1)
 
 
+def test_a_job_goes_through_its_stages(make_loop):
+    engine = FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))})
+    loop = make_loop(engine, devices=1, slots=1)
+    low = loop.submit(FakeJob("low", 300), Terms(priority=9))
+    wait_until(lambda: low.stage is JobStage.RUNNING)
+    second = loop.submit(FakeJob("second", 5), Terms(priority=9))
+    assert second.stage is JobStage.WAITING
+    stages, known = [], threading.Event()
+
+    def may_start() -> bool:
+        known.wait(10)
+        stages.append((urgent.stage, urgent.started_at))
+        return True
+
+    urgent = loop.submit(FakeJob("urgent", 100), Terms(priority=0), may_start)
+    known.set()
+    wait_until(lambda: low.stage is JobStage.PARKED)
+    assert urgent.has_slot
+    assert {stage for stage, _ in stages} == {JobStage.WAITING}
+    engine.fail_late_at = (engine.calls,)
+    wait_until(lambda: (JobStage.RETRYING, None) in stages)
+    for submission in (low, second, urgent):
+        submission.future.result(10)
+        assert submission.stage is JobStage.ENDED
+        assert not submission.has_slot
+
+
+def test_a_loop_that_drains_goes_through_its_stages_and_never_back(make_loop):
+    gate = threading.Event()
+    engine = FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))})
+    loop = make_loop(engine, devices=1, slots=1)
+    assert loop.stage is LoopStage.RUNNING
+    future = loop.submit(FakeJob("a", 5000)).future
+    wait_until(lambda: engine.calls > 2)
+    loop.drain(60)
+    assert loop.stage is LoopStage.DRAINING
+    wait_until(lambda: loop.stats.ticks > 2)
+    engine.gate = gate
+    loop.drain(0)
+    wait_until(lambda: loop.stage is LoopStage.PARKING)
+    loop.drain(60)
+    assert loop.stage is LoopStage.PARKING
+    gate.set()
+    assert isinstance(future.exception(10), JobHandedOver)
+    for _ in range(2):
+        loop.close()
+        assert loop.stage is LoopStage.CLOSED
+    loop.drain(1)
+    assert loop.stage is LoopStage.CLOSED
+
+
+def test_a_loop_that_has_given_up_stays_so_when_it_is_closed_and_hands_over_what_comes(make_loop):
+    died = threading.Event()
+    loop = make_loop(FakeEngine(fatal_at=(0,)), on_death=died.set)
+    loop.submit(FakeJob("a", 5))
+    assert died.wait(10)
+    assert loop.stage is LoopStage.GIVEN_UP
+    loop.close()
+    assert loop.stage is LoopStage.GIVEN_UP
+    assert isinstance(loop.submit(FakeJob("late", 5)).future.exception(1), JobHandedOver)
+
+
 wishes = st.lists(
     st.tuples(
         st.sampled_from((LANE, (64, 128))),
@@ -683,7 +740,7 @@ def test_every_job_ends_once_with_its_own_result_whatever_comes_is_cancelled_or_
     for i, (lane, steps, priority, cancels, expires_s, kind) in enumerate(wishes):
         terms = Terms(priority, time.monotonic() + expires_s)
         submission = loop.submit(FakeJob(str(i), steps, lane, 1000 * i), terms, alone=kind == "alone")
-        submission.future.add_done_callback(lambda _, i=i: ended.update([i]))
+        submission.future.add_done_callback(partial(lambda i, _: ended.update([i]), i))
         submissions.append(submission)
         if cancels:
             cancelled.add(str(i // 2))
@@ -699,7 +756,7 @@ def test_every_job_ends_once_with_its_own_result_whatever_comes_is_cancelled_or_
             assert kind not in ("poison", "nan")
         elif isinstance(error, JobHandedOver):
             assert grace_s is not None
-            if error.snapshot is not None:
+            if isinstance(error.snapshot, FakeSnapshot):
                 assert error.snapshot.value == 1000 * i + error.snapshot.step
         elif isinstance(error, JobCancelled):
             assert str(i) in cancelled

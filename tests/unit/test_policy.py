@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
-from sdtpu_worker.aggregator.jobs import AGEING_S, EVERYBODY, Admission, Overdue, Terms
+from sdtpu_worker.aggregator.jobs import AGEING_S, EVERY_JOB, Eligibility, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
 
 LANES = ((64, 64), (64, 128))
 
 
-def make_policy(devices=4, slots=1, lanes=LANES[:1], step_s=0.25, tick_s=1.0, phases=None, slowdown=None, **options):
+def make_policy(devices=4, slots=1, *, lanes=LANES[:1], step_s=0.25, tick_s=1.0, phases=None, slowdown=None, **options):
     cost = Cost(step_s, insert_s=step_s / 4, decode_s=1.6 * step_s)
     costs = {lane: TickCosts(devices, cost, slowdown) for lane in lanes}
     return Aggregator(costs, slots, phases or slots + 1, tick_s, **options)
 
 
 @pytest.mark.parametrize("steps_done", [-1, 11, 2**31])
-def test_a_job_that_has_done_more_steps_than_it_has_is_not_taken_in(steps_done):
+def test_a_job_that_has_done_more_steps_than_it_has_is_not_accepted(steps_done):
     policy = make_policy()
     with pytest.raises(ValueError, match=rf"cannot have done {steps_done} of its 10 steps"):
         policy.add("it", LANES[0], 10, 0.0, steps_done=steps_done)
     assert policy.counts() == {"waiting": 0, "running": 0}
-
-
-def only(*task_ids: str) -> Admission:
-    return Admission(frozenset(task_ids), others=False)
 
 
 @dataclass
@@ -47,7 +44,7 @@ class Device:
     parked: set[str] = field(default_factory=set)
     ended: Counter[str] = field(default_factory=Counter)
     started: list[str] = field(default_factory=list)
-    seconds: Counter[Lane] = field(default_factory=Counter)
+    seconds: defaultdict[Lane, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, task_id: str, lane: Lane = LANES[0], steps: int = 10, **terms) -> None:
         self.policy.add(task_id, lane, steps, self.now, Terms(**terms))
@@ -94,8 +91,8 @@ class Device:
                     assert task_id not in self.parked, "a started job is never started again"
                     self._seat(plan.lane, device, slot, task_id)
                     occupied.add((plan.lane, device, slot))
-                for place, task_id in self.slots.items():
-                    if place[:2] == (plan.lane, device):
+                for held_at, task_id in self.slots.items():
+                    if held_at[:2] == (plan.lane, device):
                         self.steps_left[task_id] = max(0, self.steps_left[task_id] - phase.steps)
         assert plan.occupied == len(occupied | {(plan.lane, p.device, p.slot) for p in plan.parked})
         self.now += self.policy.expected_s(plan)
@@ -262,13 +259,14 @@ def test_a_lane_that_was_idle_has_saved_nothing_up():
 
 def test_the_order_is_priority_then_deadline_then_arrival():
     device = Device(make_policy(devices=1, preemption=False))
-    for task_id, terms in {
+    jobs: dict[str, dict[str, Any]] = {
         "last": {"priority": 9},
         "second": {},
         "third": {},
         "first of its priority": {"expires_at": 500.0},
         "urgent": {"priority": 0},
-    }.items():
+    }
+    for task_id, terms in jobs.items():
         device.add(task_id, steps=2, **terms)
     started = [task_id for plan in device.run() for task_id in plan.inserted()]
     assert started == ["urgent", "first of its priority", "second", "third", "last"]
@@ -295,7 +293,7 @@ def test_a_higher_priority_takes_the_slot_of_the_lowest_which_resumes_without_re
     device.add("urgent", steps=4, priority=0)
     plan = device.tick()
     assert [place.task_id for place in plan.parked] == ["low"]
-    assert list(plan.inserted()) == ["urgent"]
+    assert plan.inserted() == ("urgent",)
     assert "low" not in plan.steps_done
     taken = 40 - device.steps_left["low"]
     plans = device.run()
@@ -362,7 +360,7 @@ def test_a_job_that_comes_with_a_state_is_resumed_and_takes_only_the_steps_that_
     policy.add("handed over", LANES[0], 10, 0.0, None, steps_done=7)
     plan = policy.plan(0.0)
     assert [place.task_id for place in plan.resumed] == ["handed over"]
-    assert list(plan.inserted()) == []
+    assert plan.inserted() == ()
     assert plan.steps_done["handed over"] == 9
     assert [phase.steps for phase in plan.devices[0]] == [2]
 
@@ -410,7 +408,7 @@ def test_a_tick_lasts_as_long_as_its_busiest_device_and_shared_cores_are_free_fo
 def test_an_id_that_is_already_here_and_a_lane_that_is_not_are_refused():
     policy = make_policy(lanes=LANES[:1])
     policy.add("a", LANES[0], 3, now=0.0)
-    with pytest.raises(ValueError, match="already here"):
+    with pytest.raises(ValueError, match="task a was added already"):
         policy.add("a", LANES[0], 3, now=0.0)
     with pytest.raises(KeyError):
         policy.add("b", LANES[1], 3, now=0.0)
@@ -429,59 +427,59 @@ def test_ten_thousand_mixed_jobs_in_fake_time_all_end_once_in_bounded_time():
     assert ideal_s / device.now > 0.9
 
 
-def test_only_the_admitted_get_slots_and_the_others_keep_their_order():
+def test_only_eligible_jobs_get_slots_and_the_other_jobs_keep_their_order():
     device = Device(make_policy(devices=2))
     device.add("running", steps=20)
     device.tick()
     for task_id, priority in (("second", 6), ("first", 3), ("suspect", 9)):
         device.add(task_id, steps=4, priority=priority)
-    device.policy.admit(only())
+    device.policy.set_eligible(Eligibility.only(()))
     device.run()
-    device.policy.admit(only("suspect"))
+    device.policy.set_eligible(Eligibility.only(["suspect"]))
     device.run()
     assert device.started == ["running", "suspect"]
     assert device.policy.counts() == {"waiting": 3, "running": 0}
-    device.policy.admit(EVERYBODY)
+    device.policy.set_eligible(EVERY_JOB)
     device.run()
     assert [task_id for task_id in device.started if task_id in ("first", "second")] == ["first", "second"]
     assert device.ended == Counter(running=1, suspect=1, first=1, second=1)
 
 
 @pytest.mark.parametrize("preemption", [True, False])
-def test_whoever_is_not_admitted_leaves_the_slots_within_a_tick_for_each_of_a_device(preemption):
+def test_jobs_that_are_not_eligible_leave_the_slots_within_a_tick_for_each_slot_of_a_device(preemption):
     device = Device(make_policy(devices=2, slots=3, lanes=LANES, preemption=preemption))
     for i in range(12):
         device.add(str(i), LANES[i % 2], steps=1000, priority=i)
     while device.policy.counts()["running"] < 12:
         device.tick()
     device.add("suspect", steps=2)
-    device.policy.admit(only("0", "suspect"))
+    device.policy.set_eligible(Eligibility.only(["0", "suspect"]))
     ticks = [device.tick() for _ in range(2 * 3)]
     assert {place.task_id for plan in ticks for place in plan.parked} == {str(i) for i in range(1, 12)}
-    device.policy.admit(EVERYBODY)
+    device.policy.set_eligible(EVERY_JOB)
     device.run()
     assert device.ended == {**{str(i): 1 for i in range(12)}, "suspect": 1}
 
 
-def test_everybody_but_some_may_be_admitted_and_priorities_hold_among_them():
+def test_all_jobs_but_some_may_be_eligible_and_priorities_hold_among_them():
     device = Device(make_policy(devices=1))
     device.add("low", steps=40, priority=9)
     device.tick()
     device.add("suspect", steps=4, priority=0)
     device.add("urgent", steps=4, priority=3)
-    device.policy.admit(Admission(frozenset({"suspect"})))
+    device.policy.set_eligible(Eligibility.all_but(["suspect"]))
     device.run()
     assert device.started == ["low", "urgent"]
     assert device.ended == Counter(low=1, urgent=1)
     assert device.policy.counts() == {"waiting": 1, "running": 0}
 
 
-def test_whoever_is_not_admitted_takes_nobodys_slot_and_still_expires():
+def test_a_job_that_is_not_eligible_takes_no_jobs_slot_and_still_expires():
     device = Device(make_policy(devices=1))
     device.add("low", steps=40, priority=9)
     device.tick()
     device.add("urgent", steps=4, priority=0, expires_at=2.0)
-    device.policy.admit(only("low"))
+    device.policy.set_eligible(Eligibility.only(["low"]))
     assert not device.tick().parked
     device.now = 2.0
     assert device.overdue() == [("urgent", Overdue.EXPIRED)]
@@ -509,7 +507,16 @@ def test_no_tick_lasts_longer_than_it_may_and_nothing_is_planned_if_no_step_fits
     assert policy.counts()["running"] == sum(len(places) for places in policy.places().values())
 
 
-def test_places_say_who_has_a_slot():
+def test_a_plan_says_as_often_as_it_is_asked_what_it_inserts_and_decodes():
+    phases = (Phase(insert=(1, "a"), steps=3), Phase(decode=(0, "b"), insert=(0, "c")))
+    plan = Plan(LANES[0], ((), phases))
+    inserted, decoded = plan.inserted(), plan.decoded()
+    for _ in range(2):
+        assert list(inserted) == ["a", "c"]
+        assert [(image.device, image.phase, image.slot, image.task_id) for image in decoded] == [(1, 1, 0, "b")]
+
+
+def test_places_say_where_every_running_job_is():
     device = Device(make_policy(devices=2, slots=2))
     for i in range(3):
         device.add(str(i), steps=40)

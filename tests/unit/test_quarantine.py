@@ -1,4 +1,4 @@
-"""Who is at fault when a device program fails: halving, without devices."""
+"""How quarantine finds the job that breaks device programs by halving, without devices."""
 
 from __future__ import annotations
 
@@ -8,56 +8,58 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdtpu_worker.aggregator.jobs import EVERYBODY, Admission
+from sdtpu_worker.aggregator.jobs import EVERY_JOB, Eligibility
 from sdtpu_worker.aggregator.quarantine import Quarantine
 
 
 def group_of(quarantine: Quarantine) -> frozenset[str] | None:
-    """Return who has idle devices for themselves, while nobody else is there; None for everybody."""
-    admission = quarantine.admission(idle=True, now=0.0)
-    return None if admission.others else admission.task_ids
+    """Return the group that gets idle devices while no other job is there; None if every job may have a slot."""
+    eligibility = quarantine.eligibility(devices_idle=True, now=0.0)
+    return None if eligibility.excludes else eligibility.task_ids
 
 
 def run_group(quarantine: Quarantine) -> list[str]:
     return sorted(group_of(quarantine), key=int)
 
 
-def test_without_suspects_everybody_is_admitted():
-    assert Quarantine().admission(idle=True, now=0.0) == EVERYBODY
+def test_without_suspects_every_job_is_eligible():
+    assert Quarantine().eligibility(devices_idle=True, now=0.0) == EVERY_JOB
     assert len(Quarantine()) == 0
 
 
-def test_nobody_gets_a_slot_until_the_others_have_left_the_devices_to_the_group():
+def test_no_job_gets_a_slot_until_all_other_jobs_have_left_the_devices_to_the_group():
     quarantine = Quarantine()
     quarantine.add("a")
-    assert quarantine.admission(idle=False, now=0.0, others=True) == Admission(others=False)
+    assert quarantine.eligibility(devices_idle=False, now=0.0, other_jobs=True) == Eligibility.only(())
     assert not quarantine.is_alone("a")
-    only_a = Admission(frozenset("a"), others=False)
-    assert quarantine.admission(idle=True, now=0.0, others=True) == only_a
-    assert quarantine.admission(idle=False, now=1.0, others=True) == only_a
+    only_a = Eligibility.only("a")
+    assert quarantine.eligibility(devices_idle=True, now=0.0, other_jobs=True) == only_a
+    assert quarantine.eligibility(devices_idle=False, now=1.0, other_jobs=True) == only_a
     assert quarantine.is_alone("a")
     quarantine.discard("a")
-    assert quarantine.admission(idle=False, now=2.0, others=True) == EVERYBODY
+    assert quarantine.eligibility(devices_idle=False, now=2.0, other_jobs=True) == EVERY_JOB
 
 
-def test_after_a_group_the_others_have_as_much_time_and_no_suspect_is_among_them():
+def test_after_a_group_the_other_jobs_have_as_much_time_and_no_suspect_is_among_them():
     quarantine = Quarantine()
     for task_id in "abc":
         quarantine.add(task_id)
-    assert quarantine.admission(idle=True, now=10.0, others=True) == Admission(frozenset("a"), others=False)
+    assert quarantine.eligibility(devices_idle=True, now=10.0, other_jobs=True) == Eligibility.only("a")
     quarantine.discard("a")
     for now in (13.0, 15.9):
-        admission = quarantine.admission(idle=True, now=now, others=True)
-        assert admission == Admission(frozenset("bc"))
-        assert "b" not in admission
-        assert "x" in admission
-    assert quarantine.admission(idle=False, now=16.0, others=True) == Admission(others=False), "they make room"
-    assert quarantine.admission(idle=True, now=16.5, others=True) == Admission(frozenset("b"), others=False)
+        eligibility = quarantine.eligibility(devices_idle=True, now=now, other_jobs=True)
+        assert eligibility == Eligibility.all_but("bc")
+        assert "b" not in eligibility
+        assert "x" in eligibility
+    assert quarantine.eligibility(devices_idle=False, now=16.0, other_jobs=True) == Eligibility.only(()), (
+        "they leave their slots"
+    )
+    assert quarantine.eligibility(devices_idle=True, now=16.5, other_jobs=True) == Eligibility.only("b")
     quarantine.discard("b")
-    assert quarantine.admission(idle=True, now=20.0, others=False) == Admission(frozenset("c"), others=False)
+    assert quarantine.eligibility(devices_idle=True, now=20.0, other_jobs=False) == Eligibility.only("c")
 
 
-def test_suspects_are_halved_at_once_and_stay_before_those_who_wait():
+def test_suspects_are_halved_at_once_and_go_before_the_groups_that_wait():
     quarantine = Quarantine()
     quarantine.add("9")
     assert quarantine.failed(["0", "1", "2", "3", "4"]) is None
@@ -77,7 +79,7 @@ def test_a_lone_suspect_has_one_more_try_alone():
     assert group_of(quarantine) is None
 
 
-def test_whoever_is_left_of_a_group_was_not_alone():
+def test_the_last_job_that_is_left_of_a_group_was_not_alone():
     quarantine = Quarantine()
     quarantine.failed(["0", "1", "2", "3"])
     assert run_group(quarantine) == ["0", "1"]
@@ -107,13 +109,13 @@ def test_a_failure_without_suspects_changes_nothing():
 
 
 @given(st.integers(1, 64), st.data())
-def test_exactly_those_at_fault_are_found_in_few_failures_and_the_others_run_once(count, data):
+def test_exactly_the_jobs_at_fault_are_found_in_few_failures_and_all_other_jobs_run_once(count, data):
     jobs = [str(i) for i in range(count)]
     poison = set(data.draw(st.lists(st.sampled_from(jobs), max_size=4)))
     quarantine, found, done, failures = Quarantine(), [], [], 0
     quarantine.failed(jobs)
     while (group := group_of(quarantine)) is not None:
-        assert group, "a group with nobody in it would wait for ever"
+        assert group, "an empty group would wait for ever"
         suspects = sorted(group, key=int)
         if poison & group:
             failures += 1
@@ -129,7 +131,7 @@ def test_exactly_those_at_fault_are_found_in_few_failures_and_the_others_run_onc
 
 
 @pytest.mark.parametrize("task_id", ["unknown", "0"])
-def test_discarding_twice_or_somebody_else_is_no_mistake(task_id):
+def test_discarding_a_job_twice_or_an_unknown_job_changes_nothing_else(task_id):
     quarantine = Quarantine()
     quarantine.failed(["0", "1"])
     quarantine.discard(task_id)

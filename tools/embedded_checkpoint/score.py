@@ -68,14 +68,16 @@ def generate(engine: Engine, scenes: list[Scene], seed: int, options: Mapping[st
     """Return one picture of each scene.
 
     Args:
-        engine: a warm engine of the checkpoint.
+        engine: an engine of the checkpoint.
         scenes: what the prompts say.
         seed: of the first picture; each further one has the next number.
         options: further parameters of every request.
     """
+    from sdtpu_worker.diffusion import offline
+
     requests = [GenerationRequest(scene.caption(), seed=seed + i, **options) for i, scene in enumerate(scenes)]
     jobs = [engine.prepare(str(i), request) for i, request in enumerate(requests)]
-    return [Image.fromarray(image.pixels) for image in engine.generate(jobs)]
+    return [Image.fromarray(image.pixels) for image in offline.generate(engine, jobs)]
 
 
 def main() -> None:

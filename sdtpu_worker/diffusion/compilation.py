@@ -1,0 +1,117 @@
+"""All programs of an engine, traced and compiled ahead of time: nothing compiles while the engine serves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax.errors import FlaxError
+from jax.sharding import Mesh
+
+from sdtpu_worker.aggregator.plan import Lane
+from sdtpu_worker.diffusion.cache import CompileCache
+from sdtpu_worker.diffusion.checkpoint import Checkpoint
+from sdtpu_worker.diffusion.programs import (
+    Geometry,
+    lower_preview,
+    lower_restore,
+    lower_safety_check,
+    lower_snapshot,
+    lower_tick,
+)
+from sdtpu_worker.errors import InvalidCheckpoint
+
+_TICK, _SNAPSHOT, _RESTORE, _PREVIEW, _SAFETY = "tick", "snapshot", "restore", "preview", "safety check"
+
+
+@dataclass(frozen=True)
+class CompiledPrograms:
+    """The compiled programs, by lane; see the `lower_…` functions in `programs.py` for what each takes and returns.
+
+    Attributes:
+        previews: empty for an engine without previews.
+        safety_check: None for a checkpoint without a safety checker.
+        trace_s, compile_s: seconds that tracing and compiling took.
+        cache_hits, cache_misses: programs that came from the persistent compilation cache, and that did not.
+    """
+
+    ticks: Mapping[Lane, jax.stages.Compiled]
+    snapshots: Mapping[Lane, jax.stages.Compiled]
+    restores: Mapping[Lane, jax.stages.Compiled]
+    previews: Mapping[Lane, jax.stages.Compiled]
+    safety_check: jax.stages.Compiled | None
+    trace_s: float
+    compile_s: float
+    cache_hits: int
+    cache_misses: int
+
+
+def compile_programs(
+    checkpoint: Checkpoint,
+    params: Any,
+    safety_params: Any | None,
+    geometries: Mapping[Lane, Geometry],
+    mesh: Mesh,
+    with_previews: bool,
+    cache: CompileCache | None,
+) -> CompiledPrograms:
+    """Trace the programs one after the other, then compile them side by side.
+
+    Args:
+        checkpoint: the loaded model.
+        params: `tick_params` of the checkpoint on the mesh, replicated.
+        safety_params: the safety checker's parameters on the mesh, replicated; None without one.
+        geometries: the sizes of every lane.
+        mesh: the devices.
+        with_previews: also compile the programs that make previews.
+        cache: the persistent compilation cache, for its counts.
+
+    Raises:
+        InvalidCheckpoint: the parameters do not fit the configs.
+    """
+    started = time.monotonic()
+    lowered = _lower_lanes(checkpoint, params, geometries, mesh, with_previews)
+    if safety_params is not None:
+        lowered[_SAFETY, None] = lower_safety_check(checkpoint, safety_params, mesh)
+    traced = time.monotonic()
+    counts = cache.counts() if cache else (0, 0)
+    with ThreadPoolExecutor(len(lowered)) as threads:
+        compiled = dict(zip(lowered, threads.map(lambda program: program.compile(), lowered.values()), strict=True))
+    hits, misses = cache.since(counts) if cache else (0, 0)
+
+    def by_lane(kind: str) -> dict[Lane, jax.stages.Compiled]:
+        return {lane: program for (of_kind, lane), program in compiled.items() if of_kind == kind and lane}
+
+    return CompiledPrograms(
+        ticks=by_lane(_TICK),
+        snapshots=by_lane(_SNAPSHOT),
+        restores=by_lane(_RESTORE),
+        previews=by_lane(_PREVIEW),
+        safety_check=compiled.get((_SAFETY, None)),
+        trace_s=traced - started,
+        compile_s=time.monotonic() - traced,
+        cache_hits=hits,
+        cache_misses=misses,
+    )
+
+
+def _lower_lanes(
+    checkpoint: Checkpoint, params: Any, geometries: Mapping[Lane, Geometry], mesh: Mesh, with_previews: bool
+) -> dict[tuple[str, Lane | None], jax.stages.Lowered]:
+    """Trace and lower the programs of every lane; return them by kind and lane."""
+    lowered: dict[tuple[str, Lane | None], jax.stages.Lowered] = {}
+    try:
+        for lane, geometry in geometries.items():
+            lowered[_TICK, lane] = lower_tick(checkpoint, params, geometry, mesh)
+            lowered[_SNAPSHOT, lane] = lower_snapshot(geometry, mesh)
+            lowered[_RESTORE, lane] = lower_restore(geometry, mesh)
+            if with_previews:
+                lowered[_PREVIEW, lane] = lower_preview(geometry, mesh)
+    except (FlaxError, TypeError, ValueError) as exc:
+        first_line = str(exc).strip().split("\n", 1)[0]
+        raise InvalidCheckpoint(f"{checkpoint.name}: the parameters do not fit the configs: {first_line}") from exc
+    return lowered

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import redis
 from kombu import Connection, Consumer, Queue
@@ -49,7 +50,7 @@ def measure(url: str, messages: int, every_s: float) -> list[float]:
     hub, delays = Hub(), []
     set_event_loop(hub)
 
-    def on_message(message) -> None:
+    def on_message(message: Any) -> None:
         if "sent_at" in message.headers:
             delays.append(1000 * (time.time() - message.headers["sent_at"]))
         message.ack()
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--polled", action="store_true", help="as if Redis did not tell of new messages")
     args = parser.parse_args()
     if args.polled:
-        wake_up.WakeUp.track = lambda self, claims: None
+        wake_up.WakeUp.track = lambda self, claims: None  # type: ignore[method-assign]  # as if Redis refused
     for name in ("stock kombu", "ours"):
         with private_redis() as url:
             with use_ours(url) if name == "ours" else contextlib.nullcontext():

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from sdtpu_worker.diffusion.offline import generate
 from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.sharding import find_devices
 
+Answer = TypeVar("Answer")
 PROMPT = "a yellow star on a blue background"
 PROMPTS = [
     "a red circle on a blue background",
@@ -137,7 +139,7 @@ def save(path: Path, images: Sequence[np.ndarray], rows: int) -> None:
     print(f"   -> {path}")
 
 
-def timed(function):
+def timed(function: Callable[[], Answer]) -> tuple[Answer, float]:
     """Return a function's result and the seconds it took."""
     started = time.perf_counter()
     result = function()

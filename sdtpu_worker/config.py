@@ -68,7 +68,7 @@ def _integer(low: int, high: int) -> Callable[[Any], int]:
 
 
 def _whole(value: Any) -> int | None:
-    """Return an integer, or what a short text of digits says; None for anything else."""
+    """Return an integer: `value` itself, or the number in a short text of digits; None for anything else."""
     if isinstance(value, str):
         digits = value.strip()
         is_one = len(digits) <= 20 and digits.isascii() and digits.removeprefix("-").isdigit()
@@ -131,7 +131,7 @@ def _resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
 
 
 def _urls(value: Any) -> tuple[str, ...]:
-    """Parse "redis,file:///srv/old", or a list of such URLs; empty for none."""
+    """Return the URLs in "redis,file:///srv/old" or in a list, each once; none for an empty one."""
     urls = value.split(",") if isinstance(value, str) else value
     if not isinstance(urls, list | tuple) or not all(isinstance(url, str) for url in urls):
         raise ValueError("a list of `redis`, redis:// URLs and fsspec URLs, or one string with commas between them")

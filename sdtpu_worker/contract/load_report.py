@@ -19,13 +19,14 @@ from sdtpu_worker.redaction import brief
 logger = logging.getLogger(__name__)
 
 LOAD_TTL_S = 15.0
+"""Seconds after which a load report expires."""
+# The bounds of a report. Others may be able to write one; within these bounds no estimate overflows or divides by zero.
 MAX_TTL_S = 3600.0
 MAX_REPORT_BYTES = 65_536
 MAX_HOST_CHARACTERS = 1024
 MAX_ENTRIES = 1000
 MAX_COUNT = 1_000_000
 MIN_JOB_S, MAX_SECONDS = 1e-6, 1e9
-"""What a report may say. Within these bounds no estimate can overflow or divide by zero."""
 _KEY_PREFIX = "sdtpu:load:"
 _PRIORITY = re.compile("-?[0-9]{1,7}")
 
@@ -71,15 +72,16 @@ class WorkerLoad:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> WorkerLoad:
-        """Rebuild what `to_json` gave; fields that this version does not know are left out.
+        """Return the report in a JSON text; fields that this version does not know are ignored.
 
         Raises:
-            ValueError: it is no report, or a field is out of its bounds; nothing else, whoever wrote it.
+            ValueError: the text is not a load report, or a field is out of its bounds. No other exception is raised,
+                whatever the text is.
         """
         facts = _read_report(text)
         held = facts.get("held")
         if not isinstance(held, dict) or not isinstance(facts.get("step_s"), dict):
-            raise ValueError("held and step_s must be JSON objects")
+            raise ValueError("held and step_s of a load report must be JSON objects")
         if not all(_PRIORITY.fullmatch(priority) for priority in held):
             raise ValueError(f"the names in held must be priority numbers, got {brief(held)}")
         return cls(
@@ -178,22 +180,27 @@ def load_key(queue: str) -> str:
 
 
 def living_loads(reports: Mapping[Any, Any], now_s: Any) -> list[WorkerLoad]:
-    """Return the reports that have not run out, of what HGETALL and TIME answered."""
+    """Return the reports that have not expired, in the order of the workers' names.
+
+    Args:
+        reports: what HGETALL returned for `load_key`.
+        now_s: what TIME returned.
+    """
     loads = []
     for text in reports.values():
         try:
             if _is_alive(text, now_s):
                 loads.append(WorkerLoad.from_json(text))
         except ValueError as exc:
-            logger.warning("a worker's load is left out: %s", exc)
+            logger.warning("a worker's load report is left out: %s", exc)
     return sorted(loads, key=lambda load: load.host)
 
 
 def _is_alive(text: str | bytes, now_s: Any) -> bool:
-    """Whether a report has not run out.
+    """Return whether a report has not expired.
 
     Raises:
-        ValueError: it is none of ours: it does not say, or says that it lives for hours.
+        ValueError: no worker wrote the report: it does not say when it expires, or expires more than an hour from now.
     """
     until: Any = _read_report(text).get("until")
     _check_number("until", until, 0, _seconds(now_s) + MAX_TTL_S)
@@ -201,6 +208,7 @@ def _is_alive(text: str | bytes, now_s: Any) -> bool:
 
 
 def _is_living_report(text: str | bytes, now_s: Any) -> bool:
+    """Return whether a text is a report that has not expired."""
     try:
         return _is_alive(text, now_s)
     except ValueError:
@@ -208,19 +216,19 @@ def _is_living_report(text: str | bytes, now_s: Any) -> bool:
 
 
 def _read_report(text: str | bytes) -> dict[str, Any]:
-    """Return a report's fields, as they are.
+    """Return the fields of a report, unchecked.
 
     Raises:
-        ValueError: it is no JSON object of a report's size.
+        ValueError: the text is not a JSON object, or is too large for a report.
     """
     if len(text) > MAX_REPORT_BYTES:
-        raise ValueError(f"a worker's load must have at most {MAX_REPORT_BYTES:,} bytes, got {len(text):,}")
+        raise ValueError(f"a load report must have at most {MAX_REPORT_BYTES:,} bytes, got {len(text):,}")
     try:
         facts = json.loads(text)
     except RecursionError as exc:
-        raise ValueError("a worker's load must not be nested so deeply") from exc
+        raise ValueError("a load report must not be nested so deeply") from exc
     if not isinstance(facts, dict):
-        raise ValueError(f"a worker's load must be a JSON object, got {brief(facts)}")
+        raise ValueError(f"a load report must be a JSON object, got {brief(facts)}")
     return facts
 
 

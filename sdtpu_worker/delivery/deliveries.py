@@ -5,9 +5,9 @@ it due puts it at the front of its queue. Deferred messages therefore take no wo
 a worker, however many there are. (`inspect scheduled` does not list them; `ZCARD sdtpu:delayed` counts them. A worker
 looks at revoked jobs when it takes a message, so a revoke holds for a deferred job as it does for a waiting one.)
 
-Beyond the message, Redis keeps two facts of a job by task id: `sdtpu:starts:…`, the hosts on whose devices the job was
-when they died, hung or were lost, and `sdtpu:snap:…`, its snapshot if a worker handed it over. Acknowledging the
-message removes both.
+Beyond the message, Redis keeps two facts of a job by task id (`sdtpu_worker.delivery.job_facts`): `sdtpu:starts:…`, the
+hosts on whose devices the job was when they died, hung or were lost, and `sdtpu:snap:…`, its snapshot if a worker
+handed it over. Acknowledging the message removes both.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.delivery import scripts
+from sdtpu_worker.delivery.job_facts import JobFacts, read_job_facts
 from sdtpu_worker.delivery.keys import Keys
 
 if TYPE_CHECKING:
@@ -35,10 +36,6 @@ DEAD_LETTER_BYTES = 4096
 """How many bytes of a dead-lettered message Redis keeps."""
 JOB_FACTS_EXPIRE_S = 24 * 3600
 """Seconds that Redis keeps a job's starts and its snapshot."""
-MAX_SNAPSHOT_BYTES = 2**26
-"""The largest snapshot, deflated, that is read. One of 1024 x 1024 pixels has about 2 MB; a forged one could fill the
-worker's memory."""
-_MAX_STARTS, _MAX_NAME_BYTES = 10_000, 512  # of a job's starts, and of the name in each: more is not read
 _MAX_MOVES = 200  # messages that one sweep, or one look for due messages, moves
 
 
@@ -55,14 +52,6 @@ class Delivery:
     task_id: str = ""
     running: bool = False
     suspect: bool = False
-
-
-@dataclass(frozen=True)
-class JobFacts:
-    """What earlier workers left of a job: the hosts that died with it on their devices, and its snapshot."""
-
-    died_on: Sequence[str] = ()
-    snapshot: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -285,17 +274,7 @@ class Deliveries:
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
         """
-        with self.client.pipeline(transaction=False) as pipe:
-            pipe.lrange(self.keys.starts(task_id), 0, _MAX_STARTS - 1)
-            pipe.getrange(self.keys.snapshot(task_id), 0, MAX_SNAPSHOT_BYTES)
-            names, snapshot = map(_of_our_type, pipe.execute(raise_on_error=False))
-        cut = (name[:_MAX_NAME_BYTES].decode(errors="replace") for name in dict.fromkeys(names))
-        hosts = [name.partition("\n")[0] for name in cut]
-        if len(snapshot) > MAX_SNAPSHOT_BYTES:
-            logger.warning("the snapshot of task %s has more than %d bytes and is not used: the job starts from its"
-                           " first step", task_id, MAX_SNAPSHOT_BYTES)  # fmt: skip
-            snapshot = b""
-        return JobFacts(hosts, snapshot or None)
+        return read_job_facts(self.client, self.keys, task_id)
 
     def save_snapshot(self, task_id: str, data: bytes) -> None:
         """Keep a job's snapshot for the worker that continues it.
@@ -338,16 +317,3 @@ class Deliveries:
 
     def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         return self.client.eval(script, len(keys), *keys, *args)
-
-
-def _of_our_type(answer: Any) -> Any:
-    """Return what Redis answered; nothing for a key of another type, which this package has not written.
-
-    Raises:
-        redis.exceptions.RedisError: Redis answered with any other error.
-    """
-    if not isinstance(answer, Exception):
-        return answer
-    if "WRONGTYPE" in str(answer):
-        return b""
-    raise answer

@@ -128,12 +128,14 @@ def layout_of(geometry: Geometry) -> SlotState:
 
 
 def fingerprint_of(checkpoint: Checkpoint, lane: Lane, slots_per_device: int, device_kind: str) -> str:
-    """Return a digest of what two engines must share to draw the same pixels: model, dtype, sizes, device, versions.
+    """Return a digest of what two engines must share to draw the same pixels: model, dtype, sizes, devices, versions.
 
-    The digest covers both ends of every parameter, not each byte: gigabytes would take seconds.
+    XLA compiles the same program for simulated devices otherwise when the process has more of them, so their number
+    counts too. Of every parameter the digest covers both ends, not each byte: gigabytes would take seconds.
     """
     digest = hashlib.blake2b(digest_size=16)
-    facts: list[Any] = [jax.__version__, jaxlib.__version__, device_kind, str(checkpoint.dtype), lane, slots_per_device]
+    facts: list[Any] = [jax.__version__, jaxlib.__version__, device_kind, jax.local_device_count()]
+    facts += [str(checkpoint.dtype), lane, slots_per_device]
     facts += [_plain(checkpoint.schedule.config), _plain(checkpoint.unet.config), _plain(checkpoint.vae.config)]
     digest.update(repr(facts).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):

@@ -1,1 +1,1 @@
-"""Pictures on their way out: encoded, stored by task id, and read back by the web app."""
+"""The images of jobs: encoded and stored by the worker under the task id, read back and checked by the web app."""

@@ -1,4 +1,4 @@
-"""Images on their way back from a store: check what a result says of its image, and decode nothing else."""
+"""Images on their way back from a store: check what a result says of its image, and decode only that."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CONTENT_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-"""What a web server may call each format; also all formats that are ever decoded."""
+"""The content type of each format; no other format is ever decoded."""
 
 
 def named_image(result: Any) -> tuple[str, StoredImage]:
-    """Return the task id and the image that a result names, of the types and within the bounds that a worker's have.
+    """Return the task id and the image that a result names, after checking their types and bounds.
 
     Args:
-        result: a `GenerationResult`, or whatever a result backend gave.
+        result: a `GenerationResult`, or any value that a result backend gave.
 
     Raises:
-        StorageError: it is no result of `sdtpu.generate`; the text says why.
+        StorageError: `result` is not a result of `sdtpu.generate`; the text says why.
     """
     try:
         parsed = result if isinstance(result, GenerationResult) else GenerationResult.from_json(result)
         task_id, image = parsed.task_id, parsed.image
         texts, sides = (task_id, image.uri, image.format), (image.width, image.height)
-    except Exception as exc:  # any writer of the result backend chooses what is there
+    except Exception as exc:  # the value may be anything: others can write to the result backend
         raise StorageError(
             f"not a result of sdtpu.generate, which alone has an image: {type(result).__name__}"
         ) from exc
@@ -44,20 +44,23 @@ def named_image(result: Any) -> tuple[str, StoredImage]:
 
 
 def image_content_type(result: Mapping[str, Any] | GenerationResult) -> str:
-    """Return what a web server may call a result's image: `image/png`, `image/jpeg` or `image/webp`, nothing else.
+    """Return the content type of a result's image: `image/png`, `image/jpeg` or `image/webp`, and no other.
 
-    Send it with `X-Content-Type-Options: nosniff`, so that no browser takes the bytes for something else.
+    Send it with `X-Content-Type-Options: nosniff`, so that no browser treats the bytes as anything else.
+
+    Args:
+        result: what `AsyncResult.get()` returned, or a `GenerationResult`.
 
     Raises:
-        StorageError: it is no result of `sdtpu.generate`, or names another format.
+        StorageError: `result` is not a result of `sdtpu.generate`, or names another format.
     """
     return CONTENT_TYPES[named_image(result)[1].format]
 
 
 def decode_image(data: bytes, image_format: str, width: int, height: int) -> Image:
-    """Decode an image if it is of the given format and size, which are compared before any pixel is decoded.
+    """Return the decoded image, if the data have this format and size; both are compared before pixels are decoded.
 
-    No other decoder than the format's own looks at the data.
+    Only the decoder of this format reads the data.
 
     Args:
         data: the encoded image.
@@ -66,17 +69,17 @@ def decode_image(data: bytes, image_format: str, width: int, height: int) -> Ima
         height: pixels.
 
     Raises:
-        StorageError: the data are of another format or size, or cannot be decoded.
+        StorageError: the data have another format or size, or cannot be decoded.
     """
     from PIL import Image
 
     wanted = f"{image_format.upper()} of {width} x {height} pixels"
     try:
         image = Image.open(io.BytesIO(data), formats=[image_format])
-        found = f"{image.format} of {image.width} x {image.height} pixels"  # a JPEG of several pictures is an MPO
+        found = f"{image.format} of {image.width} x {image.height} pixels"  # a JPEG of several is an MPO
         if found == wanted:
             image.load()
             return image
-    except Exception as exc:  # whatever a stranger's bytes make Pillow raise, a warning that is an error included
-        raise StorageError(f"the stored {len(data):,} bytes are no {wanted}: {type(exc).__name__}: {exc}") from exc
+    except Exception as exc:  # foreign bytes make Pillow raise any kind of error, also warnings turned into errors
+        raise StorageError(f"the stored {len(data):,} bytes are not a {wanted}: {type(exc).__name__}: {exc}") from exc
     raise StorageError(f"the stored image is a {found}, but its result says {wanted}")

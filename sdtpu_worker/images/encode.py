@@ -1,4 +1,4 @@
-"""Images on the host, on their way out: encode an array, arrange several images in a grid."""
+"""Images on the host, on their way out: encode pixels, arrange several images in a grid."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _QUALITY = {"jpeg": {"quality": 95}, "webp": {"quality": 92}, "png": {"compress_
 
 
 def encode_image(pixels: np.ndarray, image_format: str, text: Mapping[str, Any]) -> bytes:
-    """Encode an image; the same pixels and text give the same bytes.
+    """Return the encoded image; the same pixels and text give the same bytes.
 
     Args:
         pixels: `(height, width, 3) uint8`.
         image_format: png, jpeg or webp.
-        text: parameters for a PNG's text chunks; the other formats carry none.
+        text: the parameters to write into the text chunks of a PNG; the other formats have none.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -35,10 +35,10 @@ def encode_image(pixels: np.ndarray, image_format: str, text: Mapping[str, Any])
 
 
 def image_grid(images: Sequence[Image], rows: int, cols: int) -> Image:
-    """Return one picture with the images in `rows` x `cols` cells, row by row; missing ones stay blank.
+    """Return one image that shows `images` in `rows` x `cols` cells, row by row; cells without an image are white.
 
     Raises:
-        ValueError: there are no images, or more than cells.
+        ValueError: there are no images, or more images than cells.
     """
     from PIL import Image
 

@@ -1,8 +1,8 @@
-"""Image bytes by task id: in Redis, with the result's expiry, or at any fsspec URL.
+"""Image stores: encoded images by task id, in Redis with the expiry of the results, or below an fsspec URL.
 
-A name in a store is made of the task id alone and cannot leave the store's own prefix. Whoever can write to the result
-backend can write any URI into a result, so nothing is ever made of that URI: it is compared with the one that each
-store of this process's own settings gives to the task, and only its equal is read.
+An image's name in a store is made from the task id alone, and cannot leave the store's prefix. Others may be able to
+write any URI into a result, so no store or path is ever made from that URI. It is compared with the URI that each store
+in this process's settings gives to the task, and an image is read only where the two are equal.
 """
 
 from __future__ import annotations
@@ -27,58 +27,57 @@ if TYPE_CHECKING:
 
 REDIS_URI_PREFIX = "redis:"
 _KEY_PREFIX = "sdtpu:image:"
-_SHOWN_CHARACTERS = 300  # of what a result holds, in an error
+_SHOWN_CHARACTERS = 300  # of a URI in an error
 _CONNECT_TIMEOUT_S, _REPLY_TIMEOUT_S = 5.0, 10.0
 _SAFE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")  # no capitals: file systems may take "A" for "a"
 _STORED_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # no separator, no "..", no hidden name
 
 
 class ImageStore(Protocol):
-    """Where a worker puts image bytes."""
+    """Where a worker stores encoded images."""
 
     def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = ...) -> str:
-        """Store the bytes and return their URI; storing the same id again replaces them.
+        """Store an image and return its URI; an image that the task has already is replaced.
 
-        A store that does not answer, or is full, is tried again for `PUT_BUDGET_S`; what cannot pass by itself
-        (no permission, a wrong password) is not.
+        If the store does not answer or is full, the write is tried again for `PUT_BUDGET_S` seconds. An error that
+        cannot pass by itself (no permission, a wrong password) ends it at once.
 
         Args:
-            task_id: names the image.
-            image_format: its file name's extension.
+            task_id: the id of the job's task, which names the image.
+            image_format: png, jpeg or webp.
             data: the encoded image.
-            give_up: asked while waiting, several times a second; True ends the waiting.
+            give_up: asked several times a second during a pause; True ends the attempts.
 
         Raises:
-            StorageError: the store refused them.
+            StorageError: the image was not stored.
         """
 
     def read(self, uri: str) -> bytes:
-        """Return the bytes at a URI that `put` gave.
+        """Return the encoded image at a URI that `put` returned.
 
         Raises:
-            StorageError: it is none of this store's, nothing is there any more, or the store cannot be read.
+            StorageError: the URI is not one of this store, the image is gone, or the store cannot be read.
         """
 
 
 class RedisImageStore:
-    """Images under `sdtpu:image:{name}`, expiring with the results.
+    """Stores images in Redis, under `sdtpu:image:{name}`, with the expiry of the results.
 
-    One attempt takes as long as the client lets it: of the result backend's client that is Celery's
-    `redis_socket_timeout` (120 s by default), and it does not try again by itself.
+    One attempt takes as long as the client's time-outs allow. The result backend's client has Celery's
+    `redis_socket_timeout` (120 s by default), and does not try again by itself.
+
+    Args:
+        client: a client of the Redis.
+        expires_s: seconds after which an image expires; None for never.
+        budget_s: seconds for which `put` tries again.
     """
 
     def __init__(self, client: Redis, expires_s: int | None, budget_s: float = PUT_BUDGET_S) -> None:
         self.client, self.expires_s, self.budget_s = client, expires_s, budget_s
 
     def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = never) -> str:
-        """Store the bytes; see `ImageStore`."""
-        from redis.exceptions import (
-            AuthenticationError,
-            AuthorizationError,
-            DataError,
-            NoPermissionError,
-            RedisError,
-        )
+        """Store an image; see `ImageStore`."""
+        from redis.exceptions import AuthenticationError, AuthorizationError, DataError, NoPermissionError, RedisError
 
         key = _KEY_PREFIX + stored_name(task_id)
         lasting = (AuthenticationError, AuthorizationError, NoPermissionError, DataError)
@@ -92,35 +91,37 @@ class RedisImageStore:
         return REDIS_URI_PREFIX + key
 
     def uri_of(self, task_id: str, image_format: str) -> str:
-        """Return the URI that `put` gives."""
+        """Return the URI that `put` returns for this task and format."""
         return f"{REDIS_URI_PREFIX}{_KEY_PREFIX}{stored_name(task_id)}"
 
     def read(self, uri: str) -> bytes:
-        """Return the bytes; see `ImageStore`."""
+        """Return an encoded image; see `ImageStore`."""
         key = uri.removeprefix(REDIS_URI_PREFIX)
         if key == uri or not key.startswith(_KEY_PREFIX):
             raise _foreign(uri, f"{REDIS_URI_PREFIX}{_KEY_PREFIX}…")
         try:
             data: Any = self.client.get(key)
-        except Exception as exc:  # redis-py's own, the system's, a TypeError for an option of the URL that is none
+        except Exception as exc:  # redis-py's and the system's errors, and a TypeError for an unknown option in the URL
             raise StorageError(f"Redis could not be read for {uri}: {sanitize_url(str(exc))}") from exc
         if data is None:
             raise StorageError(f"no image at {uri}: it expired (result_expires) or was deleted")
         if not isinstance(data, bytes):
-            raise StorageError(f"Redis gave text for {uri}, not bytes; leave decode_responses out of the store's URL")
+            raise StorageError(
+                f"Redis returned text for {uri} instead of bytes; remove decode_responses from the store's URL"
+            )
         return data
 
 
 class FileImageStore:
-    """Images as `{name}.{format}` below an fsspec URL.
+    """Stores images as files `{name}.{format}` below an fsspec URL.
 
-    A chained URL (`simplecache::s3://…`) is refused: what fsspec puts before a store keeps old copies, cannot be
-    written, or writes to the local disk.
+    A chained URL (`simplecache::s3://…`) is refused: the layers that fsspec puts before a store keep old copies, are
+    read-only, or write to the local disk.
 
     Args:
-        url: the operator's; never one that a result or a message holds.
+        url: a URL from the settings; never one from a result or a message.
         budget_s: seconds for which `put` tries again.
-        setting: the setting that has the URL, for errors.
+        setting: the name of the setting with the URL, for the texts of errors.
 
     Raises:
         ConfigurationError: the URL cannot be used.
@@ -142,7 +143,7 @@ class FileImageStore:
         self._prefix: str = fs.unstrip_protocol(f"{self.root}/_").removesuffix("_")
 
     def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = never) -> str:
-        """Store the bytes; see `ImageStore`."""
+        """Store an image; see `ImageStore`."""
         name = f"{stored_name(task_id)}.{image_format}"
         store_patiently(
             lambda: self._write(f"{self.root}/{name}", data),
@@ -154,11 +155,11 @@ class FileImageStore:
         return self._prefix + name
 
     def uri_of(self, task_id: str, image_format: str) -> str:
-        """Return the URI that `put` gives."""
+        """Return the URI that `put` returns for this task and format."""
         return f"{self._prefix}{stored_name(task_id)}.{image_format}"
 
     def read(self, uri: str) -> bytes:
-        """Return the bytes; see `ImageStore`."""
+        """Return an encoded image; see `ImageStore`."""
         name = uri.removeprefix(self._prefix)
         if name == uri or not _STORED_NAME.fullmatch(name):
             raise _foreign(uri, f"{self._prefix}…")
@@ -168,10 +169,10 @@ class FileImageStore:
             raise StorageError(f"no image at {sanitize_url(uri)}: {sanitize_url(str(exc))}") from exc
 
     def prepare(self) -> None:
-        """Make the folder.
+        """Make the folder of the images, if it does not exist.
 
         Raises:
-            ConfigurationError: it cannot be made.
+            ConfigurationError: the folder cannot be made.
         """
         try:
             self.fs.makedirs(self.root, exist_ok=True)
@@ -184,15 +185,15 @@ class FileImageStore:
                 _write_local_atomically(path, data)
             else:  # object stores show an object only when it is complete
                 self.fs.pipe_file(path, data)
-        except FileNotFoundError:  # someone removed the folder
+        except FileNotFoundError:  # the folder was removed: make it, and have the write tried again
             self.fs.makedirs(self.root, exist_ok=True)
             raise
 
 
 def stored_name(task_id: str) -> str:
-    """Return the name of a task's image in a store: the id if it is harmless everywhere, else its hash.
+    """Return the name of a task's image in a store: the task id if any store can use it as a name, else its hash.
 
-    No two ids have the same name: a hash starts with a character that no harmless id has.
+    No two task ids have the same name: a hash begins with an underscore, and an id that is used as a name does not.
     """
     if _SAFE_ID.fullmatch(task_id):
         return task_id
@@ -200,10 +201,14 @@ def stored_name(task_id: str) -> str:
 
 
 def make_image_store(app: Celery, url: str) -> ImageStore:
-    """Return the store that `sdtpu_image_store` names, ready to be written to.
+    """Return the store to which a worker writes, after making its folder.
+
+    Args:
+        app: the app, for its result backend and `result_expires`.
+        url: `sdtpu_image_store`.
 
     Raises:
-        ConfigurationError: the URL cannot be used, or `redis` was asked for and the result backend is not Redis.
+        ConfigurationError: the URL cannot be used, or it is `redis` and the result backend is not Redis.
     """
     store = _find_store(app, url)
     if isinstance(store, FileImageStore):
@@ -212,19 +217,19 @@ def make_image_store(app: Celery, url: str) -> ImageStore:
 
 
 def read_image_bytes(result: Mapping[str, Any] | GenerationResult, app: Celery | None = None) -> bytes:
-    """Return the stored bytes of a result's image.
+    """Return the encoded image of a result.
 
-    They come from the store that `sdtpu_image_store` names or, where the result says so, from one of
+    It is read from the store in `sdtpu_image_store` or, where the result says so, from one in
     `sdtpu_read_image_stores`. Only the image of the result's own task is read.
 
     Args:
         result: what `AsyncResult.get()` returned, or a `GenerationResult`.
-        app: whose settings and Redis to use; default: the current Celery app.
+        app: the app with the settings and the result backend; None for the current Celery app.
 
     Raises:
-        StorageError: always this, whatever the result holds: it is none of `sdtpu.generate`, the image is in no store
-            that this process reads, is not there any more, or cannot be read. A setting of this process that cannot
-            be used is a StorageError too, caused by the ConfigurationError that says which.
+        StorageError: `result` is not a result of `sdtpu.generate`, or its image is in none of these stores, is gone, or
+            cannot be read. No other exception is raised, whatever the result holds; a setting that cannot be used is a
+            StorageError too, whose cause is the ConfigurationError that names the setting.
     """
     task_id, image = named_image(result)
     try:
@@ -238,22 +243,22 @@ def read_image_bytes(result: Mapping[str, Any] | GenerationResult, app: Celery |
 
 
 def open_image(result: Mapping[str, Any] | GenerationResult, app: Celery | None = None) -> Image:
-    """Return a result's image, read and decoded; arguments as for `read_image_bytes`.
+    """Return the decoded image of a result; the arguments are those of `read_image_bytes`.
 
     Raises:
-        StorageError: as for `read_image_bytes`, or the stored bytes are not of the format and the size that the result
-            says, which is found before they are decoded, or they are damaged.
+        StorageError: as for `read_image_bytes`; also if the stored data have another format or size than the result
+            says, which is found before pixels are decoded, or are damaged.
     """
     _, image = named_image(result)
     return decode_image(read_image_bytes(result, app), image.format, image.width, image.height)
 
 
 def _read_from_own_stores(app: Celery, task_id: str, image: StoredImage) -> bytes:
-    """Read an image from the first configured store that gives its task this URI and has it.
+    """Read an image from the first store in the settings that gives the task this URI and has the image.
 
     Raises:
-        StorageError: none does; if one should have it, its error.
-        ConfigurationError: none does, but one store cannot be used.
+        StorageError: no store has the image; the error of a store that should have it comes first.
+        ConfigurationError: no store has the image, and one store cannot be used.
     """
     from sdtpu_worker.config import read_setting
 
@@ -276,6 +281,7 @@ def _read_from_own_stores(app: Celery, task_id: str, image: StoredImage) -> byte
 
 
 def _find_store(app: Celery, url: str, setting: str = "sdtpu_image_store") -> RedisImageStore | FileImageStore:
+    """Return the store at a URL; it is not asked yet whether it answers."""
     expires = app.conf.result_expires
     expires_s = int(getattr(expires, "total_seconds", lambda: expires or 0)()) or None
     if url == "redis":
@@ -286,7 +292,7 @@ def _find_store(app: Celery, url: str, setting: str = "sdtpu_image_store") -> Re
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    try:  # by itself it would try ten times, without asking whether to give up
+    try:  # its own ten retries would not ask whether to give up
         client = Redis.from_url(
             url,
             retry=Retry(NoBackoff(), 1),
@@ -299,7 +305,7 @@ def _find_store(app: Celery, url: str, setting: str = "sdtpu_image_store") -> Re
 
 
 def _write_local_atomically(path: str, data: bytes) -> None:
-    """Write next to the target and rename, so that a reader never sees half an image."""
+    """Write beside the target and rename, so that a reader never sees half an image."""
     target = Path(path)
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
         temporary = Path(file.name)
@@ -316,13 +322,13 @@ def _write_local_atomically(path: str, data: bytes) -> None:
 def _foreign(uri: str, wanted: str) -> StorageError:
     return StorageError(
         f"the image at {sanitize_url(uri[:_SHOWN_CHARACTERS])!r} is not in the configured store, which has"
-        f" {sanitize_url(wanted)}; set sdtpu_image_store to what the worker has, or add the worker's store to"
+        f" {sanitize_url(wanted)}; set sdtpu_image_store to the worker's value, or add the worker's store to"
         " sdtpu_read_image_stores"
     )
 
 
 def _unusable(url: str, exc: Exception, setting: str = "sdtpu_image_store") -> ConfigurationError:
-    """Say that a URL cannot be used; an error of parsing may quote a part of a password."""
+    """Return the error for a URL that cannot be used; its cause is left out where it may quote a password."""
     cause = type(exc).__name__ + ("" if "@" in url else f": {exc}")
     return ConfigurationError(
         f"{setting} must be redis, a redis:// URL or a writable fsspec URL, got {sanitize_url(url)!r} ({cause})"

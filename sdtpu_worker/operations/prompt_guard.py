@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 NOT_LOGGED = "[not logged: sdtpu_log_prompts is off]"
 
 _LIBRARIES = ("celery", "kombu", "py")  # py.warnings: Celery also warns with the text of an exception
-_INTAKE = "sdtpu_worker.delivery.transport"  # logs why a message is dead-lettered, and quotes it
 _CONTEXTS = ("celery.app.trace", "celery.worker.strategy")  # their records carry a dict of a task's values
 _CONTENT = ("args", "kwargs", "argsrepr", "kwargsrepr", "body", "payload", "result", "return_value", "traceback", "exc")
 _PLAIN = (str, bool, int, float, type(None))
@@ -36,16 +35,21 @@ _TRUSTED_PACKAGES = ("sdtpu_worker", "redis", "jax", "jaxlib", "billiard")
 _TRUSTED_OF_CELERY = ("NotRegistered", "ImproperlyConfigured", "OperationalError", "ContentDisallowed")
 
 
-def install_prompt_guard(app: Celery) -> None:
+def install_prompt_guard(app: Celery, *quoting: logging.Logger) -> None:
     """Keep prompts out of this process's log above DEBUG; with `sdtpu_log_prompts` on, undo that.
 
     For a worker of the device pool, where any task may be given a prompt or return one. Safe to call again.
+
+    Args:
+        app: whose setting counts.
+        quoting: loggers of this package that quote messages; given as objects, because a module that moves changes
+            its logger's name.
     """
     from sdtpu_worker.config import read_setting
 
     remove_prompt_guard()
     if not read_setting("sdtpu_log_prompts", app.conf):
-        logging.setLogRecordFactory(PromptGuard(logging.getLogRecordFactory()))
+        logging.setLogRecordFactory(PromptGuard(logging.getLogRecordFactory(), quoting))
 
 
 def remove_prompt_guard() -> None:
@@ -56,22 +60,24 @@ def remove_prompt_guard() -> None:
 
 
 class PromptGuard:
-    """A factory of log records that cleans those of Celery, kombu and the transport. Any thread.
+    """A factory of log records that cleans those of Celery, kombu and some loggers of this package. Any thread.
 
     Args:
         make_record: the factory that makes the records.
+        quoting: the loggers of this package whose records quote messages.
     """
 
-    def __init__(self, make_record: Callable[..., logging.LogRecord]) -> None:
+    def __init__(self, make_record: Callable[..., logging.LogRecord], quoting: Iterable[logging.Logger]) -> None:
         self.make_record = make_record
+        self._quoting = frozenset(logger.name for logger in quoting)
 
     def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
         """Make a record without prompts; a record that cannot be cleaned loses its text."""
         record = self.make_record(*args, **kwargs)
-        guarded = record.name == _INTAKE or record.name.partition(".")[0] in _LIBRARIES
-        if guarded and record.levelno > logging.DEBUG:
+        quotes = record.name in self._quoting
+        if (quotes or record.name.partition(".")[0] in _LIBRARIES) and record.levelno > logging.DEBUG:
             try:
-                _clean(record)
+                _clean(record, quotes)
             except Exception as exc:  # no content of a message may end the thread that logs it
                 record.msg, record.args = f"a log line that cannot be cleaned is left out ({type(exc).__name__})", ()
                 record.exc_info = record.exc_text = None
@@ -106,7 +112,8 @@ class _Words(str):
     __repr__ = str.__str__
 
 
-def _clean(record: logging.LogRecord) -> None:
+def _clean(record: logging.LogRecord, quotes: bool) -> None:
+    """Take out of a record what may be a prompt; of one that `quotes`, also from its strings."""
     exc_info = record.exc_info
     if isinstance(record.args, dict) and record.name in _CONTEXTS:
         # Celery makes this dict for the record alone, and keeps it as the attribute `data` too: changed in place.
@@ -116,7 +123,7 @@ def _clean(record: logging.LogRecord) -> None:
     elif record.args:
         dump = _clean_dump(str(record.msg), record.args, exc_info[1] if exc_info else None)
         record.args = dump or tuple(_clean_value(value) for value in record.args)
-        if record.name == _INTAKE:
+        if quotes:
             record.args = tuple(_without_quotes(value) if isinstance(value, str) else value for value in record.args)
     if exc_info:
         record.exc_text = _format_exception(exc_info[1], exc_info[2])

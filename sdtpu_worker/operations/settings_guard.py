@@ -1,7 +1,7 @@
-"""No passwords of URLs where Celery shows an app's settings: `celery inspect conf`, `celery report`, Flower.
+"""Masks the passwords of URLs where Celery shows an app's settings: `celery inspect conf`, `celery report`, Flower.
 
-Celery censors settings by their names. It knows neither this package's nor, with Django's `namespace="CELERY"`, its own
-`CELERY_BROKER_URL`; and any setting may hold a URL.
+Celery masks settings by their names. It does not know the settings of this package or, with Django's
+`namespace="CELERY"`, its own `CELERY_BROKER_URL`; and any other setting may hold a URL too.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from sdtpu_worker.redaction import sanitize_url
 
 
 class GuardedSettings(Settings):
-    """Celery's settings, whose censored table has no URL with a password, under whatever name."""
+    """Celery's settings, with the passwords of URLs masked in the censored table, whatever the setting's name is."""
 
     def table(self, with_defaults: bool = False, censored: bool = True) -> dict[str, Any]:
-        """Return the settings as they may be shown; with `censored=False` as they are."""
+        """Return the settings with passwords masked; with `censored=False` as they are."""
         table = super().table(with_defaults, censored)
         return _without_passwords(table) if censored else table
 
 
 def guard_settings(app: Celery) -> None:
-    """Let an app show its settings without the passwords of URLs, whenever its configuration loads."""
+    """Mask the passwords of URLs where an app shows its settings, also if its configuration loads later."""
 
     def guard(source: Any, **_: Any) -> None:
         if type(source) is Settings:

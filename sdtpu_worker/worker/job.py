@@ -25,7 +25,8 @@ from redis.exceptions import RedisError
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.delivery.deliveries import Deliveries, JobFacts
+from sdtpu_worker.delivery.deliveries import Deliveries
+from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
 from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from celery import signals
 
+from sdtpu_worker.delivery import transport
 from sdtpu_worker.operations.prompt_guard import install_prompt_guard, remove_prompt_guard
 from sdtpu_worker.worker.celery_request import count_failure_outside_task
 
@@ -42,7 +43,7 @@ def change_app(app: Any, settings: Mapping[str, Any], connection_class: type | N
         conf.update(settings)
         if connection_class is not None:
             app.amqp.Connection = connection_class
-        install_prompt_guard(app)
+        install_prompt_guard(app, transport.logger)
         try:
             yield
         finally:

@@ -30,19 +30,19 @@ _STEPS_OF_A_JOB, _LEARNING_RATE = 50, 0.1
 
 @dataclass(frozen=True)
 class JobControl:
-    """What a job's caller wants besides the picture.
+    """What a job's caller wants besides the image.
 
     Attributes:
         terms: priority, deadline and limits.
-        may_start: asked until the job has its slot, in the device loop's thread.
-        report: told how far the job is, in the caller's thread.
-        snapshot: the bytes of a state to go on from.
-        alone: the job shares the devices with no other.
+        may_start: asked in the device loop's thread, again and again, until the job has its slot.
+        publish: called with the job's progress, in the caller's thread; None to publish none.
+        snapshot: the bytes of a snapshot to continue from.
+        alone: the job shares the devices with no other job.
     """
 
     terms: Terms = field(default_factory=Terms)
     may_start: Callable[[], bool] = lambda: True
-    report: Callable[[Progress], None] | None = None
+    publish: Callable[[Progress], None] | None = None
     snapshot: bytes | None = None
     alone: bool = False
 
@@ -52,8 +52,9 @@ class Hooks:
     """What the process around the engine is told, and asked.
 
     Attributes:
-        on_death: told when the device loop cannot go on.
-        on_start: told, in the device loop's thread, which jobs are about to get a slot, and whether no other has one.
+        on_death: called when the device loop cannot continue.
+        on_start: called in the device loop's thread with the jobs that are about to get a slot, and whether no other
+            job has one.
         give_up: asked while an image cannot be stored: whether to stop trying.
     """
 
@@ -63,7 +64,18 @@ class Hooks:
 
 
 class Serving:
-    """A warm engine with its loop and store; `run` may be called from many threads at a time."""
+    """A warm engine with its device loop and image store; many threads may call `run` at the same time.
+
+    Args:
+        engine: a warm engine.
+        store: where images go.
+        policy: decides what the devices do; the device loop's from now on.
+        config: the settings.
+        hooks: what the process around it is told, and asked.
+
+    Raises:
+        ConfigurationError: the file of `sdtpu_trace` cannot be written.
+    """
 
     def __init__(
         self,
@@ -75,7 +87,7 @@ class Serving:
     ) -> None:
         hooks = hooks or Hooks()
         self.engine, self.store, self._progress_s, self._give_up = engine, store, config.progress_s, hooks.give_up
-        self._here: dict[Submission, int] = {}  # with its priority
+        self._held: dict[Submission, int] = {}  # with the priority of each
         self._mean_job_s: float | None = None
         self.trace: Trace = NoTrace()
         if config.trace:
@@ -104,36 +116,70 @@ class Serving:
         Args:
             task_id: names the job and its image.
             request: with a seed.
-            sent_at: `time.time()` when the client sent it, if known; timings count from there.
+            sent_at: `time.time()` when the client sent the job, if known; timings count from there.
             control: priority and limits, and who hears of the progress.
 
         Raises:
             InvalidRequest: this worker cannot serve these parameters.
-            GenerationFailed: the device failed on it.
+            GenerationFailed: the devices failed on this job.
             StorageError: the image could not be stored.
             JobCancelled, JobOverdue, JobHandedOver: see `DeviceLoop.submit`.
         """
-        control = control or JobControl()
         received = time.monotonic()
         waited_s = max(0.0, time.time() - sent_at) if sent_at is not None else 0.0
         with self.trace.span("prepare", task_id):
             job = self.engine.prepare(task_id, request)
-        submission = self.loop.submit(
-            job, control.terms, control.may_start, self._read_snapshot(job, control.snapshot), control.alone
+        finished = self._denoise(job, control or JobControl())
+        device_s = finished.finished_at - finished.started_at
+        image, parameters, is_unsafe = self._store(job, request, finished.pixels)
+        total_s = waited_s + time.monotonic() - received
+        num_slots = self.engine.info.num_slots
+        logger.info(
+            "task %s: %d steps in %.2f s on device %d slot %d, %d of %d slots in use",
+            task_id, request.num_inference_steps, device_s, finished.device, finished.slot, finished.occupied,
+            num_slots,
+        )  # fmt: skip
+        return GenerationResult(
+            task_id=task_id,
+            image=image,
+            **parameters,
+            prompt_truncated=job.truncated,
+            nsfw_content_detected=is_unsafe,
+            timings=Timings(
+                queued_s=round(waited_s + finished.started_at - received, 4),
+                device_s=round(device_s, 4),
+                total_s=round(total_s, 4),
+            ),
+            batch=BatchPlace(finished.device, finished.slot, finished.occupied, num_slots),
         )
-        self._here[submission] = control.terms.priority
+
+    def _denoise(self, job: ServableJob, control: JobControl) -> Finished:
+        """Have the device loop run a prepared job, and wait for its pixels."""
+        snapshot = self._read_snapshot(job, control.snapshot)
+        submission = self.loop.submit(job, control.terms, control.may_start, snapshot, control.alone)
+        self._held[submission] = control.terms.priority
         try:
-            finished = self._wait(submission, control.report)
+            finished = self._wait(submission, control.publish)
         finally:
-            del self._here[submission]
+            del self._held[submission]
         self._learn(finished.finished_at - finished.started_at)
-        pixels = finished.pixels
-        with self.trace.span("check safety", task_id):
-            unsafe = self.engine.check_safety(pixels)
-        if unsafe:
+        return finished
+
+    def _store(
+        self, job: ServableJob, request: GenerationRequest, pixels: Any
+    ) -> tuple[StoredImage, dict[str, Any], bool | None]:
+        """Check, encode and store an image; return it, the parameters that made it, and the safety checker's verdict.
+
+        Args:
+            job: the prepared job.
+            request: its request.
+            pixels: `(height, width, 3) uint8`; an unsafe image is stored black.
+        """
+        with self.trace.span("check safety", job.task_id):
+            is_unsafe = self.engine.check_safety(pixels)
+        if is_unsafe:
             pixels = pixels * 0
-        height, width = job.lane
-        report: dict[str, Any] = {
+        parameters: dict[str, Any] = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
             "seed": request.seed,
@@ -142,35 +188,17 @@ class Serving:
             "sampler": job.sampler,
             "model": self.engine.info.model,
         }
-        with self.trace.span("encode", task_id):
-            data = encode_image(pixels, request.image_format, report)
-        with self.trace.span("store", task_id):
-            uri = self.store.put(task_id, request.image_format, data, self._give_up)
-        total_s = waited_s + time.monotonic() - received
-        logger.info(
-            "task %s: %d steps in %.2f s on device %d slot %d, %d of %d slots in use",
-            task_id, request.num_inference_steps, finished.finished_at - finished.started_at, finished.device,
-            finished.slot, finished.occupied, self.engine.info.num_slots,
-        )  # fmt: skip
-        return GenerationResult(
-            task_id=task_id,
-            image=StoredImage(uri, request.image_format, width, height, len(data)),
-            **report,
-            prompt_truncated=job.truncated,
-            nsfw_content_detected=unsafe,
-            timings=Timings(
-                queued_s=round(waited_s + finished.started_at - received, 4),
-                device_s=round(finished.finished_at - finished.started_at, 4),
-                total_s=round(total_s, 4),
-            ),
-            batch=BatchPlace(finished.device, finished.slot, finished.occupied, self.engine.info.num_slots),
-        )
+        with self.trace.span("encode", job.task_id):
+            data = encode_image(pixels, request.image_format, parameters)
+        with self.trace.span("store", job.task_id):
+            uri = self.store.put(job.task_id, request.image_format, data, self._give_up)
+        height, width = job.lane
+        return StoredImage(uri, request.image_format, width, height, len(data)), parameters, is_unsafe
 
     def load(self, host: str) -> WorkerLoad:
-        """Return what this host can do at the moment. Any thread."""
-        here, num_slots = self._here.copy(), self.engine.info.num_slots
-        held = dict(Counter(here.values()))
-        etas = [submission.progress.eta_s for submission in here]
+        """Return the load report of this worker, under the name that its host has for it. Any thread."""
+        held, num_slots = self._held.copy(), self.engine.info.num_slots
+        etas = [submission.progress.eta_s for submission in held]
         lanes = {f"{height}x{width}": costs for (height, width), costs in self.engine.costs.items()}
         steps_s = {size: costs.step_s(self.engine.info.num_devices) for size, costs in lanes.items()}
         return WorkerLoad(
@@ -178,8 +206,8 @@ class Serving:
             num_slots=num_slots,
             step_s=steps_s,
             mean_job_s=self._mean_job_s or _STEPS_OF_A_JOB * next(iter(steps_s.values())),
-            held=held,
-            next_free_s=0.0 if len(here) < num_slots else min((eta for eta in etas if eta), default=0.0),
+            held=dict(Counter(held.values())),
+            next_free_s=0.0 if len(held) < num_slots else min((eta for eta in etas if eta), default=0.0),
         )
 
     def _learn(self, job_s: float) -> None:
@@ -195,21 +223,21 @@ class Serving:
             logger.warning("task %s starts anew: %s", job.task_id, exc)
             return None
 
-    def _wait(self, submission: Submission, report: Callable[[Progress], None] | None) -> Finished:
-        """Wait for the picture; say how far it is as soon as it has a slot, and then now and then."""
-        said, next_at = submission.progress, time.monotonic() + self._progress_s
-        while report and self._progress_s:
+    def _wait(self, submission: Submission, publish: Callable[[Progress], None] | None) -> Finished:
+        """Wait for the pixels; publish the job's progress when it gets its slot, and every `sdtpu_progress_s`."""
+        published, next_at = submission.progress, time.monotonic() + self._progress_s
+        while publish and self._progress_s:
             submission.moved.wait(max(0.0, next_at - time.monotonic()))
             submission.moved.clear()
             if submission.future.done():
                 break
             now, progress = time.monotonic(), submission.progress
-            got_its_slot = said.pending and not progress.pending
+            got_its_slot = published.pending and not progress.pending
             if now >= next_at or got_its_slot:
                 next_at = now + self._progress_s
-                if progress is not said:
-                    said = progress
-                    report(progress)
+                if progress is not published:
+                    published = progress
+                    publish(progress)
         return submission.future.result()
 
     def close(self) -> None:

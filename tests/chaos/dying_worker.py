@@ -1,22 +1,13 @@
 """The fake worker, and it dies at a point of one's choosing: `celery -A tests.chaos.dying_worker worker`.
 
 A prompt "die <phase>" ends the process with SIGKILL, the first time that its job comes to that point; the folder
-`SDTPU_FAKE_MARKS` remembers by task id who had its turn. A third word is another accident of `fake_worker`. The
-phases, in their order:
-
-    waiting        a thread has the job, no slot
-    encoding       it gets its slot
-    denoising      it has done some of its steps
-    decoding       the devices make its picture
-    storing        its image is about to be stored
-    stored         its image is stored, its result is not
-    announced      the tasks linked to it are sent, its result is not stored
-    counting       its result is stored, the chord that it is part of does not know yet
-    done           its result is stored, its message is not acknowledged
+`SDTPU_FAKE_MARKS` remembers by task id who had its turn, and what had happened by then. A third word is another
+accident of `fake_worker`. The phases are in `tests.chaos.moments`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -31,17 +22,35 @@ from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.images.store import ImageStore
 from tests.chaos import fake_worker
 from tests.chaos.fake_worker import FakeDevicePool, PictureEngine, PictureJob, app
+from tests.chaos.moments import EVENTS, LINKS
 
 __all__ = ["app"]
 
 _phases: dict[str, str] = {}  # by task id, of the jobs that are here
+_events: dict[str, set[str]] = {}  # by task id, what the engine saw of them
+
+
+def note(task_id: str, event: str) -> None:
+    """Take note of something that happened to a job."""
+    _events.setdefault(task_id, set()).add(event)
+
+
+def events_of(task_id: str) -> list[str]:
+    """Return what has happened to a job: on the devices as the engine saw it, the rest as Redis has it."""
+    client, meta = app.backend.client, app.backend.get_task_meta(task_id, cache=False)
+    stored = {
+        "image stored": client.exists(f"sdtpu:image:{task_id}"),
+        "links sent": any(client.type(key) == b"list" for key in client.keys(f"{LINKS}*")),
+        "result stored": meta["status"] == "SUCCESS",
+    }
+    return [event for event in EVENTS if stored.get(event, event in _events.get(task_id, ()))]
 
 
 def die(task_id: str, phase: str) -> None:
     """End the process if this job is to die here and has not died yet."""
     mark = Path(os.environ["SDTPU_FAKE_MARKS"]) / task_id
     if _phases.get(task_id) == phase and not mark.exists():
-        mark.touch()
+        mark.write_text(json.dumps(events_of(task_id)))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -59,16 +68,29 @@ class DyingEngine(PictureEngine):
 
     def execute(self, plan: Any, jobs: Any, snapshots: Any = None) -> Any:
         """Follow a plan up to the point."""
-        inserted = plan.inserted()
-        for task_id in inserted:
+        for state in list(self.slots.values()):
+            if state.step and state.steps_left:
+                note(state.task_id, "steps taken")
+                die(state.task_id, "denoising")
+        for task_id in plan.inserted():
+            note(task_id, "slot given")
             die(task_id, "encoding")
-        for task_id in plan.steps_done:
-            if task_id not in inserted:
-                die(task_id, "denoising")
         tick = super().execute(plan, jobs, snapshots)
         for *_, task_id in plan.decoded():
+            note(task_id, "decoding")
             die(task_id, "decoding")
+        tick.wait = _noting_pictures(tick.wait)  # type: ignore[method-assign]  # a tick of the test's own
         return tick
+
+
+def _noting_pictures(wait: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
+    def wait_and_note() -> list[Any]:
+        images = wait()
+        for image in images:
+            note(image.task_id, "picture made")
+        return images
+
+    return wait_and_note
 
 
 class DyingStore:

@@ -7,23 +7,21 @@ import json
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import redis
-from celery import Celery
 
-from sdtpu_worker import generate, install
+from sdtpu_worker import generate
 from sdtpu_worker.images.store import read_image_bytes
-from sdtpu_worker.testing.processes import StartFailed, running, wait_for_line, worker_command, worker_env
+from sdtpu_worker.testing.processes import running, wait_for_line, worker_command, worker_env
 from tests.chaos.pictures import expected_count, shown_count
-from tests.chaos.servers import wait_until
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 
-ROOT = Path(__file__).parent.parent.parent
 FAKE_APP = "tests.chaos.fake_worker"
 
 
@@ -64,7 +62,7 @@ class WorkerProcess:
     def memory_kib(self) -> int:
         """Return how much memory it has in use."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
     def threads(self) -> int:
         """Return how many threads it has."""
@@ -117,20 +115,6 @@ class Fleet:
         return worker
 
 
-@contextlib.contextmanager
-def client_app(redis_url: str, **conf: Any) -> Iterator[Celery]:
-    """Make a client's app the current one."""
-    app = install(Celery("chaos-client", broker=redis_url, backend=redis_url, set_as_current=True))
-    app.conf.update(conf)
-    app.set_default()
-    try:
-        yield app
-    finally:
-        if (consumer := getattr(app.backend, "result_consumer", None)) is not None:
-            consumer.subscribed_to.clear()  # else results that are forgotten later look for a Redis that is gone
-        app.close()
-
-
 @dataclass
 class Ledger:
     """The jobs that were given to the workers, and what became of them."""
@@ -164,11 +148,12 @@ class Ledger:
 
     def wait(self, timeout_s: float, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Wait until every job is done."""
-        deadline = time.monotonic() + timeout_s
-        while left := self.collect():
-            assert time.monotonic() < deadline, f"{left} of {len(self.jobs)} jobs are not done after {timeout_s:.0f} s"
+
+        def are_done() -> bool:
             meanwhile()
-            time.sleep(0.1)
+            return not self.collect()
+
+        wait_until(are_done, lambda: f"{self.collect()} of {len(self.jobs)} jobs", timeout_s)
 
     def wrong_pictures(self) -> list[str]:
         """Return the jobs whose picture does not show that each step was done once (of the fake engine)."""
@@ -189,10 +174,7 @@ def keys_left(client: Any) -> list[str]:
 
 def wait_until_no_key_is_left(client: Any, timeout_s: float = 20) -> None:
     """Wait until no job has anything in Redis; say what it is that stays."""
-    try:
-        wait_until(lambda: not keys_left(client), "no key of a job to be left", timeout_s)
-    except StartFailed as exc:
-        raise AssertionError(keys_left(client)) from exc
+    wait_until(lambda: not keys_left(client), lambda: f"no key of a job to be left: {keys_left(client)}", timeout_s)
 
 
 def _says_that_a_chord_is_done(key: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import redis
 
 from tests.chaos.fleet import WorkerProcess, keys_left, wait_until_no_key_is_left
+from tests.support.waiting import wait_until
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,14 @@ def difference(before: Footprint, after: Footprint) -> str:
 
 def pool_stats(app: Any, timeout_s: float = 20) -> dict[str, Any]:
     """Return what the only worker says of its pool."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if answers := app.control.inspect(timeout=2, limit=1).stats():
-            return next(iter(answers.values()))["pool"]["sdtpu"]
-    raise AssertionError("the worker does not answer")
+    answers = wait_until(app.control.inspect(timeout=2, limit=1).stats, "the worker to answer", timeout_s)
+    return next(iter(answers.values()))["pool"]["sdtpu"]
 
 
 def assert_nothing_left(app: Any, client: redis.Redis, timeout_s: float = 10) -> None:
     """Assert that no job has left anything in Redis or in the worker."""
     wait_until_no_key_is_left(client, timeout_s)
-    deadline = time.monotonic() + timeout_s
-    while (held := pool_stats(app)["deliveries"]["held"]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert held == 0
+    wait_until(lambda: pool_stats(app)["deliveries"]["held"] == 0, "the worker to hold nothing", timeout_s)
 
 
 def connections(worker: WorkerProcess, client: redis.Redis) -> list[str]:

@@ -21,7 +21,7 @@ class HostileControl(NamedTuple):
     kind: str
 
 
-def control_message(body: Any, headers: Any = None, exchange: str = "celery.pidbox", **changes: Any) -> bytes:
+def control_message(body: Any, headers: Any = None, exchange: Any = "celery.pidbox", **changes: Any) -> bytes:
     """Return a message as a Celery client publishes it."""
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
     message = {

@@ -10,7 +10,8 @@ from redis.exceptions import RedisError
 from redis.sentinel import Sentinel
 
 from sdtpu_worker.testing.processes import StartFailed
-from tests.chaos.servers import Options, RedisServer, wait_until
+from tests.chaos.servers import Options, RedisServer
+from tests.support.waiting import wait_until
 
 
 class SentinelCluster:
@@ -67,7 +68,7 @@ class SentinelCluster:
         ]
         wait_until(lambda: all(map(self._knows_all, self._asked)), "the sentinels to know one another")
 
-    def _knows_all(self, sentinel: redis.Redis) -> bool:
+    def _knows_all(self, sentinel: Any) -> bool:
         (seen,) = sentinel.sentinel_masters().values()
         return seen["num-other-sentinels"] == 2 and seen["num-slaves"] == 1 and seen["is_master"]
 
@@ -88,7 +89,8 @@ class SentinelCluster:
         """The server that the first sentinel that answers takes for the master."""
         for sentinel in self._asked:
             with contextlib.suppress(RedisError):
-                port = int(sentinel.sentinel_get_master_addr_by_name(self.master_name)[1])
+                address: Any = sentinel.sentinel_get_master_addr_by_name(self.master_name)
+                port = int(address[1])
                 return next(server for server in self.servers if server.port == port)
         raise StartFailed("no sentinel answers")
 

@@ -9,15 +9,14 @@ import socket
 import subprocess
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import redis
-from redis.exceptions import RedisError
 
 from sdtpu_worker.testing.processes import StartFailed, find_redis_server, running
+from tests.support.waiting import wait_until
 
 Options = Mapping[str, str | list[str]]
 
@@ -29,22 +28,6 @@ def steady_port() -> int:
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
-
-
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 20) -> None:
-    """Wait until a condition holds; errors of Redis count as not yet.
-
-    Raises:
-        StartFailed: the time is over.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        with contextlib.suppress(RedisError):
-            if condition():
-                return
-        if time.monotonic() > deadline:
-            raise StartFailed(f"waited {timeout_s} s in vain for: {what}")
-        time.sleep(0.05)
 
 
 class RedisServer:

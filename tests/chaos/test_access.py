@@ -22,9 +22,12 @@ from celery import Celery
 from redis.exceptions import NoPermissionError
 
 from sdtpu_worker import generate
-from tests.chaos.fleet import ROOT, Fleet, Ledger, client_app
+from tests.chaos.fleet import Fleet, Ledger
 from tests.chaos.proxies import FlakyProxy, TlsProxy
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.servers import RedisServer
+from tests.support.clients import client_app
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 
 LEASE_S = 2
 WORKER = {"SDTPU_CPU_DEVICES": "2", "SDTPU_FAKE_STEP_MS": "10", "SDTPU_LEASE_S": str(LEASE_S)}
@@ -132,12 +135,12 @@ def test_a_key_prefix_a_database_a_socket_priorities_and_several_queues(tmp_path
         )
         url = f"redis+socket://{socket}?virtual_host=3"
         prefixed = {"global_keyprefix": "shop:"}
-        conf = {"broker_transport_options": prefixed, "result_backend_transport_options": prefixed}
+        conf: dict[str, Any] = {"broker_transport_options": prefixed, "result_backend_transport_options": prefixed}
         stack.enter_context(client_app(url, **conf))
         fleet = stack.enter_context(Fleet(url, tmp_path, **WORKER, SDTPU_FAKE_CONF=json.dumps(conf)))
         _, took_s = kill_and_take_over(fleet, admin, "shop:")
         print(f"\nsocket, database, prefix, queues, priorities: taken over {took_s:.1f} s after SIGKILL")
-        keys = admin.keys("*")
+        keys: Any = admin.keys("*")
         assert [key for key in keys if not key.startswith(("shop:", "sdtpu:image:"))] == []
         text = fleet.workers[0].text()
         assert "maxmemory-policy is allkeys-lru" in text
@@ -148,6 +151,7 @@ def test_a_broker_that_is_not_redis(tmp_path: Path):
     for name in ("queue", "processed", "results", "images"):
         (tmp_path / name).mkdir()
     folders = {f"data_folder_{way}": str(tmp_path / "queue") for way in ("in", "out")}
+    folders["control_folder"] = str(tmp_path / "control")
     store = f"file://{tmp_path}/images"
     transport = {**folders, "store_processed": False}
     conf = {"broker_transport_options": transport}

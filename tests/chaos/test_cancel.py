@@ -17,10 +17,10 @@ from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimit
 
 from sdtpu_worker import generate
 from sdtpu_worker.images.store import read_image_bytes
-from sdtpu_worker.testing.processes import private_redis
-from tests.chaos.fleet import Fleet, client_app
+from tests.chaos.fleet import Fleet
 from tests.chaos.footprint import assert_nothing_left
 from tests.chaos.pictures import expected_count, shown_count
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -33,21 +33,16 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def fleet_and_app(tmp_path_factory):
-    with (
-        private_redis() as url,
-        client_app(url) as app,
-        Fleet(url, tmp_path_factory.mktemp("cancel"), **SETTINGS) as fleet,
-    ):
+def fleet(redis_url, tmp_path_factory):
+    with Fleet(redis_url, tmp_path_factory.mktemp("cancel"), **SETTINGS) as fleet:
         fleet.start("cancel")
-        yield fleet, app
+        yield fleet
 
 
-@pytest.fixture
-def app(fleet_and_app):
-    fleet, app = fleet_and_app
+@pytest.fixture(autouse=True)
+def nothing_is_left(fleet, app):
+    yield
     with redis.Redis.from_url(fleet.redis_url) as client:
-        yield app
         assert_nothing_left(app, client)
 
 
@@ -56,10 +51,7 @@ def order(steps: int, seed: int = 1, **options):
 
 
 def wait_for(job, condition: Callable, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition(job.backend.get_task_meta(job.id, cache=False)):
-        assert time.monotonic() < deadline, job.state
-        time.sleep(0.005)
+    wait_until(lambda: condition(job.backend.get_task_meta(job.id, cache=False)), lambda: f"not {job.state}", timeout_s)
 
 
 def is_denoising(meta) -> bool:
@@ -145,8 +137,7 @@ def test_time_limits_end_a_running_job_with_celerys_own_exceptions_and_count_fro
     ("options", "error"),
     [(("--soft-time-limit", "1"), SoftTimeLimitExceeded), (("--time-limit", "1"), TimeLimitExceeded)],
 )
-def test_a_workers_own_limits_hold_for_jobs_without_any(fleet_and_app, app, options, error):
-    fleet, _ = fleet_and_app
+def test_a_workers_own_limits_hold_for_jobs_without_any(fleet, app, options, error):
     worker = fleet.start("limited", *options, "-Q", "limited", SDTPU_QUEUE="limited")
     try:
         slow, quick = (

@@ -17,8 +17,10 @@ import pytest
 from sdtpu_worker.operations.health_http import ask_health
 from sdtpu_worker.testing.processes import free_port
 from sdtpu_worker.worker.services import EX_ENGINE_LOST
-from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.fleet import Fleet, Ledger, wait_until_no_key_is_left
+from tests.chaos.servers import RedisServer
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow]
 

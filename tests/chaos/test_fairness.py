@@ -16,10 +16,9 @@ import redis
 from sdtpu_worker import DeadlineUnreachable, QueueFull, generate
 from sdtpu_worker.contract.load_report import LOAD_TTL_S, read_loads
 from sdtpu_worker.contract.queues import tenant_queue
-from sdtpu_worker.testing.processes import private_redis
-from tests.chaos.fleet import Fleet, client_app
+from tests.chaos.fleet import Fleet
 from tests.chaos.footprint import assert_nothing_left, pool_stats
-from tests.chaos.servers import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -28,13 +27,9 @@ GREEDY, MODEST = "a", "d"
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    with (
-        private_redis() as url,
-        client_app(url, sdtpu_tenant_shards=SHARDS),
-        Fleet(url, tmp_path_factory.mktemp("fairness"), SDTPU_TENANT_SHARDS=str(SHARDS), SDTPU_FAKE_STEP_MS="5",
-              SDTPU_CPU_DEVICES="4", SDTPU_SLOTS_PER_DEVICE="1") as fleet,
-    ):  # fmt: skip
+def fleet(redis_url, tmp_path_factory):
+    with Fleet(redis_url, tmp_path_factory.mktemp("fairness"), SDTPU_TENANT_SHARDS=str(SHARDS), SDTPU_FAKE_STEP_MS="5",
+               SDTPU_CPU_DEVICES="4", SDTPU_SLOTS_PER_DEVICE="1") as fleet:  # fmt: skip
         yield fleet
 
 
@@ -45,8 +40,8 @@ def client(fleet):
 
 
 @pytest.fixture
-def app(fleet):
-    return generate.app
+def app_conf():
+    return {"sdtpu_tenant_shards": SHARDS}
 
 
 def order(tenant: str | None, count: int, steps: int, priority: int = 6, **options):

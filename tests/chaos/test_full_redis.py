@@ -13,9 +13,11 @@ import pytest
 
 from sdtpu_worker import generate
 from sdtpu_worker.errors import BrokerUnavailable, StorageError
-from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
+from tests.chaos.fleet import Fleet, Ledger, wait_until_no_key_is_left
 from tests.chaos.proxies import FlakyProxy
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.servers import RedisServer
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
 LEASE_S = 2
 

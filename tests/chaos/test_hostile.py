@@ -8,8 +8,10 @@ Two cores, a worker on the fake engine, 274 s: 50,000 messages of 162 kinds besi
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 import redis
@@ -20,13 +22,16 @@ from kombu.utils.json import dumps
 
 from sdtpu_worker import InvalidRequest, generate
 from sdtpu_worker.delivery.deliveries import MAX_DEAD_LETTERS
+from sdtpu_worker.delivery.envelope import BadEnvelope, check_envelope
 from sdtpu_worker.errors import InvalidMessage
+from sdtpu_worker.operations.prompt_guard import NOT_LOGGED
 from sdtpu_worker.testing.processes import private_redis
-from tests.chaos.fleet import Fleet, Ledger, client_app
+from tests.chaos.fleet import Fleet, Ledger
 from tests.chaos.footprint import assert_as_before, assert_nothing_left, difference, footprint, pool_stats, settled
-from tests.chaos.hostile import REQUEST, hostile_messages
 from tests.chaos.hostile_control import hostile_control_messages
-from tests.chaos.servers import wait_until
+from tests.support.clients import client_app
+from tests.support.hostile import MAX_BYTES, REQUEST, Draft, hostile_messages
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -56,7 +61,8 @@ def hostile_worker(tmp_path_factory):
 
 
 def dead_counts(client: redis.Redis) -> Counter[str]:
-    return Counter({kind.decode(): int(count) for kind, count in client.hgetall("sdtpu:dead:counts").items()})
+    counts: dict[Any, Any] = client.hgetall("sdtpu:dead:counts")
+    return Counter({kind.decode(): int(count) for kind, count in counts.items()})
 
 
 def waiting(client: redis.Redis) -> int:
@@ -132,6 +138,24 @@ raw_messages = st.one_of(
     json_values.map(lambda value: dumps(value).encode()),
     st.dictionaries(fields, json_values, max_size=5).map(lambda value: dumps(value).encode()),
 )
+
+
+def test_no_prompt_of_a_message_that_cannot_be_run_is_in_the_log(hostile_worker):
+    worker, _, client = hostile_worker
+    secret, before = "a portrait of my secret neighbour", sum(dead_counts(client).values())
+    not_logged = worker.text().count(NOT_LOGGED)
+    in_the_body, in_a_header, in_a_property = (Draft(random.Random(i)) for i in range(3))
+    in_the_body.body = [[secret], secret]
+    in_a_header.headers["eta"] = secret
+    in_a_property.properties["priority"] = secret
+    raws = [draft.encode() for draft in (in_the_body, in_a_header, in_a_property)]
+    for raw in raws:
+        with pytest.raises(BadEnvelope, match=secret):
+            check_envelope(raw, {"sdtpu.generate"}, MAX_BYTES)
+    client.lpush("sdtpu", *raws)
+    wait_until(lambda: sum(dead_counts(client).values()) == before + len(raws), "all to be put aside")
+    assert worker.text().count(NOT_LOGGED) == not_logged + len(raws)
+    assert secret not in worker.text()
 
 
 def test_any_bytes_at_all_are_put_aside_or_run(hostile_worker, long, capsys):

@@ -17,9 +17,11 @@ from random import Random
 
 import pytest
 
-from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.fleet import Fleet, Ledger, wait_until_no_key_is_left
+from tests.chaos.servers import RedisServer
 from tests.chaos.witness import Witness
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -12,18 +12,21 @@ dies in between (`announced`) sends them again, under the same id.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from celery import chain, chord
 
 from sdtpu_worker import generate
-from tests.chaos.fleet import Fleet, Ledger, client_app, keys_left
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.fleet import Fleet, Ledger, keys_left
+from tests.chaos.moments import EVENTS, LINKS, PHASES
+from tests.chaos.servers import RedisServer
 from tests.chaos.witness import Witness
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
-PHASES = ("waiting", "encoding", "denoising", "decoding", "storing", "stored", "announced", "done")
-"""Where a job that is in no chord can die; see `dying_worker`, which is only ever imported by a worker: it patches."""
 pytestmark = [pytest.mark.slow]
 
 STEPS = 120
@@ -32,8 +35,8 @@ STEPS = 120
 class Pair:
     """Two workers; whoever dies is started again."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet, self.deaths = fleet, 0
+    def __init__(self, fleet: Fleet, marks: Path) -> None:
+        self.fleet, self.marks, self.deaths = fleet, marks, 0
         self.workers = [fleet.launch(name) for name in ("a", "b")]
 
     def replace(self) -> None:
@@ -76,13 +79,27 @@ def pair(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "SDTPU_MAX_DELIVERIES": "100",
     }
     with Fleet(server.url, folder, "tests.chaos.dying_worker", **settings) as fleet, client_app(server.url):
-        yield Pair(fleet)
+        yield Pair(fleet, marks)
 
 
 @pytest.fixture
 def witness(pair: Pair, server: RedisServer) -> Iterator[Witness]:
     with Witness(server.url) as witness:
         yield witness
+
+
+@pytest.fixture
+def links_sent(server: RedisServer) -> Callable[[], int]:
+    """Give a function that takes the messages out of the queue `LINKS` and returns how many there were."""
+
+    def take() -> int:
+        with contextlib.closing(server.client()) as client:
+            lists = [key for key in client.keys(f"{LINKS}*") if client.type(key) == b"list"]
+            count = sum(client.llen(key) for key in lists)
+            client.delete(*lists)
+            return count
+
+    return take
 
 
 @pytest.fixture
@@ -106,13 +123,19 @@ def runs(pair: Pair, task_id: str) -> int:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_job_whose_worker_is_killed_at_any_point_is_done_by_another_one(pair, witness, nothing_is_left, phase):
+def test_a_job_whose_worker_is_killed_at_any_point_is_done_by_another_one(
+    pair, witness, links_sent, nothing_is_left, phase
+):
     ledger, deaths = Ledger(), pair.deaths
     neighbours = [ledger.add(seed, STEPS) for seed in (1, 2)]
-    victim = ledger.add(3, STEPS, f"die {phase}")
+    link = generate.si("x", seed=9, num_inference_steps=1).set(queue=LINKS)
+    victim = ledger.add(3, STEPS, f"die {phase}", link=link)
     pair.wait_for(lambda: not ledger.collect(), "the jobs")
     pair.wait_for(lambda: pair.deaths == deaths + 1, "the death")
+    assert links_sent() == (2 if phase == "announced" else 1), "sent again, where a worker dies after sending"
     nothing_is_left()
+    happened = json.loads((pair.marks / victim).read_text())
+    assert happened == list(EVENTS[: PHASES.index(phase)]), "every phase is another moment"
     assert not ledger.errors
     assert not ledger.wrong_pictures()
     assert {task_id: len(ends) for task_id, ends in witness.ends.items()} == dict.fromkeys([*neighbours, victim], 1)

@@ -22,10 +22,12 @@ from redis.exceptions import RedisError
 from sdtpu_worker.errors import BrokerUnavailable
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.testing.processes import free_port
-from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, wait_until_no_key_is_left
+from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, wait_until_no_key_is_left
 from tests.chaos.health_log import HealthLog
 from tests.chaos.proxies import FlakyProxy
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.servers import RedisServer
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
 STEP_MS, LEASE_S = 20, 5.0
 SLACK_S = 2.5
@@ -144,7 +146,7 @@ def before(stage: Stage) -> tuple[int, int]:
     return len(stage.ledger.jobs), stage.job_steps()
 
 
-def test_redis_is_killed_and_restarted(stage: Stage, before, long: bool):
+def test_redis_is_killed_and_restarted(stage: Stage, before: tuple[int, int], long: bool):
     again_s, last_second = [], set()
     for _ in range(5 if long else 2):
         stage.send(60 if long else 24, over_s=3 if long else 1.5)
@@ -169,7 +171,7 @@ def test_redis_is_killed_and_restarted(stage: Stage, before, long: bool):
     assert max(again_s) < 10
 
 
-def test_an_outage_is_longer_than_the_lease(stage: Stage, before, long: bool):
+def test_an_outage_is_longer_than_the_lease(stage: Stage, before: tuple[int, int], long: bool):
     again_s = []
     for _ in range(3 if long else 1):
         stage.send(40, over_s=0.5)
@@ -184,7 +186,7 @@ def test_an_outage_is_longer_than_the_lease(stage: Stage, before, long: bool):
     assert max(again_s) < 10
 
 
-def test_connections_are_dropped_again_and_again(stage: Stage, before, long: bool):
+def test_connections_are_dropped_again_and_again(stage: Stage, before: tuple[int, int], long: bool):
     drops = 0
     with contextlib.closing(stage.server.client()) as admin:
         for _ in range(20 if long else 3):
@@ -204,7 +206,7 @@ def test_connections_are_dropped_again_and_again(stage: Stage, before, long: boo
     assert again_s < 10
 
 
-def test_redis_is_slow(stage: Stage, before, long: bool):
+def test_redis_is_slow(stage: Stage, before: tuple[int, int], long: bool):
     count = 200 if long else 24
     fast = stage.send(count, over_s=count / 20)
     stage.ledger.wait(60)

@@ -19,10 +19,12 @@ import pytest
 
 from sdtpu_worker.images.store import read_image_bytes
 from sdtpu_worker.testing.processes import wait_for_line
-from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, wait_until_no_key_is_left
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, wait_until_no_key_is_left
+from tests.chaos.servers import RedisServer
 from tests.chaos.witness import Witness
-from tests.conftest import XLA_CACHE
+from tests.support.clients import client_app
+from tests.support.paths import XLA_CACHE
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -11,12 +11,14 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from sdtpu_worker import generate
 from sdtpu_worker.errors import BrokerUnavailable
-from tests.chaos.fleet import Fleet, Ledger, client_app, wait_until_no_key_is_left
+from tests.chaos.fleet import Fleet, Ledger, wait_until_no_key_is_left
 from tests.chaos.sentinel import SentinelCluster
-from tests.chaos.servers import wait_until
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
 LEASE_S = 4
 PASSWORD, SENTINEL_PASSWORD = "correct-horse", "battery-staple"
@@ -26,7 +28,7 @@ def test_workers_follow_a_failover_and_leases_work_after_it(tmp_path: Path, long
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(SentinelCluster(PASSWORD, SENTINEL_PASSWORD))
         options = {"socket_timeout": 5, **cluster.transport_options}
-        conf = {"broker_transport_options": options, "result_backend_transport_options": options}
+        conf: dict[str, Any] = {"broker_transport_options": options, "result_backend_transport_options": options}
         stack.enter_context(client_app(cluster.broker_url, **conf))
         client = stack.enter_context(contextlib.closing(cluster.client()))
         fleet = stack.enter_context(

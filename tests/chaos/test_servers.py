@@ -17,7 +17,8 @@ from redis.exceptions import AuthenticationError, ConnectionError, NoPermissionE
 from sdtpu_worker.testing.processes import StartFailed
 from tests.chaos.proxies import FlakyProxy, TlsProxy
 from tests.chaos.sentinel import SentinelCluster
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.servers import RedisServer
+from tests.support.waiting import wait_until
 
 
 @contextlib.contextmanager

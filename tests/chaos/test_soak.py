@@ -35,7 +35,7 @@ from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.device_loop.loop import DeviceLoop
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob
 from sdtpu_worker.testing.processes import private_redis
-from tests.chaos.fleet import Fleet, Ledger, client_app
+from tests.chaos.fleet import Fleet, Ledger
 from tests.chaos.footprint import (
     assert_as_before,
     assert_nothing_left,
@@ -45,7 +45,8 @@ from tests.chaos.footprint import (
     pool_stats,
     settled,
 )
-from tests.chaos.servers import wait_until
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -394,7 +395,8 @@ class Copies:
     def __init__(self, client: redis.Redis) -> None:
         self.client, self.count = client, 0
         self.template_id = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 1}, queue="elsewhere").id
-        self.raw = client.rpop("elsewhere\x06\x166").decode()
+        raw: Any = client.rpop("elsewhere\x06\x166")
+        self.raw = raw.decode()
 
     def send(self, count: int, eta: datetime | None = None) -> None:
         raw = self.raw.replace('"eta": null', f'"eta": "{eta.isoformat()}"') if eta else self.raw

@@ -20,8 +20,10 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, client_app, wait_until_no_key_is_left
-from tests.chaos.servers import RedisServer, wait_until
+from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, wait_until_no_key_is_left
+from tests.chaos.servers import RedisServer
+from tests.support.clients import client_app
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -20,8 +20,8 @@ from safetensors.numpy import save_file
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.weights import find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
-from tests.device.checkpoints import SHIPPED, make_random_checkpoint
 from tests.device.pytorch_layout import rewrite_as_pytorch, to_pytorch
+from tests.support.checkpoints import SHIPPED, make_random_checkpoint
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ def test_a_single_file_is_refused_with_the_remedy(tmp_path):
 
 @pytest.mark.parametrize("layout", ["flax", "pytorch"])
 def test_leaves_that_are_missing_or_unexpected_or_of_another_kind_are_named(tmp_path, layout):
-    shapes = {name: SimpleNamespace(shape=(2, 3)) for name in ("kernel", "other", "counts")}
+    shapes: dict[str, Any] = {name: SimpleNamespace(shape=(2, 3)) for name in ("kernel", "other", "counts")}
     shapes = {"conv_in": shapes, "norm": {"scale": SimpleNamespace(shape=(4,))}}
     found = {
         "conv_in": {"kernel": np.zeros((3, 3), np.float32), "more": np.zeros(1), "counts": np.zeros((2, 3), np.int8)},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import random
-import time
 import weakref
 from collections import Counter
 
@@ -34,8 +33,9 @@ from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import SHARDED, put
 from sdtpu_worker.diffusion.start import make_warm_engine
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidRequest
-from tests.device.checkpoints import SHIPPED, make_random_checkpoint
-from tests.device.engines import generate_all, on_one_device, run_alone
+from tests.support.checkpoints import SHIPPED, make_random_checkpoint
+from tests.support.engines import generate_all, on_one_device, run_alone
+from tests.support.waiting import wait_until
 
 PROMPTS = (
     "a red circle on a blue background",
@@ -68,10 +68,10 @@ def mixed_requests(count: int, seed: int) -> list[GenerationRequest]:
 @pytest.fixture(
     scope="module", params=[(1, "float32"), (3, "float32"), (2, "bfloat16")], ids=lambda p: f"{p[0]}x{p[1]}"
 )
-def any_engine(request, random_checkpoint):
+def any_engine(request, random_checkpoint, devices, compile_cache):
     slots, dtype = request.param
     checkpoint = load_checkpoint(str(random_checkpoint), getattr(jnp, dtype))
-    return make_warm_engine(checkpoint, pytest.devices, slots, None, pytest.compile_cache)
+    return make_warm_engine(checkpoint, devices, slots, None, compile_cache)
 
 
 def test_the_same_request_gives_the_same_pixels_on_every_device_and_slot_with_any_neighbours(any_engine):
@@ -118,9 +118,9 @@ def test_a_trace_would_be_counted(any_engine):
     assert any_engine.traces_since_ready > before
 
 
-def test_an_engine_that_is_closed_or_forgotten_leaves_no_listener_behind(random_checkpoint):
+def test_an_engine_that_is_closed_or_forgotten_leaves_no_listener_behind(random_checkpoint, devices):
     checkpoint = load_checkpoint(str(random_checkpoint))
-    closed, forgotten = (Engine(checkpoint, pytest.devices[:1]) for _ in range(2))
+    closed, forgotten = (Engine(checkpoint, devices[:1]) for _ in range(2))
     listeners = [weakref.ref(engine._traces) for engine in (closed, forgotten)]
     closed.close()
     closed.close()
@@ -132,17 +132,17 @@ def test_an_engine_that_is_closed_or_forgotten_leaves_no_listener_behind(random_
     assert [listener() for listener in listeners] == [None, None]
 
 
-def test_an_engine_that_is_not_calibrated_draws_images_and_says_what_it_lacks(random_checkpoint):
-    engine = Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:2])
+def test_an_engine_that_is_not_calibrated_draws_images_and_says_what_it_lacks(random_checkpoint, devices):
+    engine = Engine(load_checkpoint(str(random_checkpoint)), devices[:2])
     (image,) = generate_all(engine, mixed_requests(1, 3))
     assert image.finite
     with pytest.raises(RuntimeError, match=r"not calibrated: .*make_warm_engine"):
         _ = engine.costs
 
 
-def test_a_calibration_has_the_costs_the_reference_image_and_the_colours_of_every_lane(random_checkpoint):
+def test_a_calibration_has_the_costs_the_reference_image_and_the_colours_of_every_lane(random_checkpoint, devices):
     lanes = ((8, 8), (8, 16))
-    engine = Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:2], 1, lanes, with_previews=True)
+    engine = Engine(load_checkpoint(str(random_checkpoint)), devices[:2], 1, lanes, with_previews=True)
     calibration = calibrate(engine)
     assert engine.traces_since_ready == 0, "nothing compiles but the programs of the engine"
     for lane in lanes:
@@ -157,7 +157,7 @@ def test_a_calibration_has_the_costs_the_reference_image_and_the_colours_of_ever
     assert not np.asarray(engine._slots[lanes[0]].num_steps).any(), "the slots of a ready engine are empty"
 
 
-def test_one_trace_makes_each_program(random_checkpoint):
+def test_one_trace_makes_each_program(random_checkpoint, devices):
     traces: Counter[str] = Counter()
 
     def count(event: str, _: float, **options: object) -> None:
@@ -166,15 +166,15 @@ def test_one_trace_makes_each_program(random_checkpoint):
 
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        engine = Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:2], 1, ((8, 8), (8, 16)))
+        engine = Engine(load_checkpoint(str(random_checkpoint)), devices[:2], 1, ((8, 8), (8, 16)))
         generate_all(engine, mixed_requests(5, 0))
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
     assert traces["local_tick"] == traces["local_snapshot"] == traces["local_restore"] == 2
 
 
-def test_several_resolutions_are_served_by_programs_of_their_own(random_checkpoint):
-    engine = Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:2], 1, ((8, 8), (8, 16)))
+def test_several_resolutions_are_served_by_programs_of_their_own(random_checkpoint, devices):
+    engine = Engine(load_checkpoint(str(random_checkpoint)), devices[:2], 1, ((8, 8), (8, 16)))
     requests = [
         GenerationRequest("a", seed=i, num_inference_steps=2, height=8, width=width)
         for i, width in enumerate((8, 16, 16, 8, 16))
@@ -185,9 +185,9 @@ def test_several_resolutions_are_served_by_programs_of_their_own(random_checkpoi
         engine.prepare("x", GenerationRequest("a", seed=0, height=64, width=64))
 
 
-def test_a_configured_size_that_the_model_cannot_make_is_refused(random_checkpoint):
+def test_a_configured_size_that_the_model_cannot_make_is_refused(random_checkpoint, devices):
     with pytest.raises(ConfigurationError, match="sdtpu_resolutions must be multiples of 4"):
-        Engine(load_checkpoint(str(random_checkpoint)), pytest.devices[:1], 1, ((8, 10),))
+        Engine(load_checkpoint(str(random_checkpoint)), devices[:1], 1, ((8, 10),))
 
 
 @pytest.mark.slow
@@ -196,12 +196,14 @@ def test_a_configured_size_that_the_model_cannot_make_is_refused(random_checkpoi
     [("pndm", FlaxPNDMScheduler), ("ddim", FlaxDDIMScheduler), ("dpmsolver++", FlaxDPMSolverMultistepScheduler)],
 )
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
-def test_pixels_agree_with_the_flax_pipeline(request, tmp_path, sampler, scheduler_class, prediction_type):
+def test_pixels_agree_with_the_flax_pipeline(
+    request, devices, compile_cache, tmp_path, sampler, scheduler_class, prediction_type
+):
     if prediction_type == "v_prediction":
         folder, engine = SHIPPED, request.getfixturevalue("engine")
     else:
         folder = make_random_checkpoint(tmp_path / "checkpoint")
-        engine = Engine(load_checkpoint(str(folder)), pytest.devices, 1, None, pytest.compile_cache)
+        engine = Engine(load_checkpoint(str(folder)), devices, 1, None, compile_cache)
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(
         str(folder), safety_checker=None, feature_extractor=None, dtype=jnp.float32
     )
@@ -319,10 +321,7 @@ def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engin
         return [loop.submit(job, snapshot=state) for job, state in zip(jobs, snapshots, strict=True)], loop
 
     submissions, loop = run()
-    deadline = time.monotonic() + 30
-    while sum(submission.progress.current > 0 for submission in submissions) < any_engine.info.num_slots:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: sum(submission.progress.current > 0 for submission in submissions) >= any_engine.info.num_slots)
     loop.drain(0)
     ends = [submission.future.exception(30) for submission in submissions]
     steps = loop.stats.job_steps
@@ -342,22 +341,22 @@ def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engin
     assert steps + loop.stats.job_steps == total, "no step was lost or repeated"
 
 
-def test_a_safety_checker_in_the_checkpoint_is_run_and_one_that_is_not_gives_none(engine, tmp_path):
+def test_a_safety_checker_in_the_checkpoint_is_run_and_one_that_is_not_gives_none(engine, devices, tmp_path):
     assert engine.check_safety(np.zeros((64, 64, 3), np.uint8)) is None
     folder = make_random_checkpoint(tmp_path / "checkpoint", safety_checker=True)
     checkpoint = load_checkpoint(str(folder))
-    assert Engine(checkpoint, pytest.devices[:2]).check_safety(np.zeros((8, 8, 3), np.uint8)) in (True, False)
+    assert Engine(checkpoint, devices[:2]).check_safety(np.zeros((8, 8, 3), np.uint8)) in (True, False)
     weights = checkpoint.params["safety_checker"]
     verdicts = []
     for threshold in (2.0, -2.0):
         weights["concept_embeds_weights"] = np.full(17, threshold, np.float32)
         weights["special_care_embeds_weights"] = np.full(3, threshold, np.float32)
-        verdicts.append(Engine(checkpoint, pytest.devices[:2]).check_safety(np.full((8, 8, 3), 99, np.uint8)))
+        verdicts.append(Engine(checkpoint, devices[:2]).check_safety(np.full((8, 8, 3), 99, np.uint8)))
     assert verdicts == [False, True]
 
 
-def test_a_preview_shows_the_picture_of_a_slot_and_changes_no_pixel(engine, shipped):
-    previewing = make_warm_engine(shipped, pytest.devices, 1, None, pytest.compile_cache, with_previews=True)
+def test_a_preview_shows_the_picture_of_a_slot_and_changes_no_pixel(engine, shipped, devices, compile_cache):
+    previewing = make_warm_engine(shipped, devices, 1, None, compile_cache, with_previews=True)
     lane = previewing.info.resolutions[0]
     for sampler in ("ddim", "euler"):
         request = GenerationRequest(

@@ -17,7 +17,7 @@ from diffusers import (
 
 from sdtpu_worker.diffusion.samplers import COLUMNS, SAMPLERS, NoiseSchedule, default_sampler, make_table
 from sdtpu_worker.errors import InvalidCheckpoint, InvalidRequest
-from tests.device.checkpoints import STABLE_DIFFUSION_NOISE
+from tests.support.checkpoints import STABLE_DIFFUSION_NOISE
 
 SHAPE = (1, 4, 8, 8)
 CLASSES = {

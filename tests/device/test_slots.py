@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.diffusion import slot_count
+from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, saved_choice_file
 from sdtpu_worker.diffusion.start import make_warm_engine
@@ -20,7 +23,7 @@ class Bench:
     def __init__(self, step_ms: dict[int, float]) -> None:
         self.step_ms, self.made = step_ms, []
 
-    def __call__(self, slots: int) -> SimpleNamespace:
+    def __call__(self, slots: int) -> Any:
         self.made.append(slots)
         if slots not in self.step_ms:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
@@ -82,7 +85,7 @@ def test_a_choice_that_cannot_be_read_is_measured_anew_and_kept_again(tmp_path, 
 def test_a_choice_that_cannot_be_kept_is_only_a_warning(tmp_path, caplog, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    curve = {1: 20, 2: 24, 4: 34, 8: 60}
+    curve: dict[int, float] = {1: 20, 2: 24, 4: 34, 8: 60}
     for saved_choice in (tmp_path / "file" / "slots.json", tmp_path / "folder", tmp_path / "missing" / "slots.json"):
         caplog.clear()
         assert choose_slots_per_device(Bench(curve), saved_choice).info.slots_per_device == 8
@@ -108,7 +111,7 @@ def test_a_failure_that_is_not_about_memory_is_not_hidden():
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         choose_slots_per_device(Bench({}), None)
 
-    def broken(slots: int) -> SimpleNamespace:
+    def broken(slots: int) -> Any:
         if slots > 1:
             raise ValueError("a bug")
         return Bench({1: 20})(1)
@@ -118,17 +121,18 @@ def test_a_failure_that_is_not_about_memory_is_not_hidden():
 
 
 @pytest.mark.slow
-def test_real_engines_are_measured_and_the_choice_is_found_again(random_checkpoint, tmp_path):
-    from sdtpu_worker.diffusion.checkpoint import load_checkpoint
-
+def test_real_engines_are_measured_and_the_choice_is_found_again(
+    random_checkpoint, devices, compile_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(slot_count, "CANDIDATES", (1, 2))  # each is compiled
     checkpoint = load_checkpoint(str(random_checkpoint))
     made = []
 
     def make(slots: int) -> Engine:
         made.append(slots)
-        return make_warm_engine(checkpoint, pytest.devices[:2], slots, None, pytest.compile_cache)
+        return make_warm_engine(checkpoint, devices[:2], slots, None, compile_cache)
 
-    saved_choice = saved_choice_file(tmp_path, checkpoint, pytest.devices[0], None)
+    saved_choice = saved_choice_file(tmp_path, checkpoint, devices[0], None)
     first = choose_slots_per_device(make, saved_choice)
     assert first.info.slots_per_device in made
     made.clear()

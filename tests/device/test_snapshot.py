@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +23,8 @@ from sdtpu_worker.diffusion.programs import SlotState
 from sdtpu_worker.diffusion.snapshot import JobSnapshot
 from sdtpu_worker.errors import SnapshotMismatch
 from sdtpu_worker.testing import FakeSnapshot
-from tests.conftest import XLA_CACHE
-from tests.device.engines import on_one_device, run_alone
+from tests.support.engines import on_one_device, run_alone
+from tests.support.paths import ROOT, XLA_CACHE
 
 REQUEST = GenerationRequest("a red circle", seed=2**40 + 7, num_inference_steps=9, sampler="dpmsolver++")
 ELSEWHERE = """
@@ -38,7 +37,7 @@ from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import find_devices
-from tests.device.engines import on_one_device
+from tests.support.engines import on_one_device
 folder, cache, dtype, file = sys.argv[1:]
 devices = find_devices("cpu", 8)
 engine = Engine(load_checkpoint(folder, getattr(jnp, dtype)), devices, 2, None, CompileCache(cache))
@@ -52,9 +51,9 @@ np.save(file + ".npy", engine.execute(plan, {}).wait()[0].pixels)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def engine(request, random_checkpoint):
+def engine(request, random_checkpoint, devices, compile_cache):
     checkpoint = load_checkpoint(str(random_checkpoint), getattr(jnp, request.param))
-    return Engine(checkpoint, pytest.devices, 2, None, pytest.compile_cache)
+    return Engine(checkpoint, devices, 2, None, compile_cache)
 
 
 def start(engine, device: int, slot: int, steps: int):
@@ -104,13 +103,12 @@ def test_a_job_goes_on_bit_for_bit_in_another_process(engine, random_checkpoint,
     file.write_bytes(engine.snapshot(job.lane, 1, 1).to_bytes())
     dtype = engine.checkpoint.dtype.__name__
     command = [sys.executable, "-c", ELSEWHERE, str(random_checkpoint), XLA_CACHE, dtype, str(file)]
-    root = Path(__file__).parent.parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     np.testing.assert_array_equal(np.load(f"{file}.npy"), reference)
 
 
-def test_a_snapshot_of_another_configuration_is_refused(engine, shipped):
+def test_a_snapshot_of_another_configuration_is_refused(engine, shipped, devices, compile_cache):
     job = start(engine, 0, 0, 3)
     lane = engine.info.resolutions[0]
     snapshot = engine.snapshot(lane, 0, 0)
@@ -119,7 +117,7 @@ def test_a_snapshot_of_another_configuration_is_refused(engine, shipped):
     assert not engine.accepts(stranger)
     with pytest.raises(SnapshotMismatch, match=r"made by another configuration .*start the job anew"):
         engine.restore(lane, 0, 0, stranger)
-    other = Engine(engine.checkpoint, pytest.devices[:2], 1, None, pytest.compile_cache)
+    other = Engine(engine.checkpoint, devices[:2], 1, None, compile_cache)
     with pytest.raises(SnapshotMismatch, match="another configuration"):
         other.restore(lane, 0, 0, snapshot)
     with pytest.raises(SnapshotMismatch, match="another configuration"):

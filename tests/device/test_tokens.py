@@ -12,6 +12,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from transformers import CLIPTokenizer, CLIPTokenizerFast
 from sdtpu_worker.contract.request import MAX_PROMPT_CHARACTERS
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.errors import InvalidCheckpoint
-from tests.device.checkpoints import SHIPPED
+from tests.support.checkpoints import SHIPPED
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PROMPTS = [
@@ -182,7 +183,7 @@ def added(content: str, **attributes) -> dict:
     return {**fixed, "content": content, **attributes}
 
 
-SAYS = {
+SAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "other padding": ({"pad_token": "!"}, {}),
     "special tokens with attributes": ({"bos_token": added(START), "pad_token": added("!", normalized=False)}, {}),
     "a special tokens map": ({}, {"special_tokens_map.json": {"pad_token": "!", "bos_token": {"content": START}}}),

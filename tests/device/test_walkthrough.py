@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.conftest import XLA_CACHE
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.paths import ROOT, XLA_CACHE
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from itertools import pairwise
 import click
 
 from sdtpu_worker.config import SETTINGS
-from tests.docs.pages import ROOT, Block
+from tests.docs.pages import Block
+from tests.support.paths import ROOT
 
 OUTSIDE = {
     ".", "cd", "curl", "django-admin", "docker", "export", "flask", "journalctl", "mkdir", "pip", "redis-cli",

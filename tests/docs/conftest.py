@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from sdtpu_worker.testing.processes import private_redis, running, wait_for_line, worker_env
-from tests.docs.pages import ROOT, write_files
-
-COMPILE_CACHE = os.environ.get("SDTPU_TEST_COMPILE_CACHE") or str(Path(tempfile.gettempdir()) / "sdtpu-worker-test-xla")
+from tests.docs.pages import write_files
+from tests.support.paths import ROOT, XLA_CACHE
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     for name, place in folders.items():
         write_files(ROOT / "docs" / "tutorial" / f"{name}.md", place)
     with private_redis() as url:
-        env = worker_env(url, SDTPU_PLATFORM="cpu", SDTPU_CPU_DEVICES="2", SDTPU_COMPILE_CACHE=COMPILE_CACHE)
+        env = worker_env(url, SDTPU_PLATFORM="cpu", SDTPU_CPU_DEVICES="2", SDTPU_COMPILE_CACHE=XLA_CACHE)
         log = folder / "worker.log"
         command = [sys.executable, "-m", "celery", "-A", "website", "worker", "--queues", "sdtpu", "--loglevel", "INFO"]
         with running(command, log, env=env, cwd=folders["django"]) as process:

@@ -22,7 +22,8 @@ from PIL import Image
 
 from sdtpu_worker.testing.processes import free_port, running
 from tests.docs.conftest import Stage
-from tests.docs.pages import ROOT, Block, all_blocks
+from tests.docs.pages import Block, all_blocks
+from tests.support.paths import ROOT
 
 SERVERS: dict[str, Callable[[int], list[str]]] = {
     "flask": lambda port: ["-m", "flask", "--app", "app", "run", "--port", str(port)],

@@ -29,7 +29,8 @@ from tests.docs.commands import (
     commands_in,
     split_commands,
 )
-from tests.docs.pages import PAGES, ROOT, Block, all_blocks, prose, read_blocks
+from tests.docs.pages import PAGES, Block, all_blocks, prose, read_blocks
+from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "sdtpu_worker"
 SHELL = ("bash", "console")

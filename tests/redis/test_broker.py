@@ -12,18 +12,11 @@ import pytest
 from celery import Celery
 from redis import Redis
 
-from sdtpu_worker import BrokerUnavailable, install
+from sdtpu_worker import BrokerUnavailable
 from sdtpu_worker.client.backend_wait import PATIENCE_S, bounded_wait
 from sdtpu_worker.redaction import without_password
 from sdtpu_worker.testing.processes import find_redis_server, free_port, private_redis, running
-
-
-@contextlib.contextmanager
-def client_app(broker: str, backend: str | None = None, **conf):
-    app = install(Celery("test-broker", broker=broker, backend=backend or broker, set_as_current=False))
-    app.conf.update(conf)
-    yield app
-    app.close()
+from tests.support.clients import client_app
 
 
 def refusal(app: Celery) -> tuple[str, float]:

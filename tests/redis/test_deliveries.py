@@ -9,11 +9,13 @@ import time
 import pytest
 import redis
 
-from sdtpu_worker.delivery.deliveries import MAX_DEAD_LETTERS, Deliveries, JobFacts
+from sdtpu_worker.delivery.deliveries import MAX_DEAD_LETTERS, Deliveries
+from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.scripts import CLAIM
 from sdtpu_worker.testing.processes import private_redis
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,11 @@ def take(client, deliveries: Deliveries, tag: str, task_id: str) -> None:
     client.lpush("others", b"{}")
     assert claim(deliveries, tag, "others")
     deliveries.hold(tag, task_id)
+
+
+def expire(client, deliveries: Deliveries, *tags: str) -> None:
+    """Let leases be over, without waiting for it."""
+    assert client.zadd(deliveries.keys.leases, dict.fromkeys(tags, 1.0), xx=True, ch=True) == len(tags)
 
 
 def places(client, deliveries: Deliveries, *lists: str) -> tuple[list[bytes], int, int]:
@@ -142,11 +149,11 @@ def test_a_requeued_suspect_keeps_its_count_of_crashes_also_when_redis_is_told_l
 
 
 def test_requeueing_a_message_that_another_worker_holds_keeps_that_workers_count_of_crashes(client, make):
-    hung, alive = make(lease_s=0.2, host="hung"), make(host="alive")
+    hung, alive = make(host="hung"), make(host="alive")
     client.lpush("q", b"{}")
     claim(hung, "1", "q")
     hung.record_starts(["task-1"])
-    time.sleep(0.25)
+    expire(client, hung, "1")
     assert alive.sweep() == 1
     assert claim(alive, "2", "q")
     alive.hold("2", "task-1")
@@ -184,8 +191,8 @@ def test_a_job_that_starts_alone_forgives_no_crash_of_the_worker_that_had_the_sa
 
 
 def test_a_state_of_any_size_and_starts_of_any_number_are_not_read_whole(client, make, monkeypatch, caplog):
-    monkeypatch.setattr("sdtpu_worker.delivery.deliveries.MAX_SNAPSHOT_BYTES", 100)
-    monkeypatch.setattr("sdtpu_worker.delivery.deliveries._MAX_STARTS", 3)
+    monkeypatch.setattr("sdtpu_worker.delivery.job_facts.MAX_SNAPSHOT_BYTES", 100)
+    monkeypatch.setattr("sdtpu_worker.delivery.job_facts._MAX_STARTS", 3)
     ours = make()
     assert ours.job_facts("job") == JobFacts([], None)
     ours.save_snapshot("job", b"x" * 100)
@@ -226,13 +233,13 @@ def test_a_start_that_is_written_down_after_the_job_has_ended_leaves_nothing(cli
 
 
 def test_only_a_message_whose_lease_has_expired_is_swept_and_its_crash_count_stays(client, make):
-    dead, alive = make(lease_s=0.2, host="dead"), make(lease_s=30)
+    dead, alive = make(host="dead"), make()
     client.lpush("q", b"lost", b"kept")
     claim(dead, "1", "q")
     claim(alive, "2", "q")
     dead.record_starts(["task-1"])
     assert alive.sweep() == 0
-    time.sleep(0.25)
+    expire(client, dead, "1")
     assert alive.sweep() == 1
     assert places(client, alive, "q") == ([b" lost"], 1, 1)
     assert alive.job_facts("task-1").died_on == ["dead"]
@@ -242,13 +249,13 @@ def test_only_a_message_whose_lease_has_expired_is_swept_and_its_crash_count_sta
 
 
 def test_renewing_makes_a_short_lease_last(client, make):
-    ours, other = make(lease_s=0.3), make()
+    ours, other = make(lease_s=30), make()
     client.lpush("q", b"long")
     claim(ours, "1", "q")
-    for _ in range(6):
-        time.sleep(0.1)
-        assert ours.renew() == []
-        assert other.sweep() == 0
+    expire(client, ours, "1")
+    assert ours.renew() == []
+    assert other.sweep() == 0
+    assert 25 < client.zscore(ours.keys.leases, "1") - redis_time(client) <= 30
 
 
 def test_a_job_that_ends_while_its_lease_is_renewed_is_not_said_to_be_redelivered(client, make, monkeypatch):
@@ -271,7 +278,7 @@ def test_a_move_that_cannot_be_sent_to_redis_is_sent_by_the_next_flush(client, m
     client.lpush("q", b"done", b"back")
     claim(ours, "1", "q")
     claim(ours, "2", "q")
-    working, away = ours.client, redis.Redis(port=1)
+    working, away = ours.client, redis.Redis(port=1, retry=None)
     freed = []
     ours.on_free = lambda: freed.append(True)
     ours._client = away
@@ -303,24 +310,24 @@ def test_waiting_messages_are_requeued_when_a_connection_ends_and_running_ones_s
 
 
 def test_a_message_bears_a_mark_for_every_holder_that_died(client, make):
-    dying, alive = make(lease_s=0.05), make()
+    dying, alive = make(), make()
     client.lpush("q", b"{}")
     for tag in "123":
         claim(dying, tag, "q")
-        time.sleep(0.1)
-        alive.sweep()
+        expire(client, dying, tag)
+        assert alive.sweep() == 1
     claim(alive, "4", "q")
     alive.requeue("4")
     assert client.lrange("q", 0, -1) == [b"   {}"]
 
 
 def test_a_released_message_is_redelivered_when_its_lease_expires(client, make):
-    ours = make(lease_s=0.2)
+    ours = make()
     client.lpush("q", b"stuck")
     claim(ours, "1", "q")
     ours.release("1")
     assert (len(ours), ours.renew()) == (0, [])
-    time.sleep(0.25)
+    expire(client, ours, "1")
     assert make().sweep() == 1
     assert client.lrange("q", 0, -1) == [b" stuck"]
 
@@ -354,7 +361,7 @@ def test_every_key_bears_the_prefix(client, make):
 
 
 def test_a_full_redis_still_gives_messages_keeps_their_leases_and_takes_them_back(client, make):
-    ours, dead = make(), make(lease_s=0.05)
+    ours, dead = make(), make(lease_s=0)
     client.lpush("q", b"one", b"two", b"three")
     claim(ours, "1", "q")
     client.config_set("maxmemory", 1)
@@ -367,7 +374,6 @@ def test_a_full_redis_still_gives_messages_keeps_their_leases_and_takes_them_bac
         ours.requeue("2")
         assert client.lrange("q", 0, -1) == [b"three", b" two"]
         claim(dead, "3", "q")
-        time.sleep(0.1)
         assert ours.sweep() == 1
         assert client.lrange("q", 0, -1) == [b"three", b"  two"]
     finally:
@@ -382,17 +388,17 @@ class Clock:
 
 
 def test_a_lease_sweeps_only_after_a_whole_lease_of_unbroken_contact(client, make):
-    dead, ours = make(lease_s=0.05), make(lease_s=30)
+    dead, ours = make(), make(lease_s=30)
     client.lpush("q", b"lost")
     claim(dead, "1", "q")
-    time.sleep(0.1)
+    expire(client, dead, "1")
     clock = Clock()
     lease = Lease(ours, lambda: True, clock=clock)
     lease.pulse()
     clock.now += 29
     lease.pulse()
     working = ours.client
-    ours._client = redis.Redis(port=1)
+    ours._client = redis.Redis(port=1, retry=None)
     clock.now += 2
     lease.pulse()
     ours._client = working
@@ -406,35 +412,37 @@ def test_a_lease_sweeps_only_after_a_whole_lease_of_unbroken_contact(client, mak
 
 
 def test_a_hung_device_loses_its_leases_and_a_mended_one_renews_again(client, make, caplog):
-    ours, other = make(lease_s=0.3), make()
+    ours, other = make(lease_s=30), make()
     client.lpush("q", b"job")
     claim(ours, "1", "q")
     clock, well, contacts = Clock(), threading.Event(), []
     lease = Lease(ours, well.is_set, lambda: contacts.append(True), clock)
     lease.pulse()
     assert contacts, "Redis is there, whatever the devices do"
-    time.sleep(0.35)
-    clock.now += 1
+    expire(client, ours, "1")
+    clock.now += 31
     lease.pulse()
     assert "no progress" in caplog.text
     assert other.sweep() == 1
     well.set()
     client.lpush("q", b"another")
     claim(ours, "2", "q")
-    clock.now += 1
+    clock.now += 31
     lease.pulse()
     assert "other workers run them as well" in caplog.text
 
 
 def test_a_lease_thread_starts_renews_and_stops(client, make):
-    ours, other = make(lease_s=0.6), make()
+    ours = make(lease_s=0.3)
     client.lpush("q", b"job")
     claim(ours, "1", "q")
     lease = Lease(ours, lambda: True)
     lease.start()
-    for _ in range(5):
-        time.sleep(0.25)
-        assert other.sweep() == 0
+    for _ in range(2):
+        lease_ends_at = client.zscore(ours.keys.leases, "1")
+        wait_until(
+            lambda before=lease_ends_at: client.zscore(ours.keys.leases, "1") > before, "the lease to be renewed"
+        )
     lease.stop()
     assert "sdtpu-lease" not in {thread.name for thread in threading.enumerate()}
 
@@ -448,15 +456,15 @@ def test_a_deferred_message_is_held_by_nobody_and_is_at_the_front_of_its_queue_w
     ours = make()
     client.lpush("q", b"later", b"soon", b"now")
     now = redis_time(client)
-    for tag, due_at in (("later", now + 0.4), ("soon", now + 0.3), ("now", now - 1)):
+    for tag, due_at in (("later", now + 40), ("soon", now + 30), ("now", now - 1)):
         assert claim(ours, tag, "q")[1].decode() == tag
         assert ours.defer(tag, due_at) == (tag != "now")
     assert client.zrange("sdtpu:unacked_index", 0, -1) == [b"now"]
     assert client.zrange("sdtpu:delayed", 0, -1) == [b"soon", b"later"]
     client.lpush("q", b"another")
-    assert 0 < ours.requeue_due() <= 0.3
+    assert 0 < ours.requeue_due() <= 30
     assert client.llen("q") == 1
-    time.sleep(0.41)
+    client.zadd("sdtpu:delayed", {"later": now - 1, "soon": now - 2}, xx=True)
     assert make().requeue_due() is None, "any worker brings it"
     assert client.lrange("q", 0, -1) == [b"another", b"later", b"soon"], "unmarked: nobody has had it"
     assert not client.exists("sdtpu:delayed")
@@ -464,10 +472,10 @@ def test_a_deferred_message_is_held_by_nobody_and_is_at_the_front_of_its_queue_w
 
 
 def test_a_message_that_another_worker_holds_by_now_is_not_deferred(client, make):
-    slow, other = make(lease_s=0.05), make()
+    slow, other = make(), make()
     client.lpush("q", b"{}")
     claim(slow, "1", "q")
-    time.sleep(0.06)
+    expire(client, slow, "1")
     assert other.sweep() == 1
     assert not slow.defer("1", redis_time(client) + 60)
     assert not client.exists("sdtpu:delayed")
@@ -497,9 +505,7 @@ def test_a_lease_thread_requeues_a_deferred_message_when_it_is_due(client, make)
     lease.start()
     due_at = redis_time(client) + 1.5
     assert ours.defer("1", due_at)
-    while not client.llen("q"):
-        assert redis_time(client) < due_at + 5
-        time.sleep(0.002)
+    wait_until(lambda: client.llen("q"), "the job to be put into its queue")
     late_s = redis_time(client) - due_at
     lease.stop()
     assert 0 <= late_s < 0.5

@@ -133,7 +133,7 @@ def test_whatever_a_result_holds_it_is_the_tasks_own_image_or_a_storage_error(ma
         made.clear()
         for read in (read_image_bytes, open_image):
             try:
-                found = read(result, app)
+                found: Any = read(result, app)
             except StorageError as exc:
                 str(exc).encode()
             else:
@@ -298,7 +298,7 @@ BYTES = {
 def test_whatever_else_is_stored_is_a_storage_error(tmp_path, monkeypatch, kind, strict):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     with warnings.catch_warnings(action="error" if strict else "ignore"):
-        with pytest.raises(StorageError, match=r"the stored ([\d,]+ bytes are no PNG of 8 x 8|image is a PNG of)"):
+        with pytest.raises(StorageError, match=r"the stored ([\d,]+ bytes are not a PNG of 8 x 8|image is a PNG of)"):
             open_bytes(tmp_path, BYTES[kind])
 
 
@@ -343,7 +343,7 @@ def test_every_format_has_a_content_type_and_nothing_else_has():
 
 
 def test_the_uri_that_a_store_expects_is_the_one_that_it_gives(tmp_path):
-    class Client:
+    class Client(Any):
         def set(self, *_: Any, **__: Any) -> None: ...
 
     for store in (FileImageStore(f"file://{tmp_path}"), RedisImageStore(Client(), 60)):

@@ -7,10 +7,8 @@ import json
 import logging
 import re
 import threading
-import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,13 +21,15 @@ from redis import Redis, exceptions
 
 from sdtpu_worker import GenerationFailed, InvalidRequest
 from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.delivery import transport
 from sdtpu_worker.operations.prompt_guard import NOT_LOGGED, PromptGuard, describe, install_prompt_guard
 from sdtpu_worker.testing.processes import private_redis
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
 SECRET = "a portrait of my secret neighbour"
-ROOT = Path(__file__).parent.parent.parent
 
 
 class Log(logging.Handler):
@@ -47,11 +47,10 @@ class Log(logging.Handler):
         return [line for _, line, _ in self.entries if text in line]
 
     def wait_for(self, text: str) -> str:
-        deadline = time.monotonic() + 20
-        while not (lines := self.lines(text)):
-            assert time.monotonic() < deadline, "\n".join(line for _, line, _ in self.entries)
-            time.sleep(0.02)
-        return lines[0]
+        def all_lines() -> str:
+            return "\n".join([text, *(line for _, line, _ in self.entries)])
+
+        return wait_until(lambda: self.lines(text), all_lines)[0]
 
     def leaks(self) -> list[str]:
         return [everything for level, _, everything in self.entries if level > logging.DEBUG and SECRET in everything]
@@ -71,7 +70,7 @@ def make_app(**conf) -> Celery:
     @app.task(name="fail", bind=True, shared=False, max_retries=1)
     def fail(self: Task, prompt, how):
         if how == "invalid":
-            GenerationRequest(prompt=[prompt])
+            GenerationRequest(prompt=[prompt])  # type: ignore[arg-type]  # the client's mistake
         if how == "foreign":
             raise ValueError(f"cannot do {prompt}")
         if how == "unicode":
@@ -124,6 +123,12 @@ def publish(app: Celery, body, headers=None, **options) -> None:
     with app.producer_or_acquire() as producer:
         options = {"content_type": "application/json", "content_encoding": "utf-8", "serializer": None, **options}
         producer.publish(body, exchange=Exchange("q"), routing_key="q", headers=headers or {}, declare=[], **options)
+
+
+def run_another_task(app: Celery, log: Log) -> None:
+    """Wait until the worker, which does one thing at a time, has done what it was sent before."""
+    job = app.tasks["paint"].apply_async(("x",))
+    log.wait_for(f"[{job.id}] succeeded in")
 
 
 def test_a_task_that_succeeds_is_logged_with_its_id_its_time_and_its_image(worker):
@@ -187,7 +192,7 @@ def test_a_chord_whose_member_fails(worker):
     member = app.tasks["expected"].s(SECRET)
     chord([member, member], app.tasks["paint"].s(), app=app).apply_async()
     log.wait_for("raised expected")
-    time.sleep(0.3)
+    run_another_task(app, log)
     assert log.leaks() == []
 
 
@@ -222,7 +227,7 @@ def test_a_message_that_is_no_task_is_not_dumped(worker, body, headers, options,
 def test_an_eta_that_is_no_time(worker):
     app, log = worker
     publish(app, BODY, {**HEADERS, "eta": "9999-12-31T23:59:59-14:00", "kwargsrepr": SECRET})
-    time.sleep(1)
+    run_another_task(app, log)
     assert log.leaks() == []
 
 
@@ -292,7 +297,7 @@ def test_a_client_with_the_least_rights_can_do_what_it_must(redis_with_users):
 @pytest.fixture
 def guard(caplog) -> Iterator[pytest.LogCaptureFixture]:
     factory = logging.getLogRecordFactory()
-    install_prompt_guard(make_app())
+    install_prompt_guard(make_app(), transport.logger)
     caplog.set_level(logging.INFO)
     yield caplog
     logging.setLogRecordFactory(factory)
@@ -360,9 +365,7 @@ def test_a_warning_about_an_error_outside_of_a_task(guard):
 
 def test_why_a_message_was_put_aside_is_logged_without_what_was_got(guard):
     reason = f"the body must be [args, kwargs, embed], got [{SECRET!r}]"
-    logging.getLogger("sdtpu_worker.delivery.transport").warning(
-        "a message of %d bytes in the queue %s was dead-lettered: %s", 70, "sdtpu", reason
-    )
+    transport.logger.warning("a message of %d bytes in the queue %s was dead-lettered: %s", 70, "sdtpu", reason)
     assert "in the queue sdtpu was dead-lettered: the body must be [args, kwargs, embed], got [not logged" in guard.text
     assert SECRET not in all_of(guard)
 

@@ -7,6 +7,7 @@ import json
 import statistics
 import threading
 import time
+from typing import Any
 
 import pytest
 import redis
@@ -210,7 +211,8 @@ def test_what_celery_must_not_see_is_put_aside_and_has_its_error(make_worker, se
 def test_a_message_whose_holders_keep_dying_is_put_aside_with_its_error(make_worker, send):
     send("deadly")
     client = redis.Redis.from_url(make_worker().url)
-    raw = client.rpop("q") or next(iter(client.hvals("sdtpu:unacked"))).split(b"\n", 1)[1]
+    held: Any = client.hvals("sdtpu:unacked")
+    raw: Any = client.rpop("q") or held[0].split(b"\n", 1)[1]
     client.flushall()
     worker = make_worker()
     worker.client.lpush("q", b" " * 4 + raw)

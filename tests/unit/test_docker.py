@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from sdtpu_worker.config import SETTINGS
+from tests.support.paths import ROOT
 
-DOCKER = Path(__file__).parent.parent.parent / "docker"
+DOCKER = ROOT / "docker"
 DOCKERFILE = DOCKER / "Dockerfile"
 COMPOSE = DOCKER / "compose.yaml"
 TARGETS = ("client", "cpu", "tpu")
@@ -86,8 +87,16 @@ def test_a_worker_image_stops_on_sigterm(target: str) -> None:
     assert last(target, "STOPSIGNAL") == "SIGTERM"
 
 
+class Server(http.server.HTTPServer):
+    """Holds what `GET /livez` is answered with."""
+
+    status: int | None
+
+
 class Health(http.server.BaseHTTPRequestHandler):
     """Answers `GET /livez` like a worker whose status the server holds."""
+
+    server: Server
 
     def do_GET(self) -> None:
         self.send_response(self.server.status if self.path == "/livez" else 404)
@@ -106,7 +115,7 @@ def test_a_worker_image_is_healthy_as_long_as_it_says_that_it_lives(
     """Runs the check itself, against a server that answers 200 or 503 and against none."""
     python, *arguments = yaml.safe_load(last(target, "HEALTHCHECK").partition("CMD")[2])
     assert python == "python"
-    with http.server.HTTPServer(("127.0.0.1", 0), Health) as server:
+    with Server(("127.0.0.1", 0), Health) as server:
         server.status = status
         if status is None:
             server.server_close()

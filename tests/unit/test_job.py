@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import redis
@@ -19,10 +20,12 @@ from sdtpu_worker.worker.process_changes import watch_failures_outside_tasks
 from sdtpu_worker.worker.result_patience import wait_for_results
 from sdtpu_worker.worker.run_job import read_sent_at
 
+SERVING: Any = SimpleNamespace()
+
 
 def make_job(soft=None, hard=None, **stamps) -> DeviceJob:
     request = SimpleNamespace(id="a-task", delivery_info={}, expires=None, stamps=stamps)
-    return DeviceJob(request, SimpleNamespace(), soft, hard)
+    return DeviceJob(request, SERVING, soft, hard)
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def request_of_a_job():
 
 def fail_outside(request: DeviceRequest, *errors: Exception) -> None:
     """Do what Celery does when it fails around a task, in the task's thread."""
-    job = DeviceJob(request, SimpleNamespace())
+    job = DeviceJob(request, SERVING)
     with watch_failures_outside_tasks():
         for error in errors:
             signals.task_internal_error.send(sender=None, task_id=request.id, request={JOB: job}, exception=error)
@@ -107,7 +110,11 @@ def test_a_thread_that_runs_jobs_waits_for_its_result_backend(monkeypatch):
     app = Celery("patient", broker="memory://", backend="redis://127.0.0.1:1", set_as_current=False)
     stopping = threading.Event()
     wait_for_results(app.backend, stopping.is_set)
-    passing = [redis.ConnectionError("away"), redis.exceptions.OutOfMemoryError(), redis.exceptions.ReadOnlyError()]
+    passing: list[Any] = [
+        redis.ConnectionError("away"),
+        redis.exceptions.OutOfMemoryError(),
+        redis.exceptions.ReadOnlyError(),
+    ]
     tries = iter([*passing, b"{}"])
 
     def answer(key: str) -> bytes:

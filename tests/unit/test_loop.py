@@ -7,7 +7,9 @@ import math
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +25,7 @@ from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, Job
 from sdtpu_worker.device_loop.trace import Trace
 from sdtpu_worker.errors import EngineUnavailable, GenerationFailed
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob, FakeSnapshot
+from tests.support.waiting import wait_until
 
 LANE = (64, 64)
 
@@ -120,13 +123,6 @@ def test_closing_fails_what_is_still_here_and_refuses_more(make_loop):
             future.result(10)
     with pytest.raises(EngineUnavailable, match="closed"):
         loop.submit(FakeJob("late", 1))
-
-
-def wait_until(condition, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.002)
 
 
 def test_an_urgent_job_parks_another_which_ends_with_the_same_result(make_loop):
@@ -526,7 +522,7 @@ def test_draining_finishes_what_can_be_and_hands_over_the_rest_without_losing_a_
     waiting = [submission for submission in submissions if submission.started_at is None]
     for submission in waiting:
         assert isinstance(submission.future.exception(0.2), JobHandedOver), "they cannot be done in time"
-    ends = {submission.job: submission.future.exception(5) for submission in submissions}
+    ends: dict[Any, Any] = {submission.job: submission.future.exception(5) for submission in submissions}
     assert 0.3 < time.monotonic() - started_at < 0.8
     handed_over = {job: end for job, end in ends.items() if end is not None}
     assert [job.task_id for job, end in ends.items() if end is None] == [str(i) for i in range(slots)]
@@ -744,7 +740,7 @@ def test_every_job_ends_once_with_its_own_result_whatever_comes_is_cancelled_or_
     for i, (lane, steps, priority, cancels, expires_s, kind) in enumerate(wishes):
         terms = Terms(priority, time.monotonic() + expires_s)
         submission = loop.submit(FakeJob(str(i), steps, lane, 1000 * i), terms, alone=kind == "alone")
-        submission.future.add_done_callback(lambda _, i=i: ended.update([i]))
+        submission.future.add_done_callback(partial(lambda i, _: ended.update([i]), i))
         submissions.append(submission)
         if cancels:
             cancelled.add(str(i // 2))
@@ -760,7 +756,7 @@ def test_every_job_ends_once_with_its_own_result_whatever_comes_is_cancelled_or_
             assert kind not in ("poison", "nan")
         elif isinstance(error, JobHandedOver):
             assert grace_s is not None
-            if error.snapshot is not None:
+            if isinstance(error.snapshot, FakeSnapshot):
                 assert error.snapshot.value == 1000 * i + error.snapshot.step
         elif isinstance(error, JobCancelled):
             assert str(i) in cancelled

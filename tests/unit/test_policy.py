@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from sdtpu_worker.aggregator.policy import Aggregator
 LANES = ((64, 64), (64, 128))
 
 
-def make_policy(devices=4, slots=1, lanes=LANES[:1], step_s=0.25, tick_s=1.0, phases=None, slowdown=None, **options):
+def make_policy(devices=4, slots=1, *, lanes=LANES[:1], step_s=0.25, tick_s=1.0, phases=None, slowdown=None, **options):
     cost = Cost(step_s, insert_s=step_s / 4, decode_s=1.6 * step_s)
     costs = {lane: TickCosts(devices, cost, slowdown) for lane in lanes}
     return Aggregator(costs, slots, phases or slots + 1, tick_s, **options)
@@ -43,7 +44,7 @@ class Device:
     parked: set[str] = field(default_factory=set)
     ended: Counter[str] = field(default_factory=Counter)
     started: list[str] = field(default_factory=list)
-    seconds: Counter[Lane] = field(default_factory=Counter)
+    seconds: defaultdict[Lane, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, task_id: str, lane: Lane = LANES[0], steps: int = 10, **terms) -> None:
         self.policy.add(task_id, lane, steps, self.now, Terms(**terms))
@@ -90,8 +91,8 @@ class Device:
                     assert task_id not in self.parked, "a started job is never started again"
                     self._seat(plan.lane, device, slot, task_id)
                     occupied.add((plan.lane, device, slot))
-                for place, task_id in self.slots.items():
-                    if place[:2] == (plan.lane, device):
+                for held_at, task_id in self.slots.items():
+                    if held_at[:2] == (plan.lane, device):
                         self.steps_left[task_id] = max(0, self.steps_left[task_id] - phase.steps)
         assert plan.occupied == len(occupied | {(plan.lane, p.device, p.slot) for p in plan.parked})
         self.now += self.policy.expected_s(plan)
@@ -258,13 +259,14 @@ def test_a_lane_that_was_idle_has_saved_nothing_up():
 
 def test_the_order_is_priority_then_deadline_then_arrival():
     device = Device(make_policy(devices=1, preemption=False))
-    for task_id, terms in {
+    jobs: dict[str, dict[str, Any]] = {
         "last": {"priority": 9},
         "second": {},
         "third": {},
         "first of its priority": {"expires_at": 500.0},
         "urgent": {"priority": 0},
-    }.items():
+    }
+    for task_id, terms in jobs.items():
         device.add(task_id, steps=2, **terms)
     started = [task_id for plan in device.run() for task_id in plan.inserted()]
     assert started == ["urgent", "first of its priority", "second", "third", "last"]

@@ -7,6 +7,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ PUBLIC_IN_SPITE_OF_THEIR_NAMES = {"_replace", "_exit"}  # of named tuples, of os
 @pytest.mark.parametrize(("owner", "name"), [(entry.owner, entry.name) for entry in PRIVATE_NAMES])
 def test_a_private_name_is_there_in_the_installed_version(owner, name):
     module, _, class_name = owner.partition(":")
-    found = importlib.import_module(module)
+    found: Any = importlib.import_module(module)
     if class_name:
         found = getattr(found, class_name)
     assert hasattr(found, name) or is_set_on_instances(found, name), f"{owner} has no {name} any more"

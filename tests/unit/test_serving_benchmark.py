@@ -1,14 +1,12 @@
-"""The side-by-side benchmark: its schedules, its report, and one system through a real worker."""
+"""The side-by-side benchmark: its schedules and its report."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 
 import pytest
 
-from benchmarks import serving
 from benchmarks.serving_constant_speed import ConstantSpeed
 from benchmarks.serving_load import MIXES, draw_arrivals
 from benchmarks.serving_report import write_report
@@ -75,18 +73,3 @@ def test_devices_of_constant_speed_compute_everything_and_take_their_time():
     (image,) = second.wait()
     assert image.pixels == 5
     assert second.done_at >= first.done_at >= started + 0.05
-
-
-@pytest.mark.slow
-def test_one_system_is_measured_through_a_real_worker_and_the_runs_are_kept(tmp_path, capsys):
-    out = tmp_path / "results"
-    options = ["--quick", "--systems", "ours", "--mixes", "mixed", "--compile-cache", str(tmp_path), "--out", str(out)]
-    serving.main(options)
-    runs = json.loads((out / "results.json").read_text())["runs"]
-    assert [(run["load"], run["jobs"], run["failed"], run["unfinished"]) for run in runs] == [
-        (None, 24, 0, 0),
-        (60.0, 24, 0, 0),
-    ]
-    assert all(len(run["latencies_s"]) == 24 and run["waste"] == 0 and 0 < run["occupancy"] <= 1 for run in runs)
-    serving.main([*options, "--plot-only"])
-    assert "all at once" in (out / "table.md").read_text()

@@ -6,11 +6,11 @@ import re
 import subprocess
 import tomllib
 from itertools import pairwise
-from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.paths import ROOT
+
 KINDS_OF_CHANGE = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
 
 

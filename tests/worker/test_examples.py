@@ -8,7 +8,6 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from sdtpu_worker import GenerationFailed
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
 from sdtpu_worker.images.store import make_image_store
 from sdtpu_worker.testing.processes import free_port, private_redis, worker_env
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 FLASK = """
 from examples.flask_app import app, celery_app
 
@@ -201,7 +200,7 @@ def test_a_finished_job_shows_its_image_until_it_expires(framework: str, own_red
 
 
 def test_a_forged_result_is_never_served_as_anything_but_a_picture(framework: str, own_redis_url: str) -> None:
-    forgeries = {
+    forgeries: dict[str, dict[str, Any]] = {
         "a script in the site's name": {"format": "svg+xml"},
         "a list for a format": {"format": ["png"]},
         "another task's image": {"uri": "redis:sdtpu:image:other"},
@@ -214,7 +213,7 @@ def test_a_forged_result_is_never_served_as_anything_but_a_picture(framework: st
     svg = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
     with Celery(broker=own_redis_url, backend=own_redis_url, set_as_current=False) as app:
         for task_id, forged in task_ids.items():
-            result = finished(task_id).to_json()
+            result: dict[str, Any] = finished(task_id).to_json()
             app.backend.store_result(task_id, {**result, "image": {**result["image"], **forged}}, "SUCCESS")
             make_image_store(app, "redis").put(task_id, "png", svg)
         make_image_store(app, "redis").put("other", "png", b"another's")

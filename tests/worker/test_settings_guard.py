@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from celery import Celery
@@ -13,10 +12,9 @@ from celery.contrib.testing.worker import start_worker
 
 from sdtpu_worker import install
 from sdtpu_worker.config import read_config
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.timeout(60)
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize("namespace", ["", "CELERY"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import time
@@ -15,11 +14,11 @@ import pytest
 from celery import Celery, chain, chord, group
 from PIL import Image
 
-from sdtpu_worker import GenerationFailed, GenerationResult, InvalidRequest, StorageError, generate, install, open_image
+from sdtpu_worker import GenerationFailed, GenerationResult, InvalidRequest, StorageError, generate, open_image
 from sdtpu_worker.images.store import read_image_bytes
-from sdtpu_worker.testing.processes import running, wait_for_line, worker_command, worker_env
-from tests.conftest import XLA_CACHE
-from tests.device.engines import generate_all
+from tests.support.engines import generate_all
+from tests.support.waiting import wait_until
+from tests.worker.workers import start_worker
 from tools.embedded_checkpoint.scenes import judge
 
 pytestmark = [pytest.mark.slow]
@@ -31,26 +30,6 @@ def queue_length(app, queue: str) -> int:
 
 
 PROMPT = "a large blue circle on a yellow background"
-
-
-@contextlib.contextmanager
-def start_worker(redis_url: str, folder: Path, *options: str, app: str = "sdtpu_worker.app", **settings: str):
-    """Run a worker until it consumes; yield the process and its log."""
-    log = folder / "worker.log"
-    settings = {"SDTPU_PLATFORM": "cpu", "SDTPU_COMPILE_CACHE": XLA_CACHE, **settings}
-    command = worker_command(app, "--without-gossip", "--without-mingle", "-n", f"{uuid.uuid4().hex}@test", *options)
-    with running(command, log, env=worker_env(redis_url, **settings), cwd=folder) as process:
-        wait_for_line(process, log, "ready: ", 120)
-        wait_for_line(process, log, " ready.", 30)
-        yield process, log
-
-
-@pytest.fixture(scope="module")
-def app(redis_url):
-    app = install(Celery("test-producer", broker=redis_url, backend=redis_url, set_as_current=True))
-    app.set_default()
-    yield app
-    app.close()
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +80,8 @@ def test_a_prompt_comes_back_as_the_picture_that_the_engine_makes_of_it(app, wor
     assert 0 < parsed.timings.device_s < parsed.timings.total_s
     image = open_image(result)
     assert (image.format, image.size) == ("PNG", (64, 64))
-    assert (image.text["prompt"], image.text["seed"], image.text["sampler"]) == (PROMPT, "7", "ddim")
-    assert not {"task_id", "timings"} & set(image.text)
+    assert (image.info["prompt"], image.info["seed"], image.info["sampler"]) == (PROMPT, "7", "ddim")
+    assert not {"task_id", "timings"} & set(image.info)
     assert len(read_image_bytes(result)) == parsed.image.bytes
     from sdtpu_worker import GenerationRequest
 
@@ -130,7 +109,7 @@ def test_sixty_four_jobs_at_once_keep_all_devices_busy_and_each_gets_its_own_pic
     assert [result["task_id"] for result in results] == [job.id for job in jobs]
     assert [result["seed"] for result in results] == list(range(64))
     for i, result in enumerate(results):
-        assert open_image(result).text["seed"] == str(i)
+        assert open_image(result).info["seed"] == str(i)
     occupied = Counter(result["batch"]["occupied"] for result in results)
     assert sum(count for number, count in occupied.items() if number < 8) < 8, occupied
     assert {result["batch"]["device"] for result in results} == set(range(8))
@@ -267,8 +246,7 @@ def test_sigterm_finishes_the_jobs_in_hand_and_exits_with_zero(redis_url, app, t
     settings |= {"SDTPU_MODEL": str(random_checkpoint), "SDTPU_GRACE_S": "100"}
     with start_worker(redis_url, tmp_path, "-Q", "drained", **settings) as (process, _):
         jobs = [generate.apply_async(("a",), {"num_inference_steps": 100}, queue="drained") for _ in range(8)]
-        while queue_length(app, "drained") or jobs[0].state == "PENDING":
-            time.sleep(0.01)
+        wait_until(lambda: not queue_length(app, "drained") and jobs[0].state != "PENDING", "all jobs to be taken")
         process.terminate()
         assert process.wait(60) == 0
     assert {job.get(timeout=1)["num_inference_steps"] for job in jobs} == {100}

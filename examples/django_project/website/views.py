@@ -22,7 +22,12 @@ from sdtpu_worker import (
 )
 
 NUMBERS = {"seed": int, "num_inference_steps": int, "height": int, "width": int, "guidance_scale": float}
-STATUS_OF = {InvalidRequest: 400, StorageError: 404, BrokerUnavailable: 503, RedisError: 503}
+STATUS_OF: dict[type[Exception], int] = {
+    InvalidRequest: 400,
+    StorageError: 404,
+    BrokerUnavailable: 503,
+    RedisError: 503,
+}
 
 
 def errors_as_json(view: Callable[..., HttpResponse]) -> Callable[..., HttpResponse]:

@@ -29,7 +29,7 @@ from kombu.utils import json as kombu_json
 import sdtpu_worker.client.task  # noqa: F401  registers sdtpu.generate with every app
 from sdtpu_worker.delivery.envelope import BadEnvelope, check_envelope, find_task_id, is_usable_id
 from sdtpu_worker.errors import EngineUnavailable, InvalidMessage, InvalidRequest
-from tests.chaos.hostile import KINDS, MAX_BYTES, REQUEST, WRONG, Draft, hostile_messages
+from tests.support.hostile import KINDS, MAX_BYTES, REQUEST, WRONG, Draft, hostile_messages
 
 QUEUE = "envelope"
 KNOWN = {"sdtpu.generate", "probe"}
@@ -265,7 +265,8 @@ def test_a_body_may_stand_there_as_it_is(app, consumer, encoding):
 def test_every_hostile_message_is_refused_or_fails_as_it_was_made_to():
     """What is refused is known by its id, if it has one; what passes has a parameter that is not allowed."""
     messages = list(hostile_messages(seed=3, count=20_000))
-    wrong, started = [], time.monotonic()
+    wrong: list[tuple[Any, ...]] = []
+    started = time.monotonic()
     for message in messages:
         try:
             check_envelope(message.raw, KNOWN, MAX_BYTES)

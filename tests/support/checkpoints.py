@@ -14,7 +14,9 @@ from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
 from flax.serialization import to_bytes
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, FlaxCLIPTextModel
 
-SHIPPED = Path(__file__).parent.parent.parent / "sdtpu_worker" / "checkpoint"
+from tests.support.paths import ROOT
+
+SHIPPED = ROOT / "sdtpu_worker" / "checkpoint"
 STABLE_DIFFUSION_NOISE = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",

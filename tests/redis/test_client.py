@@ -1,0 +1,75 @@
+"""What a client puts into the queue: one ordinary Celery message for each job, validated before."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from celery import Celery, group
+
+from sdtpu_worker import BrokerUnavailable, EngineUnavailable, InvalidRequest, generate
+from sdtpu_worker.client import broker_errors
+from sdtpu_worker.testing.processes import free_port
+from tests.support.clients import client_app
+
+pytestmark = pytest.mark.usefixtures("redis")
+
+
+def queued(app: Celery) -> list[dict]:
+    with app.connection_for_write() as connection:
+        channel = connection.default_channel
+        queues = [channel._q_for_pri("sdtpu", band) for band in channel.priority_steps]
+        return [json.loads(message) for queue in queues for message in channel.client.lrange(queue, 0, -1)]
+
+
+def test_delay_enqueues_one_json_message_with_a_drawn_seed(app):
+    first, second = generate.delay("a fox"), generate.delay("a fox", seed=7)
+    messages = {message["properties"]["correlation_id"]: message for message in queued(app)}
+    assert set(messages) == {first.id, second.id}
+    assert all(message["content-type"] == "application/json" for message in messages.values())
+    kwargs = json.loads(messages[first.id]["headers"]["kwargsrepr"].replace("'", '"'))
+    assert 0 <= kwargs["seed"] < 2**63
+
+
+def test_a_bad_parameter_is_refused_and_nothing_is_enqueued(app):
+    for call in (
+        lambda: generate.delay(""),
+        lambda: generate.apply_async(("a",), {"sampler": "x"}),
+        lambda: generate.s("a", seed=-1),
+        lambda: generate.si("a", image_format="bmp"),
+        lambda: group(generate.s("good"), generate.s("a", num_inference_steps=0)).delay(),
+        lambda: generate.s().delay(),
+    ):
+        with pytest.raises(InvalidRequest):
+            call()
+    assert queued(app) == []
+
+
+def test_priority_countdown_expires_and_another_queue_pass_through(app):
+    generate.apply_async(("a",), {"seed": 1}, priority=0, expires=60, task_id="mine")
+    (message,) = queued(app)
+    assert message["headers"]["id"] == "mine"
+    assert message["headers"]["expires"]
+    generate.apply_async(("a",), {"seed": 1}, queue="elsewhere")
+    assert len(queued(app)) == 1
+
+
+def test_the_queue_is_configurable(app, monkeypatch):
+    monkeypatch.setenv("SDTPU_QUEUE", "elsewhere")
+    generate.delay("a")
+    assert queued(app) == []
+
+
+def test_a_redis_that_is_not_there_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(broker_errors, "PATIENCE_S", 0.3)
+    url = f"redis://user:secret@127.0.0.1:{free_port()}/0"
+    with client_app(url, "cache+memory://"):
+        with pytest.raises(BrokerUnavailable, match="was not enqueued: Redis at redis://") as caught:
+            generate.apply_async(("a",), retry=False)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_call_outside_a_device_worker_says_what_to_do(app):
+    result = generate.apply(("a fox",))
+    assert isinstance(result.result, EngineUnavailable)
+    assert "DevicePool" in str(result.result)

@@ -1,0 +1,100 @@
+"""Where settings come from, which values they may have, and what `install` sets in an app."""
+
+from __future__ import annotations
+
+import ast
+import math
+
+import pytest
+from celery import Celery
+
+from sdtpu_worker import install
+from sdtpu_worker.config import read_config, read_setting
+from sdtpu_worker.errors import ConfigurationError
+from tests.support.paths import ROOT
+
+
+def test_install_sets_defaults_that_the_apps_own_configuration_overrides():
+    app = install(Celery("own", set_as_current=False))
+    assert app.conf.worker_pool == "sdtpu_worker.pool:DevicePool"
+    assert app.conf.accept_content == ["json"]
+    own = Celery("own", set_as_current=False)
+    own.conf.worker_pool = "solo"
+    assert install(own).conf.worker_pool == "solo"
+    for install_first in (True, False):
+        own = Celery("own", set_as_current=False)
+        if install_first:
+            install(own)
+        own.config_from_object({"worker_pool": "threads", "task_default_queue": "mine"})
+        assert install(own).conf.worker_pool == "threads"
+        assert own.conf.worker_prefetch_multiplier == 1
+    assert "sdtpu.generate" in own.tasks
+
+
+def test_settings_come_from_the_environment_first_then_the_app_then_the_default(monkeypatch):
+    app = Celery("settings", set_as_current=False)
+    assert read_setting("sdtpu_slots_per_device", app.conf) == 1
+    app.conf.sdtpu_slots_per_device = 4
+    assert read_setting("sdtpu_slots_per_device", app.conf) == 4
+    monkeypatch.setenv("SDTPU_SLOTS_PER_DEVICE", "2")
+    assert read_setting("sdtpu_slots_per_device", app.conf) == 2
+    monkeypatch.setenv("SDTPU_RESOLUTIONS", "512x512, 768x512")
+    assert read_config(app.conf).resolutions == ((512, 512), (768, 512))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sdtpu_slots_per_device", 0),
+        ("sdtpu_slots_per_device", True),
+        ("sdtpu_platform", "quantum"),
+        ("sdtpu_resolutions", "512"),
+        ("sdtpu_resolutions", "511x512"),
+        ("sdtpu_tick_s", "fast"),
+        ("sdtpu_model", ""),
+        ("sdtpu_dtype", "float16"),
+        ("sdtpu_dtype", 10**5000),
+        ("sdtpu_model", 10**5000),
+        ("sdtpu_tick_s", 10**400),
+        ("sdtpu_tick_s", 10**5000),
+        ("sdtpu_tick_s", "nan"),
+        ("sdtpu_max_queue", 10**5000),
+        ("sdtpu_max_queue", "9" * 5000),
+        ("sdtpu_max_queue", "²"),
+        ("sdtpu_max_queue", "--5"),
+        ("sdtpu_max_queue", 3.0),
+        ("sdtpu_preemption", 10**5000),
+        ("sdtpu_preemption", 2),
+        ("sdtpu_resolutions", [(math.inf, 512)]),
+        ("sdtpu_resolutions", [(10**5000, 512)]),
+        ("sdtpu_resolutions", "9" * 5000 + "x512"),
+        ("sdtpu_health_address", 10**5000),
+        ("sdtpu_health_address", ":" + "9" * 5000),
+        ("sdtpu_health_address", ":²"),
+        ("sdtpu_slots_per_device", [10**5000]),
+    ],
+    ids=lambda value: "",
+)
+def test_a_value_that_is_not_allowed_is_named_with_what_is(name, value):
+    with pytest.raises(ConfigurationError, match=f"{name} must be .*, got") as caught:
+        read_config({name: value})
+    assert "Exceeds" not in str(caught.value)
+    assert "literal" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_misspelt_setting_is_found_also_in_upper_case_and_under_a_namespace():
+    with pytest.raises(ConfigurationError, match=r"unknown setting sdtpu_modle .*the settings are sdtpu_model"):
+        read_config({"sdtpu_modle": "x"})
+    with pytest.raises(ConfigurationError, match=r"unknown setting SDTPU_MODEL .*write sdtpu_model"):
+        read_config({"SDTPU_MODEL": "x"})
+    app = Celery("namespaced", set_as_current=False)
+    app.config_from_object({"CELERY_SDTPU_TICK_S": 0.5, "CELERY_SDTPU_TYPO": 1}, namespace="CELERY")
+    assert read_setting("sdtpu_tick_s", app.conf) == 0.5
+    with pytest.raises(ConfigurationError, match="unknown setting CELERY_SDTPU_TYPO"):
+        read_config(app.conf)
+
+
+def test_celeryconfig_holds_values_only():
+    tree = ast.parse((ROOT / "celeryconfig.py").read_text())
+    assert all(isinstance(node, ast.Assign | ast.Expr) for node in tree.body)

@@ -46,7 +46,7 @@ class DeviceJob:
 
     Args:
         request: Celery's request.
-        serving: what runs it.
+        serving: runs the job on the devices.
         soft_time_limit_s, time_limit_s: from the time when the job has its slot; None for none.
         on_time_limit: Celery's own handling of a hard time limit.
         deliveries: the messages that the worker holds, if its broker is Redis.

@@ -144,7 +144,7 @@ def test_a_key_prefix_a_database_a_socket_priorities_and_several_queues(tmp_path
         assert [key for key in keys if not key.startswith(("shop:", "sdtpu:image:"))] == []
         text = fleet.workers[0].text()
         assert "maxmemory-policy is allkeys-lru" in text
-        assert "Redis persists nothing" in text
+        assert "Redis writes nothing to its disk" in text
 
 
 def test_a_broker_that_is_not_redis(tmp_path: Path):

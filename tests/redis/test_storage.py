@@ -36,7 +36,7 @@ HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
 TASK_IDS = st.one_of(st.text(st.characters()), st.sampled_from(HOSTILE), st.uuids().map(str), HEX, HEX.map("_".__add__))
 
 
-class FlakyRedis(Any):
+class FlakyRedis:
     """Raises the given errors one after the other, then takes what it gets."""
 
     def __init__(self, *errors: Exception) -> None:
@@ -98,7 +98,7 @@ def test_whatever_the_task_id_its_object_has_the_prefix(task_id):
 @settings(deadline=None, max_examples=200)
 @given(task_id=TASK_IDS)
 def test_whatever_the_task_id_its_key_is_short_and_has_the_prefix(task_id):
-    redis = FlakyRedis()
+    redis: Any = FlakyRedis()
     uri = RedisImageStore(redis, 60).put(task_id, "png", b"data")
     (key,) = redis.data
     assert uri == f"redis:{key}"
@@ -134,7 +134,7 @@ def test_an_ordinary_id_is_its_own_name_and_a_second_write_replaces_the_first(tm
 def test_a_result_cannot_name_a_file_outside_the_store(tmp_path, uri):
     (tmp_path / "secret").write_bytes(b"secret")
     app = app_with(f"file://{tmp_path}/store")
-    with pytest.raises(StorageError, match=r"is not in the configured store, .*; set sdtpu_image_store to what"):
+    with pytest.raises(StorageError, match=r"is not in the configured store, .*; set sdtpu_image_store to the worker"):
         read_image_bytes(result_at(uri.format(root=f"{tmp_path}/store")), app)
 
 
@@ -187,7 +187,7 @@ def test_reading_makes_no_folder(tmp_path):
     ConnectionResetError(),
 ], ids=lambda error: type(error).__name__)  # fmt: skip
 def test_trouble_that_passes_is_waited_for(caplog, error):
-    redis = FlakyRedis(error, error)
+    redis: Any = FlakyRedis(error, error)
     with caplog.at_level(logging.WARNING):
         assert RedisImageStore(redis, 60).put("x", "png", b"data") == "redis:sdtpu:image:x"
     assert redis.data == {"sdtpu:image:x": b"data"}
@@ -197,9 +197,10 @@ def test_trouble_that_passes_is_waited_for(caplog, error):
 
 @pytest.mark.parametrize("error", [exceptions.AuthenticationError("WRONGPASS"), exceptions.NoPermissionError("NOPERM")])
 def test_trouble_that_does_not_pass_is_an_error_at_once(error):
+    redis: Any = FlakyRedis(*[error] * 100)
     started = time.monotonic()
     with pytest.raises(StorageError, match=r"Redis did not take the image of task 'x' \(4 bytes\): ") as caught:
-        RedisImageStore(FlakyRedis(*[error] * 100), 60).put("x", "png", b"data")
+        RedisImageStore(redis, 60).put("x", "png", b"data")
     assert time.monotonic() - started < 0.1
     assert caught.value.__cause__ is error
 
@@ -213,7 +214,7 @@ def test_the_budget_ends_the_waiting_and_the_pauses_grow(monkeypatch):
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", sleep)
-    redis = FlakyRedis(*[exceptions.OutOfMemoryError("command not allowed")] * 100)
+    redis: Any = FlakyRedis(*[exceptions.OutOfMemoryError("command not allowed")] * 100)
     with pytest.raises(StorageError, match=r"OutOfMemoryError: command not allowed \(tried again for 30 s\)"):
         RedisImageStore(redis, 60).put("x", "png", b"data")
     assert 25 < now[0] <= 30
@@ -222,7 +223,7 @@ def test_the_budget_ends_the_waiting_and_the_pauses_grow(monkeypatch):
 
 
 def test_the_caller_may_give_up():
-    redis = FlakyRedis(*[exceptions.ConnectionError("refused")] * 1000)
+    redis: Any = FlakyRedis(*[exceptions.ConnectionError("refused")] * 1000)
     with pytest.raises(StorageError, match="not tried again: the job was given up"):
         RedisImageStore(redis, 60).put("x", "png", b"data", lambda: len(redis.errors) < 997)
     assert len(redis.errors) == 996

@@ -32,12 +32,12 @@ PRIVATE_NAMES = (
     PrivateName(
         "kombu.transport.redis:Channel", "_closing", "a message that comes while the channel closes is requeued"
     ),
-    PrivateName("kombu.transport.virtual:QoS", "_on_collect", "no requeueing when the interpreter ends"),
     PrivateName("kombu.transport.virtual:Transport", "_callbacks", "the queues that are consumed"),
     PrivateName("kombu.transport.virtual:Transport", "_deliver", "hands a checked message to Celery"),
     # Waking up: `delivery/wake_up.py` adds a connection to kombu's poller.
     PrivateName("kombu.transport.redis:MultiChannelPoller", "_fd_to_chan", "whose connection became readable"),
     PrivateName("kombu.transport.redis:MultiChannelPoller", "_chan_to_sock", "connections that are given up with it"),
+    PrivateName("kombu.transport.redis:MultiChannelPoller", "_channels", "one channel restores what kombu popped"),
     PrivateName("redis.connection:Connection", "_sock", "the socket that the event loop watches"),
     # Jobs: `worker/` ends them as Celery does.
     PrivateName("celery.worker.request:Request", "_on_ack", "replaced: acknowledges from the job's own thread"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
+from celery.states import FAILURE, REVOKED, SUCCESS
+from celery.utils.saferepr import saferepr
 from celery.worker.request import Request
 
 from sdtpu_worker.delivery.transport import ClaimingChannel
@@ -38,6 +41,29 @@ class DeviceRequest(Request):
             self.reject(requeue=True)
         elif self.failures_outside < 2:
             super().acknowledge()
+
+    def requeue(self) -> None:
+        """Have the message go back to the front of its queue instead of being acknowledged."""
+        self.is_requeued = True
+        self.acknowledge()
+
+    def count_in_chord(self, state: str, result: Any) -> None:
+        """Count the job's end in the chord that it is a part of."""
+        self.task.backend.on_chord_part_return(self._context, state, result)
+
+    def announce_stored_end(self, meta: Mapping[str, Any]) -> None:
+        """Send the event of an end that an earlier worker stored: nobody may have heard of it.
+
+        Args:
+            meta: what the result backend has of the task.
+        """
+        result = saferepr(meta["result"], self.task.resultrepr_maxsize)
+        if meta["status"] == SUCCESS:
+            self.send_event("task-succeeded", result=result, runtime=None)
+        elif meta["status"] == FAILURE:
+            self.send_event("task-failed", exception=result, traceback=meta.get("traceback"))
+        elif meta["status"] == REVOKED:
+            self.send_event("task-revoked", terminated=False, signum=None, expired=False)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """Have the pool hand all its jobs over: Celery asks for this in a cold shutdown, for every job."""

@@ -12,14 +12,16 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from celery.exceptions import Ignore, SoftTimeLimitExceeded
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.states import READY_STATES, STARTED
 from celery.utils.functional import maybe_list
 from celery.worker import state
+from celery.worker.state import task_ready
 from redis.exceptions import RedisError
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
@@ -29,6 +31,7 @@ from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
 from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
+from sdtpu_worker.operations.prompt_guard import describe
 
 if TYPE_CHECKING:
     from celery import Task
@@ -39,6 +42,22 @@ logger = logging.getLogger(__name__)
 
 _ANNOUNCEMENT_TIMEOUT_S = 10.0
 _MOST_HOSTS_NAMED = 20
+
+
+class JobLeft(BaseException):
+    """Ends a task's code whose job ends in another way than with a result or an error of its own.
+
+    Celery's tracer makes no state of what is no `Exception`. It sends `task_postrun` with the state None, as when
+    Celery itself kills a task, and stores, logs and announces nothing. (`celery.exceptions.Ignore` is no such end:
+    `task_postrun` has the state IGNORED then, and listeners store it.) The job's end comes after that.
+
+    Args:
+        end: brings the job to its end, outside the tracer.
+    """
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        super().__init__()
+        self.end = end
 
 
 class DeviceJob:
@@ -68,7 +87,7 @@ class DeviceJob:
         self._on_time_limit = on_time_limit
         self._deliveries, self._max_deliveries = deliveries, max_deliveries
         self._storing_state = threading.Lock()
-        self._digest = b""
+        self._digest, self._facts = b"", JobFacts()
         self.terminated = False
 
     @property
@@ -98,23 +117,29 @@ class DeviceJob:
             self.terminated = True
         self.serving.loop.cancel(self.task_id)
 
-    def recall(self, task: Task, parameters: GenerationRequest) -> JobFacts:
+    def find_early_end(self) -> JobLeft | None:
+        """Return how the job ends without running here; None if it is to run. Asked before its task begins.
+
+        The job is done already, and only its message was not acknowledged; or its history cannot be read now.
+        """
+        if self._deliveries is None or not self.request.delivery_info.get("redelivered"):
+            return None
+        try:
+            meta = self._stored_end()
+            self._facts = self._deliveries.job_facts(self.task_id)
+        except (OSError, RedisError) as exc:
+            logger.warning("the history of task %s could not be read, its message is requeued: %s", self.task_id, exc)
+            return JobLeft(self.request.requeue)
+        return None if meta is None else JobLeft(lambda: self._keep(meta))
+
+    def recall(self, parameters: GenerationRequest) -> JobFacts:
         """Return what earlier workers left of the job, if there were any.
 
         Raises:
-            Ignore: the job is done already, and only its message was not acknowledged; or Redis cannot be asked, and
-                the message is requeued.
             DeliveryLimitExceeded: too many workers died with the job on their devices.
         """
         self._digest = hashlib.sha256(json.dumps(parameters.to_json(), sort_keys=True).encode()).digest()
-        if self._deliveries is None or not self.request.delivery_info.get("redelivered"):
-            return JobFacts()
-        try:
-            self._end_if_done(task)
-            facts = self._deliveries.job_facts(self.task_id)
-        except (OSError, RedisError) as exc:
-            logger.warning("the history of task %s could not be read, its message is requeued: %s", self.task_id, exc)
-            raise self._requeue() from exc
+        facts = self._facts
         if len(facts.died_on) >= self._max_deliveries:
             raise DeliveryLimitExceeded(
                 f"the job was on the devices of {len(facts.died_on)} workers when they died, hung or were lost"
@@ -124,21 +149,35 @@ class DeviceJob:
         fits = snapshot.startswith(self._digest)  # made for the same parameters
         return JobFacts(facts.died_on, snapshot[len(self._digest) :] if fits else None)
 
-    def _end_if_done(self, task: Task) -> None:
-        """Keep a result that is stored already: the earlier worker died between storing it and acknowledging.
+    def _stored_end(self) -> dict[str, Any] | None:
+        """Return the end of the job that the result backend has already; None if there is none."""
+        if self.request.ignore_result:
+            return None
+        meta: dict[str, Any] = self.request.task.backend.get_task_meta(self.task_id, cache=False)
+        return meta if meta["status"] in READY_STATES else None
 
-        Raises:
-            Ignore: there is one.
-        """
-        if task.request.ignore_result:
-            return
-        meta = task.backend.get_task_meta(self.task_id, cache=False)
-        if meta["status"] not in READY_STATES:
-            return
+    def _keep(self, meta: Mapping[str, Any]) -> None:
+        """Keep a stored end: the earlier worker died between storing it and acknowledging."""
         logger.info("task %s is done already (%s): acknowledged without running again", self.task_id, meta["status"])
-        if task.request.chord:  # counted by its index, so once
-            task.backend.on_chord_part_return(task.request, meta["status"], meta["result"])
-        raise Ignore
+        if self.request.chord:  # counted by its index, so once
+            self.request.count_in_chord(meta["status"], meta["result"])
+        self.request.announce_stored_end(meta)
+
+    def leave(self, left: JobLeft) -> None:
+        """Bring a job to its end whose task's code has ended with `JobLeft`, or has never begun.
+
+        A message whose job's end could not be stored is not acknowledged: it is requeued if the worker stops, and
+        redelivered when its lease expires otherwise.
+        """
+        try:
+            left.end()
+        except EngineUnavailable:  # the worker stops, and does not wait for the result backend
+            self.request.requeue()
+        except Exception as exc:  # each result backend has errors of its own
+            logger.warning("the end of task %s could not be stored: %s", self.task_id, describe(exc))
+        else:
+            self.request.acknowledge()
+        task_ready(self.request)
 
     def release(self) -> None:
         """Make sure that the message of a job that has ended is not held for ever.
@@ -177,7 +216,12 @@ class DeviceJob:
 
     @contextlib.contextmanager
     def in_celerys_words(self) -> Iterator[None]:
-        """Turn what the device loop raises for this job into what Celery does for any task."""
+        """Turn what the device loop raises for this job into what Celery does for any task.
+
+        Raises:
+            JobLeft: the job has no result of its own here.
+            SoftTimeLimitExceeded: its soft time limit is over.
+        """
         try:
             yield
         except (JobHandedOver, EngineUnavailable) as exc:
@@ -187,7 +231,7 @@ class DeviceJob:
             if getattr(exc, "suspect", False) and self._deliveries is not None:
                 self._deliveries.mark_suspect(self.request.message.delivery_tag)
             logger.info("task %s is handed over: its message is requeued and another worker continues it", self.task_id)
-            raise self._requeue() from None
+            raise JobLeft(self.request.requeue) from None
         except (JobCancelled, JobOverdue) as exc:
             reason = exc.reason if isinstance(exc, JobOverdue) else None
             if self.terminated:
@@ -195,26 +239,23 @@ class DeviceJob:
             if reason is Overdue.SOFT_TIME_LIMIT:
                 raise SoftTimeLimitExceeded(self.soft_time_limit_s) from None
             if reason is Overdue.TIME_LIMIT and self._on_time_limit and self.time_limit_s:
-                self._on_time_limit(False, self.time_limit_s)
-                raise Ignore from None
-            if not self.request.revoked():  # the wall clock may be a moment behind ours
-                state.revoked.add(self.task_id)
-                self.request.revoked()
-            raise Ignore from None
+                raise JobLeft(partial(self._on_time_limit, False, self.time_limit_s)) from None
+            raise JobLeft(self._announce_unwanted) from None
         if self.terminated:
             raise self._leave_to_the_announcement()
 
-    def _leave_to_the_announcement(self) -> Ignore:
+    def _announce_unwanted(self) -> None:
+        """Store and announce that the job is revoked, or expired before it had a slot."""
+        if not self.request.revoked():  # the wall clock may be a moment behind ours
+            state.revoked.add(self.task_id)
+            self.request.revoked()
+
+    def _leave_to_the_announcement(self) -> JobLeft:
         """Wait until the main thread has announced that the job is revoked."""
         deadline = time.monotonic() + _ANNOUNCEMENT_TIMEOUT_S
         while not self.request._already_revoked and time.monotonic() < deadline:
             time.sleep(0.005)
-        return Ignore()
-
-    def _requeue(self) -> Ignore:
-        """Have the message requeued when the job's thread has ended."""
-        self.request.is_requeued = True
-        return Ignore()
+        return JobLeft(lambda: None)
 
     def _save(self, snapshot: Any) -> None:
         """Keep a snapshot for the next worker; without one the job starts anew there."""

@@ -20,7 +20,7 @@ from sdtpu_worker.config import Config
 from sdtpu_worker.device_loop.protocols import Policy, ServingEngine
 from sdtpu_worker.images.store import make_image_store
 from sdtpu_worker.worker.celery_request import JOB, answer_directly
-from sdtpu_worker.worker.job import DeviceJob
+from sdtpu_worker.worker.job import DeviceJob, JobLeft
 from sdtpu_worker.worker.urgent import UrgentPrefetch
 
 if TYPE_CHECKING:
@@ -239,17 +239,29 @@ class DevicePool(TaskPool):
         callback: Callable[[Any], None] | None,
         accept_callback: Any,
     ) -> None:
+        def trace(*args: Any, **kwargs: Any) -> Any:
+            """Run the task as Celery does; return how its job ends where that is not for Celery's tracer to say."""
+            try:
+                return target(*args, **kwargs)
+            except JobLeft as left:
+                return left.with_traceback(None)
+
         def end(result: Any) -> None:
             """Let Celery store the result and acknowledge the message."""
             if self.urgent is not None:
                 self.urgent.on_job_end()
-            if callback is not None:
+            if isinstance(result, JobLeft):
+                job.leave(result)
+            elif callback is not None:
                 callback(result)
 
         thread = threading.get_native_id()
         self._jobs[thread] = job
         try:
-            apply_target(target, args, kwargs, end, accept_callback, pid=thread)
+            if left := job.find_early_end():
+                end(left)
+            else:
+                apply_target(trace, args, kwargs, end, accept_callback, pid=thread)
         except Exception:
             logger.exception("task %s could not be brought to an end", job.task_id)
         finally:

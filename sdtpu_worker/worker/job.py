@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -19,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.states import READY_STATES, STARTED
-from celery.utils.functional import maybe_list
-from celery.worker import state
 from celery.worker.state import task_ready
 from redis.exceptions import RedisError
 
@@ -32,6 +29,7 @@ from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
 from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
 from sdtpu_worker.operations.prompt_guard import describe
+from sdtpu_worker.worker.celery_request import is_revoked
 
 if TYPE_CHECKING:
     from celery import Task
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ANNOUNCEMENT_TIMEOUT_S = 10.0
 _MOST_HOSTS_NAMED = 20
 
 
@@ -86,7 +83,7 @@ class DeviceJob:
         self.soft_time_limit_s, self.time_limit_s = map(_positive_seconds, (soft_time_limit_s, time_limit_s))
         self._on_time_limit = on_time_limit
         self._deliveries, self._max_deliveries = deliveries, max_deliveries
-        self._storing_state = threading.Lock()
+        self._signum: Any = None
         self._digest, self._facts = b"", JobFacts()
         self.terminated = False
 
@@ -109,24 +106,38 @@ class DeviceJob:
 
     def may_start(self) -> bool:
         """Return whether the job is still wanted; asked until it has its slot. Any thread."""
-        return not (self.terminated or self.task_id in state.revoked or _has_revoked_stamp(self.request))
+        return not (self.terminated or is_revoked(self.request))
 
-    def terminate(self) -> None:
-        """Take the job off its slot at the next tick; no state of its own is stored from now on. Any thread."""
-        with self._storing_state:
-            self.terminated = True
+    def terminate(self, signum: Any = None) -> None:
+        """Take the job off its slot at the next tick; its own thread then announces that it is revoked. Any thread.
+
+        It never waits: the job's thread may be storing a state, for as long as the result backend is away.
+
+        Args:
+            signum: the signal that the client named; it is announced, and nothing else is done with it.
+        """
+        self._signum = self._signum if signum is None else signum
+        self.terminated = True
         self.serving.loop.cancel(self.task_id)
 
     def find_early_end(self) -> JobLeft | None:
         """Return how the job ends without running here; None if it is to run. Asked before its task begins.
 
-        The job is done already, and only its message was not acknowledged; or its history cannot be read now.
+        The job is done already, and only its message was not acknowledged; or its history cannot be read now; or it is
+        not wanted any more.
         """
-        if self._deliveries is None or not self.request.delivery_info.get("redelivered"):
-            return None
+        is_redelivered = self.request.delivery_info.get("redelivered")
+        if is_redelivered and self._deliveries is not None and (left := self._look_back(self._deliveries)):
+            return left
+        if self.terminated:
+            return self._revoked()
+        return JobLeft(self.request.announce_unwanted) if self.request.is_unwanted() else None
+
+    def _look_back(self, deliveries: Deliveries) -> JobLeft | None:
+        """Read what earlier workers left of the job; return its end if that leaves nothing to do."""
         try:
             meta = self._stored_end()
-            self._facts = self._deliveries.job_facts(self.task_id)
+            self._facts = deliveries.job_facts(self.task_id)
         except (OSError, RedisError) as exc:
             logger.warning("the history of task %s could not be read, its message is requeued: %s", self.task_id, exc)
             return JobLeft(self.request.requeue)
@@ -207,12 +218,13 @@ class DeviceJob:
         self._store_state(task, "PROGRESS", meta)
 
     def _store_state(self, task: Task, name: str, meta: dict[str, Any]) -> None:
-        with self._storing_state:
-            if not self.terminated and not task.request.ignore_result:
-                try:
-                    task.update_state(state=name, meta=meta)
-                except Exception as exc:  # each result backend has errors of its own; the picture does not depend on it
-                    logger.debug("the state %s of task %s was not stored: %s", name, self.task_id, exc)
+        """Store a state. Only the job's own thread stores states of it, so none can follow the one that ends it."""
+        if self.terminated or task.request.ignore_result:
+            return
+        try:
+            task.update_state(state=name, meta=meta)
+        except Exception as exc:  # each result backend has errors of its own; the picture does not depend on it
+            logger.debug("the state %s of task %s was not stored: %s", name, self.task_id, exc)
 
     @contextlib.contextmanager
     def in_celerys_words(self) -> Iterator[None]:
@@ -226,7 +238,7 @@ class DeviceJob:
             yield
         except (JobHandedOver, EngineUnavailable) as exc:
             if self.terminated:
-                raise self._leave_to_the_announcement() from None
+                raise self._revoked() from None
             self._save(getattr(exc, "snapshot", None))
             if getattr(exc, "suspect", False) and self._deliveries is not None:
                 self._deliveries.mark_suspect(self.request.message.delivery_tag)
@@ -235,27 +247,18 @@ class DeviceJob:
         except (JobCancelled, JobOverdue) as exc:
             reason = exc.reason if isinstance(exc, JobOverdue) else None
             if self.terminated:
-                raise self._leave_to_the_announcement() from None
+                raise self._revoked() from None
             if reason is Overdue.SOFT_TIME_LIMIT:
                 raise SoftTimeLimitExceeded(self.soft_time_limit_s) from None
             if reason is Overdue.TIME_LIMIT and self._on_time_limit and self.time_limit_s:
                 raise JobLeft(partial(self._on_time_limit, False, self.time_limit_s)) from None
-            raise JobLeft(self._announce_unwanted) from None
+            raise JobLeft(partial(self.request.announce_unwanted, is_expired=reason is Overdue.EXPIRED)) from None
         if self.terminated:
-            raise self._leave_to_the_announcement()
+            raise self._revoked()
 
-    def _announce_unwanted(self) -> None:
-        """Store and announce that the job is revoked, or expired before it had a slot."""
-        if not self.request.revoked():  # the wall clock may be a moment behind ours
-            state.revoked.add(self.task_id)
-            self.request.revoked()
-
-    def _leave_to_the_announcement(self) -> JobLeft:
-        """Wait until the main thread has announced that the job is revoked."""
-        deadline = time.monotonic() + _ANNOUNCEMENT_TIMEOUT_S
-        while not self.request._already_revoked and time.monotonic() < deadline:
-            time.sleep(0.005)
-        return JobLeft(lambda: None)
+    def _revoked(self) -> JobLeft:
+        """Return the end of a job that was terminated."""
+        return JobLeft(lambda: self.request.announce_terminated(self._signum))
 
     def _save(self, snapshot: Any) -> None:
         """Keep a snapshot for the next worker; without one the job starts anew there."""
@@ -270,15 +273,6 @@ class DeviceJob:
 def _positive_seconds(limit: Any) -> float | None:
     """Return a time limit if it is one: Celery's remote control takes any value for it."""
     return limit if isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0 else None
-
-
-def _has_revoked_stamp(request: Any) -> bool:
-    """Whether the job bears a stamp by which jobs were revoked."""
-    return any(
-        stamp in state.revoked_stamps
-        and any(each in maybe_list(state.revoked_stamps[stamp]) for each in maybe_list(value) or ())
-        for stamp, value in request.stamps.items()
-    )
 
 
 def _data_uri(pixels: Any) -> str:

@@ -16,9 +16,12 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from celery.exceptions import SoftTimeLimitExceeded
+from celery.backends.base import DisabledBackend
+from celery.backends.rpc import RPCBackend
+from celery.exceptions import SecurityError, SoftTimeLimitExceeded
 from celery.states import READY_STATES, STARTED
 from celery.worker.state import task_ready
+from kombu.exceptions import ContentDisallowed, DecodeError
 from redis.exceptions import RedisError
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
@@ -39,6 +42,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MOST_HOSTS_NAMED = 20
+_UNREADABLE = (
+    DecodeError, ContentDisallowed, SecurityError, TypeError, ValueError, LookupError, AttributeError,
+    NotImplementedError,
+)  # fmt: skip
+"""What a result backend raises for a state that is none, or if it can read none; asking again would not help."""
+_PAUSE_S = 1.0
+"""How long a job holds its message whose history cannot be read now, before the message goes back."""
 
 
 class JobLeft(BaseException):
@@ -67,6 +77,7 @@ class DeviceJob:
         on_time_limit: Celery's own handling of a hard time limit.
         deliveries: the messages that the worker holds, if its broker is Redis.
         max_deliveries: after how many crashes with this job on the devices it fails.
+        is_stopping: says whether the worker takes no more jobs.
     """
 
     def __init__(
@@ -78,11 +89,13 @@ class DeviceJob:
         on_time_limit: Callable[[bool, float], None] | None = None,
         deliveries: Deliveries | None = None,
         max_deliveries: int = 1,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.request, self.serving = request, serving
         self.soft_time_limit_s, self.time_limit_s = map(_positive_seconds, (soft_time_limit_s, time_limit_s))
         self._on_time_limit = on_time_limit
         self._deliveries, self._max_deliveries = deliveries, max_deliveries
+        self._is_stopping = is_stopping
         self._signum: Any = None
         self._digest, self._facts = b"", JobFacts()
         self.terminated = False
@@ -138,8 +151,10 @@ class DeviceJob:
         try:
             meta = self._stored_end()
             self._facts = deliveries.job_facts(self.task_id)
-        except (OSError, RedisError) as exc:
-            logger.warning("the history of task %s could not be read, its message is requeued: %s", self.task_id, exc)
+        except Exception as exc:  # each result backend has errors of its own
+            logger.warning("the history of task %s could not be read, its message is requeued: %s", self.task_id,
+                           describe(exc))  # fmt: skip
+            self._pause()  # or the message would come again at once
             return JobLeft(self.request.requeue)
         return None if meta is None else JobLeft(lambda: self._keep(meta))
 
@@ -161,11 +176,19 @@ class DeviceJob:
         return JobFacts(facts.died_on, snapshot[len(self._digest) :] if fits else None)
 
     def _stored_end(self) -> dict[str, Any] | None:
-        """Return the end of the job that the result backend has already; None if there is none."""
-        if self.request.ignore_result:
+        """Return the end of the job that the result backend has already; None if there is none, or nobody knows.
+
+        With `rpc://` results are messages to the client, which a worker cannot read; without a backend there are none.
+        """
+        backend = self.request.task.backend
+        if self.request.ignore_result or isinstance(backend, DisabledBackend | RPCBackend):
             return None
-        meta: dict[str, Any] = self.request.task.backend.get_task_meta(self.task_id, cache=False)
-        return meta if meta["status"] in READY_STATES else None
+        try:
+            meta: dict[str, Any] = backend.get_task_meta(self.task_id, cache=False)
+            return meta if meta["status"] in READY_STATES and "result" in meta else None
+        except _UNREADABLE as exc:
+            logger.warning("what is stored of task %s is no state, it runs again: %s", self.task_id, describe(exc))
+            return None
 
     def _keep(self, meta: Mapping[str, Any]) -> None:
         """Keep a stored end: the earlier worker died between storing it and acknowledging."""
@@ -189,6 +212,12 @@ class DeviceJob:
         else:
             self.request.acknowledge()
         task_ready(self.request)
+
+    def _pause(self) -> None:
+        """Wait a moment, unless the worker stops."""
+        until = time.monotonic() + _PAUSE_S
+        while time.monotonic() < until and not self._is_stopping():
+            time.sleep(0.05)
 
     def release(self) -> None:
         """Make sure that the message of a job that has ended is not held for ever.

@@ -133,6 +133,7 @@ class DevicePool(TaskPool):
             timeout_callback,
             deliveries,
             services.config.max_deliveries,
+            lambda: self._stage is not PoolStage.SERVING,
         )
         task_name, task_id, fields, *rest = args  # what Celery's tracer gets; `fields` become the task's own request
         args = (task_name, task_id, {**fields, JOB: job}, *rest)

@@ -20,13 +20,14 @@ from celery.worker.request import create_request_cls
 from kombu.message import Message
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.aggregator.plan import Plan
 from sdtpu_worker.config import read_config
 from sdtpu_worker.contract.queues import TASK_NAME
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.delivery.transport import ClaimingChannel
 from sdtpu_worker.device_loop.protocols import EngineInfo
-from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob, FakeSnapshot
+from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob, FakeSnapshot, FakeTick
 from sdtpu_worker.worker.celery_request import DeviceRequest
 from sdtpu_worker.worker.pool import DevicePool, make_aggregator
 from sdtpu_worker.worker.process_changes import watch_failures_outside_tasks
@@ -45,7 +46,11 @@ class CountingJob(FakeJob):
 
 
 class CountingEngine(FakeEngine):
-    """A `FakeEngine` with two slots that a pool can run on; its snapshots begin with the steps that were taken."""
+    """A `FakeEngine` with two slots that a pool can run on.
+
+    Attributes:
+        inserted: the jobs that started here from their first step.
+    """
 
     traces_since_ready = 0
     info = EngineInfo("fake", "ddim", "int", "cpu", "fake", num_devices=2, slots_per_device=1, phases_per_tick=2,
@@ -53,6 +58,11 @@ class CountingEngine(FakeEngine):
 
     def __init__(self, step_s: float) -> None:
         super().__init__(costs={LANE: TickCosts(2, Cost(step_s))})
+        self.inserted: set[str] = set()
+
+    def execute(self, plan: Plan, *args: Any) -> FakeTick:
+        self.inserted.update(plan.inserted())
+        return super().execute(plan, *args)
 
     def prepare(self, task_id: str, request: GenerationRequest) -> CountingJob:
         return CountingJob(task_id, request.num_inference_steps, LANE)

@@ -33,7 +33,8 @@ class GenerationRequest:
         negative_prompt: what the image should not show; empty for none.
         seed: 0 to 2**63 - 1; None has the client draw one.
         num_inference_steps: denoising steps, 1 to 1000.
-        guidance_scale: how strongly the prompt counts (classifier-free guidance), -1000 to 1000.
+        guidance_scale: how strongly the prompt counts (classifier-free guidance), -1000 to 1000. A scale of 1 or less
+            means no guidance, as in diffusers: the prompt alone, whatever the negative prompt is.
         height: pixels, a multiple of 8 and one of the worker's sizes (`sdtpu_resolutions`); None for the
             checkpoint's own.
         width: as `height`.

@@ -65,6 +65,7 @@ def test_a_prompt_comes_back_as_the_picture_that_the_engine_makes_of_it(app, wor
         "prompt": PROMPT,
         "negative_prompt": "",
         "seed": 7,
+        "seed_text": "7",
         "num_inference_steps": 30,
         "guidance_scale": 7.5,
         "sampler": "ddim",

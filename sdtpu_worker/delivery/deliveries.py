@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import ResponseError
+
 from sdtpu_worker.delivery import scripts
 from sdtpu_worker.delivery.job_facts import JobFacts, read_job_facts
 from sdtpu_worker.delivery.keys import Keys
@@ -320,4 +322,18 @@ class Deliveries:
         self._eval(move.script, [self.keys.held, self.keys.leases, *move.job_keys], [tag, self._name])
 
     def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        return self.client.eval(script, len(keys), *keys, *args)
+        client = self.client
+        try:
+            return client.eval(script, len(keys), *keys, *args)
+        except ResponseError as exc:
+            if is_read_only(exc):  # the name of the server may belong to another one by now: connect anew
+                client.connection_pool.disconnect()
+            raise
+
+
+def is_read_only(error: ResponseError) -> bool:
+    """Return whether a Redis refused a write because it is a replica, perhaps since a moment ago.
+
+    Servers before Redis 7 wrap an error within a script into one of another class.
+    """
+    return "READONLY" in str(error)

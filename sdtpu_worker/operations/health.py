@@ -45,6 +45,7 @@ class WorkerHealth:
         self._device: tuple[Callable[[], bool], Callable[[], float]] | None = None
         self._beat_at = self._contact_at = 0.0
         self._disconnected_at: float | None = None
+        self._refusal: str | None = None
         self.started = self.draining = False
 
     def watch_device(self, is_alive: Callable[[], bool], stalled_s: Callable[[], float]) -> None:
@@ -59,12 +60,17 @@ class WorkerHealth:
         """Report that Redis has answered, a claim or a renewal of the leases."""
         self._contact_at = self._clock()
 
+    def on_claim(self, refusal: str | None) -> None:
+        """Report that Redis has answered a claim: with None, or with an error, so that the worker takes no jobs."""
+        self.contact()
+        self._refusal = refusal
+
     def on_consume(self) -> None:
         """Report that the consumer starts, for the first time or after the connection was lost."""
         self.beat()
         if not self.started:
             self.contact()
-        self.started, self._disconnected_at = True, None
+        self.started, self._disconnected_at, self._refusal = True, None, None
 
     def on_disconnect(self) -> None:
         """Report that the connection is lost: Celery's event loop does not turn until Redis is back."""
@@ -97,7 +103,7 @@ class WorkerHealth:
             Check("serving", True, "started"),
             self._check_device(),
             self._check_event_loop(self.BEAT_READY_S, self.CONTACT_READY_S),
-            self._check_redis(self.CONTACT_READY_S),
+            self._check_redis(self.CONTACT_READY_S, self._refusal),
         ]
 
     def _check_device(self) -> Check:
@@ -118,8 +124,10 @@ class WorkerHealth:
         age_s = self._clock() - self._beat_at
         return Check("event_loop", age_s <= limit_s, f"the event loop turned {age_s:.0f} s ago")
 
-    def _check_redis(self, limit_s: float) -> Check:
+    def _check_redis(self, limit_s: float, refusal: str | None = None) -> Check:
         age_s = self._clock() - self._contact_at
         if age_s > limit_s:
             return Check("redis", False, f"not consuming: no answer from Redis for {age_s:.0f} s")
+        if refusal is not None:
+            return Check("redis", False, f"not consuming: Redis refuses to give jobs to this worker: {refusal}")
         return Check("redis", True, f"answered {age_s:.0f} s ago")

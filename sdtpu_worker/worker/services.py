@@ -192,7 +192,8 @@ class DeviceServices:
             "socket_connect_timeout": _BROKER_TIMEOUT_S,
             **options,
         }
-        undo.enter_context(change_app(app, {"broker_transport_options": options}, transport.EagerConnection))
+        settings = {"broker_transport_options": options, "broker_channel_error_retry": True}
+        undo.enter_context(change_app(app, settings, transport.EagerConnection))
         undo.enter_context(
             transport.installed(
                 Intake(
@@ -203,7 +204,7 @@ class DeviceServices:
                     max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
                     on_bad=self._store_error,
                     devices_make_progress=self.devices_make_progress,
-                    on_contact=self.health.contact,
+                    on_reply=self.health.on_claim,
                 )
             )
         )

@@ -105,6 +105,16 @@ def test_without_redis_a_worker_is_not_ready_and_dead_after_the_lease():
     assert worker.live == ["redis"]
 
 
+def test_a_worker_to_which_redis_refuses_jobs_lives_and_is_not_ready():
+    worker = Worker().start()
+    worker.health.on_claim("BUSY Redis is busy running a script")
+    worker.run(100)
+    assert (worker.live, worker.ready) == ([], ["redis"])
+    assert worker.health.ready()[-1].detail.endswith("BUSY Redis is busy running a script")
+    worker.health.on_claim(None)
+    assert (worker.live, worker.ready) == ([], [])
+
+
 def test_while_celery_waits_for_redis_its_main_loop_need_not_turn():
     worker = Worker(lease_s=30).start()
     worker.run(3)

@@ -24,7 +24,7 @@ SERVING: Any = SimpleNamespace()
 
 
 def make_job(soft=None, hard=None, **stamps) -> DeviceJob:
-    request = SimpleNamespace(id="a-task", delivery_info={}, expires=None, stamps=stamps)
+    request = SimpleNamespace(id="a-task", delivery_info={}, expires=None, stamps=stamps, had_its_slot=False)
     return DeviceJob(request, SERVING, soft, hard)
 
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from celery import Task, current_task, shared_task
+from celery.app.routes import Router
 from celery.canvas import Signature
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
@@ -15,8 +16,8 @@ from kombu.exceptions import OperationalError
 from sdtpu_worker.client.admission import check_admission
 from sdtpu_worker.client.backend_wait import bounded_wait
 from sdtpu_worker.client.broker_errors import unavailable
-from sdtpu_worker.config import read_setting
-from sdtpu_worker.contract.queues import DEFAULT_PRIORITY, SENT_AT_HEADER, TASK_NAME, tenant_queue
+from sdtpu_worker.client.routing import generation_route, name_of
+from sdtpu_worker.contract.queues import SENT_AT_HEADER, TASK_NAME
 from sdtpu_worker.contract.request import GenerationRequest, check_arguments, draw_seed
 from sdtpu_worker.errors import InvalidRequest, Overloaded
 
@@ -55,10 +56,7 @@ class GenerateTask(Task):
         request = None if current_task else GenerationRequest.parse(args, kwargs)
         if kwargs.get("seed") is None:
             kwargs["seed"] = draw_seed()
-        if options.get("priority") is None:
-            default = self.app.conf.task_default_priority
-            options["priority"] = DEFAULT_PRIORITY if default is None else default
-        self._choose_queue(kwargs.get("tenant"), options)
+        self._choose_queue_and_priority(args, kwargs, options)
         options["headers"] = {SENT_AT_HEADER: time.time(), **(options.get("headers") or {})}
         if request is None or self.app.conf.task_always_eager:
             return self._send(args, kwargs, *rest, **options)
@@ -67,13 +65,15 @@ class GenerateTask(Task):
         with bounded_wait(self.app):
             return self._send(args, kwargs, *rest, **options)
 
-    def _choose_queue(self, tenant: Any, options: dict[str, Any]) -> None:
-        """Send a tenant's job to the tenant's queue; another queue that was asked for, and a retry's, stay."""
-        queue = read_setting("sdtpu_queue", self.app.conf)
-        if options.get("queue") is None:
-            options["queue"] = queue
-        if options["queue"] == queue and not options.get("retries") and isinstance(tenant, str):
-            options["queue"] = tenant_queue(queue, tenant, read_setting("sdtpu_tenant_shards", self.app.conf))
+    def _choose_queue_and_priority(self, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
+        """Fill in what the caller did not name: from annotations, the app's routes, the tenant and the settings."""
+        for name in ("queue", "priority"):
+            if options.get(name) is None:
+                options[name] = getattr(self, name, None)  # an annotation
+        app = self.app
+        route = generation_route(app, Router(app.amqp.routes, app=app), args, kwargs, options, self)
+        options.update({**route, **{name: value for name, value in options.items() if value is not None}})
+        options["queue"] = route["queue"]  # of the tenant, where the caller named the queue of all
 
     def _check_admission(self, request: GenerationRequest, rest: Sequence[Any], options: Mapping[str, Any]) -> None:
         queue, priority = options["queue"], options["priority"]
@@ -81,7 +81,7 @@ class GenerateTask(Task):
         check_admission(
             self.app,
             request,
-            getattr(queue, "name", queue),
+            name_of(queue),
             priority if isinstance(priority, int) else 0,
             None if options.get("countdown") or options.get("eta") else _seconds_left(self, options),
             producer,

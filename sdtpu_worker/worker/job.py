@@ -30,7 +30,7 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
-from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
+from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable, StorageError
 from sdtpu_worker.operations.prompt_guard import describe
 from sdtpu_worker.worker.celery_request import is_revoked
 
@@ -264,6 +264,7 @@ class DeviceJob:
         Raises:
             JobLeft: the job has no result of its own here.
             SoftTimeLimitExceeded: its soft time limit is over.
+            StorageError: its image could not be stored, and the worker does not stop.
         """
         try:
             yield
@@ -284,6 +285,15 @@ class DeviceJob:
             if reason is Overdue.TIME_LIMIT and self._on_time_limit and self.time_limit_s:
                 raise JobLeft(partial(self._on_time_limit, False, self.time_limit_s)) from None
             raise JobLeft(partial(self.request.announce_unwanted, is_expired=reason is Overdue.EXPIRED)) from None
+        except StorageError:
+            if self.terminated:
+                raise self._revoked() from None
+            if not self._is_stopping():
+                raise
+            self.remember_slot()
+            logger.warning("the image of task %s could not be stored before the worker stops: its message is requeued",
+                           self.task_id)  # fmt: skip
+            raise JobLeft(self.request.requeue) from None
         if self.terminated:
             raise self._revoked()
 

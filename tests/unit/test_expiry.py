@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sdtpu_worker.errors import EngineUnavailable
+from sdtpu_worker.errors import EngineUnavailable, StorageError
 from tests.support.in_process import Broker, InProcessWorker, backend_app, in_process_worker
 from tests.support.waiting import wait_until
 
@@ -94,6 +94,17 @@ def test_a_job_whose_result_a_stopping_worker_cannot_store_does_not_expire_elsew
         patch.setattr(type(app.backend), "mark_as_done", refuse)
         patch.setattr(type(app.backend), "mark_as_failure", refuse)
         request = first.take(expires=60)
+        assert first.wait_for_end(request) == "requeued"
+    assert end_elsewhere(app, broker, request.id) == "SUCCESS"
+
+
+def test_a_job_whose_image_a_stopping_worker_cannot_store_does_not_expire_elsewhere(app):
+    broker = Broker()
+    with in_process_worker(app, broker) as first:
+        request = first.take(steps=300, expires=60)
+        first.wait_for_slot(request)
+        first.images.error = StorageError("the store is away")
+        first.pool.on_close()
         assert first.wait_for_end(request) == "requeued"
     assert end_elsewhere(app, broker, request.id) == "SUCCESS"
 

@@ -131,3 +131,23 @@ def test_failures_that_an_operator_must_see_are_errors_and_a_clients_mistakes_ar
     assert level_of(worker.take("not finite"), "GenerationFailed") == logging.ERROR
     worker.images.error = StorageError("the store is away")
     assert level_of(worker.take(), "StorageError") == logging.ERROR
+
+
+def test_a_job_whose_image_cannot_be_stored_while_the_worker_stops_goes_back(worker):
+    request = worker.take(steps=300)
+    worker.wait_for_slot(request)
+    worker.images.error = StorageError("the store is away")
+    worker.pool.on_close()
+    assert worker.wait_for_end(request) == "requeued"
+    assert worker.meta(request)["status"] in ("STARTED", "PROGRESS")
+
+
+def test_a_terminated_job_whose_image_cannot_be_stored_is_revoked(worker):
+    def put(*_: Any) -> str:
+        terminate(worker, request)
+        raise StorageError("the store is away")
+
+    worker.images.put = put
+    request = worker.take(steps=300)
+    assert worker.wait_for_end(request) == "done"
+    assert worker.meta(request)["status"] == "REVOKED"

@@ -170,7 +170,7 @@ class JobTable:
             submission: a job that the policy does not have any more.
             suspect: the job had a slot when the devices hung or were lost.
         """
-        if submission.settle(JobHandedOver(submission.snapshot, suspect)):
+        if submission.settle(JobHandedOver(submission.snapshot, suspect, submission.had_slot)):
             self._stats.handed_over += 1
 
     def hand_over_parked(self, task_ids: Iterable[str]) -> None:

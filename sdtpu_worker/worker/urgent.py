@@ -47,7 +47,7 @@ class UrgentPrefetch:
                     lengths.llen(name)
             waiting = sum(lengths.execute())
         with self._lock:
-            count = min(waiting, self._pool.services.serving.engine.info.num_slots) - self._lent
+            count = min(waiting, self._pool.services.serving.num_slots) - self._lent
             if count <= 0:
                 return
             self._lent += count

@@ -41,18 +41,20 @@ class Eligibility:
     Attributes:
         task_ids: the jobs that are named.
         excludes: True if every job is eligible except those named, False if only those named are.
+        avoid: devices that start and resume no job meanwhile, if there is another device.
     """
 
     task_ids: frozenset[str] = frozenset()
     excludes: bool = True
+    avoid: frozenset[int] = frozenset()
 
     def __contains__(self, task_id: str) -> bool:
         return (task_id in self.task_ids) is not self.excludes
 
     @classmethod
-    def only(cls, task_ids: Iterable[str]) -> Eligibility:
-        """Return the eligibility of these jobs and no other."""
-        return cls(frozenset(task_ids), excludes=False)
+    def only(cls, task_ids: Iterable[str], avoid: Iterable[int] = ()) -> Eligibility:
+        """Return the eligibility of these jobs and no other, on other devices than those to avoid."""
+        return cls(frozenset(task_ids), excludes=False, avoid=frozenset(avoid))
 
     @classmethod
     def all_but(cls, task_ids: Iterable[str]) -> Eligibility:

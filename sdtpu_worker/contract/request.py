@@ -30,7 +30,7 @@ class GenerationRequest:
 
     Attributes:
         prompt: what the image shows, 1 to 10,000 characters. It is cut after 77 tokens, and the result says so.
-        negative_prompt: what the image should not show; empty for none.
+        negative_prompt: what the image should not show; empty or None for none.
         seed: 0 to 2**63 - 1; None has the client draw one.
         num_inference_steps: denoising steps, 1 to 1000.
         guidance_scale: how strongly the prompt counts (classifier-free guidance), -1000 to 1000.
@@ -58,6 +58,7 @@ class GenerationRequest:
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
         object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
+        object.__setattr__(self, "negative_prompt", self.negative_prompt or "")
 
     @classmethod
     def parse(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerationRequest:
@@ -124,6 +125,11 @@ def _check_text(name: str, value: Any) -> None:
             )
 
 
+def _check_negative_prompt(name: str, value: Any) -> None:
+    if value is not None:
+        _check_text(name, value)
+
+
 def _check_prompt(name: str, value: Any) -> None:
     _check_text(name, value)
     if not value.strip():
@@ -178,7 +184,7 @@ def _check_choice(choices: Sequence[str], optional: bool = False) -> Any:
 
 _CHECKS: dict[str, Any] = {
     "prompt": _check_prompt,
-    "negative_prompt": _check_text,
+    "negative_prompt": _check_negative_prompt,
     "seed": _check_integer(0, MAX_SEED, "2**63 - 1", optional=True),
     "num_inference_steps": _check_integer(1, MAX_STEPS, str(MAX_STEPS)),
     "guidance_scale": _check_guidance,

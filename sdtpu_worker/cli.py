@@ -128,7 +128,7 @@ def health(ready: bool, address: str | None) -> None:
 
     if not address:
         raise click.ClickException(
-            "--address is missing: give it, or set SDTPU_HEALTH_ADDRESS to the worker's sdtpu_health_address"
+            "no address to ask: give --address, or set SDTPU_HEALTH_ADDRESS to the worker's sdtpu_health_address"
         )
     parse = next(setting.parse for setting in SETTINGS if setting.name == "sdtpu_health_address")
     try:

@@ -112,6 +112,10 @@ class Deliveries:
     def __len__(self) -> int:
         return len(self._held)
 
+    def holds(self, tag: str) -> bool:
+        """Return whether this worker holds a message."""
+        return tag in self._held
+
     def hold(self, tag: str, task_id: str) -> None:
         """Note that this worker has just claimed a message."""
         with self._lock:

@@ -92,7 +92,7 @@ class Lease:
             try:
                 self.pulse()
             except Exception:  # any error: the next pulse must still renew the leases
-                logger.exception("the thread that renews the leases failed once and goes on")
+                logger.exception("the thread that renews the leases failed once and continues")
 
     def _pulse_s(self) -> float:
         """Return the seconds until the next pulse: fewer when a deferred message is due sooner."""

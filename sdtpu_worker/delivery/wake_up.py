@@ -6,6 +6,7 @@ connection. Without that an idle worker would have to poll.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import ssl
@@ -79,6 +80,16 @@ class WakeUp:
 
 class Poller(kombu_redis.MultiChannelPoller):
     """kombu's poller of a transport's connections, which also knows those on which Redis reports writes."""
+
+    def maybe_restore_messages(self) -> None:
+        """Have one channel restore what kombu popped for consumers that died, if a channel has queues of that kind."""
+        for channel in self._channels:
+            if channel.other_queues:
+                with contextlib.suppress(*channel.connection_errors):  # the event loop reconnects
+                    channel.qos.restore_visible(
+                        num=channel.unacked_restore_limit, interval=channel.unacked_restore_throttle
+                    )
+                return
 
     def on_readable(self, fileno: int) -> Any:
         """Handle a connection that has something to read."""

@@ -133,7 +133,7 @@ class Submission:
 
     @property
     def stage(self) -> JobStage:
-        """Where the job stands; see `JobStage` for the transitions."""
+        """Where the job stands; see `JobStage`. Takes the lock of the future: too slow for every job in every tick."""
         return JobStage.ENDED if self.future.done() else self._stage
 
     @property

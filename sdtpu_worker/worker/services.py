@@ -34,6 +34,7 @@ from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.envelope import BadEnvelope
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
+from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.device_loop.protocols import ServingEngine
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
@@ -98,7 +99,6 @@ class DeviceServices:
         self._app, self._hostname = app, hostname
         self._lease: Lease | None = None
         self._load_report_at = 0.0
-        self._visibility_timeout: float | None = None
         self._undo = ExitStack()
 
     def start(self, pool: PartMakers) -> None:
@@ -183,7 +183,6 @@ class DeviceServices:
             undo.enter_context(change_app(app, {}))
             return
         options = app.conf.broker_transport_options
-        self._visibility_timeout = options.get("visibility_timeout")
         self.deliveries = deliveries = Deliveries(
             self._make_client, Keys(options.get("global_keyprefix", "")), config.lease_s, self._hostname
         )
@@ -192,17 +191,13 @@ class DeviceServices:
             "socket_timeout": 2 * _BROKER_TIMEOUT_S,
             "socket_connect_timeout": _BROKER_TIMEOUT_S,
             **options,
-            "unacked_key": "sdtpu:unacked",
-            "unacked_index_key": "sdtpu:unacked_index",
-            "unacked_mutex_key": "sdtpu:unacked_mutex",
-            "visibility_timeout": config.lease_s,
-            "unacked_restore_interval": config.lease_s / 3,
         }
         undo.enter_context(change_app(app, {"broker_transport_options": options}, transport.EagerConnection))
         undo.enter_context(
             transport.installed(
-                transport.Intake(
+                Intake(
                     deliveries=deliveries,
+                    is_task_queue=lambda queue: queue in app.amqp.queues.consume_from,
                     known_tasks=app.tasks,
                     max_message_bytes=config.max_message_bytes,
                     max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
@@ -262,12 +257,8 @@ class DeviceServices:
     def _warn_of_redis(self) -> None:
         """Log what this Redis may do to jobs."""
         assert self.deliveries is not None
-        for text in redis_warnings(
-            self.deliveries.client,
-            lease_s=self.config.lease_s,
-            visibility_timeout=self._visibility_timeout,
-            images_in_redis=self.config.image_store.startswith("redis"),
-        ):
+        images_in_redis = self.config.image_store.startswith("redis")
+        for text in redis_warnings(self.deliveries.client, images_in_redis=images_in_redis):
             logger.warning("%s", text)
 
     def _on_contact(self) -> None:

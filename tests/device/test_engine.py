@@ -227,6 +227,31 @@ def test_pixels_agree_with_the_flax_pipeline(
     assert difference.mean() <= 0.02
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_guidance_scale_of_one_or_less_draws_the_prompt_alone_as_diffusers_does(engine, sampler):
+    """A scale of 0 drew the negative prompt: two prompts gave one picture."""
+
+    def draw(prompt: str, negative_prompt: str, scale: float) -> GenerationRequest:
+        return GenerationRequest(
+            prompt, negative_prompt, seed=3, num_inference_steps=4, guidance_scale=scale, sampler=sampler
+        )
+
+    scales = (1.0, 0.0, 0.5, -3.0)
+    images = generate_all(
+        engine,
+        [
+            draw(PROMPTS[1], "", 1.5),  # beside guided jobs, and on any device
+            *(draw(PROMPTS[0], negative, scale) for scale in scales for negative in ("", PROMPTS[2])),
+            *(draw(PROMPTS[1], negative, scale) for scale, negative in ((0.0, PROMPTS[2]), (1.5, PROMPTS[2]))),
+        ],
+    )
+    guided, *unguided, other, otherwise_guided = (image.pixels for image in images)
+    for pixels in unguided:
+        np.testing.assert_array_equal(pixels, unguided[0])
+    assert np.abs(unguided[0].astype(int) - other).max() > 50, "another prompt is another picture"
+    assert np.abs(guided.astype(int) - otherwise_guided).max() > 0, "above 1 the negative prompt counts"
+
+
 def test_the_key_words_of_a_seed_are_jaxs_own_and_every_bit_counts(engine):
     def words(seed):
         return engine.prepare("x", GenerationRequest("a", seed=seed)).key_data

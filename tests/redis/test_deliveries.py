@@ -46,7 +46,9 @@ def make(client):
 
 def claim(deliveries: Deliveries, tag: str, *lists: str, max_bytes: int = 1000):
     keys = [deliveries.keys.held, deliveries.keys.leases, *lists]
-    reply = deliveries.client.eval(CLAIM, len(keys), *keys, tag, deliveries.lease_s, max_bytes, 10)
+    reply = deliveries.client.eval(
+        CLAIM, len(keys), *keys, tag, deliveries.lease_s, max_bytes, 10, "t" * (len(keys) - 2)
+    )
     if reply is not None:
         deliveries.hold(tag, f"task-{tag}")
     return reply

@@ -414,7 +414,9 @@ def test_installed_twice_is_installed_once_and_the_setting_takes_it_out():
         ({"prompt": "x", SECRET: 1}, "unknown parameter [not logged"),
         ({"prompt": "x", "height": 513}, "height must be a multiple of 8 up to 4096 pixels, got 513"),
         ({"prompt": "x" * 10_001}, "prompt must have at most 10,000 characters, got 10,001"),
-        ({"prompt": "x", "seed": -1}, "seed must be an integer from 0 to 2**63 - 1, got -1"),
+        ({"prompt": "x", "seed": -1}, "seed must be an integer from 0 to 2**63 - 1, or a string of its decimal digits"),
+        ({"prompt": "x", "seed": -1}, "digits, got -1"),
+        ({"prompt": "x", "seed": SECRET}, "digits, got [not logged"),
     ],
 )
 def test_what_a_log_may_say_of_a_request_that_is_not_allowed(kwargs, shown):

@@ -134,7 +134,7 @@ def test_an_ordinary_id_is_its_own_name_and_a_second_write_replaces_the_first(tm
 def test_a_result_cannot_name_a_file_outside_the_store(tmp_path, uri):
     (tmp_path / "secret").write_bytes(b"secret")
     app = app_with(f"file://{tmp_path}/store")
-    with pytest.raises(StorageError, match=r"is not in the configured store, .*; set sdtpu_image_store to what"):
+    with pytest.raises(StorageError, match=r"is not in the configured store, .*; set sdtpu_image_store to the worker"):
         read_image_bytes(result_at(uri.format(root=f"{tmp_path}/store")), app)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import statistics
 import threading
 import time
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -16,9 +18,10 @@ from kombu import Connection, Consumer, Exchange, Queue
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 from kombu.exceptions import OperationalError
 
-from sdtpu_worker.delivery import transport, wake_up
+from sdtpu_worker.delivery import claim_schedule, transport, wake_up
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.keys import Keys
+from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.errors import DeliveryLimitExceeded
 from sdtpu_worker.testing.processes import private_redis
 
@@ -38,8 +41,8 @@ class Worker:
         self.deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(self.prefix), 30, "host")
         self.bad, self.got, self.well = [], [], True
         self.contacts = 0
-        intake = transport.Intake(
-            self.deliveries, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_contact
+        intake = Intake(
+            self.deliveries, queues.__contains__, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_contact
         )
         self.installed = contextlib.ExitStack()
         self.installed.enter_context(transport.installed(intake))
@@ -117,6 +120,22 @@ def send(url):
     yield send
     producer.connection.close()
     app.close()
+
+
+@pytest.fixture
+def publish_other(url):
+    """Give what sends messages that are no tasks: stock kombu, made before ours is in place."""
+    connection = Connection(url)
+    producer = connection.Producer(auto_declare=False)
+    producer.channel.client.ping()
+
+    def publish(name: str, *payloads: Any) -> None:
+        queue = Queue(name, Exchange("others", "direct"), routing_key=name)
+        for payload in payloads:
+            producer.publish(payload, exchange=queue.exchange, routing_key=name, declare=[queue])
+
+    yield publish
+    connection.close()
 
 
 def test_a_message_is_held_until_it_is_acknowledged(make_worker, send):
@@ -373,3 +392,76 @@ def test_every_redis_address_gets_our_transport_and_others_do_not(make_worker):
         assert isinstance(Connection(address).transport, transport.Transport)
     assert isinstance(Connection("sentinel://a").transport, transport.SentinelTransport)
     assert not isinstance(Connection("memory://").transport, transport.Transport)
+
+
+def other_messages(worker: Worker, channel: Any, name: str, **options: Any) -> list[Any]:
+    """Consume a queue that is none of the worker's task queues, as an app's own consumer does; return what comes."""
+    got: list[Any] = []
+    queue = Queue(name, Exchange("others", "direct"), routing_key=name)
+    Consumer(channel, [queue], on_message=got.append, accept=["json"], **options).consume()
+    return got
+
+
+@pytest.mark.parametrize("has_own_channel", [True, False])
+def test_messages_of_an_apps_own_consumer_reach_it_and_are_no_dead_letters(
+    make_worker, send, publish_other, has_own_channel
+):
+    worker = make_worker()
+    channel = worker.connection.channel() if has_own_channel else worker.channel
+    events = other_messages(worker, channel, "events")
+    publish_other("events", {"order": 1}, {"order": 2}, 7)
+    send("job")
+    assert worker.run(lambda: len(events) == 3 and worker.got)
+    assert [event.payload for event in events] == [{"order": 1}, {"order": 2}, 7]
+    assert worker.ids() == ["job"]
+    assert not worker.client.exists("sdtpu:dead", "sdtpu:dead:counts")
+    assert len(worker.deliveries) == 1
+    assert (worker.client.hlen("sdtpu:unacked"), worker.client.hlen("unacked")) == (1, 3), "each in the keys of its own"
+    events[0].ack()
+    events[1].reject()
+    events[2].reject(requeue=True)
+    assert worker.run(lambda: len(events) == 4)
+    assert (events[3].payload, events[3].delivery_info["redelivered"]) == (7, True)
+    assert (worker.client.hlen("sdtpu:unacked"), worker.client.hlen("unacked")) == (1, 1)
+    worker.connection.close()
+    assert worker.client.llen("events") == 1, "what its consumer has not acknowledged, kombu restores"
+
+
+def test_an_apps_own_consumer_has_a_prefetch_limit_of_its_own(make_worker, send, publish_other):
+    worker = make_worker(prefetch=1)
+    channel = worker.connection.channel()
+    events = other_messages(worker, channel, "events", prefetch_count=2)
+    publish_other("events", 1, 2, 3)
+    send("a")
+    send("b")
+    assert worker.run(lambda: len(events) == 2 and worker.got)
+    worker.run_for(0.2)
+    assert (len(events), worker.ids()) == (2, ["a"])
+    events[0].ack()
+    assert worker.run(lambda: len(events) == 3)
+
+
+def test_replies_to_remote_control_reach_who_asked_over_the_channel_of_the_tasks(make_worker, send, publish_other):
+    worker = make_worker()
+    replies = other_messages(worker, worker.channel, "reply.celery.pidbox", no_ack=True)
+    publish_other("reply.celery.pidbox", {"worker@host": {"revoked": ["x"], "clock": 3}})
+    assert worker.run(lambda: replies)
+    assert not worker.client.exists("sdtpu:dead", "sdtpu:dead:counts", "sdtpu:unacked", "unacked")
+    send("a")
+    assert worker.run(lambda: worker.got)
+
+
+def test_a_job_that_is_told_of_before_an_older_empty_reply_is_read_is_claimed_at_once(make_worker, send, monkeypatch):
+    monkeypatch.setattr(claim_schedule, "SAFETY_POLL_S", 3600.0)
+    worker = make_worker()
+    channel = worker.channel
+    assert worker.run(lambda: worker.contacts and not channel._in_poll), "idle"
+    channel._schedule = claim_schedule.ClaimSchedule()
+    channel._brpop_start()
+    assert select.select([channel.client.connection._sock], [], [], 5)[0], "the empty reply has come"
+    send("a")
+    assert select.select([channel._wake_up._connection._sock], [], [], 5)[0], "the notice has come"
+    channel._on_wake_up()
+    with pytest.raises(Empty):
+        channel._brpop_read()
+    assert worker.run(lambda: worker.got), "not only at the safety look"

@@ -503,7 +503,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("protocol 2: a dict as body", _task_and_dict),
     _parameter("num_inference_steps", 0, -1, 1001, 1.5, "50", None, True, [], 10**40),
     _parameter("guidance_scale", "7.5", None, True, 1e6, []),
-    _parameter("seed", -1, 2**63, 1.5, "1", True, {}),
+    _parameter("seed", -1, 2**63, 1.5, "-1", "9" * 5000, True, {}),
     _parameter("height", 0, 7, -8, 513, 1e3, "512", 8192, True),
     _parameter("sampler", "", "nonesuch", 7, [], {}),
     _parameter("image_format", "gif", "", None, 7, []),

@@ -15,7 +15,7 @@ from celery.platforms import EX_FAILURE
 
 from sdtpu_worker.client.routing import device_queues
 from sdtpu_worker.config import Config, read_config, read_setting
-from sdtpu_worker.contract.queues import TASK_NAME, shard_queues
+from sdtpu_worker.contract.queues import shard_queues
 from sdtpu_worker.errors import ConfigurationError, SdtpuError
 from sdtpu_worker.plugin import POOL, given_options, is_device_pool
 
@@ -168,8 +168,8 @@ def _stay_ordinary(worker: Any, ours: Sequence[str]) -> None:
     level = logging.INFO if is_chosen else logging.WARNING  # with -Q somebody has thought of it
     logger.log(
         level,
-        "this is an ordinary worker, with the pool %s: it takes no jobs of %s. A device worker is started with -Q %s",
-        pool, TASK_NAME, ours[0],
+        "this is an ordinary worker, with the pool %s: it takes no jobs of sdtpu.generate. A device worker is started"
+        " with -Q %s", pool, ours[0],
     )  # fmt: skip
 
 

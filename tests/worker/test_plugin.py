@@ -72,6 +72,7 @@ from celery import Celery, signals
 from sdtpu_worker import install
 app = install(Celery("project", broker="memory://"))
 app.conf.update({conf})
+signals.worker_process_init.connect(lambda **_: print("SET UP", flush=True), weak=False)
 @signals.worker_ready.connect
 def ready(sender, **_):
     import sys
@@ -117,6 +118,7 @@ def test_a_worker_of_any_queue_of_the_task_is_a_device_worker_and_says_what_it_l
     assert code != 0
     assert "a device worker needs what is not installed (No module named 'jax'): pip install" in output, output
     assert "Traceback" not in output
+    assert "SET UP" in output, "worker_process_init, where OpenTelemetry and others are set up, was never sent"
     for option in ("concurrency", "pool", "max-tasks-per-child"):
         assert f"--{option} is ignored by a device worker" in output
     assert "--prefetch-multiplier" not in output

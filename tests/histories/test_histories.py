@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(24 * 3600)
 
 
 def test_histories(new_world: Callable[[], World], request: pytest.FixtureRequest):
-    for seed in range(200_000 if request.config.getoption("--long") else 1_000):
+    for seed in range(200_000 if request.config.getoption("--long") else 2_000):
         steps = draw(seed)
         if (error := outcome(steps, new_world)) is not None:
             raise AssertionError(report(seed, steps, error, new_world))

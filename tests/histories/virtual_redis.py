@@ -76,9 +76,9 @@ class VirtualConnection(redis.UnixDomainSocketConnection):
         world = self.process.world
         world.before_command(self.process, script)
         super().send_packed_command(command, check_health)
+        self.can_read(timeout=30)  # so that Redis has done it
+        world.after_command(self.process, script)
         if fate is Fate.UNANSWERED:
-            assert self._sock is not None
-            self._sock.recv(1)  # so that Redis has done it
             self.disconnect()
             raise RedisConnectionError("the connection broke after the command")
 
@@ -90,6 +90,5 @@ def make_pool(process: WorkerProcess, path: str) -> redis.ConnectionPool:
         process: whose.
         path: of the Unix socket on which Redis listens.
     """
-    return redis.ConnectionPool(
-        connection_class=VirtualConnection, process=process, path=path, retry=Retry(NoBackoff(), 0), protocol=2
-    )
+    options: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None}
+    return redis.ConnectionPool(connection_class=VirtualConnection, process=process, path=path, **options)

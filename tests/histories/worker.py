@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from tests.histories.world import World
 
 TASK, QUEUE = "sdtpu.generate", "sdtpu"
-LEASE_S = 6.0
+LEASE_S = 12.0
+LOOK_S = 3.0  # how often an idle worker claims, unless the scheduler runs it before
 PREFETCH = 3
 MAX_DELIVERIES = 3
 PARAMETERS = GenerationRequest.parse(("x",), {"seed": 1})
@@ -61,20 +62,21 @@ class WorkerProcess:
         host: the worker's name; a restarted worker has the same.
 
     Attributes:
-        is_paused: nothing of it runs (SIGSTOP, a suspended machine).
+        is_paused: nothing of it runs (SIGSTOP, or a suspended machine).
+        is_suspended: while it is paused its monotonic clock stands still.
         is_cut_off: none of its commands reaches Redis.
-        paused_at: when, in true time, it was paused.
         suspended_s: how long its monotonic clock stood still.
         wall_ahead_s: how far its wall clock is ahead of true time.
-        whole_since: since when, in true time, it ran, reached Redis and saw Redis' clock run evenly.
+        started_at: in true time.
+        away: when, in true time, it was paused or cut off: from, until.
     """
 
     def __init__(self, world: World, host: str) -> None:
         self.world, self.host = world, host
-        self.is_dead = self.is_paused = self.is_cut_off = False
+        self.is_dead = self.is_paused = self.is_suspended = self.is_cut_off = False
         self.suspended_s = self.wall_ahead_s = 0.0
-        self.paused_at = 0.0
-        self.whole_since = world.now
+        self.started_at = world.now
+        self.away: list[tuple[float, float]] = []
         self.actors: dict[str, Actor] = {}
         self.wake_at: dict[str, float] = {}  # by actor, on the monotonic clock
         self.deliveries = Deliveries(self._connect, Keys(), LEASE_S, host)
@@ -152,7 +154,7 @@ class WorkerProcess:
                     channel._brpop_start()
                     with contextlib.suppress(Empty):
                         channel._brpop_read()
-                self._sleep(1.0)
+                self._sleep(LOOK_S)
         finally:
             channel.qos.restore_unacked_once()
             channel._disconnect_pools()
@@ -176,7 +178,7 @@ class WorkerProcess:
                 facts = job.recall(task, PARAMETERS)
                 self.world.on_recall(task_id, facts.died_on)
                 self._record_start(task_id)
-                self._sleep(self.world.job_s)
+                self._sleep(self.world.sent[task_id])
             self._store(task_id, "SUCCESS")
         except Ignore:
             pass

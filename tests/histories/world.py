@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Sequence
@@ -40,21 +41,23 @@ class World:
 
     def __init__(self, client: redis.Redis, socket: str) -> None:
         self.client, self.socket = client, socket
-        self.now, self.redis_ahead_s, self.job_s = BEGIN, 0.0, 1.0
+        self.now, self.redis_ahead_s = BEGIN, 0.0
         self.workers: dict[str, WorkerProcess] = {}
-        self.sent: list[str] = []
+        self.sent: dict[str, float] = {}  # by task: seconds on the devices
         self.ends: dict[str, str] = {}
         self.crashes: Counter[str] = Counter()  # by task: processes that died, or were taken for dead, with it
         self._written_time = -1.0
+        self._stall_before_sweep_s = 0.0
+        self._expired: set[str] = set()
         self._broken: list[str] = []
         client.flushdb()
 
     # What a history's steps do
 
-    def send(self) -> None:
-        """Have a client enqueue a job."""
+    def send(self, job_s: float) -> None:
+        """Have a client enqueue a job, which is on the devices for some seconds."""
         task_id = f"t{len(self.sent)}"
-        self.sent.append(task_id)
+        self.sent[task_id] = job_s
         properties = {
             "correlation_id": task_id, "delivery_tag": task_id, "body_encoding": "base64", "priority": 6,
             "delivery_mode": 2, "delivery_info": {"exchange": "", "routing_key": QUEUE},
@@ -78,24 +81,27 @@ class World:
                 self.crashes[delivery.task_id] += 1
             worker.kill()
 
-    def pause(self, host: str) -> None:
-        """Stop a worker process (SIGSTOP)."""
+    def pause(self, host: str, is_suspended: bool = False) -> None:
+        """Stop a worker process (SIGSTOP), or suspend its machine, whose monotonic clock then stands still."""
         if (worker := self._alive(host)) is not None and not worker.is_paused:
-            worker.is_paused, worker.paused_at = True, self.now
+            worker.is_paused, worker.is_suspended = True, is_suspended
+            worker.away.append((self.now, math.inf))
 
     def resume(self, host: str) -> None:
         """Let a paused worker process go on."""
         if (worker := self._alive(host)) is not None and worker.is_paused:
             worker.is_paused = False
-            if self.now - worker.paused_at > BRIEF_S:
-                worker.whole_since = self.now
+            worker.away[-1] = (worker.away[-1][0], self.now)
+            if worker.is_suspended:
+                worker.suspended_s += self.now - worker.away[-1][0]
+
+    def stall_before_sweep(self, seconds: float) -> None:
+        """Have everything but Redis stand still when a worker is just about to sweep."""
+        self._stall_before_sweep_s = seconds
 
     def step_redis(self, seconds: float) -> None:
         """Step Redis' clock."""
         self.redis_ahead_s += seconds
-        if seconds > BRIEF_S:
-            for worker in self.workers.values():
-                worker.whole_since = self.now
 
     def run(self, host: str, name: str, commands: int, fate: Fate = Fate.DONE) -> None:
         """Let an actor of a worker send some commands; `job` is the first job that can run."""
@@ -122,11 +128,20 @@ class World:
             raise Broken(f"{sorted((w.host, n, t - self.now) for t, w, n in due)} never waits")
         self.now = end
 
+    def redelivered(self) -> int:
+        """Return how many messages the workers' sweeps redelivered."""
+        return sum(worker.deliveries.redelivered for worker in self.workers.values())
+
     # What processes tell
 
     def before_command(self, process: WorkerProcess, script: str) -> None:
         """Take note of a command that a process sends now."""
         actor, Actor.current = Actor.current, None
+        if script == scripts.SWEEP and self._stall_before_sweep_s:
+            for worker in self.workers.values():
+                worker.away.append((self.now, self.now + self._stall_before_sweep_s))
+            self.now += self._stall_before_sweep_s
+            self._stall_before_sweep_s = 0.0
         redis_time = self.now + self.redis_ahead_s
         if redis_time != self._written_time:
             seconds, fraction = divmod(redis_time, 1)
@@ -136,8 +151,15 @@ class World:
                 pipe.execute()
             self._written_time = redis_time
         if script == scripts.SWEEP:
-            self._check_sweep(process, redis_time)
+            self._expired = self._held()
         Actor.current = actor
+
+    def after_command(self, process: WorkerProcess, script: str) -> None:
+        """Take note of what a command did that Redis has just done."""
+        if script == scripts.SWEEP:
+            actor, Actor.current = Actor.current, None
+            self._check_sweep(process, self._expired - self._held())
+            Actor.current = actor
 
     def on_bad(self, bad: Any) -> None:
         """Take note of a message that cannot be run."""
@@ -164,8 +186,8 @@ class World:
             self.resume(host)
         if not any(not worker.is_dead for worker in self.workers.values()):
             self.start("a")
-        for _ in range(40):
-            self.advance(1.0)
+        for _ in range(60):
+            self.advance(LEASE_S / 6)
             if not self.client.exists(LIST, KEYS.held):
                 break
         self.check_end()
@@ -173,11 +195,11 @@ class World:
     def check_end(self) -> None:
         """Check that every job has ended once, and that Redis holds nothing but results."""
         for task_id in self.sent:
-            if task_id not in self.ends:
+            raw: Any = self.client.get(f"celery-task-meta-{task_id}")
+            if raw is None:
                 raise Broken(f"{task_id} has not ended")
-            stored = json.loads(self.client.get(f"celery-task-meta-{task_id}") or b"{}")
-            if stored.get("status") != self.ends[task_id]:
-                raise Broken(f"the result of {task_id} was {self.ends[task_id]} and is {stored}")
+            if (status := json.loads(raw)["status"]) != self.ends.get(task_id, status):
+                raise Broken(f"the result of {task_id} was {self.ends[task_id]} and is {status}")
         keys = sorted(key.decode() for key in self.client.scan_iter())
         left = [key for key in keys if not key.startswith(("celery-task-meta-", TIME_KEY, "_kombu"))]
         if left:
@@ -201,18 +223,32 @@ class World:
                 if actor.error is not None:
                     raise actor.error
 
-    def _check_sweep(self, sweeper: WorkerProcess, redis_time: float) -> None:
-        """Check that a sweep takes no message from a worker that had no chance to renew its lease."""
-        expired: Any = self.client.zrangebyscore(KEYS.leases, "-inf", redis_time)
-        for tag in (raw.decode() for raw in expired):
-            for holder in self.workers.values():
-                delivery = holder.deliveries._held.get(tag)
-                if delivery is None or holder.is_dead:
+    def _held(self) -> set[str]:
+        """Return the tags of the held messages."""
+        tags: Any = self.client.zrange(KEYS.leases, 0, -1)
+        return {tag.decode() for tag in tags}
+
+    def _check_sweep(self, sweeper: WorkerProcess, tags: set[str]) -> None:
+        """Check that a sweep took no message from a worker that lives and could renew, or was not alone away."""
+        for holder in self.workers.values():
+            for tag in tags & holder.deliveries._held.keys():
+                if holder.is_dead:
                     continue
-                self.crashes[delivery.task_id] += 1
-                sweeper_s, holder_s = self.now - sweeper.whole_since, self.now - holder.whole_since
-                if sweeper_s < LEASE_S or (holder_s > BRIEF_S and not holder.is_paused):
+                task_id = holder.deliveries._held[tag].task_id
+                self.crashes[task_id] += 1
+                alone_s = _alone_away_s(holder, sweeper, self.now)
+                if alone_s < LEASE_S - 2 * BRIEF_S:
                     self._broken.append(
-                        f"{sweeper.host} ({sweeper_s:.1f} s after it woke) takes {delivery.task_id} from {holder.host},"
-                        f" which lives ({holder_s:.1f} s)"
+                        f"{sweeper.host} takes {task_id} from {holder.host}, which lives and was away alone for"
+                        f" {alone_s:.1f} s"
                     )
+
+
+def _alone_away_s(holder: WorkerProcess, sweeper: WorkerProcess, now: float) -> float:
+    """Return for how long a worker was away just now while another one was not, in seconds."""
+    begin, end = holder.away[-1] if holder.away else (-math.inf, -math.inf)
+    if now - end > BRIEF_S:
+        return 0.0  # it is back, and has had the time to renew its leases
+    begin, end = max(begin, sweeper.started_at), min(end, now)
+    both_s = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in sweeper.away)
+    return max(0.0, end - begin - both_s)

@@ -509,3 +509,15 @@ def test_a_lease_thread_requeues_a_deferred_message_when_it_is_due(client, make)
     late_s = redis_time(client) - due_at
     lease.stop()
     assert 0 <= late_s < 0.5
+
+
+def test_a_move_that_redis_refuses_again_and_again_keeps_no_lease_from_being_renewed(client, make):
+    ours = make(lease_s=30)
+    for tag, name in (("stuck", "q"), ("running", "r")):
+        client.lpush(name, b"job")
+        claim(ours, tag, name)
+    client.set("q", "of another type")
+    ours.requeue("stuck")
+    expire(client, ours, "running")
+    Lease(ours, lambda: True).pulse()
+    assert client.zscore(ours.keys.leases, "running") > redis_time(client)

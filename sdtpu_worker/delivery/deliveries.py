@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 import uuid
@@ -202,13 +203,25 @@ class Deliveries:
             self._send(tag, move)
             self._unsent_moves.pop(tag, None)
 
-    def sweep(self) -> int:
-        """Redeliver the messages whose lease has expired; return how many.
+    def redis_time(self) -> float:
+        """Return the time on Redis' clock, in seconds since 1970.
 
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
         """
-        count: Any = self._eval(scripts.SWEEP, [self.keys.held, self.keys.leases], [_MAX_MOVES])
+        seconds, microseconds = self.client.time()
+        return seconds + microseconds / 1e6
+
+    def sweep(self, not_after: float = math.inf) -> int:
+        """Redeliver the messages whose lease has expired; return how many.
+
+        Args:
+            not_after: seconds since 1970; when Redis' clock is past it, nothing is redelivered.
+
+        Raises:
+            redis.exceptions.RedisError: Redis was not reached.
+        """
+        count: Any = self._eval(scripts.SWEEP, [self.keys.held, self.keys.leases], [_MAX_MOVES, not_after])
         if count:
             self.redelivered += count
             logger.warning("%d messages redelivered: their worker has stopped renewing its leases", count)

@@ -7,7 +7,7 @@ requests with them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -42,16 +42,18 @@ class WorkerHealth:
 
     def __init__(self, lease_s: float, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s, self._stall_s, self._clock = lease_s, stall_s, clock
-        self._device: tuple[Callable[[], bool], Callable[[], float]] | None = None
+        self._device: tuple[Callable[[], bool], Callable[[], float], Callable[[], Sequence[int]]] | None = None
         self._watches_redis = self._watches_event_loop = False
         self._beat_at = self._contact_at = 0.0
         self._disconnected_at: float | None = None
         self._refusal: str | None = None
         self.started = self.draining = False
 
-    def watch_device(self, is_alive: Callable[[], bool], stalled_s: Callable[[], float]) -> None:
-        """Ask the device loop from now on whether its thread is alive, and by how many seconds its tick is late."""
-        self._device = is_alive, stalled_s
+    def watch_device(
+        self, is_alive: Callable[[], bool], stalled_s: Callable[[], float], lost: Callable[[], Sequence[int]] = tuple
+    ) -> None:
+        """Ask the device loop from now on: is its thread alive, how late is its tick (s), which devices are lost."""
+        self._device = is_alive, stalled_s, lost
 
     def watch_redis(self) -> None:
         """Expect that Redis is heard of from now on. A worker with another broker has nothing to report of it."""
@@ -119,13 +121,16 @@ class WorkerHealth:
     def _check_device(self) -> Check:
         if self._device is None:
             return Check("device", not self.started, "the device loop has not started yet")
-        is_alive, stalled_s = self._device
+        is_alive, stalled_s, lost = self._device
         if not is_alive():
             return Check("device", False, "the device loop has ended")
         late_s = stalled_s()
         if late_s > self._stall_s:
             return Check("device", False, f"the device is hung: a tick is {late_s:.0f} s late (sdtpu_stall_s)")
-        return Check("device", True, f"a tick is {late_s:.0f} s late" if late_s >= 1 else "on time")
+        detail = f"a tick is {late_s:.0f} s late" if late_s >= 1 else "on time"
+        if numbers := ", ".join(map(str, lost())):
+            detail += f"; lost, and without jobs until the worker is started anew: device {numbers}"
+        return Check("device", True, detail)
 
     def _check_event_loop(self, limit_s: float, away_limit_s: float) -> Iterator[Check]:
         if self._disconnected_at is not None:  # it does not turn now; the lease's thread may have reached Redis already

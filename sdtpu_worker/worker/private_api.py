@@ -43,7 +43,9 @@ PRIVATE_NAMES = (
     # Jobs: `worker/` ends them as Celery does.
     PrivateName("celery.worker.request:Request", "_on_ack", "replaced: acknowledges from the job's own thread"),
     PrivateName("celery.worker.request:Request", "_on_reject", "replaced: requeues from the job's own thread"),
-    PrivateName("celery.worker.request:Request", "_already_revoked", "the main thread has announced the revoke"),
+    PrivateName("celery.worker.request:Request", "_already_revoked", "the job's end is announced"),
+    PrivateName("celery.worker.request:Request", "_announce_revoked", "the job's own thread announces the revoke"),
+    PrivateName("celery.worker.request:Request", "_context", "a job that is done already is counted in its chord"),
     PrivateName("celery.concurrency.base:BasePool", "_get_info", "extended: what `inspect stats` shows of the pool"),
     # Apps: `plugin.py` and `images/store.py` find them.
     PrivateName("celery.app.amqp:Queues", "_consume_from", "whether -Q chose the queues"),

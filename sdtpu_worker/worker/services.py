@@ -131,7 +131,8 @@ class DeviceServices:
             hooks = Hooks(_end_process, self._make_start_recorder(undo), self.stopping.is_set)
             self.serving = serving = Serving(engine, store, policy, self.config, hooks)
             undo.callback(serving.close)
-            self.health.watch_device(lambda: serving.loop.alive, lambda: serving.loop.stalled_s)
+            loop = serving.loop
+            self.health.watch_device(lambda: loop.alive, lambda: loop.stalled_s, lambda: loop.stats.lost_devices)
             undo.enter_context(freeze_start_up())
             self._undo = undo.pop_all()
         _log_ready(engine, time.monotonic() - started)

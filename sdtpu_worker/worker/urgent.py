@@ -52,7 +52,7 @@ class UrgentPrefetch:
             except ResponseError:  # the claims meet the same error and tell of it
                 return
         with self._lock:
-            count = min(waiting, self._pool.services.serving.engine.info.num_slots) - self._lent
+            count = min(waiting, self._pool.services.serving.num_slots) - self._lent
             if count <= 0:
                 return
             self._lent += count

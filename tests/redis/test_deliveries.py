@@ -523,3 +523,15 @@ def test_a_server_that_became_a_replica_is_left_for_whoever_has_its_name_now(cli
     finally:
         client.replicaof("NO", "ONE")
     assert deliveries.client.client_id() != before, "the next command has a new connection"
+
+
+def test_a_move_that_redis_refuses_again_and_again_keeps_no_lease_from_being_renewed(client, make):
+    ours = make(lease_s=30)
+    for tag, name in (("stuck", "q"), ("running", "r")):
+        client.lpush(name, b"job")
+        claim(ours, tag, name)
+    client.set("q", "of another type")
+    ours.requeue("stuck")
+    expire(client, ours, "running")
+    Lease(ours, lambda: True).pulse()
+    assert client.zscore(ours.keys.leases, "running") > redis_time(client)

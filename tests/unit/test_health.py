@@ -30,7 +30,8 @@ class Worker:
         self.health = WorkerHealth(lease_s, stall_s, lambda: self.now)
 
     def start(self) -> Worker:
-        self.health.watch_device(lambda: self.alive, lambda: self.late_s)
+        self.lost: list[int] = []
+        self.health.watch_device(lambda: self.alive, lambda: self.late_s, lambda: self.lost)
         self.health.watch_redis()
         self.health.on_consume()
         self.health.watch_event_loop()
@@ -332,6 +333,16 @@ def test_sdtpu_health_says_what_is_wrong_when_nobody_answers():
     gone = CliRunner().invoke(sdtpu, ["health", "--address", f"{host}:{port}"])
     assert (gone.exit_code, f"no worker answers on http://{host}:{port}/livez" in gone.output) == (1, True)
     unset = CliRunner().invoke(sdtpu, ["health"], env={"SDTPU_HEALTH_ADDRESS": ""})
-    assert (unset.exit_code, "--address is missing" in unset.output) == (1, True)
+    assert (unset.exit_code, "give --address" in unset.output) == (1, True)
     wrong = CliRunner().invoke(sdtpu, ["health", "--address", "8080"])
     assert (wrong.exit_code, "host:port, like 127.0.0.1:8080" in wrong.output) == (1, True)
+
+
+def test_a_device_that_is_lost_is_told_of_and_leaves_the_worker_ready():
+    worker = Worker().start()
+    worker.run(1)
+    worker.lost.append(5)
+    (device,) = [check for check in worker.health.ready() if check.name == "device"]
+    assert device.ok
+    assert "on time; lost, and without jobs until the worker is started anew: device 5" in device.detail
+    assert (worker.live, worker.ready) == ([], [])

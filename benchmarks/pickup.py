@@ -47,7 +47,7 @@ def use_ours(url: str) -> contextlib.AbstractContextManager[None]:
     """Make kombu's Redis transport in this process ours meanwhile."""
     deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(), 30, "benchmark")
     return transport.installed(
-        Intake(deliveries, {"pickup"}.__contains__, {"t"}, 262_144, 30, print, lambda: True, lambda: None)
+        Intake(deliveries, {"pickup"}.__contains__, {"t"}, 262_144, 30, print, lambda: True, lambda _: None)
     )
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--polled", action="store_true", help="as if Redis did not tell of new messages")
     args = parser.parse_args()
     if args.polled:
-        wake_up.WakeUp.track = lambda self, claims: None  # type: ignore[method-assign]  # as if Redis refused
+        wake_up.WakeUp.track = lambda self, claims, now: None  # type: ignore[method-assign]  # as if Redis refused
     for name in ("stock kombu", "ours"):
         with private_redis() as url:
             with use_ours(url) if name == "ours" else contextlib.nullcontext():

@@ -19,7 +19,7 @@ from sdtpu_worker.client.options import check_options, plain_options, seconds_un
 from sdtpu_worker.client.routing import generation_route, name_of
 from sdtpu_worker.contract.queues import SENT_AT_HEADER, TASK_NAME
 from sdtpu_worker.contract.request import GenerationRequest, check_arguments, draw_seed
-from sdtpu_worker.errors import EngineUnavailable, InvalidRequest, SdtpuError
+from sdtpu_worker.errors import EngineUnavailable, InvalidRequest, Overloaded
 
 
 class GenerateTask(Task):
@@ -135,7 +135,10 @@ class GenerateTask(Task):
             raise unavailable(self.app, exc, at_backend=True) from exc
 
 
-@shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=False, throws=(SdtpuError,))
+@shared_task(
+    name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=False,
+    throws=(InvalidRequest, Overloaded),  # the client's; every other failure is an error for the operator to see
+)  # fmt: skip
 def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Generate one image; parameters as `GenerationRequest`, result as `GenerationResult` in JSON.
 

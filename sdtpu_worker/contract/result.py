@@ -50,7 +50,7 @@ class BatchPlace:
         device: the number of the device.
         slot: the number of the slot on that device.
         occupied: how many slots of the host were in use in the tick that finished the image.
-        num_slots: how many slots the host has.
+        num_slots: how many slots the host has, without those of lost devices.
     """
 
     device: int

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import ResponseError
 
 from sdtpu_worker.delivery import scripts
 from sdtpu_worker.delivery.job_facts import JobFacts, read_job_facts
@@ -188,13 +191,25 @@ class Deliveries:
             self._send(tag, move)
             self._unsent_moves.pop(tag, None)
 
-    def sweep(self) -> int:
-        """Redeliver the messages whose lease has expired; return how many.
+    def redis_time(self) -> float:
+        """Return the time on Redis' clock, in seconds since 1970.
 
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
         """
-        count: Any = self._eval(scripts.SWEEP, [self.keys.held, self.keys.leases], [_MAX_MOVES])
+        seconds, microseconds = self.client.time()
+        return seconds + microseconds / 1e6
+
+    def sweep(self, not_after: float = math.inf) -> int:
+        """Redeliver the messages whose lease has expired; return how many.
+
+        Args:
+            not_after: seconds since 1970; when Redis' clock is past it, nothing is redelivered.
+
+        Raises:
+            redis.exceptions.RedisError: Redis was not reached.
+        """
+        count: Any = self._eval(scripts.SWEEP, [self.keys.held, self.keys.leases], [_MAX_MOVES, not_after])
         if count:
             self.redelivered += count
             logger.warning("%d messages redelivered: their worker has stopped renewing its leases", count)
@@ -320,4 +335,18 @@ class Deliveries:
         self._eval(move.script, [self.keys.held, self.keys.leases, *move.job_keys], [tag, self._name])
 
     def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        return self.client.eval(script, len(keys), *keys, *args)
+        client = self.client
+        try:
+            return client.eval(script, len(keys), *keys, *args)
+        except ResponseError as exc:
+            if is_read_only(exc):  # the name of the server may belong to another one by now: connect anew
+                client.connection_pool.disconnect()
+            raise
+
+
+def is_read_only(error: ResponseError) -> bool:
+    """Return whether a Redis refused a write because it is a replica, perhaps since a moment ago.
+
+    Servers before Redis 7 wrap an error within a script into one of another class.
+    """
+    return "READONLY" in str(error)

@@ -25,7 +25,7 @@ class Intake:
         max_holders: a message whose holders died this often is dead-lettered: it may be why they died.
         on_bad: called with a message that has a usable id and cannot be run; it stores the error as the job's result.
         devices_make_progress: says whether the worker should claim messages at all (no device hangs or is lost).
-        on_contact: called whenever Redis answered a claim.
+        on_reply: called whenever Redis answered a claim: with None, or with the text of the error that it answered.
     """
 
     deliveries: Deliveries
@@ -35,7 +35,7 @@ class Intake:
     max_holders: int
     on_bad: Callable[[BadEnvelope], None]
     devices_make_progress: Callable[[], bool]
-    on_contact: Callable[[], None]
+    on_reply: Callable[[str | None], None]
 
 
 class QoS(kombu_redis.QoS):

@@ -37,6 +37,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from sdtpu_worker.contract.queues import waiting_lists
 from sdtpu_worker.delivery.claim_schedule import ClaimSchedule
+from sdtpu_worker.delivery.deliveries import is_read_only
 from sdtpu_worker.delivery.envelope import BadEnvelope, check_envelope, find_task_id
 from sdtpu_worker.delivery.qos import Intake, QoS
 from sdtpu_worker.delivery.scripts import CLAIM, REDELIVERED
@@ -57,6 +58,7 @@ class ClaimingChannel:
     intake: Intake
     has_claimed = False
     """Whether this channel ever claimed, so that messages which the worker holds may have come on it."""
+    _refusal: str | None = None  # the error with which Redis answered the last claim
     _claimed_tag = ""
     _claimed_lists: list[tuple[str, bool]] | None = None
     """Of each list of the claim that waits for its reply: the queue, and whether it is a task queue; None while kombu's
@@ -95,7 +97,7 @@ class ClaimingChannel:
         queues = self._queue_cycle.consume(len(self.active_queues))
         connection = self.client.connection
         if not self._wake_up.tracks(connection):
-            self._wake_up.track(connection)
+            self._wake_up.track(connection, now)
         deliveries, prefix = self.intake.deliveries, self.global_keyprefix
         by_queue = [[(name, queue) for name in waiting_lists(self, queue, prefix)] for queue in queues]
         lists = [one for band in zip(*by_queue, strict=True) for one in band]
@@ -118,15 +120,22 @@ class ClaimingChannel:
         """
         if self._claimed_lists is None:
             return bool(super()._brpop_read(**options))  # type: ignore[misc]  # kombu's channel is mixed in
+        if not self._in_poll:  # no reply: Redis closed the connection, or says that its notices reach nobody
+            self.client.connection.disconnect()
+            self._schedule.on_notice()
+            raise Empty
         try:
             reply = self.client.parse_response(self.client.connection, "EVAL", **options)
         except self.connection_errors:
             self.client.connection.disconnect()
             raise
+        except ResponseError as exc:
+            self._on_refusal(exc)
+            raise Empty from exc
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        self.intake.on_contact()
+        self._on_answer()
         if not reply:
             is_told = self._wake_up.tracks(self.client.connection)
             pause_s = self._schedule.on_empty(time.monotonic(), is_told)
@@ -144,6 +153,23 @@ class ClaimingChannel:
         except ResponseError as exc:  # no permission, a key of another type
             logger.error("Redis refused to move a message, which is redelivered when its lease expires: %s", exc)
         return True
+
+    def _on_refusal(self: Any, error: ResponseError) -> None:
+        """Claim again after a pause: Redis answered a claim with an error (BUSY, READONLY, NOREPLICAS, NOPERM …)."""
+        if self._refusal != (text := str(error)):
+            self._refusal = text
+            logger.error("Redis refuses to give jobs to this worker, which goes on trying; its jobs continue: %s", text)
+        self.connection.wake_up_in(self._schedule.on_refusal(time.monotonic()))
+        if is_read_only(error):  # the name of the server may belong to another one by now
+            self.client.connection.disconnect()
+        self.intake.on_reply(text)
+
+    def _on_answer(self: Any) -> None:
+        """Take note that Redis answered a claim without an error."""
+        if self._refusal is not None:
+            self._refusal = None
+            logger.info("Redis gives jobs to this worker again")
+        self.intake.on_reply(None)
 
     def _take(self: Any, queue: str, content: list[Any]) -> None:
         """Check a claimed message and hand it to Celery, or defer it, or dead-letter it.
@@ -186,6 +212,9 @@ class ClaimingChannel:
         """Deliver what came over a fanout channel, unless its consumer raises for it."""
         try:
             return bool(super()._receive_one(client))  # type: ignore[misc]  # kombu's channel is mixed in
+        except ResponseError as exc:  # BUSY, no permission
+            logger.warning("Redis refused a command of remote control: %s", exc)
+            return False
         except (Empty, OSError, RedisError):
             raise
         except Exception as exc:  # of any consumer: it would end the worker, or cost it the connection

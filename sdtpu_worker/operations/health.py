@@ -7,7 +7,7 @@ requests with them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -42,14 +42,17 @@ class WorkerHealth:
 
     def __init__(self, lease_s: float, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s, self._stall_s, self._clock = lease_s, stall_s, clock
-        self._device: tuple[Callable[[], bool], Callable[[], float]] | None = None
+        self._device: tuple[Callable[[], bool], Callable[[], float], Callable[[], Sequence[int]]] | None = None
         self._beat_at = self._contact_at = 0.0
         self._disconnected_at: float | None = None
+        self._refusal: str | None = None
         self.started = self.draining = False
 
-    def watch_device(self, is_alive: Callable[[], bool], stalled_s: Callable[[], float]) -> None:
-        """Ask the device loop from now on whether its thread is alive, and by how many seconds its tick is late."""
-        self._device = is_alive, stalled_s
+    def watch_device(
+        self, is_alive: Callable[[], bool], stalled_s: Callable[[], float], lost: Callable[[], Sequence[int]] = tuple
+    ) -> None:
+        """Ask the device loop from now on: is its thread alive, how late is its tick (s), which devices are lost."""
+        self._device = is_alive, stalled_s, lost
 
     def beat(self) -> None:
         """Report that Celery's event loop turns; to be called at least once a second."""
@@ -59,12 +62,17 @@ class WorkerHealth:
         """Report that Redis has answered, a claim or a renewal of the leases."""
         self._contact_at = self._clock()
 
+    def on_claim(self, refusal: str | None) -> None:
+        """Report that Redis has answered a claim: with None, or with an error, so that the worker takes no jobs."""
+        self.contact()
+        self._refusal = refusal
+
     def on_consume(self) -> None:
         """Report that the consumer starts, for the first time or after the connection was lost."""
         self.beat()
         if not self.started:
             self.contact()
-        self.started, self._disconnected_at = True, None
+        self.started, self._disconnected_at, self._refusal = True, None, None
 
     def on_disconnect(self) -> None:
         """Report that the connection is lost: Celery's event loop does not turn until Redis is back."""
@@ -97,19 +105,22 @@ class WorkerHealth:
             Check("serving", True, "started"),
             self._check_device(),
             self._check_event_loop(self.BEAT_READY_S, self.CONTACT_READY_S),
-            self._check_redis(self.CONTACT_READY_S),
+            self._check_redis(self.CONTACT_READY_S, self._refusal),
         ]
 
     def _check_device(self) -> Check:
         if self._device is None:
             return Check("device", not self.started, "the device loop has not started yet")
-        is_alive, stalled_s = self._device
+        is_alive, stalled_s, lost = self._device
         if not is_alive():
             return Check("device", False, "the device loop has ended")
         late_s = stalled_s()
         if late_s > self._stall_s:
             return Check("device", False, f"the device is hung: a tick is {late_s:.0f} s late (sdtpu_stall_s)")
-        return Check("device", True, f"a tick is {late_s:.0f} s late" if late_s >= 1 else "on time")
+        detail = f"a tick is {late_s:.0f} s late" if late_s >= 1 else "on time"
+        if numbers := ", ".join(map(str, lost())):
+            detail += f"; lost, and without jobs until the worker is started anew: device {numbers}"
+        return Check("device", True, detail)
 
     def _check_event_loop(self, limit_s: float, away_limit_s: float) -> Check:
         if self._disconnected_at is not None:  # it does not turn now; the lease's thread may have reached Redis already
@@ -118,8 +129,10 @@ class WorkerHealth:
         age_s = self._clock() - self._beat_at
         return Check("event_loop", age_s <= limit_s, f"the event loop turned {age_s:.0f} s ago")
 
-    def _check_redis(self, limit_s: float) -> Check:
+    def _check_redis(self, limit_s: float, refusal: str | None = None) -> Check:
         age_s = self._clock() - self._contact_at
         if age_s > limit_s:
             return Check("redis", False, f"not consuming: no answer from Redis for {age_s:.0f} s")
+        if refusal is not None:
+            return Check("redis", False, f"not consuming: Redis refuses to give jobs to this worker: {refusal}")
         return Check("redis", True, f"answered {age_s:.0f} s ago")

@@ -29,11 +29,13 @@ class DeviceRequest(Request):
 
     Attributes:
         is_requeued: when the job's thread has ended, the message is requeued instead of acknowledged.
+        had_its_slot: the job had its slot on another worker, in time; it does not expire any more.
         failures_outside: how often Celery failed around the task's own code. The first time it stores that error as
             the task's result; the second time it says that it could not.
     """
 
     is_requeued = False
+    had_its_slot = False
     failures_outside = 0
 
     def acknowledge(self) -> None:
@@ -56,9 +58,13 @@ class DeviceRequest(Request):
             return self._already_revoked
         return super().revoked()
 
+    def maybe_expire(self) -> bool:
+        """Return whether the job has expired before it had a slot; Celery's own means before it began."""
+        return not self.had_its_slot and bool(super().maybe_expire())
+
     def is_unwanted(self) -> bool:
         """Return whether the job is revoked, or has expired; nothing is stored or announced."""
-        return is_revoked(self) or bool(self.maybe_expire())
+        return is_revoked(self) or self.maybe_expire()
 
     def announce_unwanted(self, is_expired: bool = False) -> None:
         """Store and announce that the job is revoked, or expired before it had a slot.
@@ -128,10 +134,11 @@ def count_failure_outside_task(sender: Any, request: Any, exception: BaseExcepti
     """
     job = request.get(JOB) if isinstance(request, dict) else None
     celery_request = getattr(job, "request", None)
-    if isinstance(celery_request, DeviceRequest):
+    if job is not None and isinstance(celery_request, DeviceRequest):
         celery_request.failures_outside += 1
         if isinstance(exception, EngineUnavailable):  # the worker stops, and does not wait for the result backend
             celery_request.is_requeued = True
+            job.remember_slot()
         logger.warning("the state of task %s could not be stored: %s", celery_request.id, describe(exception))
 
 

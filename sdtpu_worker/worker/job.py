@@ -30,7 +30,7 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
-from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
+from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable, StorageError
 from sdtpu_worker.operations.prompt_guard import describe
 from sdtpu_worker.worker.celery_request import is_revoked
 
@@ -113,6 +113,7 @@ class DeviceJob:
         return Terms(
             priority=priority if isinstance(priority, int) else DEFAULT_PRIORITY,
             expires_at=time.monotonic() + left_s,
+            may_expire=not self.request.had_its_slot,
             soft_time_limit_s=self.soft_time_limit_s or math.inf,
             time_limit_s=self.time_limit_s or math.inf,
         )
@@ -151,6 +152,7 @@ class DeviceJob:
         try:
             meta = self._stored_end()
             self._facts = deliveries.job_facts(self.task_id)
+            self.request.had_its_slot = self._facts.snapshot is not None or bool(self._facts.died_on)
         except Exception as exc:  # each result backend has errors of its own
             logger.warning("the history of task %s could not be read, its message is requeued: %s", self.task_id,
                            describe(exc))  # fmt: skip
@@ -173,7 +175,7 @@ class DeviceJob:
             )
         snapshot = facts.snapshot or b""
         fits = snapshot.startswith(self._digest)  # made for the same parameters
-        return JobFacts(facts.died_on, snapshot[len(self._digest) :] if fits else None)
+        return JobFacts(facts.died_on, snapshot[len(self._digest) :] or None if fits else None)
 
     def _stored_end(self) -> dict[str, Any] | None:
         """Return the end of the job that the result backend has already; None if there is none, or nobody knows.
@@ -262,13 +264,14 @@ class DeviceJob:
         Raises:
             JobLeft: the job has no result of its own here.
             SoftTimeLimitExceeded: its soft time limit is over.
+            StorageError: its image could not be stored, and the worker does not stop.
         """
         try:
             yield
         except (JobHandedOver, EngineUnavailable) as exc:
             if self.terminated:
                 raise self._revoked() from None
-            self._save(getattr(exc, "snapshot", None))
+            self._save(exc)
             if getattr(exc, "suspect", False) and self._deliveries is not None:
                 self._deliveries.mark_suspect(self.request.message.delivery_tag)
             logger.info("task %s is handed over: its message is requeued and another worker continues it", self.task_id)
@@ -282,6 +285,15 @@ class DeviceJob:
             if reason is Overdue.TIME_LIMIT and self._on_time_limit and self.time_limit_s:
                 raise JobLeft(partial(self._on_time_limit, False, self.time_limit_s)) from None
             raise JobLeft(partial(self.request.announce_unwanted, is_expired=reason is Overdue.EXPIRED)) from None
+        except StorageError:
+            if self.terminated:
+                raise self._revoked() from None
+            if not self._is_stopping():
+                raise
+            self.remember_slot()
+            logger.warning("the image of task %s could not be stored before the worker stops: its message is requeued",
+                           self.task_id)  # fmt: skip
+            raise JobLeft(self.request.requeue) from None
         if self.terminated:
             raise self._revoked()
 
@@ -289,12 +301,24 @@ class DeviceJob:
         """Return the end of a job that was terminated."""
         return JobLeft(lambda: self.request.announce_terminated(self._signum))
 
-    def _save(self, snapshot: Any) -> None:
+    def _save(self, end: JobHandedOver | EngineUnavailable) -> None:
         """Keep a snapshot for the next worker; without one the job starts anew there."""
-        if snapshot is None or self._deliveries is None:
+        snapshot = getattr(end, "snapshot", None)
+        if snapshot is not None:
+            self._keep_for_next(snapshot.to_bytes())
+        elif getattr(end, "had_slot", False):
+            self.remember_slot()
+
+    def remember_slot(self) -> None:
+        """Have the next worker know that the job had its slot in time, so that it does not expire there."""
+        if self.request.expires and not self._facts.snapshot:  # a snapshot says it too
+            self._keep_for_next(b"")
+
+    def _keep_for_next(self, snapshot: bytes) -> None:
+        if self._deliveries is None:
             return
         try:
-            self._deliveries.save_snapshot(self.task_id, self._digest + snapshot.to_bytes())
+            self._deliveries.save_snapshot(self.task_id, self._digest + snapshot)
         except (OSError, RedisError) as exc:
             logger.warning("the snapshot of task %s could not be kept, the job starts anew: %s", self.task_id, exc)
 

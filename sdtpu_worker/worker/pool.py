@@ -279,7 +279,7 @@ class DevicePool(TaskPool):
             info["sdtpu"] = {
                 "devices": facts.num_devices,
                 "device_kind": facts.device_kind,
-                "slots": facts.num_slots,
+                "slots": self.services.serving.num_slots,
                 "model": facts.model,
                 "trace_s": round(facts.trace_s, 3),
                 "compile_s": round(facts.compile_s, 3),

@@ -124,7 +124,8 @@ class DeviceServices:
             hooks = Hooks(_end_process, self._make_start_recorder(undo), self.stopping.is_set)
             self.serving = serving = Serving(engine, store, policy, self.config, hooks)
             undo.callback(serving.close)
-            self.health.watch_device(lambda: serving.loop.alive, lambda: serving.loop.stalled_s)
+            loop = serving.loop
+            self.health.watch_device(lambda: loop.alive, lambda: loop.stalled_s, lambda: loop.stats.lost_devices)
             undo.enter_context(freeze_start_up())
             self._undo = undo.pop_all()
         _log_ready(engine, time.monotonic() - started)
@@ -192,7 +193,8 @@ class DeviceServices:
             "socket_connect_timeout": _BROKER_TIMEOUT_S,
             **options,
         }
-        undo.enter_context(change_app(app, {"broker_transport_options": options}, transport.EagerConnection))
+        settings = {"broker_transport_options": options, "broker_channel_error_retry": True}
+        undo.enter_context(change_app(app, settings, transport.EagerConnection))
         undo.enter_context(
             transport.installed(
                 Intake(
@@ -203,7 +205,7 @@ class DeviceServices:
                     max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
                     on_bad=self._store_error,
                     devices_make_progress=self.devices_make_progress,
-                    on_contact=self.health.contact,
+                    on_reply=self.health.on_claim,
                 )
             )
         )

@@ -11,6 +11,8 @@ import logging
 import threading
 from typing import Any
 
+from redis.exceptions import ResponseError
+
 from sdtpu_worker.contract.queues import plain_client, waiting_lists
 from sdtpu_worker.delivery.transport import ClaimingChannel
 
@@ -45,9 +47,12 @@ class UrgentPrefetch:
             for queue in channel.task_queues:  # all whose jobs the worker takes, those of tenants too
                 for name in waiting_lists(channel, queue, prefix)[:urgent_bands]:
                     lengths.llen(name)
-            waiting = sum(lengths.execute())
+            try:
+                waiting = sum(lengths.execute())
+            except ResponseError:  # the claims meet the same error and tell of it
+                return
         with self._lock:
-            count = min(waiting, self._pool.services.serving.engine.info.num_slots) - self._lent
+            count = min(waiting, self._pool.services.serving.num_slots) - self._lent
             if count <= 0:
                 return
             self._lent += count

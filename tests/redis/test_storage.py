@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import logging
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -269,11 +271,48 @@ def test_a_full_disk_is_waited_for_and_a_removed_folder_is_made_again(tmp_path, 
     assert files_in(tmp_path) == {"store", "store/x.png", "store/y.png"}
 
 
+def test_an_image_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_is_stored(tmp_path, monkeypatch):
+    """After a power loss an acknowledged job had an empty file, or none."""
+    done: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def record_sync(handle: int) -> None:
+        sync(handle)
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        done.append("data on the disk" if path.name.startswith(".x.png.") else f"names of {path.name} on the disk")
+
+    def record_rename(self: Path, target: Path) -> Path:
+        done.append("renamed")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "replace", record_rename)
+    store = make_image_store(app_with(""), f"file://{tmp_path}/new/store")
+    assert done == ["names of new on the disk", f"names of {tmp_path.name} on the disk"]
+    done.clear()
+    store.put("x", "png", b"data")
+    assert done == ["data on the disk", "renamed", "names of store on the disk"]
+
+
+@pytest.mark.parametrize(("code", "is_refused"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_flush_a_folder_is_taken_as_it_is(tmp_path, monkeypatch, code, is_refused):
+    sync = os.fsync
+
+    def sync_files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    store = FileImageStore(f"file://{tmp_path}", budget_s=0.0)
+    with pytest.raises(StorageError) if is_refused else contextlib.nullcontext():
+        store.put("x", "png", b"data")
+    assert (tmp_path / "x.png").read_bytes() == b"data"
+
+
 def test_a_folder_without_permission_is_an_error_at_once(monkeypatch, tmp_path):
     store = FileImageStore(f"file://{tmp_path}")
-    monkeypatch.setattr(
-        "sdtpu_worker.images.store._write_local_atomically", lambda *_: (_ for _ in ()).throw(PermissionError())
-    )
+    monkeypatch.setattr("sdtpu_worker.images.store.write_durably", lambda *_: (_ for _ in ()).throw(PermissionError()))
     with pytest.raises(StorageError, match=r"could not be written to file://.*PermissionError"):
         store.put("x", "png", b"data")
 

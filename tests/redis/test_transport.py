@@ -6,8 +6,10 @@ import contextlib
 import json
 import select
 import statistics
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from queue import Empty
 from typing import Any
 
@@ -40,9 +42,9 @@ class Worker:
         self.prefix = options.get("global_keyprefix", "")
         self.deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(self.prefix), 30, "host")
         self.bad, self.got, self.well = [], [], True
-        self.contacts = 0
+        self.contacts, self.refusals = 0, []
         intake = Intake(
-            self.deliveries, queues.__contains__, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_contact
+            self.deliveries, queues.__contains__, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_reply
         )
         self.installed = contextlib.ExitStack()
         self.installed.enter_context(transport.installed(intake))
@@ -52,8 +54,9 @@ class Worker:
         self.url, self.queues, self.prefetch, self.options = url, queues, prefetch, options
         self.connect()
 
-    def _on_contact(self) -> None:
-        self.contacts += 1
+    def _on_reply(self, refusal: str | None) -> None:
+        self.contacts += refusal is None
+        self.refusals += [refusal] if refusal else []
 
     def connect(self) -> None:
         self.connection = Connection(self.url, transport_options=self.options)
@@ -465,3 +468,130 @@ def test_a_job_that_is_told_of_before_an_older_empty_reply_is_read_is_claimed_at
     with pytest.raises(Empty):
         channel._brpop_read()
     assert worker.run(lambda: worker.got), "not only at the safety look"
+
+
+@contextlib.contextmanager
+def busy(client: redis.Redis) -> Iterator[None]:
+    """Have a script run for ever in Redis."""
+    port = client.connection_pool.connection_kwargs["port"]
+    client.config_set("lua-time-limit", 50)
+
+    def run() -> None:
+        with contextlib.suppress(redis.RedisError), redis.Redis(port=port) as other:
+            other.eval("while true do end", 0)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    client.script_kill()
+    thread.join()
+
+
+@contextlib.contextmanager
+def replica(client: redis.Redis) -> Iterator[None]:
+    """Make Redis a replica of a master that is away."""
+    client.replicaof("127.0.0.1", 1)
+    yield
+    client.replicaof("NO", "ONE")
+
+
+@contextlib.contextmanager
+def without_replicas(client: redis.Redis) -> Iterator[None]:
+    """Have Redis want more replicas than it has."""
+    client.config_set("min-replicas-to-write", 1)
+    yield
+    client.config_set("min-replicas-to-write", 0)
+
+
+@contextlib.contextmanager
+def without_permission(client: redis.Redis) -> Iterator[None]:
+    """Forbid the default user to take from a list."""
+    client.execute_command("ACL SETUSER", "default", "-rpop")
+    yield
+    client.execute_command("ACL SETUSER", "default", "+rpop")
+
+
+@contextlib.contextmanager
+def without_disk(client: redis.Redis) -> Iterator[None]:
+    """Have Redis fail to save its snapshot."""
+    before: Any = client.config_get("dir")
+    with tempfile.TemporaryDirectory() as folder:
+        client.config_set("dir", folder)
+    client.config_set("save", "3600 1")
+    client.bgsave()
+    while client.info("persistence")["rdb_last_bgsave_status"] == "ok":
+        time.sleep(0.01)
+    yield
+    client.config_set("save", "")
+    client.config_set("dir", before["dir"])
+
+
+@pytest.mark.parametrize(
+    ("trouble", "text"),
+    [
+        (busy, "BUSY"),
+        (replica, "READONLY"),
+        (without_replicas, "NOREPLICAS"),
+        (without_permission, "can't run this command"),
+        (without_disk, "MISCONF"),
+    ],
+)
+def test_an_error_in_reply_to_a_claim_costs_neither_the_worker_nor_its_connection(
+    make_worker, send, caplog, trouble, text
+):
+    worker = make_worker()
+    assert worker.run(lambda: worker.contacts)
+    with trouble(worker.client):
+        assert worker.run(lambda: len(worker.refusals) > 1, 10), "it tries again"
+        assert text in worker.refusals[0] or text == "NOPERM"
+        assert worker.got == []
+    send("a")
+    assert worker.run(lambda: worker.got, 10)
+    lines = [record.message for record in caplog.records if "refuses to give jobs" in record.message]
+    assert len(lines) == 1, "said once"
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_an_idle_worker_keeps_its_connections_where_redis_closes_idle_ones(monkeypatch, protocol):
+    of_kombu = transport.Channel._connparams
+    monkeypatch.setattr(
+        transport.Channel, "_connparams", lambda self, **options: {**of_kombu(self, **options), "protocol": protocol}
+    )
+    with private_redis("--timeout", "2") as url, contextlib.closing(Worker(url)) as worker:
+        assert worker.run(lambda: worker.contacts)
+        wake_up, claims = worker.channel._wake_up, worker.channel.client.connection
+        before = wake_up._connection_id, claims._sock
+        assert (wake_up._connection.get_protocol(), wake_up.tracks(claims)) == (protocol, True)
+        worker.run_for(4.5)
+        assert (wake_up._connection_id, claims._sock) == before
+        assert wake_up.tracks(claims)
+        alive = {client["id"] for client in worker.client.client_list()}
+        assert str(wake_up._connection_id) in alive
+
+
+def test_a_worker_that_is_full_keeps_its_consumer_where_redis_closes_idle_connections():
+    with private_redis("--timeout", "1") as url:
+        client = Celery("client", broker=url, set_as_current=False)
+        for i in range(2):
+            client.send_task("t", task_id=str(i), queue="q", ignore_result=True)
+        client.close()
+        with contextlib.closing(Worker(url, prefetch=1)) as worker:
+            assert worker.run(lambda: worker.got)
+            worker.run_for(3.5)
+            worker.got[0].ack()
+            assert worker.run(lambda: len(worker.got) == 2)
+
+
+def test_a_lost_wake_up_connection_costs_nothing_else_and_is_replaced(make_worker, send, monkeypatch):
+    monkeypatch.setattr(wake_up, "RETRY_S", 0.1)
+    worker = make_worker()
+    assert worker.run(lambda: worker.contacts)
+    for _ in range(3):
+        lost = str(worker.channel._wake_up._connection_id)
+        worker.client.client_kill_filter(_id=lost)
+        send("a")
+        count = len(worker.got)
+        assert worker.run(lambda n=count: len(worker.got) > n)
+        worker.got[-1].ack()
+        assert worker.run(lambda gone=lost: str(worker.channel._wake_up._connection_id) != gone)
+        assert worker.run(lambda: worker.channel._wake_up.tracks(worker.channel.client.connection))

@@ -30,7 +30,8 @@ class Worker:
         self.health = WorkerHealth(lease_s, stall_s, lambda: self.now)
 
     def start(self) -> Worker:
-        self.health.watch_device(lambda: self.alive, lambda: self.late_s)
+        self.lost: list[int] = []
+        self.health.watch_device(lambda: self.alive, lambda: self.late_s, lambda: self.lost)
         self.health.on_consume()
         return self
 
@@ -103,6 +104,16 @@ def test_without_redis_a_worker_is_not_ready_and_dead_after_the_lease():
     assert worker.live == []
     worker.run(1, contacts=False)
     assert worker.live == ["redis"]
+
+
+def test_a_worker_to_which_redis_refuses_jobs_lives_and_is_not_ready():
+    worker = Worker().start()
+    worker.health.on_claim("BUSY Redis is busy running a script")
+    worker.run(100)
+    assert (worker.live, worker.ready) == ([], ["redis"])
+    assert worker.health.ready()[-1].detail.endswith("BUSY Redis is busy running a script")
+    worker.health.on_claim(None)
+    assert (worker.live, worker.ready) == ([], [])
 
 
 def test_while_celery_waits_for_redis_its_main_loop_need_not_turn():
@@ -307,3 +318,13 @@ def test_sdtpu_health_says_what_is_wrong_when_nobody_answers():
     assert (unset.exit_code, "give --address" in unset.output) == (1, True)
     wrong = CliRunner().invoke(sdtpu, ["health", "--address", "8080"])
     assert (wrong.exit_code, "host:port, like 127.0.0.1:8080" in wrong.output) == (1, True)
+
+
+def test_a_device_that_is_lost_is_told_of_and_leaves_the_worker_ready():
+    worker = Worker().start()
+    worker.run(1)
+    worker.lost.append(5)
+    (device,) = [check for check in worker.health.ready() if check.name == "device"]
+    assert device.ok
+    assert "on time; lost, and without jobs until the worker is started anew: device 5" in device.detail
+    assert (worker.live, worker.ready) == ([], [])

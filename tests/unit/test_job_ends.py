@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from celery import signals
 
+from sdtpu_worker import StorageError
 from tests.support.in_process import InProcessWorker, backend_app, in_process_worker
 
 pytestmark = pytest.mark.timeout(60)
@@ -110,3 +112,42 @@ def test_a_redelivered_job_that_is_done_keeps_its_end_and_no_task_begins_again(w
     assert not worker.images.data
     assert postruns == []
     assert worker.events.of(task_id) == [event]
+
+
+def test_failures_that_an_operator_must_see_are_errors_and_a_clients_mistakes_are_not(worker, caplog):
+    """Sentry, too, hides what a task's `throws` names."""
+    caplog.set_level(logging.INFO)
+
+    def level_of(request: Any, error: str) -> int:
+        assert worker.wait_for_end(request) == "done"
+        assert type(worker.meta(request)["result"]).__name__ == error
+        (record,) = [each for each in caplog.records if f"[{request.id}] raised " in each.getMessage()]
+        return record.levelno
+
+    assert level_of(worker.take(steps=-1), "InvalidRequest") == logging.INFO
+    worker.broker.died_on["killer"] = ["a", "b", "c", "d"]
+    assert level_of(worker.take("killer", redelivered=True), "DeliveryLimitExceeded") == logging.ERROR
+    worker.engine.nan = frozenset({"not finite"})
+    assert level_of(worker.take("not finite"), "GenerationFailed") == logging.ERROR
+    worker.images.error = StorageError("the store is away")
+    assert level_of(worker.take(), "StorageError") == logging.ERROR
+
+
+def test_a_job_whose_image_cannot_be_stored_while_the_worker_stops_goes_back(worker):
+    request = worker.take(steps=300)
+    worker.wait_for_slot(request)
+    worker.images.error = StorageError("the store is away")
+    worker.pool.on_close()
+    assert worker.wait_for_end(request) == "requeued"
+    assert worker.meta(request)["status"] in ("STARTED", "PROGRESS")
+
+
+def test_a_terminated_job_whose_image_cannot_be_stored_is_revoked(worker):
+    def put(*_: Any) -> str:
+        terminate(worker, request)
+        raise StorageError("the store is away")
+
+    worker.images.put = put
+    request = worker.take(steps=300)
+    assert worker.wait_for_end(request) == "done"
+    assert worker.meta(request)["status"] == "REVOKED"

@@ -18,6 +18,7 @@ from sdtpu_worker.errors import ConfigurationError, StorageError
 from sdtpu_worker.images.decode import decode_image, named_image
 from sdtpu_worker.images.local_files import make_folder_durably, write_durably
 from sdtpu_worker.images.retry import PUT_BUDGET_S, never, store_patiently
+from sdtpu_worker.images.writable import make_writable, type_options
 from sdtpu_worker.redaction import sanitize_url
 
 if TYPE_CHECKING:
@@ -169,14 +170,14 @@ class FileImageStore:
             raise StorageError(f"no image at {sanitize_url(uri)}: {sanitize_url(str(exc))}") from exc
 
     def prepare(self) -> None:
-        """Make the folder of the images, if it does not exist.
+        """Make the folder of the images, if it does not exist, and prove that images can be written there.
 
         Raises:
-            ConfigurationError: the folder cannot be made.
+            ConfigurationError: nothing can be written there, or other processes could not read it.
         """
         try:
-            self._make_root()
-        except (ImportError, ValueError, OSError) as exc:
+            make_writable(self.fs, self.root, self._make_root, self._write)
+        except Exception as exc:  # every file system of fsspec has its own errors
             raise _unusable(self._prefix, exc) from None
 
     def _make_root(self) -> None:
@@ -190,7 +191,7 @@ class FileImageStore:
             if self._is_local:
                 write_durably(Path(path), data)
             else:  # object stores show an object only when it is complete
-                self.fs.pipe_file(path, data)
+                self.fs.pipe_file(path, data, **type_options(self.fs, path))
         except FileNotFoundError:  # the folder was removed: make it, and have the write tried again
             self._make_root()
             raise

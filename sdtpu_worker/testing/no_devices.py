@@ -19,7 +19,7 @@ from sdtpu_worker.client.task import GenerateTask
 from sdtpu_worker.config import read_setting
 from sdtpu_worker.contract.request import SAMPLER_NAMES, GenerationRequest
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
-from sdtpu_worker.images.store import make_image_store
+from sdtpu_worker.images.store import FileImageStore, make_image_store
 
 MODEL = "stand-in"
 """What a stand-in's result has as `model`."""
@@ -58,7 +58,8 @@ def _draw(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
     request = GenerationRequest.parse(args, kwargs).with_seed(task_id)
     width, height = request.width or _SIDE, request.height or _SIDE
     data = _picture(request, width, height)
-    store = make_image_store(task.app, read_setting("sdtpu_image_store", task.app.conf))
+    url = read_setting("sdtpu_image_store", task.app.conf)
+    store = FileImageStore(url) if url.startswith("memory:") else make_image_store(task.app, url)
     uri = store.put(task_id, request.image_format, data)
     assert request.seed is not None
     return GenerationResult(

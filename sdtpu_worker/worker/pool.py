@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery.concurrency.base import apply_target
 from celery.concurrency.thread import ApplyResult, TaskPool
@@ -18,6 +18,7 @@ from celery.worker import state
 from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.config import Config
 from sdtpu_worker.device_loop.protocols import Policy, ServingEngine
+from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.images.store import make_image_store
 from sdtpu_worker.worker.celery_request import JOB, DeviceRequest, answer_directly
 from sdtpu_worker.worker.job import DeviceJob, JobLeft
@@ -125,6 +126,11 @@ class DevicePool(TaskPool):
         if deliveries is not None:
             deliveries.mark_running(request.message.delivery_tag)
             answer_directly(request)
+        if not isinstance(request, DeviceRequest):  # another task of the app that was sent to a queue of this worker
+            other = super().on_apply(target, args, kwargs, callback, accept_callback)
+            if deliveries is not None:
+                other.f.add_done_callback(lambda _: deliveries.release(request.message.delivery_tag))
+            return other
         job = DeviceJob(
             request,
             services.serving,
@@ -152,6 +158,21 @@ class DevicePool(TaskPool):
         for job in self._results.copy():
             if job.request is request:
                 job.terminate(signum)
+
+    def grow(self, n: int = 1) -> NoReturn:
+        """Refuse `control pool_grow`, and the button in Flower.
+
+        Raises:
+            ConfigurationError: always, with the remedy.
+        """
+        raise ConfigurationError(
+            "a device worker cannot grow or shrink: it holds as many jobs as its devices have slots, which are fixed"
+            " when its programs are compiled; set sdtpu_slots_per_device and restart it, or start more workers"
+        )
+
+    def shrink(self, n: int = 1) -> NoReturn:
+        """Refuse `control pool_shrink`, as `grow` does."""
+        self.grow(n)
 
     def on_close(self) -> None:
         """The worker stops: jobs that can be done within the grace period are finished, the others are handed over."""

@@ -91,7 +91,7 @@ def test_whatever_the_task_id_its_object_has_the_prefix(task_id):
 
     fs = fsspec.filesystem("memory")
     fs.store.clear()
-    store = make_image_store(app_with(""), "memory://images/here")
+    store = FileImageStore("memory://images/here")
     uri = store.put(task_id, "png", task_id.encode(errors="surrogatepass"))
     assert list(fs.store) == [f"/images/here/{stored_name(task_id)}.png"]
     assert store.read(uri) == task_id.encode(errors="surrogatepass")
@@ -384,3 +384,87 @@ def test_results_read_from_a_dataclass_too(tmp_path):
     result = GenerationResult.from_json(result_at("elsewhere"))
     result = dataclasses.replace(result, image=dataclasses.replace(result.image, uri=uri))
     assert read_image_bytes(result, app) == b"data"
+
+
+class ObjectStore:
+    """An object store that keeps what it is given, with the options, and may lack rights."""
+
+    def __init__(self, protocol: Any, may_make: bool = True, may_write: bool = True, may_delete: bool = True) -> None:
+        self.protocol, self.may_make, self.may_write, self.may_delete = protocol, may_make, may_write, may_delete
+        self.objects: dict[str, tuple[bytes, dict[str, Any]]] = {}
+
+    def unstrip_protocol(self, path: str) -> str:
+        return f"s3://{path}"
+
+    def makedirs(self, path: str, exist_ok: bool) -> None:
+        if not self.may_make:
+            raise PermissionError("s3:CreateBucket is not allowed")
+
+    def pipe_file(self, path: str, data: bytes, **options: Any) -> None:
+        if not self.may_write:
+            raise PermissionError("s3:PutObject is not allowed")
+        self.objects[path] = data, options
+
+    def rm_file(self, path: str) -> None:
+        if not self.may_delete:
+            raise PermissionError("s3:DeleteObject is not allowed")
+        del self.objects[path]
+
+
+@pytest.fixture
+def object_store(monkeypatch):
+    """Give a function that makes an image store on an `ObjectStore`."""
+
+    def make(*args: Any, **rights: bool) -> tuple[FileImageStore, ObjectStore]:
+        fs = ObjectStore(*args, **rights)
+        monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (fs, "bucket/images"))
+        return FileImageStore("s3://bucket/images", budget_s=0), fs
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options"),
+    [
+        (("s3", "s3a"), {"ContentType": "image/webp"}),
+        (("gs", "gcs"), {"content_type": "image/webp"}),
+        ("sftp", {}),
+    ],
+)
+def test_an_object_is_stored_with_its_content_type_where_the_file_system_takes_one(object_store, protocol, options):
+    """Objects in S3 had none, so browsers downloaded them instead of showing them."""
+    store, fs = object_store(protocol)
+    store.put("x", "webp", b"data")
+    assert fs.objects == {"bucket/images/x.webp": (b"data", options)}
+
+
+def test_a_bucket_that_can_be_written_needs_no_right_to_make_one_or_to_delete(object_store):
+    store, fs = object_store("s3", may_make=False)
+    store.prepare()
+    assert fs.objects == {}
+    store, _ = object_store("s3", may_make=False, may_delete=False)
+    store.prepare()
+
+
+def test_a_store_that_cannot_be_written_is_found_at_the_start(object_store, tmp_path):
+    store, _ = object_store("s3", may_write=False)
+    with pytest.raises(ConfigurationError, match=r"sdtpu_image_store must be .*s3:PutObject is not allowed"):
+        store.prepare()
+    store, _ = object_store("s3", may_make=False, may_write=False)
+    with pytest.raises(ConfigurationError, match="s3:CreateBucket is not allowed"):
+        store.prepare()
+
+
+def test_a_store_that_other_processes_cannot_read_is_found_at_the_start(caplog, tmp_path):
+    app = Celery("stores", backend="cache+memory://", set_as_current=False)
+    with pytest.raises(ConfigurationError, match="a store in memory cannot be read by other processes"):
+        make_image_store(app, "memory://images")
+    (tmp_path / "private").mkdir(mode=0o700)
+    make_image_store(app, f"file://{tmp_path}/private")
+    assert "only the worker's user, or its group, can read the images in" in caplog.text
+    assert list((tmp_path / "private").iterdir()) == []
+    caplog.clear()
+    (tmp_path / "public").mkdir()
+    (tmp_path / "public").chmod(0o755)
+    make_image_store(app, f"file://{tmp_path}/public")
+    assert caplog.text == ""

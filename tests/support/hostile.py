@@ -507,7 +507,7 @@ KINDS: tuple[Kind, ...] = (
     _parameter("height", 0, 7, -8, 513, 1e3, "512", 8192, True),
     _parameter("sampler", "", "nonesuch", 7, [], {}),
     _parameter("image_format", "gif", "", None, 7, []),
-    _parameter("negative_prompt", None, 7, [], "x" * 10_001, "a\x00b"),
+    _parameter("negative_prompt", 7, [], "x" * 10_001, "a\x00b"),
     _parameter("no_such_parameter", None, 7),
     _parameter("prompt", "twice"),
     _request("bad prompt", ([""], {}), ([" \n"], {}), ([7], {}), ([None], {}), ([["a"]], {}), ([{"a": 1}], {})),

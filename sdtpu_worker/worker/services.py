@@ -69,8 +69,8 @@ class PartMakers(Protocol):
     """Makes the parts that differ between device workers; `DevicePool` does, and its subclasses differ in them."""
 
     @property
-    def make_engine(self) -> Callable[[Config], Any]:
-        """Make a warm engine on this host's devices."""
+    def make_engine(self) -> Callable[[Config, Callable[[str], None]], Any]:
+        """Make a warm engine on this host's devices; the second argument is told what it is at: `compiling`."""
 
     @property
     def make_store(self) -> Callable[[Any, str], Any]:
@@ -125,9 +125,11 @@ class DeviceServices:
                 server = HealthServer(self.config.health_address, self.health.live, self.health.ready)
                 undo.callback(server.close)
             undo.enter_context(watch_failures_outside_tasks())
+            self.health.enter("looking at the broker")
             self._connect_to_broker(undo)
+            self.health.enter("looking at the image store")
             store = pool.make_store(self._app, self.config.image_store)
-            engine = pool.make_engine(self.config)
+            engine = pool.make_engine(self.config, self.health.enter)
             undo.callback(engine.close)
             policy = pool.make_policy(engine, self.config)
             hooks = Hooks(_end_process, self._make_start_recorder(undo), self.stopping.is_set)
@@ -136,6 +138,7 @@ class DeviceServices:
             loop = serving.loop
             self.health.watch_device(lambda: loop.alive, lambda: loop.stalled_s, lambda: loop.stats.lost_devices)
             undo.enter_context(freeze_start_up())
+            self.health.enter("ready to consume, connecting to the broker")
             self._undo = undo.pop_all()
         _log_ready(engine, time.monotonic() - started)
 

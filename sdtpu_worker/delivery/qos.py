@@ -88,5 +88,5 @@ class QoS(kombu_redis.QoS):
 
     def restore_visible(self, *args: Any, **options: Any) -> None:
         """Restore what kombu popped for consumers that died; the worker's `Lease` sweeps what was claimed."""
-        if self.channel.other_queues:
+        if self.channel.restorable_queues:
             super().restore_visible(*args, **options)

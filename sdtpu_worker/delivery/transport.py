@@ -63,6 +63,7 @@ class ClaimingChannel:
 
     def __init__(self: Any, transport: Any, *args: Any, **kwargs: Any) -> None:
         self.intake = transport.intake  # kept: a closed channel has no transport any more
+        self._acknowledged_queues: set[str] = set()
         super().__init__(transport, *args, **kwargs)  # type: ignore[call-arg]  # kombu's channel is mixed in
         self._schedule, self._wake_up = ClaimSchedule(), WakeUp(self)
         self.handlers[WAKE_UP] = self._on_wake_up
@@ -76,6 +77,17 @@ class ClaimingChannel:
     def other_queues(self: Any) -> list[str]:
         """All other queues that this channel consumes, but for fanout."""
         return [queue for queue in self.active_queues if not self.intake.is_task_queue(queue)]
+
+    @property
+    def restorable_queues(self: Any) -> list[str]:
+        """The other queues whose consumer acknowledges, so that kombu records what it pops from them."""
+        return [queue for queue in self.other_queues if queue in self._acknowledged_queues]
+
+    def basic_consume(self: Any, queue: str, *args: Any, **options: Any) -> Any:
+        """Consume a queue, and take note of whether its messages are acknowledged."""
+        if not (args[0] if args else options.get("no_ack")):
+            self._acknowledged_queues.add(queue)
+        return super().basic_consume(queue, *args, **options)  # type: ignore[misc]  # kombu's channel is mixed in
 
     def _on_wake_up(self: Any) -> None:
         """Claim at once, or as soon as the claim that is in flight has its reply: a list was written to."""

@@ -129,7 +129,7 @@ class Poller(kombu_redis.MultiChannelPoller):
     def maybe_restore_messages(self) -> None:
         """Have one channel restore what kombu popped for consumers that died, if a channel has queues of that kind."""
         for channel in self._channels:
-            if channel.other_queues:
+            if channel.restorable_queues:
                 with contextlib.suppress(*channel.connection_errors):  # the event loop reconnects
                     channel.qos.restore_visible(
                         num=channel.unacked_restore_limit, interval=channel.unacked_restore_throttle

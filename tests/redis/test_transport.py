@@ -460,6 +460,10 @@ def test_replies_to_remote_control_reach_who_asked_over_the_channel_of_the_tasks
     publish_other("reply.celery.pidbox", {"worker@host": {"revoked": ["x"], "clock": 3}})
     assert worker.run(lambda: replies)
     assert not worker.client.exists("sdtpu:dead", "sdtpu:dead:counts", "sdtpu:unacked", "unacked")
+    worker.client.zadd("unacked_index", {"another-apps": 0})
+    for _ in range(30):
+        worker.connection.transport.cycle.maybe_restore_messages()
+    assert worker.client.zcard("unacked_index") == 1, "who asks for replies redelivers nothing of others"
     send("a")
     assert worker.run(lambda: worker.got)
 

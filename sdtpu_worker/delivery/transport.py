@@ -89,6 +89,11 @@ class ClaimingChannel:
             self._acknowledged_queues.add(queue)
         return super().basic_consume(queue, *args, **options)  # type: ignore[misc]  # kombu's channel is mixed in
 
+    def queue_delete(self: Any, queue: str, *args: Any, **options: Any) -> None:
+        """Delete a queue; where the channel closes because Redis is away, go on closing instead of raising."""
+        with contextlib.suppress(*(self.connection_errors if self._closing else ())):
+            super().queue_delete(queue, *args, **options)  # type: ignore[misc]  # kombu's channel is mixed in
+
     def _on_wake_up(self: Any) -> None:
         """Claim at once, or as soon as the claim that is in flight has its reply: a list was written to."""
         self._schedule.on_notice()

@@ -640,3 +640,15 @@ def test_a_job_that_is_due_in_a_moment_is_not_late(make_worker, send, stack):
         worker.got[-1].ack()
     assert all(late > -0.01 for late in late_s), late_s
     assert statistics.median(late_s) < 0.3, "not only at the next pulse, which comes once a second"
+
+
+def test_a_channel_of_remote_control_closes_without_an_error_when_redis_is_gone():
+    with private_redis() as url:
+        worker = Worker(url)
+        channel = worker.connection.channel()
+        mailbox = Queue("mailbox", Exchange("control", "fanout"), auto_delete=True)
+        Consumer(channel, [mailbox], on_message=worker.got.append, accept=["json"], no_ack=True).consume()
+        worker.run_for(0.2)
+    channel.close()
+    assert channel.closed
+    worker.close()

@@ -7,4 +7,6 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the fault tests run in full; here, because only this file is read before the command line is."""
-    parser.addoption("--long", action="store_true", help="run tests/chaos in its long form: about an hour")
+    parser.addoption(
+        "--long", action="store_true", help="run tests/chaos and tests/histories in their long form: hours"
+    )

@@ -21,14 +21,17 @@ class Terms:
     Attributes:
         priority: a job with a lower number goes first; only a difference in this number lets a job take another
             job's slot.
-        expires_at: a job that has no slot by this time, on the clock of `plan(now)`, is dropped.
+        expires_at: a job that has had no slot by this time, on the clock of `plan(now)`, is dropped; also orders jobs
+            of one priority.
         soft_time_limit_s, time_limit_s: how long the job may hold a slot.
+        may_expire: False if the job had its slot in time, on another worker or in an earlier try.
     """
 
     priority: int = DEFAULT_PRIORITY
     expires_at: float = math.inf
     soft_time_limit_s: float = math.inf
     time_limit_s: float = math.inf
+    may_expire: bool = True
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Aggregator:
             (job.task_id, Overdue.EXPIRED)
             for state in self._lanes.values()
             for job in state.waiting.values()
-            if job.terms.expires_at <= now and not job.has_started
+            if job.terms.may_expire and job.terms.expires_at <= now and not job.has_started
         ]
         for state in self._lanes.values():
             for _, _, job in state.running():

@@ -34,7 +34,7 @@ class GenerationRequest:
 
     Attributes:
         prompt: what the image shows, 1 to 10,000 characters. It is cut after 77 tokens, and the result says so.
-        negative_prompt: what the image should not show; empty for none.
+        negative_prompt: what the image should not show; empty or None for none.
         seed: 0 to 2**63 - 1, also given as a string of its decimal digits; None has the client draw one of 53 bits.
         num_inference_steps: denoising steps, 1 to 1000.
         guidance_scale: how strongly the prompt counts (classifier-free guidance), -1000 to 1000. A scale of 1 or less
@@ -63,6 +63,7 @@ class GenerationRequest:
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
         object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
+        object.__setattr__(self, "negative_prompt", self.negative_prompt or "")
         if self.seed is not None:
             object.__setattr__(self, "seed", int(self.seed))
 
@@ -131,6 +132,11 @@ def _check_text(name: str, value: Any) -> None:
             )
 
 
+def _check_negative_prompt(name: str, value: Any) -> None:
+    if value is not None:
+        _check_text(name, value)
+
+
 def _check_prompt(name: str, value: Any) -> None:
     _check_text(name, value)
     if not value.strip():
@@ -192,7 +198,7 @@ def _check_choice(choices: Sequence[str], optional: bool = False) -> Any:
 
 _CHECKS: dict[str, Any] = {
     "prompt": _check_prompt,
-    "negative_prompt": _check_text,
+    "negative_prompt": _check_negative_prompt,
     "seed": _check_seed,
     "num_inference_steps": _check_integer(1, MAX_STEPS),
     "guidance_scale": _check_guidance,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 import uuid
@@ -21,9 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import ResponseError
+
 from sdtpu_worker.delivery import scripts
 from sdtpu_worker.delivery.job_facts import JobFacts, read_job_facts
 from sdtpu_worker.delivery.keys import Keys
+from sdtpu_worker.delivery.scripts import is_read_only
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -102,6 +106,17 @@ class Deliveries:
                 self._client = self._connect()
             return self._client
 
+    def follow(self, connect: Callable[[], Redis]) -> None:
+        """Use another server from the next command on: the consumer takes its messages from there now.
+
+        Args:
+            connect: makes a client of that server, with time-outs.
+        """
+        with self._connecting:
+            client, self._client, self._connect = self._client, None, connect
+        if client is not None:  # other threads may use some of its connections at this moment
+            client.connection_pool.disconnect(inuse_connections=False)
+
     def close(self) -> None:
         """Close the connections."""
         with self._connecting:
@@ -111,6 +126,10 @@ class Deliveries:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def holds(self, tag: str) -> bool:
+        """Return whether this worker holds a message."""
+        return tag in self._held
 
     def hold(self, tag: str, task_id: str) -> None:
         """Note that this worker has just claimed a message."""
@@ -184,13 +203,25 @@ class Deliveries:
             self._send(tag, move)
             self._unsent_moves.pop(tag, None)
 
-    def sweep(self) -> int:
-        """Redeliver the messages whose lease has expired; return how many.
+    def redis_time(self) -> float:
+        """Return the time on Redis' clock, in seconds since 1970.
 
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
         """
-        count: Any = self._eval(scripts.SWEEP, [self.keys.held, self.keys.leases], [_MAX_MOVES])
+        seconds, microseconds = self.client.time()
+        return seconds + microseconds / 1e6
+
+    def sweep(self, not_after: float = math.inf) -> int:
+        """Redeliver the messages whose lease has expired; return how many.
+
+        Args:
+            not_after: seconds since 1970; when Redis' clock is past it, nothing is redelivered.
+
+        Raises:
+            redis.exceptions.RedisError: Redis was not reached.
+        """
+        count: Any = self._eval(scripts.SWEEP, [self.keys.held, self.keys.leases], [_MAX_MOVES, not_after])
         if count:
             self.redelivered += count
             logger.warning("%d messages redelivered: their worker has stopped renewing its leases", count)
@@ -316,4 +347,10 @@ class Deliveries:
         self._eval(move.script, [self.keys.held, self.keys.leases, *move.job_keys], [tag, self._name])
 
     def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        return self.client.eval(script, len(keys), *keys, *args)
+        client = self.client
+        try:
+            return client.eval(script, len(keys), *keys, *args)
+        except ResponseError as exc:
+            if is_read_only(exc):  # the name of the server may belong to another one by now: connect anew
+                client.connection_pool.disconnect()
+            raise

@@ -4,6 +4,12 @@ While the devices make progress, it renews the leases of all messages that this 
 moves that could not be sent before, requeues deferred messages that are due, and sweeps: it redelivers messages whose
 lease has expired. It sweeps only after a whole lease of unbroken contact with Redis. After an outage every worker has
 therefore had the time to renew its leases first, and no job runs twice.
+
+Workers that were paused together (SIGSTOP, a suspended machine) find each other's leases expired when they wake, and
+so do all workers when Redis' clock is set forward. A lease that is renewed in time has half of it left: it is renewed
+every third of it, at a pulse, and pulses are a sixth of it apart at most. So contact counts as broken when more than
+half a lease passed unnoticed: when Redis' clock is further ahead than that of where this worker's own clock, at its
+last pulse, let it expect it.
 """
 
 from __future__ import annotations
@@ -42,6 +48,8 @@ class Lease:
         self._on_contact, self._clock = on_contact, clock
         self._renew_at = 0.0
         self._contact_since: float | None = None
+        self._least_ahead_s = 0.0  # of Redis' clock before this worker's own, in this contact
+        self._unbroken_until = 0.0  # on Redis' clock: a later look finds the contact broken
         self._made_progress = True
         self._next_due_s: float | None = None
         self._stopping = threading.Event()
@@ -62,6 +70,10 @@ class Lease:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    def lose_contact(self) -> None:
+        """Take note that another server has the messages now: no sweep until a whole lease of contact with it."""
+        self._contact_since, self._renew_at = None, 0.0
+
     def pulse(self) -> None:
         """Do what is due now. An outage of Redis is logged, not raised."""
         progress, now = self._devices_make_progress(), self._clock()
@@ -69,35 +81,57 @@ class Lease:
             self._made_progress = progress
             _log_progress(progress)
         try:
-            self._deliveries.flush()
-            if progress and now >= self._renew_at:
-                if gone := self._deliveries.renew():
-                    logger.warning("the leases of %d jobs that run here have expired: other workers run them as well",
-                                   len(gone))  # fmt: skip
-                self._renew_at = now + self.interval_s
-                if self._contact_since is not None and now - self._contact_since >= self._deliveries.lease_s:
-                    self._deliveries.sweep()
-            self._next_due_s = self._deliveries.requeue_due()
+            self._do_what_is_due(now, progress)
         except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
             if self._contact_since is not None:
                 logger.warning("Redis does not answer, so this worker's leases are not renewed: %s", exc)
             self._contact_since, self._renew_at, self._next_due_s = None, 0.0, None
             return
         self._on_contact()
+
+    def _do_what_is_due(self, now: float, progress: bool) -> None:
+        """Renew first, so that what else fails costs this worker no lease; then flush, sweep and requeue."""
+        self._look_at_clocks(now, self._deliveries.redis_time())
+        may_sweep = False
+        if progress and now >= self._renew_at:
+            if gone := self._deliveries.renew():
+                logger.warning("the leases of %d jobs that run here have expired: other workers run them as well",
+                               len(gone))  # fmt: skip
+            self._renew_at = now + self.interval_s
+            may_sweep = self._contact_since is not None and now - self._contact_since >= self._deliveries.lease_s
+        self._deliveries.flush()
+        if may_sweep:
+            self._deliveries.sweep(self._unbroken_until)
+        self._next_due_s = self._deliveries.requeue_due()
         if self._contact_since is None:
             self._contact_since = now
+
+    def _look_at_clocks(self, now: float, redis_time: float) -> None:
+        """Find out whether too much time has passed unnoticed since the last pulse.
+
+        Args:
+            now: on this worker's clock.
+            redis_time: on Redis' clock, no earlier than `now`.
+        """
+        if self._contact_since is not None and redis_time > self._unbroken_until:
+            logger.warning("this worker or Redis stood still, or Redis' clock was set forward, by more than half a"
+                           " lease: every worker may renew its leases before this one sweeps again")  # fmt: skip
+            self._contact_since, self._renew_at = None, 0.0
+        ahead_s = redis_time - now
+        self._least_ahead_s = ahead_s if self._contact_since is None else min(self._least_ahead_s, ahead_s)
+        self._unbroken_until = now + self._least_ahead_s + self._deliveries.lease_s / 2
 
     def _run(self) -> None:
         while not self._stopping.wait(self._pulse_s()):
             try:
                 self.pulse()
             except Exception:  # any error: the next pulse must still renew the leases
-                logger.exception("the thread that renews the leases failed once and goes on")
+                logger.exception("the thread that renews the leases failed once and continues")
 
     def _pulse_s(self) -> float:
-        """Return the seconds until the next pulse: fewer when a deferred message is due sooner."""
+        """Return the seconds until the next pulse: a sixth of the lease at most, fewer when a message is due sooner."""
         until_due_s = _PULSE_S if self._next_due_s is None else max(self._next_due_s, _SHORTEST_PULSE_S)
-        return min(_PULSE_S, self.interval_s, until_due_s)
+        return min(_PULSE_S, self.interval_s / 2, until_due_s)
 
 
 def _log_progress(progress: bool) -> None:

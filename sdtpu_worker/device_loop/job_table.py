@@ -93,7 +93,7 @@ class JobTable:
         for task_id, reason in self._policy.overdue(now):
             self._end(task_id, JobOverdue(reason))
         for task_id, submission in list(self._jobs.items()):
-            if submission.stage in (JobStage.WAITING, JobStage.RETRYING) and not submission.may_start():
+            if submission.started_at is None and not submission.may_start():  # WAITING or RETRYING
                 self._end(task_id, JobCancelled(task_id))
 
     def set_eligible(self, nothing_in_flight: bool, now: float) -> None:
@@ -229,7 +229,7 @@ class JobTable:
             submission: a job that the policy does not have any more.
             suspect: the job had a slot when the devices hung or were lost.
         """
-        if submission.settle(JobHandedOver(submission.snapshot, suspect)):
+        if submission.settle(JobHandedOver(submission.snapshot, suspect, submission.had_slot)):
             self._stats.handed_over += 1
 
     def hand_over_parked(self, task_ids: Iterable[str]) -> None:

@@ -41,11 +41,12 @@ class JobHandedOver(Exception):
     Args:
         snapshot: what the other worker resumes from; None to start from the beginning.
         suspect: the job had a slot on devices that hang or were lost, perhaps by its fault.
+        had_slot: the job had a slot, so it does not expire any more.
     """
 
-    def __init__(self, snapshot: Snapshot | None = None, suspect: bool = False) -> None:
+    def __init__(self, snapshot: Snapshot | None = None, suspect: bool = False, had_slot: bool = False) -> None:
         super().__init__("this worker stops before the job is done: another worker continues it")
-        self.snapshot, self.suspect = snapshot, suspect
+        self.snapshot, self.suspect, self.had_slot = snapshot, suspect, had_slot
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,18 @@ class Submission:
 
     @property
     def stage(self) -> JobStage:
-        """Where the job stands; see `JobStage` for the transitions."""
+        """Where the job stands; see `JobStage`. Takes the lock of the future: too slow for every job in every tick."""
         return JobStage.ENDED if self.future.done() else self._stage
 
     @property
     def has_slot(self) -> bool:
         """Whether the job is in a slot of a device."""
         return self.stage is JobStage.RUNNING
+
+    @property
+    def had_slot(self) -> bool:
+        """Whether the job has, or had, a slot of a device: here, in an earlier try, or on another worker."""
+        return self.started_at is not None or not self.terms.may_expire
 
     def start(self, now: float, device: int) -> None:
         """Note that the job gets a slot of a device, its first one or another one."""
@@ -168,6 +174,7 @@ class Submission:
         self.steps_done = self.snapshot.step if self.snapshot is not None else 0
         self.is_foreign &= self.snapshot is not None
         self.started_at, self._stage = None, JobStage.RETRYING
+        self.terms = replace(self.terms, may_expire=False)
         self.progress = replace(self.progress, pending=True, description="waiting to be tried again")
         self.moved.set()
 

@@ -138,8 +138,8 @@ def _on_chord_part_return(
     count(self, request, *args, **kwargs)
 
 
-fake_worker.PictureEngine = DyingEngine  # type: ignore[misc]
-Deliveries.acknowledge = _acknowledge  # type: ignore[method-assign]
+fake_worker.PictureEngine = DyingEngine  # type: ignore[misc]  # the double stands in for the class
+Deliveries.acknowledge = _acknowledge  # type: ignore[method-assign]  # dies on its way
 RedisBackend.mark_as_done = _mark_as_done
 RedisBackend.on_chord_part_return = _on_chord_part_return
 app.conf.worker_pool = "tests.chaos.dying_worker:DyingDevicePool"

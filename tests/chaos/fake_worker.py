@@ -131,7 +131,7 @@ class FakeDevicePool(DevicePool):
         """Make the store, with the patience that the test asks for."""
         store = make_image_store(app, url)
         if budget_s := os.environ.get("SDTPU_FAKE_PUT_BUDGET_S"):
-            store.budget_s = float(budget_s)  # type: ignore[attr-defined]
+            store.budget_s = float(budget_s)  # type: ignore[attr-defined]  # both stores have it
         return store
 
 

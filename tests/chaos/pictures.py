@@ -22,5 +22,5 @@ def expected_count(seed: int, steps: int) -> int:
 
 def shown_count(image: bytes) -> int:
     """Return the number that a stored picture shows."""
-    red, green, blue = Image.open(io.BytesIO(image)).getpixel((0, 0))  # type: ignore[misc]
+    red, green, blue = Image.open(io.BytesIO(image)).getpixel((0, 0))  # type: ignore[misc]  # RGB pixels are tuples
     return (red << 16) + (green << 8) + blue

@@ -22,13 +22,12 @@ def client_of(*options: str):
 
 
 def warnings_of(client, **arguments) -> list[str]:
-    return redis_warnings(client, **{"lease_s": 30, **arguments})
+    return redis_warnings(client, **arguments)
 
 
 def test_a_server_with_persistence_and_without_eviction_is_fine():
     with client_of(*AOF) as client:
         assert warnings_of(client) == []
-        assert warnings_of(client, visibility_timeout=30) == []
     with client_of("--save", "60", "1", "--maxmemory", "100mb", "--maxmemory-policy", "noeviction") as client:
         assert warnings_of(client) == []
 
@@ -78,12 +77,6 @@ def test_a_replica_is_told_with_its_master():
         (text,) = warnings_of(client)
         assert "connected to a Redis replica" in text
         assert "127.0.0.1:1" in text
-
-
-def test_a_visibility_timeout_shorter_than_the_lease_is_told():
-    with client_of(*AOF) as client:
-        (text,) = warnings_of(client, visibility_timeout=10)
-        assert "visibility_timeout in broker_transport_options is 10 s, shorter than sdtpu_lease_s (30 s)" in text
 
 
 def test_old_servers_are_told_and_ones_too_old_are_refused():

@@ -8,7 +8,6 @@ import pytest
 from celery import Celery, group
 
 from sdtpu_worker import BrokerUnavailable, EngineUnavailable, InvalidRequest, generate
-from sdtpu_worker.client import broker_errors
 from sdtpu_worker.testing.processes import free_port
 from tests.support.clients import client_app
 
@@ -60,8 +59,7 @@ def test_the_queue_is_configurable(app, monkeypatch):
     assert queued(app) == []
 
 
-def test_a_redis_that_is_not_there_is_a_clear_error(monkeypatch):
-    monkeypatch.setattr(broker_errors, "PATIENCE_S", 0.3)
+def test_a_redis_that_is_not_there_is_a_clear_error():
     url = f"redis://user:secret@127.0.0.1:{free_port()}/0"
     with client_app(url, "cache+memory://"):
         with pytest.raises(BrokerUnavailable, match="was not enqueued: Redis at redis://") as caught:

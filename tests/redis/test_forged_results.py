@@ -243,7 +243,7 @@ def test_a_redis_key_of_another_type_or_text_instead_of_bytes(redis_url):
     app = make_app(sdtpu_image_store=f"{redis_url}?decode_responses=True")
     with Redis.from_url(redis_url) as client:
         client.set("sdtpu:image:x", "text", ex=60)
-        with pytest.raises(StorageError, match="leave decode_responses out"):
+        with pytest.raises(StorageError, match="remove decode_responses"):
             read_image_bytes(result_of(), app)
         client.delete("sdtpu:image:x")
         client.lpush("sdtpu:image:x", "a list")

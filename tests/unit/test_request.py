@@ -25,7 +25,7 @@ BAD = [
     (("a\x00fox",), {}, r"prompt must not have control characters, got '\\x00' at position 1"),
     (("a\x1b[31m",), {}, "control characters"),
     (("a\ud800",), {}, "control characters"),
-    (("a",), {"negative_prompt": None}, "negative_prompt must be a string"),
+    (("a",), {"negative_prompt": 7}, "negative_prompt must be a string"),
     (("a",), {"negative_prompt": "\x07"}, "negative_prompt must not have control characters"),
     (("a",), {"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
     (("a",), {"num_inference_steps": 1001}, "got 1001"),
@@ -59,6 +59,11 @@ BAD = [
 ]
 HUGE = (10**400, -(10**400), 10**5000, [[10**5000]], {10**5000: 10**5000}, Decimal("1e999999"))
 """Numbers that no float can hold, or that Python refuses to write out."""
+
+
+def test_no_negative_prompt_may_be_written_as_none():
+    """diffusers' pipelines take None for it, and their default is None."""
+    assert GenerationRequest.parse(("a",), {"negative_prompt": None}) == GenerationRequest("a")
 
 
 @pytest.mark.parametrize(("args", "kwargs", "message"), BAD)

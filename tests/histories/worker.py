@@ -1,0 +1,256 @@
+"""A worker process as far as delivery goes: the package's own channel, deliveries, lease and job, in virtual time.
+
+Its threads are actors: `main` claims and hands messages out, `lease` pulses, and each job has one of its own. What is
+not the package's stands in for Celery: the loop that reconnects, and the few lines in which a task's end is stored and
+its message acknowledged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from functools import partial
+from queue import Empty
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import redis
+from kombu import Connection
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.delivery import transport
+from sdtpu_worker.delivery.deliveries import Deliveries
+from sdtpu_worker.delivery.keys import Keys
+from sdtpu_worker.delivery.lease import Lease
+from sdtpu_worker.delivery.qos import Intake
+from sdtpu_worker.errors import DeliveryLimitExceeded
+from sdtpu_worker.worker.job import DeviceJob, JobLeft
+from tests.histories.actors import Actor
+from tests.histories.virtual_redis import make_pool
+
+if TYPE_CHECKING:
+    from tests.histories.world import World
+
+TASK, QUEUE = "sdtpu.generate", "sdtpu"
+LEASE_S = 12.0
+LOOK_S = 3.0  # how often an idle worker claims, unless the scheduler runs it before
+PREFETCH = 3
+MAX_DELIVERIES = 3
+PARAMETERS = GenerationRequest.parse(("x",), {"seed": 1})
+
+
+class VirtualChannel(transport.Channel):
+    """The package's channel, on the connections of its process; `main` asks it to look whenever it runs."""
+
+    process: WorkerProcess
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._wake_up: Any = SimpleNamespace(tracks=lambda _: True, track=lambda _: None, read=lambda: None)
+
+    def _get_pool(self, asynchronous: bool = False) -> redis.ConnectionPool:
+        return make_pool(self.process, self.process.world.socket)
+
+
+class WorkerProcess:
+    """A worker process, from its start until it is killed or has stopped.
+
+    Args:
+        world: what there is beside it.
+        host: the worker's name; a restarted worker has the same.
+
+    Attributes:
+        is_paused: nothing of it runs (SIGSTOP, or a suspended machine).
+        is_suspended: while it is paused its monotonic clock stands still.
+        is_cut_off: none of its commands reaches Redis.
+        suspended_s: how long its monotonic clock stood still.
+        wall_ahead_s: how far its wall clock is ahead of true time.
+        started_at: in true time.
+        away: when, in true time, it was paused or cut off: from, until.
+    """
+
+    def __init__(self, world: World, host: str) -> None:
+        self.world, self.host = world, host
+        self.is_dead = self.is_paused = self.is_suspended = self.is_cut_off = False
+        self.suspended_s = self.wall_ahead_s = 0.0
+        self.started_at = world.now
+        self.away: list[tuple[float, float]] = []
+        self.actors: dict[str, Actor] = {}
+        self.wake_at: dict[str, float] = {}  # by actor, on the monotonic clock
+        self.deliveries = Deliveries(self._connect, Keys(), LEASE_S, host)
+        self._pool = make_pool(self, world.socket)
+        self._lease = Lease(self.deliveries, lambda: True, clock=self.monotonic)
+        intake = Intake(
+            deliveries=self.deliveries,
+            is_task_queue=lambda queue: True,
+            known_tasks={TASK},
+            max_message_bytes=10_000,
+            max_holders=10 * MAX_DELIVERIES,
+            on_bad=world.on_bad,
+            devices_make_progress=lambda: True,
+            on_reply=lambda error: None,
+        )
+        channel = type("Channel", (VirtualChannel,), {"process": self})
+        self._transport = type("Transport", (transport.Transport,), {"intake": intake, "Channel": channel})
+        self._spawn("lease", self._pulse)
+        self._spawn("main", self._consume)
+
+    def monotonic(self) -> float:
+        """Return its monotonic clock, in seconds."""
+        return self.world.now - self.suspended_s
+
+    def wall(self) -> float:
+        """Return its wall clock, in seconds since 1970."""
+        return self.world.now + self.wall_ahead_s
+
+    def kill(self) -> None:
+        """End it: SIGKILL."""
+        self.is_dead = True
+        for actor in list(self.actors.values()):
+            actor.kill()
+        self._pool.disconnect()
+
+    def runnable(self) -> list[str]:
+        """Return the names of the actors that can run."""
+        return [] if self.is_dead or self.is_paused else [n for n, actor in self.actors.items() if not actor.is_done]
+
+    def due_at(self, name: str) -> float:
+        """Return the true time from which an actor has something to do; at once where it is within an operation."""
+        if not self.actors[name].is_idle:
+            return self.world.now
+        return self.world.now + max(0.0, self.wake_at.get(name, 0.0) - self.monotonic())
+
+    def _connect(self) -> redis.Redis:
+        return redis.Redis(connection_pool=self._pool)
+
+    def _spawn(self, name: str, body: Callable[[], None]) -> None:
+        self.actors[name] = Actor(name, body, self)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait on the monotonic clock. An actor's thread."""
+        actor = Actor.current
+        assert actor is not None
+        until = self.wake_at[actor.name] = self.monotonic() + seconds
+        actor.idle()
+        while self.monotonic() < until - 1e-6:
+            actor.idle()
+
+    def _pulse(self) -> None:
+        while True:
+            self._lease.pulse()
+            self.sleep(self._lease._pulse_s())
+
+    def _consume(self) -> None:
+        while True:
+            with contextlib.suppress(RedisConnectionError):
+                self._consume_on(Connection("redis://", transport=self._transport))
+            self.sleep(1.0)
+
+    def _consume_on(self, connection: Connection) -> None:
+        """Claim from a new connection until it breaks."""
+        channel = connection.transport.create_channel(connection.transport.establish_connection())
+        try:
+            channel.client.connection = channel.client.connection_pool.get_connection()  # as kombu's poller does
+            channel.basic_qos(0, PREFETCH, False)
+            channel.basic_consume(QUEUE, False, self._on_message, "tag")
+            while True:
+                if channel.qos.can_consume():
+                    channel._claim_at = 0.0
+                    channel._brpop_start()
+                    with contextlib.suppress(Empty):
+                        channel._brpop_read()
+                self.sleep(LOOK_S)
+        finally:
+            channel.qos.restore_unacked_once()
+            channel._disconnect_pools()
+
+    def _on_message(self, message: Any) -> None:
+        task_id = message.headers["id"]
+        self.deliveries.mark_running(message.delivery_tag)
+        self._spawn(f"job-{task_id}", partial(self._run_job, message, task_id))
+
+    def _run_job(self, message: Any, task_id: str) -> None:
+        """Do what the pool, Celery and `run_job` do with a message."""
+        job = _Job(self, _Request(self, message, task_id))
+        try:
+            if left := job.find_early_end():
+                raise left
+            with job.in_celerys_words():
+                facts = job.recall(PARAMETERS)
+                self.world.on_recall(task_id, facts.died_on)
+                self._record_start(task_id)
+                self.sleep(self.world.sent[task_id])
+            self._store(task_id, "SUCCESS")
+        except JobLeft as left:
+            job.leave(left)
+        except DeliveryLimitExceeded:
+            self._store(task_id, "FAILURE")
+        job.request.acknowledge()
+        job.release()
+
+    def _record_start(self, task_id: str) -> None:
+        """Do what the recorder of starts does: a Redis that cannot be reached is not waited for."""
+        with contextlib.suppress(RedisConnectionError):
+            self.deliveries.record_starts([task_id])
+
+    def get_task_meta(self, task_id: str, cache: bool = True) -> dict[str, Any]:
+        """Return what is stored of a task, as Celery's result backend does."""
+        raw = self._patiently(lambda client: client.get(f"celery-task-meta-{task_id}"))
+        return json.loads(raw) if raw else {"status": "PENDING", "result": None}
+
+    def _store(self, task_id: str, status: str) -> None:
+        """Store a task's end, as Celery's result backend does: not over a success."""
+        if self.get_task_meta(task_id)["status"] != "SUCCESS":
+            text = json.dumps({"status": status, "result": None})
+            self._patiently(lambda client: client.set(f"celery-task-meta-{task_id}", text))
+            self.world.on_stored(task_id, status)
+
+    def _patiently(self, ask: Callable[[redis.Redis], Any]) -> Any:
+        """Ask until Redis answers, as a thread that runs jobs does."""
+        while True:
+            try:
+                return ask(self.deliveries.client)
+            except RedisConnectionError:
+                self.sleep(1.0)
+
+
+class _Request:
+    """As much of `DeviceRequest` as a job needs; it acknowledges or requeues once."""
+
+    chord = expires = None
+    ignore_result = is_requeued = had_its_slot = False
+
+    def __init__(self, process: WorkerProcess, message: Any, task_id: str) -> None:
+        self.id, self.message, self.delivery_info = task_id, message, message.delivery_info
+        self.task = SimpleNamespace(backend=process)
+        self.stamps: dict[str, Any] = {}
+        self._is_acknowledged = False
+
+    def acknowledge(self) -> None:
+        if not self._is_acknowledged:
+            self._is_acknowledged = True
+            self.message.reject(requeue=True) if self.is_requeued else self.message.ack()
+
+    def requeue(self) -> None:
+        self.is_requeued = True
+        self.acknowledge()
+
+    def is_unwanted(self) -> bool:
+        return False
+
+    def announce_stored_end(self, meta: dict[str, Any]) -> None:
+        """Send no event: nobody listens."""
+
+
+class _Job(DeviceJob):
+    """The package's job, without a device loop; its pauses are in virtual time."""
+
+    def __init__(self, process: WorkerProcess, request: Any) -> None:
+        loop: Any = SimpleNamespace()
+        super().__init__(request, loop, deliveries=process.deliveries, max_deliveries=MAX_DELIVERIES)
+        self._process = process
+
+    def _pause(self) -> None:
+        self._process.sleep(1.0)

@@ -27,6 +27,7 @@ from redis.exceptions import ResponseError
 from sdtpu_worker.delivery import scripts
 from sdtpu_worker.delivery.job_facts import JobFacts, read_job_facts
 from sdtpu_worker.delivery.keys import Keys
+from sdtpu_worker.delivery.scripts import is_read_only
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -104,6 +105,17 @@ class Deliveries:
             if self._client is None:
                 self._client = self._connect()
             return self._client
+
+    def follow(self, connect: Callable[[], Redis]) -> None:
+        """Use another server from the next command on: the consumer takes its messages from there now.
+
+        Args:
+            connect: makes a client of that server, with time-outs.
+        """
+        with self._connecting:
+            client, self._client, self._connect = self._client, None, connect
+        if client is not None:  # other threads may use some of its connections at this moment
+            client.connection_pool.disconnect(inuse_connections=False)
 
     def close(self) -> None:
         """Close the connections."""
@@ -342,11 +354,3 @@ class Deliveries:
             if is_read_only(exc):  # the name of the server may belong to another one by now: connect anew
                 client.connection_pool.disconnect()
             raise
-
-
-def is_read_only(error: ResponseError) -> bool:
-    """Return whether a Redis refused a write because it is a replica, perhaps since a moment ago.
-
-    Servers before Redis 7 wrap an error within a script into one of another class.
-    """
-    return "READONLY" in str(error)

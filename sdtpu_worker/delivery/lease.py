@@ -70,6 +70,10 @@ class Lease:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    def lose_contact(self) -> None:
+        """Take note that another server has the messages now: no sweep until a whole lease of contact with it."""
+        self._contact_since, self._renew_at = None, 0.0
+
     def pulse(self) -> None:
         """Do what is due now. An outage of Redis is logged, not raised."""
         progress, now = self._devices_make_progress(), self._clock()

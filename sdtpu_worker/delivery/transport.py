@@ -37,10 +37,9 @@ from redis.exceptions import RedisError, ResponseError
 
 from sdtpu_worker.contract.queues import waiting_lists
 from sdtpu_worker.delivery.claim_schedule import ClaimSchedule
-from sdtpu_worker.delivery.deliveries import is_read_only
 from sdtpu_worker.delivery.envelope import BadEnvelope, check_envelope, find_task_id
 from sdtpu_worker.delivery.qos import Intake, QoS
-from sdtpu_worker.delivery.scripts import CLAIM, REDELIVERED
+from sdtpu_worker.delivery.scripts import CLAIM, REDELIVERED, is_read_only
 from sdtpu_worker.delivery.wake_up import WAKE_UP, Poller, WakeUp
 from sdtpu_worker.errors import DeliveryLimitExceeded
 

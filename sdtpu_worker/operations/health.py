@@ -7,7 +7,7 @@ requests with them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -43,6 +43,7 @@ class WorkerHealth:
     def __init__(self, lease_s: float, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s, self._stall_s, self._clock = lease_s, stall_s, clock
         self._device: tuple[Callable[[], bool], Callable[[], float], Callable[[], Sequence[int]]] | None = None
+        self._watches_redis = self._watches_event_loop = False
         self._beat_at = self._contact_at = 0.0
         self._disconnected_at: float | None = None
         self._refusal: str | None = None
@@ -53,6 +54,15 @@ class WorkerHealth:
     ) -> None:
         """Ask the device loop from now on: is its thread alive, how late is its tick (s), which devices are lost."""
         self._device = is_alive, stalled_s, lost
+
+    def watch_redis(self) -> None:
+        """Expect that Redis is heard of from now on. A worker with another broker has nothing to report of it."""
+        self._watches_redis = True
+
+    def watch_event_loop(self) -> None:
+        """Expect a beat at least once a second from now on. Celery has no event loop for some brokers."""
+        self._watches_event_loop = True
+        self.beat()
 
     def beat(self) -> None:
         """Report that Celery's event loop turns; to be called at least once a second."""
@@ -91,8 +101,8 @@ class WorkerHealth:
             return [Check("serving", True, "starting"), self._check_device()]
         return [
             self._check_device(),
-            self._check_event_loop(self.BEAT_LIVE_S, self._lease_s + self.RECONNECT_S),
-            self._check_redis(max(self._lease_s, self.CONTACT_READY_S)),
+            *self._check_event_loop(self.BEAT_LIVE_S, self._lease_s + self.RECONNECT_S),
+            *self._check_redis(max(self._lease_s, self.CONTACT_READY_S)),
         ]
 
     def ready(self) -> list[Check]:
@@ -104,8 +114,8 @@ class WorkerHealth:
         return [
             Check("serving", True, "started"),
             self._check_device(),
-            self._check_event_loop(self.BEAT_READY_S, self.CONTACT_READY_S),
-            self._check_redis(self.CONTACT_READY_S, self._refusal),
+            *self._check_event_loop(self.BEAT_READY_S, self.CONTACT_READY_S),
+            *self._check_redis(self.CONTACT_READY_S, self._refusal),
         ]
 
     def _check_device(self) -> Check:
@@ -122,17 +132,21 @@ class WorkerHealth:
             detail += f"; lost, and without jobs until the worker is started anew: device {numbers}"
         return Check("device", True, detail)
 
-    def _check_event_loop(self, limit_s: float, away_limit_s: float) -> Check:
+    def _check_event_loop(self, limit_s: float, away_limit_s: float) -> Iterator[Check]:
         if self._disconnected_at is not None:  # it does not turn now; the lease's thread may have reached Redis already
             away_s = self._clock() - self._disconnected_at
-            return Check("event_loop", away_s <= away_limit_s, f"connecting to Redis for {away_s:.0f} s")
-        age_s = self._clock() - self._beat_at
-        return Check("event_loop", age_s <= limit_s, f"the event loop turned {age_s:.0f} s ago")
+            yield Check("event_loop", away_s <= away_limit_s, f"connecting to the broker for {away_s:.0f} s")
+        elif self._watches_event_loop:
+            age_s = self._clock() - self._beat_at
+            yield Check("event_loop", age_s <= limit_s, f"the event loop turned {age_s:.0f} s ago")
 
-    def _check_redis(self, limit_s: float, refusal: str | None = None) -> Check:
+    def _check_redis(self, limit_s: float, refusal: str | None = None) -> Iterator[Check]:
         age_s = self._clock() - self._contact_at
+        if not self._watches_redis:
+            return
         if age_s > limit_s:
-            return Check("redis", False, f"not consuming: no answer from Redis for {age_s:.0f} s")
-        if refusal is not None:
-            return Check("redis", False, f"not consuming: Redis refuses to give jobs to this worker: {refusal}")
-        return Check("redis", True, f"answered {age_s:.0f} s ago")
+            yield Check("redis", False, f"not consuming: no answer from Redis for {age_s:.0f} s")
+        elif refusal is not None:
+            yield Check("redis", False, f"not consuming: Redis refuses to give jobs to this worker: {refusal}")
+        else:
+            yield Check("redis", True, f"answered {age_s:.0f} s ago")

@@ -126,6 +126,11 @@ class DevicePool(TaskPool):
         if deliveries is not None:
             deliveries.mark_running(request.message.delivery_tag)
             answer_directly(request)
+        if not isinstance(request, DeviceRequest):  # another task of the app that was sent to a queue of this worker
+            other = super().on_apply(target, args, kwargs, callback, accept_callback)
+            if deliveries is not None:
+                other.f.add_done_callback(lambda _: deliveries.release(request.message.delivery_tag))
+            return other
         job = DeviceJob(
             request,
             services.serving,

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.states import FAILURE
@@ -52,6 +53,11 @@ logger = logging.getLogger(__name__)
 EX_ENGINE_LOST = 75
 """Exit code of a worker whose devices are lost (EX_TEMPFAIL): its supervisor should start it anew."""
 _BROKER_TIMEOUT_S = 5.0
+_CLIENT_OPTIONS = {
+    "socket_timeout": _BROKER_TIMEOUT_S,
+    "socket_connect_timeout": _BROKER_TIMEOUT_S,
+    "max_connections": 1000,
+}
 _HOLDERS_PER_DELIVERY = 10
 """How many more times than on the devices a message may be in the hands of workers that die: it is seldom why."""
 _REPORT_EVERY_S = 5.0
@@ -98,6 +104,7 @@ class DeviceServices:
         self.stopping = threading.Event()
         self._app, self._hostname = app, hostname
         self._lease: Lease | None = None
+        self._server: str | None = None  # the URL of the Redis that the consumer is connected to
         self._load_report_at = 0.0
         self._undo = ExitStack()
 
@@ -150,10 +157,30 @@ class DeviceServices:
             return
         hub = consumer.hub
         self.deliveries.on_free = lambda: hub.call_soon(noop)
+        self._follow(consumer.connection)
         if self._lease is None:
             self._warn_of_redis()
             self._lease = Lease(self.deliveries, self.devices_make_progress, self._on_contact)
             self._lease.start()
+
+    def _follow(self, connection: Any) -> None:
+        """Lease and acknowledge on the server from which the consumer takes messages: kombu may have failed over."""
+        assert self.deliveries is not None
+        server = connection.as_uri(include_password=True)
+        if server == self._server:
+            return
+        if self._server is not None:
+            logger.warning("jobs now come from %s; those that came from another server are finished, and redelivered"
+                           " there unless it has become a copy of this one", connection.as_uri())  # fmt: skip
+        self._server = server
+        has_alternates = isinstance(connection.transport, transport.SentinelTransport)  # they are the other Sentinels
+        bound = connection.clone(
+            transport_options={**connection.transport_options, **_CLIENT_OPTIONS},
+            alternates=list(connection.alt) if has_alternates else [],
+        )
+        self.deliveries.follow(partial(_client_of, bound))
+        if self._lease is not None:
+            self._lease.lose_contact()
 
     def devices_make_progress(self) -> bool:
         """Return whether no tick is later than `sdtpu_stall_s`; True while there are no devices yet. Any thread."""
@@ -183,6 +210,7 @@ class DeviceServices:
             )
             undo.enter_context(change_app(app, {}))
             return
+        self.health.watch_redis()
         options = app.conf.broker_transport_options
         self.deliveries = deliveries = Deliveries(
             self._make_client, Keys(options.get("global_keyprefix", "")), config.lease_s, self._hostname
@@ -234,18 +262,8 @@ class DeviceServices:
         self.deliveries.close()
 
     def _make_client(self) -> Redis:
-        """Make a client of the broker, whatever it takes to reach it: TLS, a password, Sentinels."""
-        from redis import Redis
-
-        connection = self._app.connection_for_read(
-            transport_options={
-                "socket_timeout": _BROKER_TIMEOUT_S,
-                "socket_connect_timeout": _BROKER_TIMEOUT_S,
-                "max_connections": 1000,
-            }
-        )
-        connection.connect()
-        return Redis(connection_pool=connection.channel().pool)
+        """Make a client of the broker for the time before the consumer is connected."""
+        return _client_of(self._app.connection_for_read(transport_options=_CLIENT_OPTIONS))
 
     def _store_error(self, bad: BadEnvelope) -> None:
         """Give the job of a message that cannot be run its result."""
@@ -274,6 +292,14 @@ class DeviceServices:
             publish_load(self.deliveries.client, self.config.queue, load, self.deliveries.keys.prefix)
         except RedisError as exc:  # no memory, no permission; clients then estimate without this worker
             logger.warning("the load report of this worker could not be published: %s", exc)
+
+
+def _client_of(connection: Any) -> Redis:
+    """Make a client of the Redis that a kombu connection leads to, whatever it takes: TLS, a password, Sentinels."""
+    from redis import Redis
+
+    connection.connect()
+    return Redis(connection_pool=connection.channel().pool)
 
 
 def _log_ready(engine: ServingEngine, after_s: float) -> None:

@@ -149,7 +149,9 @@ class DeliveryStep(bootsteps.StartStopStep):
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         """Have the event loop report once a second that it turns."""
-        hub.call_repeatedly(1.0, consumer.pool.services.health.beat)
+        health = consumer.pool.services.health
+        health.watch_event_loop()
+        hub.call_repeatedly(1.0, health.beat)
 
 
 class UrgentPrefetchStep(bootsteps.StartStopStep):

@@ -22,6 +22,9 @@ from celery import Celery
 from redis.exceptions import NoPermissionError
 
 from sdtpu_worker import generate
+from sdtpu_worker.operations.health import WorkerHealth
+from sdtpu_worker.operations.health_http import ask_health
+from sdtpu_worker.testing.processes import free_port
 from tests.chaos.fleet import Fleet, Ledger
 from tests.chaos.proxies import FlakyProxy, TlsProxy
 from tests.chaos.servers import RedisServer
@@ -180,15 +183,21 @@ def test_a_broker_that_is_not_redis(tmp_path: Path):
                 CELERY_RESULT_BACKEND=f"file://{tmp_path}/results",
                 SDTPU_IMAGE_STORE=store,
                 SDTPU_FAKE_CONF=json.dumps(conf),
+                SDTPU_HEALTH_ADDRESS=f"127.0.0.1:{(port := free_port())}",
                 **WORKER,
             )
         )
         worker, ledger = fleet.start("files"), Ledger()
+        started = time.monotonic()
         for seed in range(10):
             ledger.add(seed, 10)
         ledger.wait(30)
         assert not ledger.errors
         assert not ledger.wrong_pictures()
+        time.sleep(max(0.0, started + WorkerHealth.CONTACT_READY_S + 1 - time.monotonic()))
+        for path in ("/livez", "/readyz"):
+            well, checks = ask_health(("127.0.0.1", port), path)
+            assert well, checks
         assert worker.stop() == 0
         assert "the broker is not Redis: leases, hand-over, delivery limits and message checks are off" in worker.text()
         print(f"\nfilesystem://: {len(ledger.results)} jobs done")

@@ -165,3 +165,8 @@ def test_a_job_that_was_revoked_before_its_worker_started_is_not_run(app, fleet,
             worker.stop()
         finally:
             app.control.add_consumer("sdtpu", reply=True, destination=["cancel@chaos"])
+
+
+def test_another_task_that_was_sent_to_a_device_queue_runs_as_in_celerys_own_thread_pool(fleet, app):
+    found = app.send_task("celery.accumulate", [1, 2], queue="sdtpu").get(timeout=20)
+    assert found == [1, 2]

@@ -32,7 +32,9 @@ class Worker:
     def start(self) -> Worker:
         self.lost: list[int] = []
         self.health.watch_device(lambda: self.alive, lambda: self.late_s, lambda: self.lost)
+        self.health.watch_redis()
         self.health.on_consume()
+        self.health.watch_event_loop()
         return self
 
     def run(self, seconds: int, beats: bool = True, contacts: bool = True) -> None:
@@ -116,6 +118,22 @@ def test_a_worker_to_which_redis_refuses_jobs_lives_and_is_not_ready():
     assert (worker.live, worker.ready) == ([], [])
 
 
+def test_a_worker_with_another_broker_is_live_and_ready_without_redis():
+    worker = Worker()
+    worker.health.watch_device(lambda: worker.alive, lambda: worker.late_s)
+    worker.health.on_consume()
+    worker.run(1000, beats=False, contacts=False)
+    assert (worker.live, worker.ready) == ([], []), "Celery has no event loop for some brokers"
+    worker.health.watch_event_loop()
+    worker.run(100, contacts=False)
+    assert (worker.live, worker.ready) == ([], [])
+    worker.run(6, beats=False, contacts=False)
+    assert (worker.live, worker.ready) == ([], ["event_loop"])
+    worker.health.on_disconnect()
+    worker.run(61, beats=False, contacts=False)
+    assert (worker.live, worker.ready) == (["event_loop"], ["event_loop"])
+
+
 def test_while_celery_waits_for_redis_its_main_loop_need_not_turn():
     worker = Worker(lease_s=30).start()
     worker.run(3)
@@ -134,7 +152,7 @@ def test_a_worker_whose_lease_reached_redis_before_its_consumer_is_not_ready():
     worker.health.on_disconnect()
     worker.run(10, beats=False)
     assert (worker.live, worker.ready) == ([], ["event_loop"])
-    assert worker.health.ready()[-2].detail == "connecting to Redis for 10 s"
+    assert worker.health.ready()[-2].detail == "connecting to the broker for 10 s"
     worker.run(50, beats=False)
     assert worker.live == []
     worker.run(1, beats=False)

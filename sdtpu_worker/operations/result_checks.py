@@ -44,8 +44,8 @@ def check_results(app: Celery) -> None:
     if type(backend).__name__ in _STORING_NOTHING:
         return
     try:
-        if hasattr(client := getattr(backend, "client", None), "ping"):
-            client.ping()  # Celery's own patience with a Redis that is away is long
+        if (ping := getattr(getattr(backend, "client", None), "ping", None)) is not None:
+            ping()  # Celery's own patience with a Redis that is away is long
         task_id = f"sdtpu-start-{uuid.uuid4()}"
         backend.store_result(task_id, None, SUCCESS)
         with contextlib.suppress(Exception):  # without the right to delete it expires

@@ -291,12 +291,17 @@ class Deliveries:
         return read_job_facts(self.client, self.keys, task_id)
 
     def save_snapshot(self, task_id: str, data: bytes) -> None:
-        """Keep a job's snapshot for the worker that continues it.
+        """Keep a job's snapshot for the worker that continues it, unless another one has taken the job over already.
 
         Raises:
             redis.exceptions.RedisError: Redis was not reached, or refused the snapshot.
         """
-        self.client.set(self.keys.snapshot(task_id), data, ex=JOB_FACTS_EXPIRE_S)
+        with self._lock:
+            tags = [tag for tag, delivery in self._held.items() if delivery.task_id == task_id]
+        for tag in tags:
+            keys = [self.keys.held, self.keys.snapshot(task_id)]
+            if self._eval(scripts.SAVE_SNAPSHOT, keys, [tag, data, JOB_FACTS_EXPIRE_S]):
+                return
 
     def _requeue_later(self, wanted: Callable[[Delivery], bool]) -> None:
         """Stop holding the wanted messages; the next `flush` requeues them."""

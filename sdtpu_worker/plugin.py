@@ -11,6 +11,7 @@ from celery.concurrency import get_implementation
 from click.core import ParameterSource
 
 from sdtpu_worker.client.routing import device_queues, route_the_task
+from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations.settings_guard import guard_settings
 
 POOL = "sdtpu_worker.pool:DevicePool"
@@ -104,7 +105,11 @@ def _choose_pool(sender: Any, **_: Any) -> None:
     if not set(WORKER_STEPS) <= app.steps["worker"]:
         return
     pool = get_implementation(sender.pool_cls)
-    if not is_device_worker(app, is_device_pool(pool)):
+    try:
+        is_wanted = is_device_worker(app, is_device_pool(pool))
+    except ConfigurationError:  # the boot step refuses it with the reason
+        return
+    if not is_wanted:
         if is_device_pool(pool):
             sender.pool_cls = get_implementation("prefork")
     elif not is_device_pool(pool) and not _is_asked_for(app, pool):

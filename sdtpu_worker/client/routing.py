@@ -7,6 +7,7 @@ name does too (`send_task`, `celery call`, a signature of another process).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from sdtpu_worker.contract.queues import DEFAULT_PRIORITY, TASK_NAME, shard_queu
 
 if TYPE_CHECKING:
     from celery import Celery
+
+logger = logging.getLogger(__name__)
 
 _ANY_OTHER_TASK = "celery.backend_cleanup"
 _DESTINATION = ("queue", "exchange", "routing_key")
@@ -56,8 +59,12 @@ def device_queues(app: Celery) -> list[str]:
     """
     names = shard_queues(read_setting("sdtpu_queue", app.conf), read_setting("sdtpu_tenant_shards", app.conf))
     task = app.tasks.get(TASK_NAME)
-    router = Router(app.amqp.routes, app=app)
-    routed = generation_route(app, router, (), {}, {"queue": getattr(task, "queue", None)}, task)["queue"]
+    try:
+        router = Router(app.amqp.routes, app=app)
+        routed = generation_route(app, router, (), {}, {"queue": getattr(task, "queue", None)}, task)["queue"]
+    except Exception as exc:  # a router of the app's own, which wants arguments that only a job has
+        logger.warning("the app's routes do not tell the queue of %s without a job: %r", TASK_NAME, exc)
+        return names
     return list(dict.fromkeys([*names, name_of(routed)]))
 
 

@@ -17,6 +17,8 @@ from sdtpu_worker.client.routing import device_queues
 from sdtpu_worker.config import Config, read_config, read_setting
 from sdtpu_worker.contract.queues import shard_queues
 from sdtpu_worker.errors import ConfigurationError, SdtpuError
+from sdtpu_worker.operations.connections import connections_warning
+from sdtpu_worker.operations.result_checks import check_results
 from sdtpu_worker.plugin import POOL, given_options, is_device_pool
 
 if TYPE_CHECKING:
@@ -75,7 +77,9 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
             return
         signals.worker_process_init.send(sender=worker.hostname)  # as Celery's other pools do: set-up hangs on it
         try:
+            check_results(worker.app)
             self._services.start(worker.pool)
+            self._check_connections()
         except SdtpuError as exc:
             logger.critical("%s: %s", type(exc).__name__, exc)
             raise SystemExit(EX_FAILURE) from exc
@@ -88,6 +92,23 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
         worker.pool.serve(self._services)
         worker.concurrency = worker.consumer.initial_prefetch_count = worker.pool.limit
         worker.consumer.prefetch_multiplier = 1
+
+    def _check_connections(self) -> None:
+        """Refuse, or warn of, a Redis that grants too few connections for all jobs that this worker may hold.
+
+        Raises:
+            ConfigurationError: it can never grant them.
+        """
+        services = self._services
+        if services is None or services.deliveries is None or services.serving is None:
+            return
+        try:
+            warning = connections_warning(services.deliveries.client, services.serving.engine.info.num_slots)
+        except ConfigurationError:
+            services.stop(is_stuck=False)
+            raise
+        if warning:
+            logger.warning("%s", warning)
 
     def stop(self, worker: Any) -> None:
         """Wait for the pool's jobs, then stop the services."""
@@ -120,7 +141,11 @@ class DeliveryStep(bootsteps.StartStopStep):
         from sdtpu_worker.worker.remote_control import guard
 
         guard(consumer)
-        consumer.pool.services.on_consume(consumer)
+        try:
+            consumer.pool.services.on_consume(consumer)
+        except ConfigurationError as exc:
+            logger.critical("%s: %s", type(exc).__name__, exc)
+            raise SystemExit(EX_FAILURE) from exc
 
     def stop(self, consumer: Any) -> None:
         """Runs at every loss of a connection, and when the worker stops."""

@@ -28,7 +28,7 @@ def prefixed(request, redis_url, redis):
 def claim(redis: Redis, prefix: str, queue_list: str, tag: str, due_in_s: float | None = None) -> None:
     """Hold a message as a worker does, or defer it."""
     keys = Keys(prefix)
-    redis.eval(CLAIM, 3, keys.held, keys.leases, queue_list, tag, 30, 10**6, 100)
+    redis.eval(CLAIM, 3, keys.held, keys.leases, queue_list, tag, 30, 10**6, 100, "t")
     if due_in_s is not None:
         due_at = redis.time()[0] + due_in_s
         assert redis.eval(DEFER, 3, keys.held, keys.leases, keys.delayed, tag, due_at) == 1

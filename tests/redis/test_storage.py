@@ -288,7 +288,7 @@ def test_an_image_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_i
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(Path, "replace", record_rename)
     store = make_image_store(app_with(""), f"file://{tmp_path}/new/store")
-    assert done == ["names of new on the disk", f"names of {tmp_path.name} on the disk"]
+    assert done[:2] == ["names of new on the disk", f"names of {tmp_path.name} on the disk"]
     done.clear()
     store.put("x", "png", b"data")
     assert done == ["data on the disk", "renamed", "names of store on the disk"]

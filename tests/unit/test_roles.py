@@ -74,6 +74,15 @@ def test_asking_for_the_queues_of_the_task_makes_no_worker_consume_them():
     assert not is_device_worker(app, has_device_pool=False)
 
 
+def test_a_router_that_cannot_be_asked_without_a_job_ends_no_worker(caplog):
+    def by_user(name: str, args: Any, kwargs: dict[str, Any], *_: Any, **__: Any) -> dict[str, str]:
+        return {"queue": f"of-{kwargs['user']}"}
+
+    assert pool_of(app_of(task_routes=[by_user])) == PREFORK
+    assert pool_of(app_of(task_routes=[by_user]), "sdtpu") == DEVICES
+    assert "the app's routes do not tell the queue" in caplog.text
+
+
 def test_the_ready_made_app_consumes_jobs_alone_and_sends_next_steps_to_celerys_own_queue(monkeypatch):
     """Its `task_default_queue` was `sdtpu`, so the next task of a chain went to the device workers and failed."""
     monkeypatch.setenv("SDTPU_QUEUE", "art")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdtpu_worker.testing.processes import free_port, worker_command, worker_env
+from sdtpu_worker.testing.processes import free_port, private_redis, worker_command, worker_env
 
 
 def run_worker(tmp_path: Path, *options: str, app: str = "sdtpu_worker.app", **settings: str) -> tuple[int, str]:
@@ -122,6 +122,16 @@ def test_a_worker_of_any_queue_of_the_task_is_a_device_worker_and_says_what_it_l
     for option in ("concurrency", "pool", "max-tasks-per-child"):
         assert f"--{option} is ignored by a device worker" in output
     assert "--prefetch-multiplier" not in output
+
+
+def test_a_redis_that_grants_too_few_connections_is_refused_at_the_start(tmp_path):
+    """The worker consumed, results could not be stored, and jobs came back."""
+    with private_redis("--maxclients", "19") as url:
+        code, output = run_worker(tmp_path, app="tests.chaos.fake_worker", CELERY_BROKER_URL=url,
+                                  CELERY_RESULT_BACKEND=url, SDTPU_CPU_DEVICES="2")  # fmt: skip
+    assert code == 1
+    assert "Redis grants 19 connections (maxclients), but a worker with 2 slots needs 22" in output, output
+    assert "Traceback" not in output
 
 
 def test_celerys_own_command_line_has_our_commands():

@@ -185,11 +185,15 @@ class TicksInFlight:
     def _wait(self) -> None:
         """Wait for the devices, so that the loop's thread can accept jobs meanwhile."""
         while (tick := self._to_wait_for.get()) is not None:
-            try:
-                end: Sequence[Image] | Exception = tick.executed.wait()
-            except Exception as exc:
-                end = exc
-            now = self._clock()
-            done_at = tick.executed.done_at or now
-            self._trace.transfer(tick.plan, done_at, now)
-            self._on_end(tick, end, done_at)
+            self._wait_for(tick)
+
+    def _wait_for(self, tick: TickInFlight) -> None:
+        """Wait for the end of one tick, and tell of it."""
+        try:
+            end: Sequence[Image] | Exception = tick.executed.wait()
+        except Exception as exc:
+            end = exc
+        now = self._clock()
+        done_at = tick.executed.done_at or now
+        self._trace.transfer(tick.plan, done_at, now)
+        self._on_end(tick, end, done_at)

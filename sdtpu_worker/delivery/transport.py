@@ -27,7 +27,7 @@ from queue import Empty
 from typing import Any
 
 from celery.utils.functional import noop
-from celery.utils.time import maybe_iso8601
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Connection
 from kombu import transport as kombu_transports
 from kombu.transport import redis as kombu_redis
@@ -45,8 +45,6 @@ from sdtpu_worker.errors import DeliveryLimitExceeded
 
 logger = logging.getLogger(__name__)
 
-PROMPT_S = 1.0
-"""A job that is due within these seconds goes to Celery, whose timer is exact; a later one is deferred."""
 _ENDS_BYTES = 4096
 
 
@@ -195,9 +193,10 @@ class ClaimingChannel:
             intake.deliveries.dead_letter(tag, type(exc.error).__name__, queue, exc.reason, size, raw)
             return
         properties, headers = message["properties"], message["headers"]
-        due_at = _due_at(headers)
-        if due_at - time.time() > PROMPT_S and intake.deliveries.defer(tag, due_at):
-            return
+        if due_at := _due_at(headers):
+            if intake.deliveries.defer(tag, due_at):
+                return
+            headers["eta"] = None  # due by Redis' clock: Celery must not wait for this host's, and take more meanwhile
         properties["delivery_tag"] = tag
         if raw.startswith(REDELIVERED):
             headers["redelivered"] = properties["delivery_info"]["redelivered"] = True
@@ -306,5 +305,4 @@ def _just(transport: type) -> type:
 def _due_at(headers: dict[str, Any]) -> float:
     """Return when a job is due, seconds since 1970; 0.0 for at once, and where Celery has to find out (protocol 1)."""
     eta = headers.get("eta")
-    due_at = maybe_iso8601(eta) if eta is not None else None
-    return due_at.timestamp() if due_at is not None and due_at.tzinfo is not None else 0.0
+    return maybe_make_aware(maybe_iso8601(eta)).timestamp() if eta is not None else 0.0

@@ -130,7 +130,7 @@ class JobTable:
         if image.finite:
             self._stats.images += 1
             self._records.well_done(image.device)
-            for device in submission.failed_on - {image.device}:
+            for device in submission.failed_on.keys() - {image.device}:
                 self._records.strike(device, image.task_id)
                 self.needs_verdict = True
             at = tick.plan.occupied, submission.started_at, now
@@ -160,6 +160,7 @@ class JobTable:
                 cause = f"{type(exc).__name__}: {exc}"[:_MOST_CHARACTERS]
                 self._accuse(submission, submission.device, f"the device program failed on this job alone: {cause}")
             else:
+                submission.failed_in_company += not lost
                 self._try_again(submission)
         for submission in self.pick(parking).values():
             if submission.stage is JobStage.PARKED and submission.usable_snapshot() is None:
@@ -170,7 +171,7 @@ class JobTable:
         """Find out who is at fault, devices or jobs.
 
         A lost device gets no job any more. A job that failed alone is at fault when it failed on two devices that
-        draw the reference image, or when there is no other device for another try.
+        draw the reference image, or twice when there is no other device for another try.
 
         Args:
             lost: devices that did not draw the reference image just now.
@@ -183,9 +184,8 @@ class JobTable:
         accused, self._accused, self.needs_verdict = self._accused, [], False
         for submission, device, reason in accused:
             if device not in self._stats.lost_devices:
-                submission.failed_on.add(device)
-                others = set(range(self._policy.num_devices)) - submission.failed_on - set(self._stats.lost_devices)
-                if submission.alone or len(submission.failed_on) > 1 or not others:
+                submission.failed_on[device] += 1
+                if self._is_at_fault(submission):
                     self._end(submission.job.task_id, GenerationFailed(reason))
                     continue
             self._try_alone(submission, reason)
@@ -206,8 +206,8 @@ class JobTable:
             for submission in self.pick(self._policy.exclude(device)).values():
                 submission.snapshot = None
                 self._try_again(submission)
-        for submission in self._jobs.values():
-            submission.failed_on.difference_update(lost)
+            for submission in self._jobs.values():
+                submission.failed_on.pop(device, None)
 
     def update_progress(self, tick: TickInFlight, now: float) -> None:
         """Set how far every job of a tick is, from what was planned; nothing is read from the devices for it."""
@@ -277,7 +277,7 @@ class JobTable:
             self._accuse(submission, device, reason)
             return
         if not is_foreign:
-            submission.failed_on.add(device)
+            submission.failed_on[device] += 1
         self._try_alone(submission, reason)
 
     def _accuse(self, submission: Submission, device: int | None, reason: str) -> None:
@@ -286,6 +286,13 @@ class JobTable:
         self._policy.cancel(submission.job.task_id)
         self._accused.append((submission, device, reason))
         self.needs_verdict = True
+
+    def _is_at_fault(self, submission: Submission) -> bool:
+        """Return whether a job that has just failed alone is the cause, as far as another try could tell."""
+        left = set(range(self._policy.num_devices)) - set(self._stats.lost_devices)
+        failures = submission.failed_in_company + submission.failed_on.total()
+        is_last_device = left <= submission.failed_on.keys()
+        return submission.alone or len(submission.failed_on) > 1 or (is_last_device and failures > 1)
 
     def _try_alone(self, submission: Submission, reason: str) -> None:
         """Queue a job once more, for a try alone on a device on which it has not failed."""

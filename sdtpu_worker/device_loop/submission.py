@@ -9,6 +9,7 @@ JobHandedOver    this loop stops before the job is done; another worker resumes 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
@@ -100,7 +101,9 @@ class Submission:
         started_at: when the job got its slot; None while it waits for its first one or for another try.
         device: where the job has, or had last, its slot; None before its first one.
         is_foreign: the state that the job goes on from was made elsewhere, so it proves nothing against a device here.
-        failed_on: devices on which the job's image or state was not finite, or which failed while it was alone on them.
+        failed_on: devices on which the job's image or state was not finite, or which failed while it was alone on them,
+            with how often. Lost devices are none of them.
+        failed_in_company: how often devices failed while other jobs were on them too, and no device was lost for it.
         announced: the loop has told of the job's start, and since then no other job had the devices for itself.
     """
 
@@ -118,7 +121,8 @@ class Submission:
     announced: bool = False
     device: int | None = None
     is_foreign: bool = False
-    failed_on: set[int] = field(default_factory=set)
+    failed_on: Counter[int] = field(default_factory=Counter)
+    failed_in_company: int = 0
     _stage: JobStage = JobStage.WAITING
 
     @classmethod

@@ -29,7 +29,7 @@ class WorkerHealth:
         clock: monotonic seconds.
 
     Attributes:
-        started: the worker has begun to consume; until then it compiles, or waits for Redis.
+        started: the worker has begun to consume; until then it loads, compiles, or waits for its broker.
         draining: the worker is stopping: it finishes its jobs or hands them over, and takes no more.
     """
 
@@ -47,6 +47,7 @@ class WorkerHealth:
         self._beat_at = self._contact_at = 0.0
         self._disconnected_at: float | None = None
         self._refusal: str | None = None
+        self._phase, self._phase_at = "looking at its settings", self._clock()
         self.started = self.draining = False
 
     def watch_device(
@@ -54,6 +55,10 @@ class WorkerHealth:
     ) -> None:
         """Ask the device loop from now on: is its thread alive, how late is its tick (s), which devices are lost."""
         self._device = is_alive, stalled_s, lost
+
+    def enter(self, phase: str) -> None:
+        """Report what the worker does before it consumes, as in `starting: compiling`."""
+        self._phase, self._phase_at = phase, self._clock()
 
     def watch_redis(self) -> None:
         """Expect that Redis is heard of from now on. A worker with another broker has nothing to report of it."""
@@ -98,7 +103,7 @@ class WorkerHealth:
         if self.draining:
             return [Check("serving", True, "stopping: the worker finishes its jobs or hands them over")]
         if not self.started:
-            return [Check("serving", True, "starting"), self._check_device()]
+            return [Check("serving", True, self._starting()), self._check_device()]
         return [
             self._check_device(),
             *self._check_event_loop(self.BEAT_LIVE_S, self._lease_s + self.RECONNECT_S),
@@ -110,13 +115,16 @@ class WorkerHealth:
         if self.draining:
             return [Check("serving", False, "stopping: the worker takes no more jobs")]
         if not self.started:
-            return [Check("serving", False, "starting: the worker does not consume yet"), self._check_device()]
+            return [Check("serving", False, self._starting()), self._check_device()]
         return [
             Check("serving", True, "started"),
             self._check_device(),
             *self._check_event_loop(self.BEAT_READY_S, self.CONTACT_READY_S),
             *self._check_redis(self.CONTACT_READY_S, self._refusal),
         ]
+
+    def _starting(self) -> str:
+        return f"starting: {self._phase}, for {self._clock() - self._phase_at:.0f} s"
 
     def _check_device(self) -> Check:
         if self._device is None:

@@ -30,7 +30,7 @@ def redis_warnings(client: Redis, *, images_in_redis: bool = True) -> list[str]:
         images_in_redis: whether this server stores the images.
 
     Raises:
-        ConfigurationError: the server is too old for this worker.
+        ConfigurationError: the server is too old for this worker, or belongs to a Redis Cluster.
         redis.exceptions.ConnectionError: the server cannot be reached.
     """
     try:
@@ -38,6 +38,7 @@ def redis_warnings(client: Redis, *, images_in_redis: bool = True) -> list[str]:
     except ResponseError:
         info = {}
     kept = ["jobs", "leases", "results", *(["images"] if images_in_redis else [])]
+    _refuse_cluster(info)
     return [
         *_version(info),
         *_role(info),
@@ -67,6 +68,15 @@ def _version(info: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"the Redis server is {text}; this worker is tested with {_dotted(_OLDEST_TESTED)} and newer."
             " Upgrade the server."
+        )
+
+
+def _refuse_cluster(info: Mapping[str, Any]) -> None:
+    if info.get("cluster_enabled"):
+        raise ConfigurationError(
+            "the Redis server belongs to a Redis Cluster (cluster-enabled yes), which spreads over several servers the"
+            " keys that Celery and this worker change in one step; let broker_url name a server that is no cluster"
+            " (managed services: cluster mode disabled), for failover one with Sentinel"
         )
 
 

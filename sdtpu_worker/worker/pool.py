@@ -35,11 +35,12 @@ _STORE_S = 10.0
 """How long jobs that left the devices may take to encode, store and end."""
 
 
-def make_engine(config: Config) -> ServingEngine:
-    """Return a warm engine on this host's devices; imports JAX."""
+def make_engine(config: Config, on_phase: Callable[[str], None]) -> ServingEngine:
+    """Return a warm engine on this host's devices; imports JAX, and tells what it is at."""
+    on_phase("importing JAX")
     from sdtpu_worker.diffusion.start import start_engine
 
-    return start_engine(config)
+    return start_engine(config, on_phase)
 
 
 def make_aggregator(engine: ServingEngine, config: Config) -> Policy:
@@ -71,8 +72,8 @@ class DevicePool(TaskPool):
     gathers and the last one is encoded and stored while the devices work; and a batch more for urgent jobs that are
     taken past that limit.
 
-    A subclass may serve with other parts: `make_engine` of the configuration, `make_store` of the app and the URL of
-    its images, `make_policy` of the engine and the configuration.
+    A subclass may serve with other parts: `make_engine` of the configuration and of what is told how far it is,
+    `make_store` of the app and the URL of its images, `make_policy` of the engine and the configuration.
 
     Attributes:
         services: what the worker's process has; None until the worker has started it.

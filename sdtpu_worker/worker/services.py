@@ -37,6 +37,7 @@ from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.device_loop.protocols import ServingEngine
+from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
 from sdtpu_worker.operations.redis_checks import redis_warnings
@@ -68,8 +69,8 @@ class PartMakers(Protocol):
     """Makes the parts that differ between device workers; `DevicePool` does, and its subclasses differ in them."""
 
     @property
-    def make_engine(self) -> Callable[[Config], Any]:
-        """Make a warm engine on this host's devices."""
+    def make_engine(self) -> Callable[[Config, Callable[[str], None]], Any]:
+        """Make a warm engine on this host's devices; the second argument is told what it is at: `compiling`."""
 
     @property
     def make_store(self) -> Callable[[Any, str], Any]:
@@ -105,6 +106,7 @@ class DeviceServices:
         self._app, self._hostname = app, hostname
         self._lease: Lease | None = None
         self._server: str | None = None  # the URL of the Redis that the consumer is connected to
+        self._has_looked_at_redis = False
         self._load_report_at = 0.0
         self._undo = ExitStack()
 
@@ -123,9 +125,11 @@ class DeviceServices:
                 server = HealthServer(self.config.health_address, self.health.live, self.health.ready)
                 undo.callback(server.close)
             undo.enter_context(watch_failures_outside_tasks())
+            self.health.enter("looking at the broker")
             self._connect_to_broker(undo)
+            self.health.enter("looking at the image store")
             store = pool.make_store(self._app, self.config.image_store)
-            engine = pool.make_engine(self.config)
+            engine = pool.make_engine(self.config, self.health.enter)
             undo.callback(engine.close)
             policy = pool.make_policy(engine, self.config)
             hooks = Hooks(_end_process, self._make_start_recorder(undo), self.stopping.is_set)
@@ -134,6 +138,7 @@ class DeviceServices:
             loop = serving.loop
             self.health.watch_device(lambda: loop.alive, lambda: loop.stalled_s, lambda: loop.stats.lost_devices)
             undo.enter_context(freeze_start_up())
+            self.health.enter("ready to consume, connecting to the broker")
             self._undo = undo.pop_all()
         _log_ready(engine, time.monotonic() - started)
 
@@ -158,8 +163,8 @@ class DeviceServices:
         hub = consumer.hub
         self.deliveries.on_free = lambda: hub.call_soon(noop)
         self._follow(consumer.connection)
+        self._warn_of_redis()
         if self._lease is None:
-            self._warn_of_redis()
             self._lease = Lease(self.deliveries, self.devices_make_progress, self._on_contact)
             self._lease.start()
 
@@ -172,6 +177,7 @@ class DeviceServices:
         if self._server is not None:
             logger.warning("jobs now come from %s; those that came from another server are finished, and redelivered"
                            " there unless it has become a copy of this one", connection.as_uri())  # fmt: skip
+            self._has_looked_at_redis = False
         self._server = server
         has_alternates = isinstance(connection.transport, transport.SentinelTransport)  # they are the other Sentinels
         bound = connection.clone(
@@ -238,6 +244,12 @@ class DeviceServices:
             )
         )
         undo.callback(self._leave_redis)
+        try:
+            self._warn_of_redis()
+        except ConfigurationError:
+            raise
+        except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
+            logger.warning("Redis cannot be reached yet, and is looked at again when it can: %s", exc)
 
     def _make_start_recorder(self, undo: ExitStack) -> Any:
         """Return what the device loop tells of the jobs that start."""
@@ -275,11 +287,18 @@ class DeviceServices:
             logger.warning("the error of task %s could not be stored: %s", bad.task_id, exc)
 
     def _warn_of_redis(self) -> None:
-        """Log what this Redis may do to jobs."""
+        """Log once what this Redis may do to jobs.
+
+        Raises:
+            ConfigurationError: no job can run with this Redis.
+        """
         assert self.deliveries is not None
+        if self._has_looked_at_redis:
+            return
         images_in_redis = self.config.image_store.startswith("redis")
         for text in redis_warnings(self.deliveries.client, images_in_redis=images_in_redis):
             logger.warning("%s", text)
+        self._has_looked_at_redis = True
 
     def _on_contact(self) -> None:
         """Take note that Redis answered, and publish the load report when it is time. The lease's thread."""

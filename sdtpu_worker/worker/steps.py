@@ -141,7 +141,11 @@ class DeliveryStep(bootsteps.StartStopStep):
         from sdtpu_worker.worker.remote_control import guard
 
         guard(consumer)
-        consumer.pool.services.on_consume(consumer)
+        try:
+            consumer.pool.services.on_consume(consumer)
+        except ConfigurationError as exc:
+            logger.critical("%s: %s", type(exc).__name__, exc)
+            raise SystemExit(EX_FAILURE) from exc
 
     def stop(self, consumer: Any) -> None:
         """Runs at every loss of a connection, and when the worker stops."""

@@ -103,6 +103,22 @@ def _pauses_together(random: Random) -> list[Step]:
     return steps
 
 
+def _away(random: Random) -> list[Step]:
+    """Cut a worker off, or have its devices hang, for a while."""
+    host = random.choice(HOSTS)
+    steps = [Step(random.choice(("cut", "hang")), (host,)), *_runs(random)]
+    steps.append(Step("advance", (round(random.uniform(0.1, 2) * LEASE_S, 1),)))
+    return [*steps, *_runs(random), Step("mend", (host,))]
+
+
+def _failover(random: Random) -> list[Step]:
+    """Have a replica that misses the last writes take over."""
+    steps = [Step("replicate")]
+    for _ in range(random.randint(1, 4)):
+        steps += random.choice((_runs, _sends))(random)
+    return [*steps, Step("fail_over")]
+
+
 def _creeping_clock(random: Random) -> list[Step]:
     """Step Redis' clock forward a few times, each time by less than the lease has left."""
     steps = []
@@ -122,6 +138,13 @@ _KINDS: list[tuple[Callable[[Random], list[Step]], float]] = [
     (lambda random: [Step("resume", (random.choice(HOSTS),))], 2),
     (_pauses_together, 0.5),
     (_creeping_clock, 0.5),
+    (_away, 1),
+    (_failover, 0.3),
+    (lambda random: [Step("stop", (random.choice(HOSTS),))], 1),
+    (lambda random: [Step("evict", (random.randrange(5),))], 0.2),
+    (lambda random: [Step("send_again", (random.randrange(5),))], 0.2),
+    (lambda random: [Step("send", (1.0, round(random.uniform(0.5, 2) * LEASE_S, 1)))], 0.5),
+    (lambda random: [Step("step_wall", (random.choice(HOSTS), round(random.uniform(-1, 1) * LEASE_S, 1)))], 0.3),
     (lambda random: [Step("stall_before_sweep", (round(random.uniform(0.5, 2) * LEASE_S, 1),))], 0.3),
     (lambda random: [Step("step_redis", (round(random.uniform(-2, 3) * LEASE_S, 1),))], 0.3),
 ]

@@ -23,7 +23,7 @@ def world(new_world: Callable[[], World]):
     world.advance(2.5)  # so that `b` sweeps between two renewals of `a`, and just before the second
     world.start("b")
     world.advance(1.2 * LEASE_S)
-    assert "job-t0" in world.workers["a"].runnable()
+    assert "job-t0-1" in world.workers["a"].runnable()
     yield world
     world.close()
 

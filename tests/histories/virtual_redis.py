@@ -42,7 +42,8 @@ class VirtualConnection(redis.UnixDomainSocketConnection):
 
     def __init__(self, process: WorkerProcess, **options: Any) -> None:
         self.process = process
-        self._script = ""
+        self._command: tuple[Any, ...] = ()
+        self._failovers = process.world.failovers
         super().__init__(**options)
 
     def on_connect(self) -> None:
@@ -51,8 +52,8 @@ class VirtualConnection(redis.UnixDomainSocketConnection):
 
     def send_command(self, *args: Any, **options: Any) -> None:
         """Send a command that knows the virtual time."""
+        self._command = args
         if args[0] == "EVAL":
-            self._script = args[1]
             args = ("EVAL", with_virtual_time(args[1]), *args[2:])
         elif args[0] == "TIME":
             args = ("LRANGE", TIME_KEY, 0, 1)
@@ -64,20 +65,21 @@ class VirtualConnection(redis.UnixDomainSocketConnection):
         Raises:
             RedisConnectionError: the connection breaks, before or after Redis does the command.
         """
-        script, self._script = self._script, ""
+        named, self._command = self._command, ()
         actor = Actor.current
         if actor is None:
             super().send_packed_command(command, check_health)
             return
         fate = actor.before_command()
-        if fate is Fate.LOST or self.process.is_cut_off:
-            self.disconnect()
-            raise RedisConnectionError("the connection broke before the command")
         world = self.process.world
-        world.before_command(self.process, script)
+        if fate is Fate.LOST or self.process.is_cut_off or self._failovers != world.failovers:
+            self.disconnect()
+            self._failovers = world.failovers
+            raise RedisConnectionError("the connection broke before the command")
+        world.before_command(named)
         super().send_packed_command(command, check_health)
         self.can_read(timeout=30)  # so that Redis has done it
-        world.after_command(self.process, script)
+        world.after_command(self.process, named)
         if fate is Fate.UNANSWERED:
             self.disconnect()
             raise RedisConnectionError("the connection broke after the command")

@@ -25,6 +25,7 @@ from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.qos import Intake
+from sdtpu_worker.device_loop.submission import JobHandedOver
 from sdtpu_worker.errors import DeliveryLimitExceeded
 from sdtpu_worker.worker.job import DeviceJob, JobLeft
 from tests.histories.actors import Actor
@@ -64,24 +65,33 @@ class WorkerProcess:
     Attributes:
         is_paused: nothing of it runs (SIGSTOP, or a suspended machine).
         is_suspended: while it is paused its monotonic clock stands still.
+        is_hung: its devices make no progress.
+        is_stopping: it got a SIGTERM.
+        has_left: it has stopped in good order, so far as Redis could be told.
+        tasks: by tag, of the messages that it got.
         is_cut_off: none of its commands reaches Redis.
+        paused_at: when, in true time, it was paused.
         suspended_s: how long its monotonic clock stood still.
         wall_ahead_s: how far its wall clock is ahead of true time.
         started_at: in true time.
-        away: when, in true time, it was paused or cut off: from, until.
+        away, hung: when, in true time, it was paused or cut off, and its devices made no progress: from, until.
     """
 
     def __init__(self, world: World, host: str) -> None:
         self.world, self.host = world, host
         self.is_dead = self.is_paused = self.is_suspended = self.is_cut_off = False
+        self.is_hung = self.is_stopping = self.has_left = False
+        self.tasks: dict[str, str] = {}
         self.suspended_s = self.wall_ahead_s = 0.0
+        self.paused_at = 0.0
         self.started_at = world.now
         self.away: list[tuple[float, float]] = []
+        self.hung: list[tuple[float, float]] = []
         self.actors: dict[str, Actor] = {}
         self.wake_at: dict[str, float] = {}  # by actor, on the monotonic clock
         self.deliveries = Deliveries(self._connect, Keys(), LEASE_S, host)
         self._pool = make_pool(self, world.socket)
-        self._lease = Lease(self.deliveries, lambda: True, clock=self.monotonic)
+        self._lease = Lease(self.deliveries, lambda: not self.is_hung, clock=self.monotonic)
         intake = Intake(
             deliveries=self.deliveries,
             is_task_queue=lambda queue: True,
@@ -89,7 +99,7 @@ class WorkerProcess:
             max_message_bytes=10_000,
             max_holders=10 * MAX_DELIVERIES,
             on_bad=world.on_bad,
-            devices_make_progress=lambda: True,
+            devices_make_progress=lambda: not self.is_hung,
             on_reply=lambda error: None,
         )
         channel = type("Channel", (VirtualChannel,), {"process": self})
@@ -111,6 +121,18 @@ class WorkerProcess:
         for actor in list(self.actors.values()):
             actor.kill()
         self._pool.disconnect()
+
+    def stop(self) -> None:
+        """Have it stop: SIGTERM."""
+        if not self.is_stopping:
+            self.is_stopping = True
+            self._spawn("stop", self._leave)
+
+    def come_back(self) -> None:
+        """Take note that it is away no more, unless it is in another way."""
+        if not (self.is_paused or self.is_cut_off or self.is_hung):
+            for periods in (self.away, self.hung):
+                periods[:] = [(since, min(until, self.world.now)) for since, until in periods]
 
     def runnable(self) -> list[str]:
         """Return the names of the actors that can run."""
@@ -138,12 +160,12 @@ class WorkerProcess:
             actor.idle()
 
     def _pulse(self) -> None:
-        while True:
+        while "stop" not in self.actors or not self.actors["stop"].is_done:
             self._lease.pulse()
             self.sleep(self._lease._pulse_s())
 
     def _consume(self) -> None:
-        while True:
+        while not self.is_stopping:
             with contextlib.suppress(RedisConnectionError):
                 self._consume_on(Connection("redis://", transport=self._transport))
             self.sleep(1.0)
@@ -155,9 +177,9 @@ class WorkerProcess:
             channel.client.connection = channel.client.connection_pool.get_connection()  # as kombu's poller does
             channel.basic_qos(0, PREFETCH, False)
             channel.basic_consume(QUEUE, False, self._on_message, "tag")
-            while True:
+            while not self.is_stopping:
                 if channel.qos.can_consume():
-                    channel._claim_at = 0.0
+                    channel._schedule.on_notice()
                     channel._brpop_start()
                     with contextlib.suppress(Empty):
                         channel._brpop_read()
@@ -167,9 +189,9 @@ class WorkerProcess:
             channel._disconnect_pools()
 
     def _on_message(self, message: Any) -> None:
-        task_id = message.headers["id"]
+        task_id = self.tasks[message.delivery_tag] = message.headers["id"]
         self.deliveries.mark_running(message.delivery_tag)
-        self._spawn(f"job-{task_id}", partial(self._run_job, message, task_id))
+        self._spawn(f"job-{task_id}-{len(self.tasks)}", partial(self._run_job, message, task_id))
 
     def _run_job(self, message: Any, task_id: str) -> None:
         """Do what the pool, Celery and `run_job` do with a message."""
@@ -179,9 +201,9 @@ class WorkerProcess:
                 raise left
             with job.in_celerys_words():
                 facts = job.recall(PARAMETERS)
-                self.world.on_recall(task_id, facts.died_on)
+                self.world.on_recall(task_id, facts)
                 self._record_start(task_id)
-                self.sleep(self.world.sent[task_id])
+                self._be_on_devices(self.world.job_s[task_id])
             self._store(task_id, "SUCCESS")
         except JobLeft as left:
             job.leave(left)
@@ -189,6 +211,27 @@ class WorkerProcess:
             self._store(task_id, "FAILURE")
         job.request.acknowledge()
         job.release()
+
+    def _be_on_devices(self, seconds: float) -> None:
+        """Take the job's time, unless the worker stops.
+
+        Raises:
+            JobHandedOver: it does.
+        """
+        until = self.monotonic() + seconds
+        while self.is_hung or self.monotonic() < until - 1e-6:
+            if self.is_stopping:
+                raise JobHandedOver(SimpleNamespace(to_bytes=lambda: b"steps"))
+            self.sleep(min(1.0, max(0.1, until - self.monotonic())))
+
+    def _leave(self) -> None:
+        """Do what a worker does at its end: wait for its jobs, then requeue what it still holds."""
+        while self.runnable() != ["stop"] and any(name.startswith(("job", "main")) for name in self.runnable()):
+            self.sleep(0.5)
+        self.deliveries.requeue_all()
+        with contextlib.suppress(RedisConnectionError):
+            self.deliveries.flush()
+        self.has_left = True
 
     def _record_start(self, task_id: str) -> None:
         """Do what the recorder of starts does: a Redis that cannot be reached is not waited for."""
@@ -249,7 +292,10 @@ class _Job(DeviceJob):
 
     def __init__(self, process: WorkerProcess, request: Any) -> None:
         loop: Any = SimpleNamespace()
-        super().__init__(request, loop, deliveries=process.deliveries, max_deliveries=MAX_DELIVERIES)
+        super().__init__(
+            request, loop, deliveries=process.deliveries, max_deliveries=MAX_DELIVERIES,
+            is_stopping=lambda: process.is_stopping,
+        )  # fmt: skip
         self._process = process
 
     def _pause(self) -> None:

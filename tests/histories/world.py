@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 from base64 import b64encode
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import redis
 
 from sdtpu_worker.delivery import scripts
+from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.delivery.keys import Keys
 from tests.histories.actors import Actor, Fate
 from tests.histories.virtual_redis import TIME_KEY
-from tests.histories.worker import LEASE_S, QUEUE, TASK, WorkerProcess
+from tests.histories.worker import LEASE_S, MAX_DELIVERIES, QUEUE, TASK, WorkerProcess
 
 BEGIN = 1_700_000_000.0
 KEYS = Keys()
@@ -43,26 +45,47 @@ class World:
         self.client, self.socket = client, socket
         self.now, self.redis_ahead_s = BEGIN, 0.0
         self.workers: dict[str, WorkerProcess] = {}
-        self.sent: dict[str, float] = {}  # by task: seconds on the devices
+        self.job_s: dict[str, float] = {}  # by task: seconds on the devices
+        self.sent: dict[str, float] = {}  # the same, without the jobs that Redis has lost
         self.ends: dict[str, str] = {}
         self.crashes: Counter[str] = Counter()  # by task: processes that died, or were taken for dead, with it
         self._written_time = -1.0
         self._stall_before_sweep_s = 0.0
+        self._count, self.failovers = 0, 0
+        self._twice: set[str] = set()
+        self._snapshots: set[str] = set()  # of tasks
+        self._recorded: dict[str, set[WorkerProcess]] = defaultdict(set)  # by task: processes that wrote its start
+        self._died: dict[str, set[WorkerProcess]] = defaultdict(set)  # by task: those of them that were killed
+        self._replica: dict[Any, Any] | None = None
+        self._replicated: dict[str, float] = {}
         self._expired: set[str] = set()
         self._broken: list[str] = []
         client.flushdb()
 
     # What a history's steps do
 
-    def send(self, job_s: float) -> None:
-        """Have a client enqueue a job, which is on the devices for some seconds."""
-        task_id = f"t{len(self.sent)}"
-        self.sent[task_id] = job_s
+    def send(self, job_s: float, delay_s: float = 0.0) -> None:
+        """Have a client enqueue a job, which is on the devices for some seconds, and due after some seconds."""
+        task_id = f"t{self._count}"
+        self._count += 1
+        self.sent[task_id] = self.job_s[task_id] = job_s
+        self._enqueue(task_id, delay_s)
+
+    def send_again(self, number: int) -> None:
+        """Have a client that got no answer enqueue a job once more."""
+        if self.sent:
+            task_id = list(self.sent)[number % len(self.sent)]
+            self._twice.add(task_id)
+            self._enqueue(task_id, 0.0)
+
+    def _enqueue(self, task_id: str, delay_s: float) -> None:
         properties = {
             "correlation_id": task_id, "delivery_tag": task_id, "body_encoding": "base64", "priority": 6,
             "delivery_mode": 2, "delivery_info": {"exchange": "", "routing_key": QUEUE},
         }  # fmt: skip
         headers = {"lang": "py", "task": TASK, "id": task_id, "root_id": task_id}
+        if delay_s:
+            headers["eta"] = datetime.fromtimestamp(self.now + delay_s, UTC).isoformat()
         message = {
             "body": _BODY, "content-encoding": "utf-8", "content-type": "application/json", "headers": headers,
             "properties": properties,
@@ -77,23 +100,74 @@ class World:
     def kill(self, host: str) -> None:
         """Kill a worker."""
         if (worker := self._alive(host)) is not None:
-            for delivery in worker.deliveries._held.values():
-                self.crashes[delivery.task_id] += 1
+            self._count_crashes(worker)
             worker.kill()
+
+    def stop(self, host: str) -> None:
+        """Have a worker stop (SIGTERM)."""
+        if (worker := self._alive(host)) is not None:
+            worker.stop()
+
+    def cut(self, host: str) -> None:
+        """Cut a worker off from Redis."""
+        if (worker := self._alive(host)) is not None and not worker.is_cut_off:
+            worker.is_cut_off = True
+            worker.away.append((self.now, math.inf))
+
+    def mend(self, host: str) -> None:
+        """Connect a worker to Redis again, and have its devices make progress."""
+        if (worker := self._alive(host)) is not None and (worker.is_cut_off or worker.is_hung):
+            worker.is_cut_off = worker.is_hung = False
+            worker.come_back()
+
+    def hang(self, host: str) -> None:
+        """Have a worker's devices make no progress."""
+        if (worker := self._alive(host)) is not None and not worker.is_hung:
+            worker.is_hung = True
+            worker.hung.append((self.now, math.inf))
+
+    def evict(self, number: int) -> None:
+        """Have Redis forget what it keeps of a job beside its message."""
+        task_id = list(self.sent)[number % len(self.sent)] if self.sent else ""
+        self.client.delete(KEYS.starts(task_id), KEYS.snapshot(task_id))
+        self._forget(task_id)
+
+    def replicate(self) -> None:
+        """Have a replica of Redis get all that was written so far, and nothing more."""
+        self._replica = {key: self.client.dump(key) for key in self.client.scan_iter()}
+        self._replicated = dict(self.sent)
+
+    def fail_over(self) -> None:
+        """Have the replica take Redis' place: later writes are lost, and every connection breaks."""
+        if self._replica is None:
+            return
+        self.client.flushdb()
+        for key, dumped in self._replica.items():
+            self.client.restore(key, 0, dumped)
+        self._written_time, self.failovers, self.sent = -1.0, self.failovers + 1, self._replicated
+        self.ends = {}
+        for task_id in self.sent:
+            self._forget(task_id)
+            self.crashes[task_id] += 1  # a message that comes back as held looks as if its holder had died
+
+    def step_wall(self, host: str, seconds: float) -> None:
+        """Step the wall clock of a worker's machine."""
+        if (worker := self._alive(host)) is not None:
+            worker.wall_ahead_s += seconds
 
     def pause(self, host: str, is_suspended: bool = False) -> None:
         """Stop a worker process (SIGSTOP), or suspend its machine, whose monotonic clock then stands still."""
         if (worker := self._alive(host)) is not None and not worker.is_paused:
-            worker.is_paused, worker.is_suspended = True, is_suspended
+            worker.is_paused, worker.is_suspended, worker.paused_at = True, is_suspended, self.now
             worker.away.append((self.now, math.inf))
 
     def resume(self, host: str) -> None:
         """Let a paused worker process go on."""
         if (worker := self._alive(host)) is not None and worker.is_paused:
             worker.is_paused = False
-            worker.away[-1] = (worker.away[-1][0], self.now)
             if worker.is_suspended:
-                worker.suspended_s += self.now - worker.away[-1][0]
+                worker.suspended_s += self.now - worker.paused_at
+            worker.come_back()
 
     def stall_before_sweep(self, seconds: float) -> None:
         """Have everything but Redis stand still when a worker is just about to sweep."""
@@ -126,7 +200,7 @@ class World:
             self._check_errors()
         else:
             raise Broken(f"{sorted((w.host, n, t - self.now) for t, w, n in due)} never waits")
-        self.now = end
+        self.now = max(self.now, end)
 
     def redelivered(self) -> int:
         """Return how many messages the workers' sweeps redelivered."""
@@ -134,12 +208,14 @@ class World:
 
     # What processes tell
 
-    def before_command(self, process: WorkerProcess, script: str) -> None:
+    def before_command(self, command: Sequence[Any]) -> None:
         """Take note of a command that a process sends now."""
+        script = command[1] if len(command) > 1 else ""
         actor, Actor.current = Actor.current, None
         if script == scripts.SWEEP and self._stall_before_sweep_s:
             for worker in self.workers.values():
-                worker.away.append((self.now, self.now + self._stall_before_sweep_s))
+                if not (worker.is_paused or worker.is_cut_off):  # else it is away already
+                    worker.away.append((self.now, self.now + self._stall_before_sweep_s))
             self.now += self._stall_before_sweep_s
             self._stall_before_sweep_s = 0.0
         redis_time = self.now + self.redis_ahead_s
@@ -154,28 +230,46 @@ class World:
             self._expired = self._held()
         Actor.current = actor
 
-    def after_command(self, process: WorkerProcess, script: str) -> None:
+    def after_command(self, process: WorkerProcess, command: Sequence[Any]) -> None:
         """Take note of what a command did that Redis has just done."""
-        if script == scripts.SWEEP:
-            actor, Actor.current = Actor.current, None
-            self._check_sweep(process, self._expired - self._held())
-            Actor.current = actor
+        actor, Actor.current = Actor.current, None
+        match command:
+            case ("EVAL", scripts.SWEEP, *_):
+                self._check_sweep(process, self._expired - self._held())
+            case ("EVAL", scripts.RECORD_STARTS, _, _, key, *_):
+                starts: Any = self.client.lrange(key, 0, -1)
+                if process.deliveries._name.encode() in starts:
+                    self._recorded[key.removeprefix(KEYS.starts(""))].add(process)
+            case ("EVAL", scripts.REQUEUE, _, _, _, key, *_):
+                self._recorded[key.removeprefix(KEYS.starts(""))].discard(process)
+            case ("EVAL", scripts.ACKNOWLEDGE, _, _, _, key, *_):
+                self._forget(key.removeprefix(KEYS.starts("")))
+            case ("EVAL", scripts.SAVE_SNAPSHOT, _, _, key, *_) if self.client.exists(key):
+                self._snapshots.add(key.removeprefix(KEYS.snapshot("")))
+        Actor.current = actor
 
     def on_bad(self, bad: Any) -> None:
         """Take note of a message that cannot be run."""
         self._broken.append(f"a message was refused: {bad.reason}")
 
-    def on_recall(self, task_id: str, died_on: Sequence[str]) -> None:
+    def on_recall(self, task_id: str, facts: JobFacts) -> None:
         """Check what a job is told of its earlier workers."""
-        if len(died_on) > self.crashes[task_id]:
-            self._broken.append(f"{task_id} is told of {len(died_on)} crashes, there were {self.crashes[task_id]}")
+        told, most, least = len(facts.died_on), self.crashes[task_id], len(self._died[task_id])
+        if task_id in self._twice:
+            return  # the job's other message may be running, or may have been looked at
+        if told > most:
+            self._broken.append(f"{task_id} is told of {told} crashes, there were at most {most}")
+        if told < least:
+            self._broken.append(f"{task_id} is told of {told} crashes, there were {least}")
+        if task_id in self._snapshots and facts.snapshot is None:
+            self._broken.append(f"{task_id} was handed over, and starts anew")
 
     def on_stored(self, task_id: str, status: str) -> None:
         """Check that a result never changes."""
         before = self.ends.setdefault(task_id, status)
         if before != status:
             self._broken.append(f"the result of {task_id} changed from {before} to {status}")
-        if status == "FAILURE":
+        if status == "FAILURE" and self.crashes[task_id] < MAX_DELIVERIES:
             self._broken.append(f"{task_id} failed")
 
     # What must hold
@@ -184,8 +278,9 @@ class World:
         """Mend everything, let the workers work, and check that every job has ended and nothing is left."""
         for host in list(self.workers):
             self.resume(host)
-        if not any(not worker.is_dead for worker in self.workers.values()):
-            self.start("a")
+            self.mend(host)
+        if all(worker.is_dead or worker.is_stopping for worker in self.workers.values()):
+            self.start("the last")
         for _ in range(60):
             self.advance(LEASE_S / 6)
             if not self.client.exists(LIST, KEYS.held):
@@ -215,7 +310,25 @@ class World:
         worker = self.workers.get(host)
         return None if worker is None or worker.is_dead else worker
 
+    def _count_crashes(self, worker: WorkerProcess) -> None:
+        """Count a crash for each job that a worker holds, or of which it could not tell Redis that it ended."""
+        for tag in worker.deliveries._held.keys() | worker.deliveries._unsent_moves.keys():
+            self.crashes[worker.tasks.get(tag, "")] += 1
+        for tag in worker.deliveries._held:
+            if worker in self._recorded[task_id := worker.tasks.get(tag, "")]:
+                self._died[task_id].add(worker)
+
+    def _forget(self, task_id: str) -> None:
+        """Forget what must be known of a job's earlier workers: Redis does."""
+        self._snapshots.discard(task_id)
+        self._recorded.pop(task_id, None)
+        self._died.pop(task_id, None)
+
     def _check_errors(self) -> None:
+        for worker in self.workers.values():
+            if worker.has_left and not worker.is_dead:
+                self._count_crashes(worker)
+                worker.kill()
         if self._broken:
             raise Broken(self._broken[0])
         for worker in self.workers.values():
@@ -246,9 +359,11 @@ class World:
 
 def _alone_away_s(holder: WorkerProcess, sweeper: WorkerProcess, now: float) -> float:
     """Return for how long a worker was away just now while another one was not, in seconds."""
-    begin, end = holder.away[-1] if holder.away else (-math.inf, -math.inf)
-    if now - end > BRIEF_S:
-        return 0.0  # it is back, and has had the time to renew its leases
-    begin, end = max(begin, sweeper.started_at), min(end, now)
-    both_s = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in sweeper.away)
-    return max(0.0, end - begin - both_s)
+    longest_s = 0.0
+    for begin, end in holder.away[-1:] + holder.hung[-1:]:
+        if now - end > BRIEF_S:
+            continue  # it is back, and has had the time to renew its leases
+        begin, end = max(begin, sweeper.started_at), min(end, now)
+        both_s = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in sweeper.away)
+        longest_s = max(longest_s, end - begin - both_s)
+    return longest_s

@@ -134,6 +134,19 @@ def test_a_requeued_job_keeps_its_state_and_its_earlier_crashes_but_does_not_cou
     assert (facts.died_on, facts.snapshot) == (["other", "host"], b"state")
 
 
+def test_a_worker_whose_job_is_done_elsewhere_leaves_no_snapshot_behind(client, make):
+    late, other = make(), make()
+    client.lpush("q", b"{}")
+    claim(late, "1", "q")
+    expire(client, late, "1")
+    assert other.sweep() == 1
+    claim(other, "2", "q")
+    other.acknowledge("2")
+    late.save_snapshot("task-1", b"state")
+    late.requeue("1")
+    assert client.keys("sdtpu:*") == []
+
+
 def test_a_requeued_suspect_keeps_its_count_of_crashes_also_when_redis_is_told_later(client, make, monkeypatch):
     ours = make()
     client.lpush("q", b"{}", b"{}")
@@ -197,6 +210,7 @@ def test_a_state_of_any_size_and_starts_of_any_number_are_not_read_whole(client,
     monkeypatch.setattr("sdtpu_worker.delivery.job_facts._MAX_STARTS", 3)
     ours = make()
     assert ours.job_facts("job") == JobFacts([], None)
+    take(client, ours, "1", "job")
     ours.save_snapshot("job", b"x" * 100)
     assert ours.job_facts("job").snapshot == b"x" * 100
     client.set("sdtpu:snap:job", b"x" * 10_000)

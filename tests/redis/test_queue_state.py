@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from celery import Celery
@@ -14,6 +13,7 @@ from sdtpu_worker import BrokerUnavailable, ConfigurationError, generate
 from sdtpu_worker.cli import sdtpu
 from sdtpu_worker.client.queue_state import purge_queues, read_queues
 from sdtpu_worker.delivery.keys import Keys
+from sdtpu_worker.delivery.scripts import CLAIM, DEFER
 from sdtpu_worker.testing.processes import free_port
 from tests.support.clients import client_app
 
@@ -27,10 +27,11 @@ def prefixed(request, redis_url, redis):
 
 def claim(redis: Redis, prefix: str, queue_list: str, tag: str, due_in_s: float | None = None) -> None:
     """Hold a message as a worker does, or defer it."""
-    keys, now = Keys(prefix), redis.time()[0]
-    message: Any = redis.rpop(queue_list)
-    redis.hset(keys.held, tag, queue_list.encode() + b"\n" + message)
-    redis.zadd(keys.leases if due_in_s is None else keys.delayed, {tag: now + (due_in_s or 30)})
+    keys = Keys(prefix)
+    redis.eval(CLAIM, 3, keys.held, keys.leases, queue_list, tag, 30, 10**6, 100, "t")
+    if due_in_s is not None:
+        due_at = redis.time()[0] + due_in_s
+        assert redis.eval(DEFER, 3, keys.held, keys.leases, keys.delayed, tag, due_at) == 1
 
 
 def fill(app: Celery, redis: Redis) -> str:

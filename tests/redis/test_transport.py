@@ -23,6 +23,7 @@ from kombu.exceptions import OperationalError
 from sdtpu_worker.delivery import claim_schedule, transport, wake_up
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.keys import Keys
+from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.errors import DeliveryLimitExceeded
 from sdtpu_worker.testing.processes import private_redis
@@ -108,6 +109,12 @@ def make_worker(url):
     for worker in reversed(workers):
         worker.close()
     set_event_loop(loop)
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture
@@ -325,14 +332,17 @@ def test_keys_have_the_prefix_that_clients_use(make_worker, url):
     app.close()
 
 
-def test_a_job_for_later_waits_in_redis_and_neither_takes_a_place_nor_keeps_others_waiting(make_worker, send):
+def test_a_job_for_later_waits_in_redis_and_neither_takes_a_place_nor_keeps_others_waiting(make_worker, send, stack):
     for i in range(20):
         send(f"later-{i}", countdown=3600)
-    send("soon", countdown=0.5)
+    send("soon", countdown=1)
     send("now")
     worker = make_worker(prefetch=2)
+    lease = Lease(worker.deliveries, lambda: True)
+    stack.callback(lease.stop)
+    lease.start()
     assert worker.run(lambda: len(worker.got) == 2)
-    assert worker.ids() == ["soon", "now"], "Celery's timer is exact where it matters"
+    assert worker.ids() == ["now", "soon"]
     assert (len(worker.deliveries), worker.client.zcard("sdtpu:delayed")) == (2, 20)
     for message in worker.got:
         message.ack()
@@ -595,3 +605,34 @@ def test_a_lost_wake_up_connection_costs_nothing_else_and_is_replaced(make_worke
         worker.got[-1].ack()
         assert worker.run(lambda gone=lost: str(worker.channel._wake_up._connection_id) != gone)
         assert worker.run(lambda: worker.channel._wake_up.tracks(worker.channel.client.connection))
+
+
+def test_whether_a_job_is_due_is_for_redis_to_say_and_celery_waits_for_no_due_job(make_worker, send, monkeypatch):
+    for i in range(20):
+        send(str(i), countdown=0.05)
+    time.sleep(0.1)
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # this host's clock is far behind
+    worker = make_worker(prefetch=4)
+    assert worker.run(lambda: len(worker.got) == 4)
+    worker.run_for(0.2)
+    assert len(worker.got) == 4
+    assert [message.headers["eta"] for message in worker.got] == [None] * 4, (
+        "with an eta, Celery would take one more each"
+    )
+    assert worker.client.zcard("sdtpu:delayed") == 0
+
+
+def test_a_job_that_is_due_in_a_moment_is_not_late(make_worker, send, stack):
+    worker = make_worker()
+    lease, late_s = Lease(worker.deliveries, lambda: True), []
+    stack.callback(lease.stop)
+    lease.pulse()
+    lease.start()
+    for i in range(5):
+        due_at = time.time() + 0.3
+        send(str(i), countdown=0.3)
+        assert worker.run(lambda n=i: len(worker.got) > n)
+        late_s.append(time.time() - due_at)
+        worker.got[-1].ack()
+    assert all(late > -0.01 for late in late_s), late_s
+    assert statistics.median(late_s) < 0.3, "not only at the next pulse, which comes once a second"

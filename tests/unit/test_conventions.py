@@ -114,6 +114,10 @@ def test_durations_may_be_timedeltas(app):
     assert timedelta(minutes=59) < datetime.fromisoformat(headers["expires"]) - now < timedelta(minutes=61)
     assert datetime.fromisoformat(headers["eta"]) > now
     assert headers["timelimit"] == [9.0, None]
+    with client_app(
+        "memory://", "cache+memory://", task_annotations={"sdtpu.generate": {"expires": timedelta(hours=1)}}
+    ) as annotated:
+        assert datetime.fromisoformat(sent(annotated, "sdtpu")["expires"]) > now
 
 
 def test_map_starmap_and_chunks_are_refused_with_the_remedy(app):

@@ -66,6 +66,16 @@ def test_a_worker_that_compiles_lives_and_is_not_ready():
     assert (worker.live, worker.ready) == ([], [])
 
 
+def test_a_worker_that_starts_says_what_it_is_at_and_for_how_long():
+    worker = Worker()
+    for phase in ("loading the checkpoint", "compiling"):
+        worker.health.enter(phase)
+        worker.run(73, beats=False, contacts=False)
+        for checks in (worker.health.live(), worker.health.ready()):
+            assert checks[0].detail == f"starting: {phase}, for 73 s"
+    assert (worker.live, worker.ready) == ([], ["serving"])
+
+
 def test_a_worker_at_work_is_live_and_ready():
     worker = Worker().start()
     worker.run(100)

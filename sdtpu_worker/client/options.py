@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from celery.utils.time import maybe_iso8601, maybe_make_aware
@@ -78,10 +78,11 @@ def _is_number(value: Any, kind: Any) -> bool:
 
 
 def _is_date(value: Any) -> bool:
-    if isinstance(value, str) and 0 < len(value) <= 64:
-        try:
-            maybe_iso8601(value)
-        except ValueError:
-            return False
-        return True
-    return isinstance(value, datetime)
+    """Return whether Celery can read a date and convert it to another time zone."""
+    if not isinstance(value, str | datetime) or (isinstance(value, str) and not 0 < len(value) <= 64):
+        return False
+    try:
+        maybe_make_aware(maybe_iso8601(value)).astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True

@@ -56,7 +56,8 @@ class GenerateTask(Task):
             DeadlineUnreachable: the job clearly could not have a slot before it `expires`.
             BrokerUnavailable: Redis cannot be reached or refuses the job.
         """
-        args, kwargs, options = tuple(args or ()), dict(kwargs or {}), plain_options(options)
+        args, kwargs = tuple(args or ()), dict(kwargs or {})
+        options = plain_options({"expires": self.expires, **options})
         request = None if current_task else GenerationRequest.parse(args, kwargs)
         if kwargs.get("seed") is None:
             kwargs["seed"] = draw_seed()
@@ -118,9 +119,7 @@ class GenerateTask(Task):
             request,
             name_of(queue),
             priority,
-            None
-            if options.get("countdown") or options.get("eta")
-            else seconds_until(self.app, options.get("expires", self.expires)),
+            None if options.get("countdown") or options.get("eta") else seconds_until(self.app, options["expires"]),
             producer,
         )
 

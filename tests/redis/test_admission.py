@@ -243,11 +243,10 @@ def test_forged_reports_stop_neither_a_client_nor_a_worker(app, redis):
 @pytest.mark.parametrize(
     "expires", [10**400, 10**5000, math.inf, math.nan, datetime.min.replace(tzinfo=MOST_EAST)], ids=range(5)
 )
-def test_an_expiry_that_is_no_time_is_celerys_own_to_refuse(app, redis, expires):
+def test_an_expiry_that_is_no_time_is_refused_before_anything_is_asked_or_sent(app, redis, expires):
     app.conf.sdtpu_max_queue = 10
-    with pytest.raises((OverflowError, ValueError)) as caught:
+    with pytest.raises(InvalidRequest, match="expires must be a number of seconds up to"):
         generate.apply_async(("a",), expires=expires)
-    assert "/celery/" in str(caught.traceback[-1].path)
     assert waiting(redis) == 0
 
 

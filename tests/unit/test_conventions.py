@@ -16,13 +16,19 @@ from celery.contrib.testing.worker import start_worker
 from sdtpu_worker import EngineUnavailable, InvalidRequest, generate, open_image
 from sdtpu_worker.testing import stand_in
 from tests.support.clients import client_app
+from tests.support.logs import logging_kept
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def app() -> Iterator[Celery]:
+    """Give an app on the broker in memory, which is one for all apps of the process: empty before and after."""
     with client_app("memory://", "cache+memory://") as app:
+        drain(app, *QUEUES)
         yield app
-        drain(app, "sdtpu", "celery")
+        drain(app, *QUEUES)
+
+
+QUEUES = ("sdtpu", "sdtpu.t10", "celery", "web", "gpu", "art", "mine")
 
 
 def drain(app: Celery, *queues: str) -> list[Any]:
@@ -108,6 +114,10 @@ def test_durations_may_be_timedeltas(app):
     assert timedelta(minutes=59) < datetime.fromisoformat(headers["expires"]) - now < timedelta(minutes=61)
     assert datetime.fromisoformat(headers["eta"]) > now
     assert headers["timelimit"] == [9.0, None]
+    with client_app(
+        "memory://", "cache+memory://", task_annotations={"sdtpu.generate": {"expires": timedelta(hours=1)}}
+    ) as annotated:
+        assert datetime.fromisoformat(sent(annotated, "sdtpu")["expires"]) > now
 
 
 def test_map_starmap_and_chunks_are_refused_with_the_remedy(app):
@@ -180,7 +190,7 @@ def test_celerys_worker_for_tests_takes_jobs_and_what_comes_next(app):
     def sheet(results: list[dict[str, Any]]) -> list[str]:
         return [result["prompt"] for result in results]
 
-    with stand_in(), start_worker(app, perform_ping_check=False, shutdown_timeout=30):
+    with logging_kept(), stand_in(), start_worker(app, perform_ping_check=False, shutdown_timeout=30):
         assert generate.delay("a fox").get(timeout=20)["model"] == "stand-in"
         assert chain(generate.s("a fox"), publish.s()).delay().get(timeout=20) == "a fox"
         images = group(generate.s("a fox"), generate.s("a bear")).delay().get(timeout=20)

@@ -12,6 +12,7 @@ from celery.contrib.testing.worker import start_worker
 
 from sdtpu_worker import install
 from sdtpu_worker.config import read_config
+from tests.support.logs import logging_kept
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.timeout(60)
@@ -44,7 +45,7 @@ def test_no_password_of_an_url_is_where_celery_shows_settings(tmp_path, namespac
     app.config_from_object({**names, f"{prefix}broker_url".upper() if prefix else "broker_url": "memory://"},
                            namespace=namespace)  # fmt: skip
     app.conf.update(result_backend="cache+memory://", task_default_queue="q", worker_hijack_root_logger=False)
-    with start_worker(app, pool="solo", perform_ping_check=False, queues=["q"], shutdown_timeout=20):
+    with logging_kept(), start_worker(app, pool="solo", perform_ping_check=False, queues=["q"], shutdown_timeout=20):
         (conf,) = app.control.inspect(timeout=5, limit=1).conf().values()
     for shown in (report.stdout, repr(conf), app.conf.humanize(), repr(app.conf.copy().table())):
         assert "hunter2" not in shown

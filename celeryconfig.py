@@ -6,7 +6,6 @@
 broker_url = "redis://localhost:6379/0"
 result_backend = "redis://localhost:6379/0"
 result_expires = 24 * 3600  # seconds; images in Redis expire with the results
-task_default_queue = "sdtpu"
 accept_content = ["json"]
 
 sdtpu_model = "embedded"

@@ -50,6 +50,9 @@ class FixedBatches:
     def set_eligible(self, eligibility: Eligibility) -> None:
         self._eligibility = eligibility
 
+    def exclude(self, device: int) -> list[str]:
+        raise ValueError(f"fixed batches need every device, also device {device}")
+
     def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
         """Return the next tick of the batch, however long it takes: a batch that has begun runs to its end."""
         if not self._ticks:

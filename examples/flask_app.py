@@ -3,7 +3,7 @@
 Three shells in the repository's top level, after `pip install -e '.[worker]' flask`:
 
     redis-server
-    celery -A examples.flask_app.celery_app worker --loglevel INFO
+    celery -A examples.flask_app.celery_app worker --queues sdtpu --loglevel INFO
     flask --app examples.flask_app run
 
 Expect, on any two-core CPU: the worker says that it is ready after about 30 seconds, and

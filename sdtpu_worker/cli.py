@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+_app_option = click.option(
+    "-A",
+    "--app",
+    "app_path",
+    metavar="MODULE",
+    help="Your Celery app. Default: that of `celery -A`, or the ready-made.",
+)
 
 
 @click.group("sdtpu")
@@ -35,13 +48,73 @@ def demo(out: Path, prompts: tuple[str, ...], steps: int, seed: int, devices: in
 
 
 @sdtpu.command()
-def settings() -> None:
-    """List every setting with its default, its environment variable and what it does."""
-    from sdtpu_worker.config import SETTINGS
+@_app_option
+def settings(app_path: str | None) -> None:
+    """List every setting with its default, its environment variable, what it does, and its value where it is set."""
+    from sdtpu_worker.config import SETTINGS, source_of
 
+    conf = _find_app(app_path).conf
     for setting in SETTINGS:
         default = "not set" if setting.default in (None, ()) else setting.default
         click.echo(f"{setting.name}  (default: {default}; environment: {setting.name.upper()})\n    {setting.doc}.")
+        value, source = source_of(setting.name, conf)
+        if source:
+            click.echo(f"    Now {value!r}, from {source}.")
+
+
+@sdtpu.command()
+@_app_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for an autoscaler.")
+def queues(app_path: str | None, as_json: bool) -> None:
+    """Say how many jobs wait in each of the task's queues, by priority, and how many workers hold."""
+    from sdtpu_worker.client.queue_state import read_queues
+    from sdtpu_worker.errors import SdtpuError
+
+    try:
+        states = read_queues(_find_app(app_path))
+    except SdtpuError as exc:
+        raise click.ClickException(str(exc)) from exc
+    totals = {
+        "waiting": sum(sum(state.waiting.values()) for state in states),
+        "held": sum(state.held for state in states),
+        "deferred": sum(state.deferred for state in states),
+        "load": sum(state.load for state in states),
+    }
+    if as_json:
+        by_queue = {
+            state.queue: {"waiting": state.waiting, "held": state.held, "deferred": state.deferred} for state in states
+        }
+        click.echo(json.dumps({**totals, "queues": by_queue}))
+        return
+    for state in states:
+        if state.load or state.deferred:
+            bands = ", ".join(f"priority {band}: {count}" for band, count in state.waiting.items() if count)
+            click.echo(
+                f"{state.queue}: {sum(state.waiting.values())} waiting{f' ({bands})' if bands else ''},"
+                f" {state.held} held, {state.deferred} deferred"
+            )
+    click.echo(
+        f"all {len(states)} queues: {totals['waiting']} waiting + {totals['held']} held = {totals['load']},"
+        f" {totals['deferred']} deferred"
+    )
+
+
+@sdtpu.command()
+@_app_option
+@click.confirmation_option("-f", "--force", prompt="Delete all waiting and deferred jobs of all tenants?")
+def purge(app_path: str | None) -> None:
+    """Delete the jobs that wait, those of all tenants and priorities, and those that wait for their time.
+
+    Jobs that workers hold go on. Deleted jobs stay PENDING.
+    """
+    from sdtpu_worker.client.queue_state import purge_queues
+    from sdtpu_worker.errors import SdtpuError
+
+    try:
+        deleted = purge_queues(_find_app(app_path))
+    except SdtpuError as exc:
+        raise click.ClickException(str(exc)) from exc
+    click.echo(f"{deleted} jobs deleted")
 
 
 @sdtpu.command()
@@ -67,3 +140,20 @@ def health(ready: bool, address: str | None) -> None:
     for check in checks:
         click.echo(f"{'ok' if check.ok else 'FAILING'}  {check.name}: {check.detail}")
     raise SystemExit(0 if ok else 1)
+
+
+def _find_app(path: str | None) -> Celery:
+    """Return the app that a command is about: that of its own option, of `celery -A`, or the ready-made one."""
+    if path:
+        from celery.app.utils import find_app
+
+        try:
+            return find_app(path)
+        except (ImportError, AttributeError) as exc:
+            raise click.ClickException(f"--app must name a module with a Celery app, got {path!r}: {exc}") from exc
+    context = click.get_current_context().find_root().obj  # of Celery's own command line
+    if app := getattr(context, "app", None):
+        return app
+    from sdtpu_worker.app import app as ready_made
+
+    return ready_made

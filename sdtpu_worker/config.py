@@ -14,7 +14,7 @@ from typing import Any
 from sdtpu_worker.contract.queues import DEFAULT_QUEUE
 from sdtpu_worker.contract.request import MAX_SIDE, SIDE_MULTIPLE
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.redaction import brief, sanitize_url
+from sdtpu_worker.redaction import brief, sanitize_url, without_passwords
 
 
 @dataclass(frozen=True)
@@ -312,6 +312,19 @@ def read_setting(name: str, conf: Mapping[str, Any]) -> Any:
         return setting.parse(raw)
     except ValueError as exc:
         raise ConfigurationError(f"{source} must be {exc}, got {sanitize_url(brief(raw))}") from exc
+
+
+def source_of(name: str, conf: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return a setting's value as it was written, without passwords, and who wrote it; None and "" for nobody.
+
+    Args:
+        name: the setting.
+        conf: a Celery app's `conf`, or any mapping with `sdtpu_*` keys.
+    """
+    if (variable := name.upper()) in os.environ:
+        return without_passwords(os.environ[variable]), variable
+    value = conf.get(name)
+    return without_passwords(value), "" if value is None else "the app's configuration"
 
 
 def read_config(conf: Mapping[str, Any]) -> Config:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import click
 from celery import Celery, _state, signals
 from celery.concurrency import get_implementation
+from click.core import ParameterSource
 
-from sdtpu_worker.config import read_setting
+from sdtpu_worker.client.routing import device_queues, route_the_task
+from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations.settings_guard import guard_settings
 
 POOL = "sdtpu_worker.pool:DevicePool"
@@ -16,8 +19,6 @@ WORKER_STEPS = ("sdtpu_worker.worker.steps:DeviceWorkerStep",)
 CONSUMER_STEPS = ("sdtpu_worker.worker.steps:DeliveryStep", "sdtpu_worker.worker.steps:UrgentPrefetchStep")
 """By name, so that a web process which installs the app imports nothing of the worker."""
 _DEFAULTS = {
-    "worker_pool": POOL,
-    "worker_prefetch_multiplier": 1,
     "task_serializer": "json",
     "result_serializer": "json",
     "accept_content": ["json"],
@@ -26,12 +27,13 @@ _DEFAULTS = {
 
 
 def install(app: Celery) -> Celery:
-    """Turn a Celery app into one whose worker can serve: the task, the pool, the boot steps.
+    """Turn a Celery app into one that can send jobs, and whose worker can serve: the task, its route, the boot steps.
 
     Safe to call in the module that web processes and ordinary workers share: it only sets defaults, which the app's
-    own configuration overrides, and imports no JAX. A worker of the app that names other queues with `-Q` stays an
-    ordinary one. Unless there is a default app already, this app becomes the default, so that `generate.delay` finds
-    it from every thread of a web server.
+    own configuration overrides, and imports no JAX. The app's workers stay ordinary ones, with the pool and the queues
+    that they had, but for the device worker: the one that is told to consume a queue of the task (`-Q sdtpu`), or to
+    have the pool `DevicePool` (`worker_pool`). Unless there is a default app already, this app becomes the default, so
+    that `generate.delay` finds it from every thread of a web server.
 
     Args:
         app: the app.
@@ -43,9 +45,10 @@ def install(app: Celery) -> Celery:
 
     set_defaults(app, _DEFAULTS)
     guard_settings(app)
+    route_the_task(app)
     app.steps["worker"].update(WORKER_STEPS)
     app.steps["consumer"].update(CONSUMER_STEPS)
-    signals.worker_init.connect(_leave_other_workers_alone, dispatch_uid="sdtpu_worker")
+    signals.worker_init.connect(_choose_pool, dispatch_uid="sdtpu_worker")
     if _state.default_app is None:
         app.set_default()
     return app
@@ -74,11 +77,50 @@ def is_device_pool(pool: Any) -> bool:
     return pool == POOL if isinstance(pool, str) else getattr(pool, "holds_devices", False)
 
 
-def _leave_other_workers_alone(sender: Any, **_: Any) -> None:
-    """Give a worker that was told to consume only other queues the pool that it would have had without `install`."""
-    is_installed = set(WORKER_STEPS) <= sender.app.steps["worker"]
-    chosen = sender.app.amqp.queues._consume_from  # None unless -Q chose
-    if not is_installed or not chosen or not is_device_pool(sender.pool_cls):
+def is_device_worker(app: Celery, has_device_pool: bool) -> bool:
+    """Return whether a worker of the app, as it was started, is to hold devices.
+
+    Args:
+        app: the worker's app; `-Q` and `-X` have chosen among its queues.
+        has_device_pool: whether `worker_pool` or `-P` names a device pool.
+    """
+    queues, ours = app.amqp.queues, set(device_queues(app))
+    chosen = queues._consume_from  # None unless -Q chose
+    if chosen is not None:
+        return not ours.isdisjoint(chosen)
+    return has_device_pool or ours.issuperset(queues.consume_from)
+
+
+def given_options(*names: str) -> list[str]:
+    """Return which of these options of `celery worker` stand on the command line, by click's names for them."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return []
+    return [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+
+
+def _choose_pool(sender: Any, **_: Any) -> None:
+    """Give a device worker the device pool, and any other worker the pool that it would have had without `install`."""
+    app = sender.app
+    if not set(WORKER_STEPS) <= app.steps["worker"]:
         return
-    if read_setting("sdtpu_queue", sender.app.conf) not in chosen:
-        sender.pool_cls = get_implementation("prefork")
+    pool = get_implementation(sender.pool_cls)
+    try:
+        is_wanted = is_device_worker(app, is_device_pool(pool))
+    except ConfigurationError:  # the boot step refuses it with the reason
+        return
+    if not is_wanted:
+        if is_device_pool(pool):
+            sender.pool_cls = get_implementation("prefork")
+    elif not is_device_pool(pool) and not _is_asked_for(app, pool):
+        sender.pool_cls = get_implementation(POOL)
+
+
+def _is_asked_for(app: Celery, pool: Any) -> bool:
+    """Return whether this very worker was given another pool, by `-P` or by the code that made it.
+
+    A `-P prefork` is what start scripts say by habit: it does not count, and the boot step logs that.
+    """
+    is_code = click.get_current_context(silent=True) is None
+    by_default = [get_implementation(app.conf.worker_pool), *([] if is_code else [get_implementation("prefork")])]
+    return pool not in by_default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from reprlib import Repr
 from typing import Any
 
@@ -88,3 +89,14 @@ def brief(value: Any) -> str:
         return _SHORT.repr(value).replace("\n", " ")
     except Exception:  # the `__repr__` of a foreign class may raise any exception
         return f"a value of the type {type(value).__name__}"
+
+
+def without_passwords(value: Any) -> Any:
+    """Return a setting's value with the passwords of URLs masked, in mappings and sequences too."""
+    if isinstance(value, str):
+        return sanitize_url(value)
+    if isinstance(value, Mapping):
+        return {key: without_passwords(part) for key, part in value.items()}
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(map(without_passwords, value))
+    return value

@@ -3,7 +3,7 @@
 Three shells in this folder, after `pip install -e '../..[worker]' django`:
 
     redis-server
-    celery -A website worker --loglevel INFO
+    celery -A website worker --queues sdtpu --loglevel INFO
     python manage.py runserver
 
 Expect, on any two-core CPU: the worker says that it is ready after about 30 seconds, and

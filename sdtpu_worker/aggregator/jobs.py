@@ -21,14 +21,17 @@ class Terms:
     Attributes:
         priority: a job with a lower number goes first; only a difference in this number lets a job take another
             job's slot.
-        expires_at: a job that has no slot by this time, on the clock of `plan(now)`, is dropped.
+        expires_at: a job that has had no slot by this time, on the clock of `plan(now)`, is dropped; also orders jobs
+            of one priority.
         soft_time_limit_s, time_limit_s: how long the job may hold a slot.
+        may_expire: False if the job had its slot in time, on another worker or in an earlier try.
     """
 
     priority: int = DEFAULT_PRIORITY
     expires_at: float = math.inf
     soft_time_limit_s: float = math.inf
     time_limit_s: float = math.inf
+    may_expire: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,20 @@ class Eligibility:
     Attributes:
         task_ids: the jobs that are named.
         excludes: True if every job is eligible except those named, False if only those named are.
+        avoid: devices that start and resume no job meanwhile, if there is another device.
     """
 
     task_ids: frozenset[str] = frozenset()
     excludes: bool = True
+    avoid: frozenset[int] = frozenset()
 
     def __contains__(self, task_id: str) -> bool:
         return (task_id in self.task_ids) is not self.excludes
 
     @classmethod
-    def only(cls, task_ids: Iterable[str]) -> Eligibility:
-        """Return the eligibility of these jobs and no other."""
-        return cls(frozenset(task_ids), excludes=False)
+    def only(cls, task_ids: Iterable[str], avoid: Iterable[int] = ()) -> Eligibility:
+        """Return the eligibility of these jobs and no other, on other devices than those to avoid."""
+        return cls(frozenset(task_ids), excludes=False, avoid=frozenset(avoid))
 
     @classmethod
     def all_but(cls, task_ids: Iterable[str]) -> Eligibility:

@@ -76,6 +76,12 @@ class Plan:
         """Return the task ids of the jobs that start in the tick."""
         return tuple(phase.insert[1] for phases in self.devices for phase in phases if phase.insert)
 
+    def placed(self) -> dict[str, int]:
+        """Return by task id the devices of the jobs that start or resume in the tick, the starting ones first."""
+        inserted = ((phase.insert, d) for d, phases in enumerate(self.devices) for phase in phases)
+        starting = {insert[1]: device for insert, device in inserted if insert}
+        return starting | {place.task_id: place.device for place in self.resumed}
+
     def decoded(self) -> tuple[PlannedDecode, ...]:
         """Return every image that the tick decodes."""
         return tuple(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from sdtpu_worker.aggregator.costs import Cost
 from sdtpu_worker.aggregator.jobs import Eligibility, QueuedJob
@@ -24,6 +24,7 @@ class PlanBuilder:
         phases_per_tick: how many phases the compiled tick has.
         preview_every: steps between two previews of a job; 0 for none.
         now: the time in seconds.
+        closed: devices that start and resume no job.
 
     Attributes:
         elapsed_s: seconds of work that every device has in the plan so far.
@@ -42,8 +43,10 @@ class PlanBuilder:
         phases_per_tick: int,
         preview_every: int,
         now: float,
+        closed: Collection[int] = (),
     ) -> None:
         self.slots, self.queue, self.cost, self.steps, self.now = slots, queue, cost, steps, now
+        self.closed = closed
         self.phases_per_tick, self.preview_every = phases_per_tick, preview_every
         self.phases: list[list[Phase]] = [[] for _ in slots]
         self.elapsed_s = [0.0] * len(slots)
@@ -69,6 +72,8 @@ class PlanBuilder:
         for device, i, victim in by_weakness:
             if not candidates:
                 return
+            if device in self.closed:
+                continue
             first = candidates[0]
             weaker = victim.terms.priority > first.terms.priority and victim.level(self.now) > first.level(self.now)
             if not weaker or any(place.device == device for place in self.parked):
@@ -144,12 +149,7 @@ class PlanBuilder:
             slots[decode[0]] = None
             elapsed_s += cost.decode_s
         insert = None
-        if (
-            self.queue
-            and not self.queue[0].parked
-            and None in slots
-            and (not phases or elapsed_s + cost.insert_s < budget_s)
-        ):
+        if self._takes_another(device) and (not phases or elapsed_s + cost.insert_s < budget_s):
             insert = slots.index(None), self.queue.popleft()
             self._give_slot(device, *insert)
             elapsed_s += cost.insert_s
@@ -171,11 +171,13 @@ class PlanBuilder:
 
     def _more_to_do_first(self, device: int) -> bool:
         """Return whether the next phase should decode or insert again before the slots advance."""
-        slots = self.slots[device]
-        takes_another = None in slots and self.queue and not self.queue[0].parked
-        return not self._is_last_phase(device) and bool(
-            takes_another or any(job and not job.remaining for job in slots)
-        )
+        is_done = any(job and not job.remaining for job in self.slots[device])
+        return not self._is_last_phase(device) and (is_done or self._takes_another(device))
+
+    def _takes_another(self, device: int) -> bool:
+        """Return whether the first job of the queue may start on the device now, slots and order considered."""
+        may_start = device not in self.closed and None in self.slots[device]
+        return may_start and bool(self.queue) and not self.queue[0].parked
 
     def _steps(self, device: int, budget_s: float) -> int:
         """Return the steps of a phase: up to the first job's last step, so that the next phase decodes it.
@@ -192,7 +194,7 @@ class PlanBuilder:
 
     def _resume(self, device: int) -> None:
         """Plan that the first job of the queue resumes in a free slot of the device, if the job is parked."""
-        if self.queue and self.queue[0].parked and None in self.slots[device]:
+        if self.queue and self.queue[0].parked and None in self.slots[device] and device not in self.closed:
             job = self.queue.popleft()
             slot = self.slots[device].index(None)
             self.resumed.append(Place(job.task_id, device, slot))

@@ -4,6 +4,7 @@ Pure: no clock, no threads, no arrays; the time comes in as an argument.
 
 Invariant: every job that was added leaves exactly once: decoded, cancelled or overdue. A slot holds at most one job.
 An eligible job gets a free slot of its lane in the next plan, and no eligible job waits for ever behind other jobs.
+No plan has anything to do for an excluded device.
 
 A lane is one resolution: it has its own compiled programs and its own slots on every device. Each plan is one tick of
 one lane. Devices run their phases without asking the host, so the policy knows every slot's step from what it planned:
@@ -82,6 +83,7 @@ class Aggregator:
         self._turn = deque(costs)
         self._number = 0
         self._eligibility = EVERY_JOB
+        self._excluded: frozenset[int] = frozenset()
 
     def add(
         self,
@@ -125,7 +127,7 @@ class Aggregator:
             (job.task_id, Overdue.EXPIRED)
             for state in self._lanes.values()
             for job in state.waiting.values()
-            if job.terms.expires_at <= now and not job.has_started
+            if job.terms.may_expire and job.terms.expires_at <= now and not job.has_started
         ]
         for state in self._lanes.values():
             for _, _, job in state.running():
@@ -144,6 +146,27 @@ class Aggregator:
         again.
         """
         self._eligibility = eligibility
+
+    def exclude(self, device: int) -> list[str]:
+        """Give a device nothing to do from now on.
+
+        Args:
+            device: its number.
+
+        Returns:
+            The jobs that had a slot there: the policy has dropped them, as `cancel` does.
+
+        Raises:
+            ValueError: there would be no device left.
+        """
+        excluded = self._excluded | {device}
+        if len(excluded) == self.num_devices:
+            raise ValueError(f"device {device} cannot be excluded: it is the last one that draws images")
+        self._excluded = excluded
+        dropped = [job.task_id for state in self._lanes.values() for d, _, job in state.running() if d == device]
+        for task_id in dropped:
+            self.cancel(task_id)
+        return dropped
 
     def plan(self, now: float, most_s: float = math.inf) -> Plan | None:
         """Return the plan for the next tick, or None when there is nothing to do.
@@ -192,7 +215,7 @@ class Aggregator:
         for state in self._lanes.values():
             running = sorted((job for *_, job in state.running()), key=lambda job: job.order(now))
             waiting = sorted(state.waiting.values(), key=lambda job: job.order(now))
-            free_at = [0.0] * (self.num_devices * self.slots_per_device)
+            free_at = [0.0] * self._num_slots
             slowdown = state.costs.slowdown(self._busy_devices(state))
             for job in running + waiting:
                 start_s = heapq.heappop(free_at)
@@ -221,7 +244,17 @@ class Aggregator:
 
     def _busy_devices(self, state: _LaneState) -> int:
         """Return how many devices a lane's jobs keep busy: they spread over all devices before two share one."""
-        return min(self.num_devices, len(state.waiting) + sum(1 for _ in state.running()))
+        return min(self.num_devices - len(self._excluded), len(state.waiting) + sum(1 for _ in state.running()))
+
+    @property
+    def _num_slots(self) -> int:
+        """Slots of a lane on the devices that are not excluded."""
+        return (self.num_devices - len(self._excluded)) * self.slots_per_device
+
+    def _closed(self) -> frozenset[int]:
+        """Return the devices that get no job: the excluded ones, and those to avoid if others are left."""
+        closed = self._excluded | self._eligibility.avoid
+        return closed if any(device not in closed for device in range(self.num_devices)) else self._excluded
 
     def _jobs(self) -> Iterator[QueuedJob]:
         for state in self._lanes.values():
@@ -234,10 +267,10 @@ class Aggregator:
         ineligible = [job for job in state.waiting.values() if job.task_id not in queued]
         occupied = sum(1 for _ in state.running())
         builder = PlanBuilder(
-            state.slots, queue, state.costs.cost, steps, self.phases_per_tick, self.preview_every, now
+            state.slots, queue, state.costs.cost, steps, self.phases_per_tick, self.preview_every, now, self._closed()
         )
         builder.displace(self._eligibility)
-        if not builder.parked and self.preemption and occupied == self.num_devices * self.slots_per_device:
+        if not builder.parked and self.preemption and occupied == self._num_slots:
             builder.preempt()
         builder.fill()
         state.waiting = {job.task_id: job for job in (*ineligible, *builder.displaced, *queue)}
@@ -254,7 +287,7 @@ class Aggregator:
         to end with the next decode.
         """
         jobs = len(self._eligible(state)) + sum(1 for _ in state.running())
-        load = jobs / (self.num_devices * self.slots_per_device)
+        load = jobs / self._num_slots
         tick_s = self.tick_s * (0.5 if load <= 1 else 1 if load < 2 else 2)
         cost, step_s = state.costs.cost, state.costs.step_s(self._busy_devices(state))
         steps = max(1, round(tick_s / step_s))

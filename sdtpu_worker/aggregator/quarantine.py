@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from sdtpu_worker.aggregator.jobs import Eligibility
@@ -27,6 +27,7 @@ class Quarantine:
     def __init__(self) -> None:
         self._groups: deque[list[str]] = deque()
         self._running: list[str] = []
+        self._avoid: dict[str, frozenset[int]] = {}  # devices that a job in a group of its own must not get
         self._started_alone = False  # the running group had one member from the start; the last one left is not alone
         self._group_since: float | None = None  # when the running group got the devices
         self._other_jobs_until = -math.inf
@@ -35,13 +36,20 @@ class Quarantine:
         """Return how many jobs are in quarantine."""
         return len(self._running) + sum(map(len, self._groups))
 
-    def add(self, task_id: str) -> None:
-        """Put a job into a group of its own, behind the groups that wait."""
+    def add(self, task_id: str, avoid: Iterable[int] = ()) -> None:
+        """Put a job into a group of its own, behind the groups that wait.
+
+        Args:
+            task_id: the job.
+            avoid: devices on which it has failed; it is tried on another one.
+        """
         self.discard(task_id)
         self._groups.append([task_id])
+        self._avoid[task_id] = frozenset(avoid)
 
     def discard(self, task_id: str) -> None:
         """Forget a job that has ended. Unknown ids are ignored."""
+        self._avoid.pop(task_id, None)
         for group in (self._running, *self._groups):
             if task_id in group:
                 group.remove(task_id)
@@ -60,7 +68,7 @@ class Quarantine:
             other_jobs: there are jobs outside quarantine.
         """
         if self._running:
-            return Eligibility.only(self._running)
+            return self._only_the_running_group()
         if self._group_since is not None:
             self._other_jobs_until, self._group_since = now + (now - self._group_since), None
         if not self._groups or (other_jobs and now < self._other_jobs_until):
@@ -68,7 +76,7 @@ class Quarantine:
         if devices_idle:
             self._running, self._group_since = self._groups.popleft(), now
             self._started_alone = len(self._running) == 1
-        return Eligibility.only(self._running)
+        return self._only_the_running_group()
 
     def failed(self, suspects: Sequence[str]) -> str | None:
         """Divide the suspects of a device program that failed into groups.
@@ -91,3 +99,7 @@ class Quarantine:
         groups = [list(suspects[:half]), list(suspects[half:]), rest]
         self._groups.extendleft(filter(None, reversed(groups)))
         return None
+
+    def _only_the_running_group(self) -> Eligibility:
+        avoid = self._avoid.get(self._running[0], ()) if len(self._running) == 1 else ()
+        return Eligibility.only(self._running, avoid)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn
 
 from celery import Task, current_task, shared_task
+from celery.app.routes import Router
 from celery.canvas import Signature
-from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
 
 from sdtpu_worker.client.admission import check_admission
 from sdtpu_worker.client.backend_wait import bounded_wait
 from sdtpu_worker.client.broker_errors import unavailable
-from sdtpu_worker.config import read_setting
-from sdtpu_worker.contract.queues import DEFAULT_PRIORITY, SENT_AT_HEADER, TASK_NAME, tenant_queue
+from sdtpu_worker.client.options import check_options, plain_options, seconds_until
+from sdtpu_worker.client.routing import generation_route, name_of
+from sdtpu_worker.contract.queues import SENT_AT_HEADER, TASK_NAME
 from sdtpu_worker.contract.request import GenerationRequest, check_arguments, draw_seed
-from sdtpu_worker.errors import SdtpuError
+from sdtpu_worker.errors import EngineUnavailable, InvalidRequest, Overloaded
 
 
 class GenerateTask(Task):
@@ -26,11 +27,15 @@ class GenerateTask(Task):
 
     Inside a worker (a chain's next task, a chord's body) nothing is raised: the preceding task must not fail for a
     bad parameter of this one, so the job is sent and fails by itself.
+
+    Attributes:
+        stand_in: draws a picture in place of a device worker, in tests; see `sdtpu_worker.testing.stand_in`.
     """
 
     abstract = True
     typing = False
     Request = "sdtpu_worker.worker.celery_request:DeviceRequest"
+    stand_in: ClassVar[Callable[[Task, Sequence[Any], Mapping[str, Any]], dict[str, Any]] | None] = None
 
     def signature(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Signature:
         """Build a signature; the parameters given so far are checked at once, so that a group fails as a whole."""
@@ -51,14 +56,13 @@ class GenerateTask(Task):
             DeadlineUnreachable: the job clearly could not have a slot before it `expires`.
             BrokerUnavailable: Redis cannot be reached or refuses the job.
         """
-        args, kwargs = tuple(args or ()), dict(kwargs or {})
+        args, kwargs, options = tuple(args or ()), dict(kwargs or {}), plain_options(options)
         request = None if current_task else GenerationRequest.parse(args, kwargs)
         if kwargs.get("seed") is None:
             kwargs["seed"] = draw_seed()
-        if options.get("priority") is None:
-            default = self.app.conf.task_default_priority
-            options["priority"] = DEFAULT_PRIORITY if default is None else default
-        self._choose_queue(kwargs.get("tenant"), options)
+        self._choose_queue_and_priority(args, kwargs, options)
+        if request is not None:
+            check_options(options)
         options["headers"] = {SENT_AT_HEADER: time.time(), **(options.get("headers") or {})}
         if request is None or self.app.conf.task_always_eager:
             return self._send(args, kwargs, *rest, **options)
@@ -67,13 +71,44 @@ class GenerateTask(Task):
         with bounded_wait(self.app):
             return self._send(args, kwargs, *rest, **options)
 
-    def _choose_queue(self, tenant: Any, options: dict[str, Any]) -> None:
-        """Send a tenant's job to the tenant's queue; another queue that was asked for, and a retry's, stay."""
-        queue = read_setting("sdtpu_queue", self.app.conf)
-        if options.get("queue") is None:
-            options["queue"] = queue
-        if options["queue"] == queue and not options.get("retries") and isinstance(tenant, str):
-            options["queue"] = tenant_queue(queue, tenant, read_setting("sdtpu_tenant_shards", self.app.conf))
+    def delay_on_commit(self, *args: Any, **kwargs: Any) -> None:
+        """Enqueue the job when Django's transaction commits, as the tasks of a Django app do."""
+        self.apply_async_on_commit(args, kwargs)
+
+    def apply_async_on_commit(self, *args: Any, **kwargs: Any) -> None:
+        """Call `apply_async` with these arguments when Django's transaction commits."""
+        from django.db import transaction
+
+        transaction.on_commit(functools.partial(self.apply_async, *args, **kwargs))
+
+    def map(self, it: Any) -> NoReturn:
+        """Refuse: `map`, `starmap` and `chunks` call a task's code in one process of an ordinary worker.
+
+        Raises:
+            InvalidRequest: always, with the remedy.
+        """
+        raise InvalidRequest(
+            "sdtpu.generate cannot be used with map, starmap or chunks, which run several jobs as one task without a"
+            " device; write group(generate.s(prompt) for prompt in prompts), whose members share the devices' batch"
+        )
+
+    starmap = map
+
+    def chunks(self, it: Any, n: int) -> NoReturn:
+        """Refuse, as `map` does."""
+        self.map(it)
+
+    def _choose_queue_and_priority(self, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
+        """Fill in what the caller did not name: from annotations, the app's routes, the tenant and the settings."""
+        for name in ("queue", "priority"):
+            if options.get(name) is None:
+                options[name] = getattr(self, name, None)  # an annotation
+        app = self.app
+        if options["queue"] is None and self.stand_in is not None:
+            options["queue"] = app.conf.task_default_queue  # which the worker of a test consumes
+        route = generation_route(app, Router(app.amqp.routes, app=app), args, kwargs, options, self)
+        options.update({**route, **{name: value for name, value in options.items() if value is not None}})
+        options["queue"] = route["queue"]  # of the tenant, where the caller named the queue of all
 
     def _check_admission(self, request: GenerationRequest, rest: Sequence[Any], options: Mapping[str, Any]) -> None:
         queue, priority = options["queue"], options["priority"]
@@ -81,9 +116,11 @@ class GenerateTask(Task):
         check_admission(
             self.app,
             request,
-            getattr(queue, "name", queue),
-            priority if isinstance(priority, int) else 0,
-            None if options.get("countdown") or options.get("eta") else _seconds_left(self, options),
+            name_of(queue),
+            priority,
+            None
+            if options.get("countdown") or options.get("eta")
+            else seconds_until(self.app, options.get("expires", self.expires)),
             producer,
         )
 
@@ -98,26 +135,23 @@ class GenerateTask(Task):
             raise unavailable(self.app, exc, at_backend=True) from exc
 
 
-@shared_task(name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=False, throws=(SdtpuError,))
+@shared_task(
+    name=TASK_NAME, base=GenerateTask, bind=True, acks_late=True, track_started=False,
+    throws=(InvalidRequest, Overloaded),  # the client's; every other failure is an error for the operator to see
+)  # fmt: skip
 def generate(self: Task, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Generate one image; parameters as `GenerationRequest`, result as `GenerationResult` in JSON.
 
     It stores the state STARTED itself (`DeviceJob.begin`): Celery does so before anybody has looked whether a
     redelivered job has an end already, and would replace a FAILURE.
     """
+    if self.request.called_directly:
+        raise EngineUnavailable(
+            "sdtpu.generate was called as a function, or by celery.map, celery.starmap or celery.chunks: that runs it"
+            " in this process, which has no devices; call generate.delay(…), or send group(generate.s(…), …)"
+        )
+    if GenerateTask.stand_in is not None:
+        return GenerateTask.stand_in(self, args, kwargs)
     from sdtpu_worker.worker.run_job import run_job
 
     return run_job(self, args, kwargs)
-
-
-def _seconds_left(task: Task, options: Mapping[str, Any]) -> float | None:
-    """Return how long a job is wanted, of any form of `expires` that Celery knows; None for ever or unknown."""
-    expires = options.get("expires", task.expires)
-    try:
-        if isinstance(expires, str):
-            expires = maybe_iso8601(expires)
-        if isinstance(expires, datetime):
-            return (maybe_make_aware(expires) - task.app.now()).total_seconds()
-        return float(expires) if isinstance(expires, int | float) else None
-    except (TypeError, ValueError, OverflowError):
-        return None  # Celery's to refuse

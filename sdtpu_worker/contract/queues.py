@@ -16,6 +16,8 @@ DEFAULT_QUEUE = "sdtpu"
 """The queue of the task where `sdtpu_queue` is not set."""
 DEFAULT_PRIORITY = 6
 """The priority of a job whose client names none: in the middle, with room above and below. Lower is more urgent."""
+HELD_KEY, LEASES_KEY, DELAYED_KEY = "sdtpu:unacked", "sdtpu:unacked_index", "sdtpu:delayed"
+"""The Redis keys of the messages that workers hold and of those that wait for their time; see `delivery/keys.py`."""
 SENT_AT_HEADER = "sdtpu_sent_at"
 """The message header with the time at which the client sent the job, in seconds since 1970."""
 LATEST_SENT_AT = 2**40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import secrets
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,15 @@ from sdtpu_worker.redaction import brief
 MAX_STEPS = 1000
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**63 - 1
+DRAWN_SEED_BITS = 53
+"""Bits of a seed that nobody chose: JavaScript's numbers, and so every browser's JSON, carry that many exactly."""
 MAX_GUIDANCE_SCALE = 1000.0
 MAX_TENANT_CHARACTERS = 128
 MAX_SIDE = 4096
 SIDE_MULTIPLE = 8
 SAMPLER_NAMES = ("pndm", "ddim", "euler", "dpmsolver++")
 IMAGE_FORMATS = ("png", "jpeg", "webp")
+_SEED_DIGITS = re.compile("[0-9]{1,19}")
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,11 @@ class GenerationRequest:
 
     Attributes:
         prompt: what the image shows, 1 to 10,000 characters. It is cut after 77 tokens, and the result says so.
-        negative_prompt: what the image should not show; empty for none.
-        seed: 0 to 2**63 - 1; None has the client draw one.
+        negative_prompt: what the image should not show; empty or None for none.
+        seed: 0 to 2**63 - 1, also given as a string of its decimal digits; None has the client draw one of 53 bits.
         num_inference_steps: denoising steps, 1 to 1000.
-        guidance_scale: how strongly the prompt counts (classifier-free guidance), -1000 to 1000.
+        guidance_scale: how strongly the prompt counts (classifier-free guidance), -1000 to 1000. A scale of 1 or less
+            means no guidance, as in diffusers: the prompt alone, whatever the negative prompt is.
         height: pixels, a multiple of 8 and one of the worker's sizes (`sdtpu_resolutions`); None for the
             checkpoint's own.
         width: as `height`.
@@ -58,6 +63,9 @@ class GenerationRequest:
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
         object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
+        object.__setattr__(self, "negative_prompt", self.negative_prompt or "")
+        if self.seed is not None:
+            object.__setattr__(self, "seed", int(self.seed))
 
     @classmethod
     def parse(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerationRequest:
@@ -103,13 +111,13 @@ def check_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
 
 
 def draw_seed() -> int:
-    """Return a random seed."""
-    return secrets.randbits(63)
+    """Return a random seed that survives the JSON of a browser: 0 to 2**53 - 1."""
+    return secrets.randbits(DRAWN_SEED_BITS)
 
 
 def seed_from_task_id(task_id: str) -> int:
-    """Return the seed of a job that has none: the same after every redelivery and retry."""
-    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:8], "big") >> 1
+    """Return the seed of a job that has none, 0 to 2**53 - 1: the same after every redelivery and retry."""
+    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:8], "big") >> (64 - DRAWN_SEED_BITS)
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -122,6 +130,11 @@ def _check_text(name: str, value: Any) -> None:
             raise InvalidRequest(
                 f"{name} must not have control characters, got {character!r} at position {position}; remove it"
             )
+
+
+def _check_negative_prompt(name: str, value: Any) -> None:
+    if value is not None:
+        _check_text(name, value)
 
 
 def _check_prompt(name: str, value: Any) -> None:
@@ -139,12 +152,19 @@ def _check_tenant(name: str, value: Any) -> None:
         raise InvalidRequest(f"{name} must not have control characters, got {brief(value)}")
 
 
-def _check_integer(low: int, high: int, high_text: str, optional: bool = False) -> Any:
+def _check_seed(name: str, value: Any) -> None:
+    if value is None or (isinstance(value, str) and _SEED_DIGITS.fullmatch(value) and int(value) <= MAX_SEED):
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SEED:
+        raise InvalidRequest(
+            f"{name} must be an integer from 0 to 2**63 - 1, or a string of its decimal digits, got {brief(value)}"
+        )
+
+
+def _check_integer(low: int, high: int) -> Any:
     def check(name: str, value: Any) -> None:
-        if value is None and optional:
-            return
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise InvalidRequest(f"{name} must be an integer from {low} to {high_text}, got {brief(value)}")
+            raise InvalidRequest(f"{name} must be an integer from {low} to {high}, got {brief(value)}")
 
     return check
 
@@ -178,9 +198,9 @@ def _check_choice(choices: Sequence[str], optional: bool = False) -> Any:
 
 _CHECKS: dict[str, Any] = {
     "prompt": _check_prompt,
-    "negative_prompt": _check_text,
-    "seed": _check_integer(0, MAX_SEED, "2**63 - 1", optional=True),
-    "num_inference_steps": _check_integer(1, MAX_STEPS, str(MAX_STEPS)),
+    "negative_prompt": _check_negative_prompt,
+    "seed": _check_seed,
+    "num_inference_steps": _check_integer(1, MAX_STEPS),
     "guidance_scale": _check_guidance,
     "height": _check_side,
     "width": _check_side,

@@ -50,7 +50,7 @@ class BatchPlace:
         device: the number of the device.
         slot: the number of the slot on that device.
         occupied: how many slots of the host were in use in the tick that finished the image.
-        num_slots: how many slots the host has.
+        num_slots: how many slots the host has, without those of lost devices.
     """
 
     device: int
@@ -89,11 +89,16 @@ class GenerationResult:
     batch: BatchPlace
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result as a JSON-compatible dict."""
-        return dataclasses.asdict(self)
+        """Return the result as a JSON-compatible dict, with the seed also as text: JavaScript rounds large integers."""
+        facts = dataclasses.asdict(self)
+        names = list(facts)
+        names.insert(names.index("seed") + 1, "seed_text")
+        facts["seed_text"] = str(self.seed)
+        return {name: facts[name] for name in names}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GenerationResult:
         """Return the result that `to_json` gave, as `AsyncResult.get()` returns it."""
         parts = {"image": StoredImage, "timings": Timings, "batch": BatchPlace}
-        return cls(**{name: parts[name](**value) if name in parts else value for name, value in data.items()})
+        fields = {name: value for name, value in data.items() if name != "seed_text"}  # the field `seed` says it too
+        return cls(**{name: parts[name](**value) if name in parts else value for name, value in fields.items()})

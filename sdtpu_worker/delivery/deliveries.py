@@ -19,12 +19,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import ResponseError
+
 from sdtpu_worker.delivery import scripts
+from sdtpu_worker.delivery.delivery import Delivery, Move
 from sdtpu_worker.delivery.job_facts import JobFacts, read_job_facts
 from sdtpu_worker.delivery.keys import Keys
+from sdtpu_worker.delivery.scripts import is_read_only
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -40,29 +43,6 @@ JOB_FACTS_EXPIRE_S = 24 * 3600
 _MAX_MOVES = 200  # messages that one sweep, or one look for due messages, moves
 
 
-@dataclass
-class Delivery:
-    """A message that this worker holds.
-
-    Attributes:
-        task_id: the id of its job.
-        running: the pool has taken the job.
-        suspect: the job had a slot when the devices hung or were lost; perhaps it is the cause.
-    """
-
-    task_id: str = ""
-    running: bool = False
-    suspect: bool = False
-
-
-@dataclass(frozen=True)
-class _Move:
-    """How a message leaves this worker: the script to run, and the keys of the job that it needs."""
-
-    script: str
-    job_keys: Sequence[str]
-
-
 class Deliveries:
     """The messages that this worker holds, over all the connections that it ever had. Any thread.
 
@@ -76,6 +56,7 @@ class Deliveries:
 
     Attributes:
         on_free: called when a held message has left this worker, so that another one may be taken.
+        on_deferred: called with the time, on Redis' clock, at which a message that was just deferred is due.
         dead_letters: messages that this worker dead-lettered.
         redelivered: messages that this worker's sweeps redelivered.
     """
@@ -86,8 +67,9 @@ class Deliveries:
         self._lock, self._connecting = threading.Lock(), threading.Lock()
         self._client: Redis | None = None
         self._held: dict[str, Delivery] = {}
-        self._unsent_moves: dict[str, _Move] = {}  # by tag
+        self._unsent_moves: dict[str, Move] = {}  # by tag
         self.on_free: Callable[[], None] = lambda: None
+        self.on_deferred: Callable[[float], None] = lambda due_at: None
         self.dead_letters = 0
         self.redelivered = 0
 
@@ -103,6 +85,17 @@ class Deliveries:
                 self._client = self._connect()
             return self._client
 
+    def follow(self, connect: Callable[[], Redis]) -> None:
+        """Use another server from the next command on: the consumer takes its messages from there now.
+
+        Args:
+            connect: makes a client of that server, with time-outs.
+        """
+        with self._connecting:
+            client, self._client, self._connect = self._client, None, connect
+        if client is not None:  # other threads may use some of its connections at this moment
+            client.connection_pool.disconnect(inuse_connections=False)
+
     def close(self) -> None:
         """Close the connections."""
         with self._connecting:
@@ -112,6 +105,10 @@ class Deliveries:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def holds(self, tag: str) -> bool:
+        """Return whether this worker holds a message."""
+        return tag in self._held
 
     def hold(self, tag: str, task_id: str) -> None:
         """Note that this worker has just claimed a message."""
@@ -222,7 +219,11 @@ class Deliveries:
         Raises:
             redis.exceptions.RedisError: Redis was not reached; the message is redelivered when its lease expires.
         """
-        return bool(self._eval(scripts.DEFER, [self.keys.held, self.keys.leases, self.keys.delayed], [tag, due_at]))
+        keys = [self.keys.held, self.keys.leases, self.keys.delayed]
+        is_deferred = bool(self._eval(scripts.DEFER, keys, [tag, due_at]))
+        if is_deferred:
+            self.on_deferred(due_at)
+        return is_deferred
 
     def requeue_due(self) -> float | None:
         """Put deferred messages that are due at the front of their queues.
@@ -308,7 +309,7 @@ class Deliveries:
             for tag in [tag for tag, delivery in self._held.items() if wanted(delivery)]:
                 self._unsent_moves[tag] = self._requeueing(self._held.pop(tag))
 
-    def _end_hold(self, tag: str, move_of: Callable[[Delivery], _Move]) -> None:
+    def _end_hold(self, tag: str, move_of: Callable[[Delivery], Move]) -> None:
         """Stop holding a message, and move it in Redis now, or with the next `flush` if Redis cannot be reached."""
         with self._lock:
             delivery = self._held.pop(tag, None)
@@ -323,15 +324,21 @@ class Deliveries:
             self._unsent_moves[tag] = move
         self.on_free()
 
-    def _acknowledgement(self, delivery: Delivery) -> _Move:
-        return _Move(scripts.ACKNOWLEDGE, (self.keys.starts(delivery.task_id), self.keys.snapshot(delivery.task_id)))
+    def _acknowledgement(self, delivery: Delivery) -> Move:
+        return Move(scripts.ACKNOWLEDGE, (self.keys.starts(delivery.task_id), self.keys.snapshot(delivery.task_id)))
 
-    def _requeueing(self, delivery: Delivery) -> _Move:
+    def _requeueing(self, delivery: Delivery) -> Move:
         """Return the move back to the queue; the starts of a suspect's job are left alone."""
-        return _Move(scripts.REQUEUE, () if delivery.suspect else (self.keys.starts(delivery.task_id),))
+        return Move(scripts.REQUEUE, () if delivery.suspect else (self.keys.starts(delivery.task_id),))
 
-    def _send(self, tag: str, move: _Move) -> None:
+    def _send(self, tag: str, move: Move) -> None:
         self._eval(move.script, [self.keys.held, self.keys.leases, *move.job_keys], [tag, self._name])
 
     def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        return self.client.eval(script, len(keys), *keys, *args)
+        client = self.client
+        try:
+            return client.eval(script, len(keys), *keys, *args)
+        except ResponseError as exc:
+            if is_read_only(exc):  # the name of the server may belong to another one by now: connect anew
+                client.connection_pool.disconnect()
+            raise

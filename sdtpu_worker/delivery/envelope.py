@@ -5,7 +5,8 @@ process, or leave a job that never ends. Of a message that passes `check_envelop
 without an exception; whatever is still wrong with it then fails within its own task and becomes that task's result.
 
 In Celery's protocol 2 the headers hold a task's fields, and the body is `[args, kwargs, embed]`; in protocol 1 the body
-holds everything. Both bodies are JSON text in base64, and may be deflated.
+holds everything. Both bodies are JSON text in base64, and may be deflated. What clients in other languages write for
+nothing (headers that are null, `[]` or left out, kwargs that are null) is read as nothing.
 """
 
 from __future__ import annotations
@@ -92,13 +93,17 @@ def check_envelope(raw: bytes, known_tasks: Container[str], max_bytes: int) -> d
         if len(raw) > max_bytes:
             raise Refusal(f"the message must have at most {max_bytes:,} bytes, got {len(raw):,}")
         message = _load("the message", raw)
-        if isinstance(message, dict) and isinstance(message.get("headers"), dict):
-            fields.update(message["headers"])
+        if isinstance(message, dict):
+            if message.get("headers") in (None, []):  # none, as clients in other languages write it
+                message["headers"] = {}
+            if isinstance(message["headers"], dict):
+                fields.update(message["headers"])
         _check_plain("the message", message)
         check_fields("message", message, MESSAGE)
         check_fields("properties", message["properties"], PROPERTIES)
         check_fields("delivery_info", message["properties"]["delivery_info"], DELIVERY_INFO)
-        body = _load("the body", _body_bytes(message, max_bytes))
+        body_bytes = _body_bytes(message, max_bytes)
+        body = _load("the body", body_bytes)
         values = _check_plain("the body", body)
         if "task" in fields:
             _check_protocol_2(fields, body, known_tasks)
@@ -106,6 +111,8 @@ def check_envelope(raw: bytes, known_tasks: Container[str], max_bytes: int) -> d
             _check_protocol_1(fields, body, known_tasks)
         else:
             raise Refusal(f"the body of protocol 1 must have at most {MAX_PROTOCOL_1_VALUES:,} values, got {values:,}")
+        if (body.get("kwargs", {}) if isinstance(body, dict) else body[1]) is None:
+            _fill_in_kwargs(message, body_bytes)
         return message
     except Exception as exc:  # any other than a Refusal is an error of this code, and must not end the worker
         refusal = exc if isinstance(exc, Refusal) else Refusal(f"the message cannot be checked: {brief(exc)}")
@@ -237,6 +244,15 @@ def _body_bytes(message: dict[str, Any], max_bytes: int) -> bytes:
     if inflate.unconsumed_tail or inflate.unused_data or not inflate.eof:
         raise Refusal(f"the body must be one whole zlib stream of at most {max_bytes:,} bytes, inflated")
     return body
+
+
+def _fill_in_kwargs(message: dict[str, Any], body_bytes: bytes) -> None:
+    """Write a message's body anew, with `{}` for kwargs that are null: Celery's request does not know them."""
+    body = json.loads(body_bytes)  # as it was sent, without kombu's own types
+    body["kwargs" if isinstance(body, dict) else 1] = {}
+    message["body"] = base64.b64encode(json.dumps(body).encode()).decode()
+    message["properties"]["body_encoding"] = "base64"
+    message["headers"].pop("compression", None)
 
 
 def _check_signatures(embed: Mapping[str, Any]) -> None:

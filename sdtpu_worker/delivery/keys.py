@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sdtpu_worker.contract.queues import DELAYED_KEY, HELD_KEY, LEASES_KEY
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -14,17 +16,17 @@ class Keys:
     @property
     def held(self) -> str:
         """A hash of the held and the deferred messages, by tag: the name of its list, a line feed, the message."""
-        return f"{self.prefix}sdtpu:unacked"
+        return f"{self.prefix}{HELD_KEY}"
 
     @property
     def leases(self) -> str:
         """A sorted set of the tags of held messages, by the time (seconds since 1970) at which the lease expires."""
-        return f"{self.prefix}sdtpu:unacked_index"
+        return f"{self.prefix}{LEASES_KEY}"
 
     @property
     def delayed(self) -> str:
         """A sorted set of the tags of deferred messages, by the time (seconds since 1970) at which they are due."""
-        return f"{self.prefix}sdtpu:delayed"
+        return f"{self.prefix}{DELAYED_KEY}"
 
     @property
     def dead(self) -> str:

@@ -15,6 +15,7 @@ last pulse, let it expect it.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -52,6 +53,9 @@ class Lease:
         self._unbroken_until = 0.0  # on Redis' clock: a later look finds the contact broken
         self._made_progress = True
         self._next_due_s: float | None = None
+        self._deferred_until = math.inf  # on this worker's clock: the earliest of what was deferred since a pulse began
+        self._sooner = threading.Event()
+        deliveries.on_deferred = self._on_deferred
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sdtpu-lease", daemon=True)
 
@@ -67,8 +71,13 @@ class Lease:
     def stop(self, timeout_s: float = 5.0) -> None:
         """Stop the thread; leases that are not acknowledged or requeued expire."""
         self._stopping.set()
+        self._sooner.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+
+    def lose_contact(self) -> None:
+        """Take note that another server has the messages now: no sweep until a whole lease of contact with it."""
+        self._contact_since, self._renew_at = None, 0.0
 
     def pulse(self) -> None:
         """Do what is due now. An outage of Redis is logged, not raised."""
@@ -98,6 +107,7 @@ class Lease:
         self._deliveries.flush()
         if may_sweep:
             self._deliveries.sweep(self._unbroken_until)
+        self._deferred_until = math.inf  # what is deferred from here on may be found or not
         self._next_due_s = self._deliveries.requeue_due()
         if self._contact_since is None:
             self._contact_since = now
@@ -117,8 +127,28 @@ class Lease:
         self._least_ahead_s = ahead_s if self._contact_since is None else min(self._least_ahead_s, ahead_s)
         self._unbroken_until = now + self._least_ahead_s + self._deliveries.lease_s / 2
 
+    def _on_deferred(self, due_at: float) -> None:
+        """Have the next pulse come in time for a message that was just deferred. Any thread.
+
+        Args:
+            due_at: seconds since 1970 on Redis' clock.
+        """
+        self._deferred_until = min(self._deferred_until, due_at - self._least_ahead_s)
+        if self._deferred_until - self._clock() < _PULSE_S:
+            self._sooner.set()
+
+    def _wait(self) -> bool:
+        """Wait for the next pulse; return False where there is none: the thread is to end."""
+        until = self._clock() + self._pulse_s()
+        while not self._stopping.is_set():
+            soonest = max(self._deferred_until, self._clock() + _SHORTEST_PULSE_S)
+            if not self._sooner.wait(max(min(until, soonest) - self._clock(), 0.0)):
+                return not self._stopping.is_set()
+            self._sooner.clear()
+        return False
+
     def _run(self) -> None:
-        while not self._stopping.wait(self._pulse_s()):
+        while self._wait():
             try:
                 self.pulse()
             except Exception:  # any error: the next pulse must still renew the leases

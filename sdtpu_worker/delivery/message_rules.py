@@ -164,7 +164,8 @@ HEADERS = {
 }
 """The headers of protocol 2; protocol 1 has these fields in the body."""
 COMPRESSION = {"compression": _maybe(_one_of("application/x-gzip", "gzip", "zlib"))}
-ARGUMENTS = {"args": _LIST, "kwargs": _DICT}
+ARGUMENTS = {"args": _LIST, "kwargs": _maybe(_DICT)}
+"""Of a body; null stands for no keyword arguments, as clients in other languages write it."""
 EMBED = {name: _maybe(_LIST) for name in ("callbacks", "errbacks", "chain")} | {"chord": _maybe(_DICT)}
 SIGNATURE = {
     "task": _required(_ID),

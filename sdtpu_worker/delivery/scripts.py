@@ -13,8 +13,18 @@ from __future__ import annotations
 
 from importlib import resources
 
+from redis.exceptions import ResponseError
+
 REDELIVERED = b" "
 """The mark before a message that was held before: one for each holder that died. JSON ignores spaces."""
+
+
+def is_read_only(error: ResponseError) -> bool:
+    """Return whether a Redis refused a write because it is a replica, perhaps since a moment ago.
+
+    Servers before Redis 7 wrap an error within a script into one of another class.
+    """
+    return "READONLY" in str(error)
 
 
 def _read(*names: str) -> str:

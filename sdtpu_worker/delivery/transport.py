@@ -5,8 +5,11 @@ message. It hands whatever it popped to Celery, and some shapes end the process.
 messages of running jobs, which then run twice. Here one script claims and records a message; the message is checked
 before Celery sees it; and it belongs to the process, not to the connection that it came on (see `deliveries.py`). A
 message whose `eta` lies ahead is deferred instead of held; stock Celery holds every such message, and takes one more
-for each. On a fanout channel (remote control, gossip) this transport drops what is no message and would end a stock
-worker.
+for each.
+
+All this is for the queues of the task consumer alone. A process has others, over which replies to remote control come
+(mingle, inspect) or which an app's own consumers read: they are kombu's own. On a fanout channel (remote control,
+gossip) this transport drops what is no message and would end a stock worker.
 
 A claim never blocks. When all lists are empty, Redis says on a second connection when one of them is written to (see
 `wake_up.py`); where Redis refuses that, the channel looks at the lists every few milliseconds.
@@ -18,98 +21,31 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from queue import Empty
 from typing import Any
 
 from celery.utils.functional import noop
-from celery.utils.time import maybe_iso8601
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Connection
 from kombu import transport as kombu_transports
 from kombu.transport import redis as kombu_redis
-from kombu.transport import virtual
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import loads
 from redis.exceptions import RedisError, ResponseError
 
 from sdtpu_worker.contract.queues import waiting_lists
-from sdtpu_worker.delivery.deliveries import Deliveries
+from sdtpu_worker.delivery.claim_schedule import ClaimSchedule
 from sdtpu_worker.delivery.envelope import BadEnvelope, check_envelope, find_task_id
-from sdtpu_worker.delivery.scripts import CLAIM, REDELIVERED
+from sdtpu_worker.delivery.qos import Intake, QoS
+from sdtpu_worker.delivery.scripts import CLAIM, REDELIVERED, is_read_only
 from sdtpu_worker.delivery.wake_up import WAKE_UP, Poller, WakeUp
 from sdtpu_worker.errors import DeliveryLimitExceeded
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.01
-"""Seconds between two claims on empty lists where Redis does not say when they are written to."""
-SAFETY_POLL_S = 1.0
-"""Seconds between two claims on empty lists where Redis does say it."""
-PROMPT_S = 1.0
-"""A job that is due within these seconds goes to Celery, whose timer is exact; a later one is deferred."""
 _ENDS_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class Intake:
-    """What the channels of a device worker's process work with.
-
-    Attributes:
-        deliveries: the messages that the worker holds.
-        known_tasks: names of the tasks that the worker can run.
-        max_message_bytes: a larger message is dead-lettered unread.
-        max_holders: a message whose holders died this often is dead-lettered: it may be why they died.
-        on_bad: called with a message that has a usable id and cannot be run; it stores the error as the job's result.
-        devices_make_progress: says whether the worker should claim messages at all (no device hangs or is lost).
-        on_contact: called whenever Redis answered a claim.
-    """
-
-    deliveries: Deliveries
-    known_tasks: Container[str]
-    max_message_bytes: int
-    max_holders: int
-    on_bad: Callable[[BadEnvelope], None]
-    devices_make_progress: Callable[[], bool]
-    on_contact: Callable[[], None]
-
-
-class QoS(kombu_redis.QoS):
-    """Compares the messages that the worker holds, whatever connection they came on, with the prefetch limit."""
-
-    restore_at_shutdown = False
-
-    def __init__(self, channel: Any, prefetch_count: int = 0) -> None:
-        super().__init__(channel, prefetch_count)
-        self._intake: Intake = channel.intake
-
-    def can_consume(self) -> bool:
-        """Return whether another message may be taken."""
-        if not self.prefetch_count:
-            return True
-        return len(self._intake.deliveries) < self.prefetch_count and self._intake.devices_make_progress()
-
-    def append(self, message: Any, delivery_tag: str) -> None:
-        """Take note of a delivered message; the claim has recorded it as held already."""
-        virtual.QoS.append(self, message, delivery_tag)
-
-    def ack(self, delivery_tag: str) -> None:
-        """Acknowledge a message, also when the connection that it came on is gone."""
-        self._intake.deliveries.acknowledge(delivery_tag)
-        virtual.QoS.ack(self, delivery_tag)
-
-    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        """Requeue a message, or acknowledge it."""
-        (self._intake.deliveries.requeue if requeue else self._intake.deliveries.acknowledge)(delivery_tag)
-        virtual.QoS.ack(self, delivery_tag)
-
-    def restore_unacked_once(self, stderr: Any = None) -> None:
-        """Requeue the messages whose jobs do not run yet: the channel closes. Running jobs continue."""
-        self._on_collect.cancel()
-        if self.prefetch_count:
-            self._intake.deliveries.requeue_waiting()
-
-    def restore_visible(self, *_: Any, **__: Any) -> None:
-        """Do nothing: the worker's `Lease` sweeps."""
 
 
 class ClaimingChannel:
@@ -117,71 +53,120 @@ class ClaimingChannel:
 
     QoS = QoS
     intake: Intake
-    _claim_at = 0.0  # when to claim again, on the monotonic clock
+    has_claimed = False
+    """Whether this channel ever claimed, so that messages which the worker holds may have come on it."""
+    _refusal: str | None = None  # the error with which Redis answered the last claim
     _claimed_tag = ""
-    _claimed_queues: list[str]  # of the claim that waits for its reply, by number of the list
+    _claimed_lists: list[tuple[str, bool]] | None = None
+    """Of each list of the claim that waits for its reply: the queue, and whether it is a task queue; None while kombu's
+    own command waits for its reply."""
 
     def __init__(self: Any, transport: Any, *args: Any, **kwargs: Any) -> None:
         self.intake = transport.intake  # kept: a closed channel has no transport any more
         super().__init__(transport, *args, **kwargs)  # type: ignore[call-arg]  # kombu's channel is mixed in
-        self._wake_up = WakeUp(self)
+        self._schedule, self._wake_up = ClaimSchedule(), WakeUp(self)
         self.handlers[WAKE_UP] = self._on_wake_up
 
+    @property
+    def task_queues(self: Any) -> list[str]:
+        """The queues of the task consumer that this channel consumes."""
+        return [queue for queue in self.active_queues if self.intake.is_task_queue(queue)]
+
+    @property
+    def other_queues(self: Any) -> list[str]:
+        """All other queues that this channel consumes, but for fanout."""
+        return [queue for queue in self.active_queues if not self.intake.is_task_queue(queue)]
+
     def _on_wake_up(self: Any) -> None:
-        """Claim at once: a list was written to."""
-        self._claim_at = 0.0
+        """Claim at once, or as soon as the claim that is in flight has its reply: a list was written to."""
+        self._schedule.on_notice()
         self._wake_up.read()
 
     def _brpop_start(self: Any, timeout: float | None = None) -> None:
-        """Send a claim, if it is time for one."""
+        """Send a claim, if it is time for one; on a channel without a task queue, what kombu sends."""
+        if not self.task_queues:
+            self._claimed_lists = None
+            super()._brpop_start(timeout)  # type: ignore[misc]  # kombu's channel is mixed in
+            return
         now = time.monotonic()
-        if now < self._claim_at:
+        if not self._schedule.is_due(now):
             return
         queues = self._queue_cycle.consume(len(self.active_queues))
-        if not queues:
-            return
         connection = self.client.connection
         if not self._wake_up.tracks(connection):
-            self._wake_up.track(connection)
+            self._wake_up.track(connection, now)
         deliveries, prefix = self.intake.deliveries, self.global_keyprefix
         by_queue = [[(name, queue) for name in waiting_lists(self, queue, prefix)] for queue in queues]
         lists = [one for band in zip(*by_queue, strict=True) for one in band]
-        self._claimed_tag, self._claimed_queues = str(uuid.uuid4()), [queue for _, queue in lists]
+        self._claimed_tag = str(uuid.uuid4())
+        self._claimed_lists = [(queue, self.intake.is_task_queue(queue)) for _, queue in lists]
         names = [deliveries.keys.held, deliveries.keys.leases, *(name for name, _ in lists)]
-        self._in_poll, self._brpop_sent_at = connection, now
+        kinds = "".join("t" if is_task_queue else "-" for _, is_task_queue in self._claimed_lists)
+        self._in_poll, self._brpop_sent_at, self.has_claimed = connection, now, True
+        self._schedule.on_send()
         connection.send_command(
             "EVAL", CLAIM, len(names), *names,
-            self._claimed_tag, deliveries.lease_s, self.intake.max_message_bytes, _ENDS_BYTES,
+            self._claimed_tag, deliveries.lease_s, self.intake.max_message_bytes, _ENDS_BYTES, kinds,
         )  # fmt: skip
 
     def _brpop_read(self: Any, **options: Any) -> bool:
-        """Read what a claim brought and deliver it.
+        """Read what a claim brought and deliver it; where kombu has sent something else, read that as kombu does.
 
         Raises:
             Empty: all lists were empty.
         """
+        if self._claimed_lists is None:
+            return bool(super()._brpop_read(**options))  # type: ignore[misc]  # kombu's channel is mixed in
+        if not self._in_poll:  # no reply: Redis closed the connection, or says that its notices reach nobody
+            self.client.connection.disconnect()
+            self._schedule.on_notice()
+            raise Empty
         try:
             reply = self.client.parse_response(self.client.connection, "EVAL", **options)
         except self.connection_errors:
             self.client.connection.disconnect()
             raise
+        except ResponseError as exc:
+            self._on_refusal(exc)
+            raise Empty from exc
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        self.intake.on_contact()
+        self._on_answer()
         if not reply:
-            is_woken = self._wake_up.tracks(self.client.connection)
-            self._claim_at = time.monotonic() + (SAFETY_POLL_S if is_woken else POLL_S)
-            if not is_woken:
-                self.connection.wake_up_in(POLL_S)
+            is_told = self._wake_up.tracks(self.client.connection)
+            pause_s = self._schedule.on_empty(time.monotonic(), is_told)
+            if pause_s and not is_told:  # else the loop turns by itself, now or once a second
+                self.connection.wake_up_in(pause_s)
             raise Empty
-        queue = self._claimed_queues[int(reply[0])]
+        self._schedule.on_message()
+        queue, is_task_queue = self._claimed_lists[int(reply[0])]
         self._queue_cycle.rotate(queue)
+        if not is_task_queue:
+            self.connection._deliver(loads(bytes_to_str(reply[1])), queue)
+            return True
         try:
             self._take(queue, reply[1:])
         except ResponseError as exc:  # no permission, a key of another type
             logger.error("Redis refused to move a message, which is redelivered when its lease expires: %s", exc)
         return True
+
+    def _on_refusal(self: Any, error: ResponseError) -> None:
+        """Claim again after a pause: Redis answered a claim with an error (BUSY, READONLY, NOREPLICAS, NOPERM …)."""
+        if self._refusal != (text := str(error)):
+            self._refusal = text
+            logger.error("Redis refuses to give jobs to this worker, which goes on trying; its jobs continue: %s", text)
+        self.connection.wake_up_in(self._schedule.on_refusal(time.monotonic()))
+        if is_read_only(error):  # the name of the server may belong to another one by now
+            self.client.connection.disconnect()
+        self.intake.on_reply(text)
+
+    def _on_answer(self: Any) -> None:
+        """Take note that Redis answered a claim without an error."""
+        if self._refusal is not None:
+            self._refusal = None
+            logger.info("Redis gives jobs to this worker again")
+        self.intake.on_reply(None)
 
     def _take(self: Any, queue: str, content: list[Any]) -> None:
         """Check a claimed message and hand it to Celery, or defer it, or dead-letter it.
@@ -208,9 +193,10 @@ class ClaimingChannel:
             intake.deliveries.dead_letter(tag, type(exc.error).__name__, queue, exc.reason, size, raw)
             return
         properties, headers = message["properties"], message["headers"]
-        due_at = _due_at(headers)
-        if due_at - time.time() > PROMPT_S and intake.deliveries.defer(tag, due_at):
-            return
+        if due_at := _due_at(headers):
+            if intake.deliveries.defer(tag, due_at):
+                return
+            headers["eta"] = None  # due by Redis' clock: Celery must not wait for this host's, and take more meanwhile
         properties["delivery_tag"] = tag
         if raw.startswith(REDELIVERED):
             headers["redelivered"] = properties["delivery_info"]["redelivered"] = True
@@ -224,6 +210,9 @@ class ClaimingChannel:
         """Deliver what came over a fanout channel, unless its consumer raises for it."""
         try:
             return bool(super()._receive_one(client))  # type: ignore[misc]  # kombu's channel is mixed in
+        except ResponseError as exc:  # BUSY, no permission
+            logger.warning("Redis refused a command of remote control: %s", exc)
+            return False
         except (Empty, OSError, RedisError):
             raise
         except Exception as exc:  # of any consumer: it would end the worker, or cost it the connection
@@ -316,5 +305,4 @@ def _just(transport: type) -> type:
 def _due_at(headers: dict[str, Any]) -> float:
     """Return when a job is due, seconds since 1970; 0.0 for at once, and where Celery has to find out (protocol 1)."""
     eta = headers.get("eta")
-    due_at = maybe_iso8601(eta) if eta is not None else None
-    return due_at.timestamp() if due_at is not None and due_at.tzinfo is not None else 0.0
+    return maybe_make_aware(maybe_iso8601(eta)).timestamp() if eta is not None else 0.0

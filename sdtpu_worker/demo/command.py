@@ -113,7 +113,7 @@ def _worker(redis_url: str, log: Path, devices: int, slots_per_device: int) -> I
         SDTPU_SLOTS_PER_DEVICE=str(slots_per_device),
     )
     with tempfile.TemporaryDirectory(prefix="sdtpu-worker-") as folder:
-        command = worker_command("sdtpu_worker.app", "--without-gossip", "--without-mingle")
+        command = worker_command("sdtpu_worker.app")
         with running(command, log, env=env, cwd=Path(folder)) as process:
             yield process
 

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from sdtpu_worker.aggregator.jobs import EVERY_JOB
 from sdtpu_worker.aggregator.quarantine import Quarantine
+from sdtpu_worker.device_loop.device_records import MOST_STRIKES, DeviceRecords
 from sdtpu_worker.device_loop.protocols import Image, Policy
 from sdtpu_worker.device_loop.stages import JobStage
 from sdtpu_worker.device_loop.stats import LoopStats
 from sdtpu_worker.device_loop.submission import Finished, JobCancelled, JobHandedOver, JobOverdue, Submission
 from sdtpu_worker.device_loop.ticks_in_flight import TickInFlight
-from sdtpu_worker.errors import GenerationFailed
+from sdtpu_worker.errors import EngineUnavailable, GenerationFailed
 
 logger = logging.getLogger(__name__)
 
 _ETA_EVERY_S = 0.2
+_NO_REFERENCE_IMAGE = "it does not draw the reference image as the others do"
+_STRUCK_OUT = f"{MOST_STRIKES} jobs failed on it which other devices did without a fault"
 _MOST_CHARACTERS = 1000  # XLA's errors can bring pages of source locations
 
 
@@ -30,15 +33,22 @@ class JobTable:
 
     Args:
         policy: decides which job gets a slot.
-        stats: where retries, images and jobs that were handed over are counted.
+        stats: where retries, images, jobs that were handed over and lost devices are counted.
+        lost: devices that are lost from the start.
+
+    Attributes:
+        needs_verdict: a job or a device is in doubt: the loop should have the devices checked, and call `judge`.
     """
 
-    def __init__(self, policy: Policy, stats: LoopStats) -> None:
+    def __init__(self, policy: Policy, stats: LoopStats, lost: Collection[int] = ()) -> None:
         self._policy, self._stats = policy, stats
         self._jobs: dict[str, Submission] = {}
-        self._quarantine = Quarantine()
+        self._quarantine, self._records = Quarantine(), DeviceRecords()
+        self._accused: list[tuple[Submission, int, str]] = []  # failed alone on a device, with what was seen
+        self.needs_verdict = False
         self._eligibility = EVERY_JOB
         self._etas_at = -math.inf
+        self.lose(lost)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -95,60 +105,109 @@ class JobTable:
             self._eligibility = eligibility
             self._policy.set_eligible(eligibility)
 
-    def start(self, task_ids: Iterable[str], now: float) -> list[str]:
-        """Note that jobs are about to get a slot; return the jobs whose start the loop has to announce.
+    def start(self, devices: Mapping[str, int], now: float) -> list[str]:
+        """Note that jobs are about to get a slot of a device; return the jobs whose start the loop has to announce.
 
         These are the jobs that get their first slot here. A job that was parked for a job that must be alone is
         announced again when it resumes.
         """
         news = []
-        for submission in self.pick(task_ids).values():
-            submission.start(now)
+        for task_id, submission in self.pick(devices).items():
+            submission.start(now, devices[task_id])
             if not submission.announced:
                 submission.announced = True
-                news.append(submission.job.task_id)
+                news.append(task_id)
         if news and self._jobs[news[0]].alone:
             for submission in self._jobs.values():  # all other jobs have left the devices, and may come back
                 submission.announced &= submission.job.task_id in news
         return news
 
     def deliver(self, tick: TickInFlight, image: Image, now: float) -> None:
-        """End a job with its image; a job whose image is not finite is tried again, once and alone."""
+        """End a job with its image; a job whose image is not finite is tried again, alone and on another device."""
         submission = tick.jobs.get(image.task_id)
         if submission is None or self._jobs.get(image.task_id) is not submission or submission.started_at is None:
             return  # cancelled while its last tick was in flight
         if image.finite:
             self._stats.images += 1
+            self._records.well_done(image.device)
+            for device in submission.failed_on.keys() - {image.device}:
+                self._records.strike(device, image.task_id)
+                self.needs_verdict = True
             at = tick.plan.occupied, submission.started_at, now
             self._end(image.task_id, Finished(image.pixels, image.device, image.slot, *at))
             return
-        reason = f"the model gave NaN or infinite values for this request on device {image.device}"
-        if self._quarantine.is_alone(image.task_id):
-            self._end(image.task_id, GenerationFailed(reason))
-        else:
-            logger.error("task %s: %s; it is tried again, alone", image.task_id, reason)
-            self._quarantine.add(image.task_id)
-            submission.snapshot = None  # the values may be in the snapshot
-            self._try_again(submission)
+        self._not_finite(submission, image.device)
 
-    def blame(self, exc: Exception, parking: Collection[str]) -> None:
+    def check_parked(self, tick: TickInFlight) -> None:
+        """Try the jobs again whose states had a NaN when a tick brought them to the host: as for an image with one."""
+        for place in tick.plan.parked:
+            submission, snapshot = self._jobs.get(place.task_id), tick.executed.parked[place.task_id]
+            if submission is not None and submission.snapshot is snapshot and not snapshot.finite:
+                self._not_finite(submission, place.device)
+
+    def blame(self, exc: Exception, parking: Collection[str], lost: Collection[int]) -> None:
         """Try the suspects of a device program that failed again, or end the job that is at fault.
 
         Args:
             exc: what the device program raised; it took the slots of all devices with it.
             parking: jobs whose snapshots were on their way to the host; other parked jobs lose nothing.
+            lost: devices that did not draw the reference image afterwards.
         """
         suspects = [submission for submission in self._jobs.values() if submission.has_slot]
         at_fault = self._quarantine.failed([submission.job.task_id for submission in suspects])
         for submission in suspects:
             if submission.job.task_id == at_fault:
                 cause = f"{type(exc).__name__}: {exc}"[:_MOST_CHARACTERS]
-                self._end(at_fault, GenerationFailed(f"the device program failed on this job alone: {cause}"))
+                self._accuse(submission, submission.device, f"the device program failed on this job alone: {cause}")
             else:
+                submission.failed_in_company += not lost
                 self._try_again(submission)
         for submission in self.pick(parking).values():
             if submission.stage is JobStage.PARKED and submission.usable_snapshot() is None:
                 self._try_again(submission)
+        self.judge(lost)
+
+    def judge(self, lost: Collection[int]) -> None:
+        """Find out who is at fault, devices or jobs.
+
+        A lost device gets no job any more. A job that failed alone is at fault when it failed on two devices that
+        draw the reference image, or twice when there is no other device for another try.
+
+        Args:
+            lost: devices that did not draw the reference image just now.
+
+        Raises:
+            EngineUnavailable: there is no device left.
+        """
+        self.lose(lost)
+        self.lose(self._records.struck_out(), _STRUCK_OUT)
+        accused, self._accused, self.needs_verdict = self._accused, [], False
+        for submission, device, reason in accused:
+            if device not in self._stats.lost_devices:
+                submission.failed_on[device] += 1
+                if self._is_at_fault(submission):
+                    self._end(submission.job.task_id, GenerationFailed(reason))
+                    continue
+            self._try_alone(submission, reason)
+
+    def lose(self, devices: Iterable[int], reason: str = _NO_REFERENCE_IMAGE) -> None:
+        """Give devices no job any more, and try the jobs again that have a slot there.
+
+        Raises:
+            EngineUnavailable: there is no device left.
+        """
+        lost = self._stats.lost_devices
+        for device in sorted(set(devices) - set(lost)):
+            left = self._policy.num_devices - len(lost) - 1
+            logger.critical("device %d is lost: %s; %d devices are left", device, reason, left)
+            lost.append(device)
+            if not left:
+                raise EngineUnavailable(f"device {device} was the last one, and is lost: {reason}")
+            for submission in self.pick(self._policy.exclude(device)).values():
+                submission.snapshot = None
+                self._try_again(submission)
+            for submission in self._jobs.values():
+                submission.failed_on.pop(device, None)
 
     def update_progress(self, tick: TickInFlight, now: float) -> None:
         """Set how far every job of a tick is, from what was planned; nothing is read from the devices for it."""
@@ -170,12 +229,13 @@ class JobTable:
             submission: a job that the policy does not have any more.
             suspect: the job had a slot when the devices hung or were lost.
         """
-        if submission.settle(JobHandedOver(submission.snapshot, suspect)):
+        if submission.settle(JobHandedOver(submission.snapshot, suspect, submission.had_slot)):
             self._stats.handed_over += 1
 
     def hand_over_parked(self, task_ids: Iterable[str]) -> None:
         """Hand over jobs whose snapshots have come from the devices."""
-        for task_id in self.pick(task_ids):
+        for task_id, submission in self.pick(task_ids).items():
+            submission.snapshot = submission.usable_snapshot()
             self._end(task_id)
 
     def hand_over_waiting(self, left_s: float, now: float, parking: Collection[str]) -> None:
@@ -208,6 +268,37 @@ class JobTable:
         """End every job that is left; the loop plans nothing afterwards. Any thread."""
         for submission in list(self._jobs.values()):
             submission.settle(reason)
+
+    def _not_finite(self, submission: Submission, device: int) -> None:
+        """Try a job again whose image or state was not finite, or accuse it if it has failed alone."""
+        reason = f"the model gave NaN or infinite values for this request on device {device}"
+        is_foreign, submission.snapshot = submission.is_foreign, None  # the values may be in the snapshot
+        if self._quarantine.is_alone(submission.job.task_id) and not is_foreign:
+            self._accuse(submission, device, reason)
+            return
+        if not is_foreign:
+            submission.failed_on[device] += 1
+        self._try_alone(submission, reason)
+
+    def _accuse(self, submission: Submission, device: int | None, reason: str) -> None:
+        """Note that a job failed alone on a device, for `judge`."""
+        assert device is not None
+        self._policy.cancel(submission.job.task_id)
+        self._accused.append((submission, device, reason))
+        self.needs_verdict = True
+
+    def _is_at_fault(self, submission: Submission) -> bool:
+        """Return whether a job that has just failed alone is the cause, as far as another try could tell."""
+        left = set(range(self._policy.num_devices)) - set(self._stats.lost_devices)
+        failures = submission.failed_in_company + submission.failed_on.total()
+        is_last_device = left <= submission.failed_on.keys()
+        return submission.alone or len(submission.failed_on) > 1 or (is_last_device and failures > 1)
+
+    def _try_alone(self, submission: Submission, reason: str) -> None:
+        """Queue a job once more, for a try alone on a device on which it has not failed."""
+        logger.error("task %s: %s; it is tried again, alone", submission.job.task_id, reason)
+        self._quarantine.add(submission.job.task_id, submission.failed_on)
+        self._try_again(submission)
 
     def _try_again(self, submission: Submission) -> None:
         """Queue a job once more, to resume from its snapshot or to start from the beginning."""

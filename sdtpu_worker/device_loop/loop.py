@@ -6,8 +6,8 @@ At most two ticks are in flight. The second is dispatched shortly before the fir
 that the devices never wait, late enough that a job which comes in the meantime is in it.
 
 A device program that fails costs only the job at fault its image. All jobs that had a slot are tried again, apart from
-other jobs and from each other (`aggregator/quarantine.py`). Devices that are lost, and a worker that stops (`drain`),
-cost no job its image: another worker continues it.
+other jobs and from each other (`aggregator/quarantine.py`). The other devices go on without one that is lost. When all
+are lost, and when a worker stops (`drain`), no job loses its image either: another worker continues it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sdtpu_worker.device_loop.job_table import JobTable
 from sdtpu_worker.device_loop.protocols import DeviceEngine, Image, Job, Policy, Snapshot
 from sdtpu_worker.device_loop.stages import LoopStage
 from sdtpu_worker.device_loop.stats import LoopStats
-from sdtpu_worker.device_loop.submission import Submission
+from sdtpu_worker.device_loop.submission import Submission, is_of_job
 from sdtpu_worker.device_loop.ticks_in_flight import MAX_TICKS_IN_FLIGHT, TickInFlight, TicksInFlight, dispatch_lead_s
 from sdtpu_worker.device_loop.trace import NoTrace, Trace
 from sdtpu_worker.errors import EngineUnavailable
@@ -66,7 +66,7 @@ class DeviceLoop:
         self.lowest_priority_running: int | None = None
         self.stats = LoopStats(device_busy_s=[0.0] * policy.num_devices)
         self._stage = LoopStage.RUNNING
-        self._inbox, self._jobs = Inbox(), JobTable(policy, self.stats)
+        self._inbox, self._jobs = Inbox(), JobTable(policy, self.stats, engine.lost_devices)
         self._ticks = TicksInFlight(engine, self._inbox.end, self._trace, clock)
         self._failure: Exception | None = None  # of a dispatch; handled when the ticks in flight have ended
         self._nothing_to_plan = False  # the policy said so, and nothing has come since
@@ -109,8 +109,8 @@ class DeviceLoop:
             job: prepared by the engine.
             terms: priority, deadline and limits, on this loop's clock.
             may_start: asked again and again, in the loop's thread, until the job has its slot.
-            snapshot: what the job resumes from; None to start. A snapshot of another configuration, or of a step that
-                the job does not have, is dropped, and the job starts from the beginning.
+            snapshot: what the job resumes from; None to start. A snapshot of another configuration, of a step that the
+                job does not have, or with a NaN, is dropped, and the job starts from the beginning.
             alone: no other job may be on the devices with this one, and a failure is this job's fault at once; for
                 jobs that were on the devices of workers that died.
 
@@ -122,8 +122,7 @@ class DeviceLoop:
         Raises:
             EngineUnavailable: the loop is closed already.
         """
-        fits = snapshot is None or (self._engine.accepts(snapshot) and 0 <= snapshot.step <= job.num_inference_steps)
-        if not fits:
+        if snapshot is not None and not (self._engine.accepts(snapshot) and is_of_job(snapshot, job)):
             logger.warning("task %s starts anew: its snapshot is of another configuration or job", job.task_id)
             snapshot = None
         submission = Submission.of(job, terms or Terms(), may_start, snapshot, alone, self._clock())
@@ -196,8 +195,7 @@ class DeviceLoop:
     def _take_in(self) -> bool:
         """Wait until something came or is due, and handle what came; return False when the loop is closed."""
         was_active = bool(self._jobs)
-        mail = self._inbox.take(self._wait_s, self._accept)
-        if mail is None:
+        if (mail := self._inbox.take(self._wait_s, self._accept)) is None:
             return False
         now = self._clock()
         if was_active:
@@ -254,7 +252,7 @@ class DeviceLoop:
         if plan is None:
             self._nothing_to_plan = True
             return
-        if news := self._jobs.start([*plan.inserted(), *(place.task_id for place in plan.resumed)], now):
+        if news := self._jobs.start(plan.placed(), now):
             try:
                 self._on_start(news, self._jobs[news[0]].alone)
             except Exception:
@@ -290,6 +288,10 @@ class DeviceLoop:
         self._trace.tick(plan, tick.started_at, now)
         for image in end:
             self._jobs.deliver(tick, image, now)
+        self._jobs.check_parked(tick)
+        if self._jobs.needs_verdict:
+            idle = not self._ticks and not self._policy.counts()["running"]
+            self._jobs.judge(self._ticks.check_devices(self.stats.lost_devices) if idle else ())
         self._jobs.update_progress(tick, now)
 
     def _recover(self, exc: Exception) -> None:
@@ -308,8 +310,7 @@ class DeviceLoop:
         if self._engine.is_fatal(exc):
             raise exc
         parking = self._ticks.parking()
-        self._ticks.recover()
-        self._jobs.blame(exc, parking)
+        self._jobs.blame(exc, parking, self._ticks.recover(self.stats.lost_devices))
 
     def _park_all(self, now: float) -> None:
         """Hand over the waiting jobs at the deadline, and bring the state of every running job to the host."""

@@ -11,7 +11,7 @@ are typed `Any`, and what an engine returns is typed by what the loop and the wo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,6 +58,14 @@ class Snapshot(Protocol):
     @property
     def step(self) -> int:
         """Denoising steps that the job has taken; waits for the copy from the device.
+
+        Raises:
+            Exception: the copy failed with its device.
+        """
+
+    @property
+    def finite(self) -> bool:
+        """Whether the state has no NaN and no infinity; waits for the copy from the device.
 
         Raises:
             Exception: the copy failed with its device.
@@ -119,8 +127,12 @@ class ExecutedTick(Protocol):
 class DeviceEngine(Protocol):
     """What the device loop uses of an engine. The engine never chooses: a plan says what every device does.
 
-    The loop calls `execute`, `is_fatal` and `recover` in its own thread, `accepts` in any.
+    The loop calls `execute`, `is_fatal`, `recover` and `check_devices` in its own thread, `accepts` in any.
     """
+
+    @property
+    def lost_devices(self) -> Collection[int]:
+        """Devices that did not draw the reference image at the start as the others did."""
 
     def execute(self, plan: Plan, jobs: Mapping[str, Any], snapshots: Mapping[str, Any]) -> ExecutedTick:
         """Dispatch a plan without waiting for the devices.
@@ -141,11 +153,26 @@ class DeviceEngine(Protocol):
     def is_fatal(self, exc: Exception) -> bool:
         """Return whether no other try on these devices can mend what `execute` or `wait` raised."""
 
-    def recover(self) -> None:
-        """Empty every slot after a failure, and prove with a small tick that the devices still work.
+    def recover(self, lost: Collection[int] = ()) -> Collection[int]:
+        """Empty every slot after a failure, and return what `check_devices` returns.
+
+        Args:
+            lost: devices that are lost already; they are not asked.
 
         Raises:
-            Exception: they do not; the loop gives up.
+            Exception: no device works; the loop gives up.
+        """
+
+    def check_devices(self, lost: Collection[int] = ()) -> Collection[int]:
+        """Have the devices draw the reference image; return those that do not draw it as at the start.
+
+        No job is in a slot, no tick is in flight.
+
+        Args:
+            lost: devices that are lost already; they are not asked.
+
+        Raises:
+            Exception: no device works; the loop gives up.
         """
 
 
@@ -265,6 +292,13 @@ class Policy(Protocol):
 
     def set_eligible(self, eligibility: Eligibility) -> None:
         """Give slots only to eligible jobs from now on, and park the running jobs that are not eligible."""
+
+    def exclude(self, device: int) -> Sequence[str]:
+        """Give a device nothing to do any more; drop and return the jobs that had a slot there.
+
+        Raises:
+            ValueError: there would be no device left.
+        """
 
     def places(self) -> Mapping[Lane, Sequence[Place]]:
         """Return where every running job is, by lane."""

@@ -28,6 +28,7 @@ class LoopStats:
         active_s: seconds with at least one job in the loop.
         device_busy_s: seconds that each device was busy.
         occupied_slot_s: seconds that slots held a job, summed over all slots.
+        lost_devices: devices that get no job any more, in the order in which they were found.
     """
 
     ticks: int = 0
@@ -41,6 +42,7 @@ class LoopStats:
     active_s: float = 0.0
     device_busy_s: list[float] = field(default_factory=list)
     occupied_slot_s: float = 0.0
+    lost_devices: list[int] = field(default_factory=list)
 
     def count(self, plan: Plan, elapsed_s: float, job_steps: int) -> None:
         """Count a tick that ended without a failure."""
@@ -59,4 +61,5 @@ class LoopStats:
 
     def to_json(self) -> dict[str, Any]:
         """Return the counters as a JSON-compatible dict."""
-        return {**vars(self), "device_busy_s": list(self.device_busy_s)}
+        lists = {"device_busy_s": list(self.device_busy_s), "lost_devices": list(self.lost_devices)}
+        return {**vars(self), **lists}

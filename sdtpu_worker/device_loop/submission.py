@@ -9,6 +9,7 @@ JobHandedOver    this loop stops before the job is done; another worker resumes 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
@@ -40,11 +41,12 @@ class JobHandedOver(Exception):
     Args:
         snapshot: what the other worker resumes from; None to start from the beginning.
         suspect: the job had a slot on devices that hang or were lost, perhaps by its fault.
+        had_slot: the job had a slot, so it does not expire any more.
     """
 
-    def __init__(self, snapshot: Snapshot | None = None, suspect: bool = False) -> None:
+    def __init__(self, snapshot: Snapshot | None = None, suspect: bool = False, had_slot: bool = False) -> None:
         super().__init__("this worker stops before the job is done: another worker continues it")
-        self.snapshot, self.suspect = snapshot, suspect
+        self.snapshot, self.suspect, self.had_slot = snapshot, suspect, had_slot
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ class Submission:
         steps_done: denoising steps as of the last tick that ended.
         moved: set when the job gets its slot, loses it or ends; the thread that waits for that clears it.
         started_at: when the job got its slot; None while it waits for its first one or for another try.
+        device: where the job has, or had last, its slot; None before its first one.
+        is_foreign: the state that the job goes on from was made elsewhere, so it proves nothing against a device here.
+        failed_on: devices on which the job's image or state was not finite, or which failed while it was alone on them,
+            with how often. Lost devices are none of them.
+        failed_in_company: how often devices failed while other jobs were on them too, and no device was lost for it.
         announced: the loop has told of the job's start, and since then no other job had the devices for itself.
     """
 
@@ -112,6 +119,10 @@ class Submission:
     moved: threading.Event = field(default_factory=threading.Event)
     started_at: float | None = None
     announced: bool = False
+    device: int | None = None
+    is_foreign: bool = False
+    failed_on: Counter[int] = field(default_factory=Counter)
+    failed_in_company: int = 0
     _stage: JobStage = JobStage.WAITING
 
     @classmethod
@@ -128,6 +139,7 @@ class Submission:
         steps_done = snapshot.step if snapshot is not None else 0
         progress = Progress(steps_done, job.num_inference_steps, True, "waiting for a slot")
         submission = cls(job, terms, may_start, snapshot, progress, now, alone, steps_done)
+        submission.is_foreign = snapshot is not None
         submission.future.add_done_callback(lambda _: submission.moved.set())
         return submission
 
@@ -141,8 +153,14 @@ class Submission:
         """Whether the job is in a slot of a device."""
         return self.stage is JobStage.RUNNING
 
-    def start(self, now: float) -> None:
-        """Note that the job gets a slot, its first one or another one."""
+    @property
+    def had_slot(self) -> bool:
+        """Whether the job has, or had, a slot of a device: here, in an earlier try, or on another worker."""
+        return self.started_at is not None or not self.terms.may_expire
+
+    def start(self, now: float, device: int) -> None:
+        """Note that the job gets a slot of a device, its first one or another one."""
+        self.device = device
         self.started_at = now if self.started_at is None else self.started_at
         self._stage = JobStage.RUNNING
 
@@ -154,14 +172,17 @@ class Submission:
         """Go back to where the job can be tried again from: its snapshot, or the start."""
         self.snapshot = self.usable_snapshot()
         self.steps_done = self.snapshot.step if self.snapshot is not None else 0
+        self.is_foreign &= self.snapshot is not None
         self.started_at, self._stage = None, JobStage.RETRYING
+        self.terms = replace(self.terms, may_expire=False)
         self.progress = replace(self.progress, pending=True, description="waiting to be tried again")
         self.moved.set()
 
     def usable_snapshot(self) -> Snapshot | None:
-        """Return the snapshot; None if there is none, or it was lost with the devices. May wait for its copy."""
+        """Return the snapshot; None if there is none, or it is lost or not finite. May wait for its copy."""
         try:
-            return self.snapshot if self.snapshot is not None and self.snapshot.step else None
+            is_usable = self.snapshot is not None and self.snapshot.step and self.snapshot.finite
+            return self.snapshot if is_usable else None
         except Exception:  # a copy from a device that failed raises whatever the device program raised
             return None
 
@@ -197,3 +218,8 @@ class Submission:
             self.settle(error if isinstance(error, Exception) else done.result())
 
         other.future.add_done_callback(copy_end)
+
+
+def is_of_job(snapshot: Snapshot, job: Job) -> bool:
+    """Return whether a job can resume from a snapshot: it is at one of the job's steps, and has no NaN."""
+    return 0 <= snapshot.step <= job.num_inference_steps and snapshot.finite

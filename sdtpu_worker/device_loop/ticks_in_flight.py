@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -107,15 +107,27 @@ class TicksInFlight:
         self._to_wait_for.put(tick)
         return tick
 
-    def recover(self) -> None:
-        """Have the engine prove that the devices work after a failure, and remove all ticks.
+    def recover(self, lost: Collection[int]) -> Collection[int]:
+        """Have the engine prove which devices work after a failure, and remove all ticks.
+
+        Args:
+            lost: devices that are lost already.
+
+        Returns:
+            The devices that do not work.
 
         Raises:
-            Exception: the devices do not work.
+            Exception: no device works.
         """
         with self._answer_due(self._clock()):
-            self._engine.recover()
+            found = self._engine.recover(lost)
         self.forget()
+        return found
+
+    def check_devices(self, lost: Collection[int]) -> Collection[int]:
+        """Have the engine prove which devices work, while no tick is in flight; otherwise as `recover`."""
+        with self._answer_due(self._clock()):
+            return self._engine.check_devices(lost)
 
     def remove(self, tick: TickInFlight, at: float) -> None:
         """Remove the oldest tick, which has ended; the devices began the next one then at the earliest."""

@@ -13,6 +13,7 @@ from sdtpu_worker.diffusion import previews
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.engine_io import Calibration
 from sdtpu_worker.diffusion.preparation import PreparedJob
+from sdtpu_worker.diffusion.reference_image import agree, draw_reference_image
 
 _TASK_ID, _STEPS = "calibration", 4
 
@@ -23,15 +24,17 @@ def calibrate(engine: Engine) -> Calibration:
     The slots hold what the runs left in them until `adopt` empties them; nothing else may use the engine meanwhile.
     """
     costs, reference_images, colours = {}, {}, {}
+    lost: frozenset[int] = frozenset()
     lanes = engine.info.resolutions
     for lane in lanes:
         engine.restore(lane, 0, 0, engine.snapshot(lane, 0, 0))
         costs[lane] = _measure_costs(engine, lane)
-        reference_images[lane] = engine.draw_reference_image(lane)[0]
+        reference_images[lane], differing = agree(draw_reference_image(engine, lane, range(engine.info.num_devices)))
+        lost |= differing
         if engine.has_previews:
             colours[lane] = _fit_colours(engine, lane)
     engine.check_safety(np.zeros((*lanes[0], 3), np.uint8))
-    return Calibration(costs, reference_images, colours)
+    return Calibration(costs, reference_images, colours, lost)
 
 
 def _measure_costs(engine: Engine, lane: Lane) -> TickCosts:

@@ -7,14 +7,14 @@ take, and which job's state leaves its slot or comes back. The engine knows noth
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from sdtpu_worker.aggregator.costs import TickCosts
-from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
+from sdtpu_worker.aggregator.plan import Lane, Place, Plan
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.device_loop.protocols import EngineInfo, ServingEngine
 from sdtpu_worker.diffusion import failures
@@ -24,12 +24,11 @@ from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_program
 from sdtpu_worker.diffusion.engine_io import Calibration, Tick, by_device
 from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
 from sdtpu_worker.diffusion.programs import NOTHING, Geometry, Instructions, SlotState, tick_params
+from sdtpu_worker.diffusion.reference_image import find_lost_devices
 from sdtpu_worker.diffusion.safety import SafetyChecker
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of, layout_of
-from sdtpu_worker.errors import ConfigurationError, EngineUnavailable
-
-_REFERENCE = "reference image"
+from sdtpu_worker.errors import ConfigurationError
 
 
 class Engine:
@@ -127,6 +126,11 @@ class Engine:
         return self.calibration.costs
 
     @property
+    def lost_devices(self) -> Collection[int]:
+        """Devices that did not draw the reference image as most devices did when the engine was calibrated."""
+        return self.calibration.lost_devices
+
+    @property
     def traces_since_ready(self) -> int:
         """How many programs this process traced or compiled since the engine was ready; its own are none of them."""
         return self._traces.count()
@@ -204,25 +208,25 @@ class Engine:
         """Empty every slot, also after a program failed and took its donated state with it."""
         self._slots = {size: put(g.empty_slots(), self.mesh, SHARDED) for size, g in self._geometries.items()}
 
-    def recover(self) -> None:
-        """Empty every slot after a failure, and prove that every device still draws the reference image.
+    def recover(self, lost: Collection[int] = ()) -> frozenset[int]:
+        """Empty every slot after a failure; then as `check_devices`."""
+        self.reset()
+        return self.check_devices(lost)
+
+    def check_devices(self, lost: Collection[int] = ()) -> frozenset[int]:
+        """Return the devices that do not draw the reference image as it was at the start; the slots must be free.
+
+        Args:
+            lost: devices that are lost already; they are not asked.
 
         Raises:
-            EngineUnavailable: a device's pixels differ from those that `calibrate` saw.
-            Exception: what the device program raised.
+            EngineUnavailable: no device draws it.
+            Exception: what the device program raised, whichever device is at work.
         """
+        asked = [device for device in range(self.info.num_devices) if device not in lost]
+        found = find_lost_devices(self, self.calibration.reference_images, asked)
         self.reset()
-        for lane, wanted in self.calibration.reference_images.items():
-            if not all(np.array_equal(pixels, wanted) for pixels in self.draw_reference_image(lane)):
-                raise EngineUnavailable("a device does not draw the reference image any more as it did at the start")
-        self.reset()
-
-    def draw_reference_image(self, lane: Lane) -> list[np.ndarray]:
-        """Have every device draw the same image of one step; return the `(height, width, 3) uint8` pixels of each."""
-        request = GenerationRequest(_REFERENCE, seed=0, num_inference_steps=1, height=lane[0], width=lane[1])
-        phases = Phase(insert=(0, _REFERENCE), steps=1), Phase(decode=(0, _REFERENCE))
-        plan = Plan(lane, (phases,) * self.info.num_devices)
-        return [image.pixels for image in self.execute(plan, {_REFERENCE: self.prepare(_REFERENCE, request)}).wait()]
+        return found
 
     def is_fatal(self, exc: Exception) -> bool:
         """Return whether no other try on these devices can mend what a program raised."""

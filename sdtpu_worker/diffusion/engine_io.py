@@ -24,11 +24,13 @@ class Calibration:
         reference_images: by lane, the `(height, width, 3) uint8` pixels that every device must draw again to prove
             after a failure that it works.
         preview_colours: by lane, the `(C + 1, 3) float32` map from latents to colours; empty without previews.
+        lost_devices: devices that drew another reference image than most devices.
     """
 
     costs: Mapping[Lane, TickCosts]
     reference_images: Mapping[Lane, np.ndarray]
     preview_colours: Mapping[Lane, np.ndarray]
+    lost_devices: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,8 @@ def _advance(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slo
         t = jnp.concatenate([row[:, 0]] * 2)
         out = checkpoint.unet.apply({"params": params["unet"]}, x_in, t, context).sample.astype(jnp.float32)
         unconditional, conditional = jnp.split(out, 2)
-        m = unconditional + guidance_scale * (conditional - unconditional)
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        m = jnp.where(guidance_scale > 1, guided, conditional)  # a scale of 1 or less is no guidance, as in diffusers
         h = column["p"] * x + column["q"] * m
         x_next = (
             column["a"] * x

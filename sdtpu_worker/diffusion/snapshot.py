@@ -52,6 +52,11 @@ class JobSnapshot:
         """How many steps the job has taken."""
         return int(self.state.step[0])
 
+    @property
+    def finite(self) -> bool:
+        """Whether the latents and their history have no NaN and no infinity; waits for the copy from the device."""
+        return bool(np.isfinite(self.state.latents).all() and np.isfinite(self.state.history).all())
+
     def check(self, fingerprint: str) -> None:
         """Make sure that the snapshot was made by a configuration.
 

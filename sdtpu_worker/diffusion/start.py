@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,13 +22,18 @@ from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, saved_cho
 logger = logging.getLogger(__name__)
 
 
-def start_engine(config: Config) -> Engine:
+def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase: None) -> Engine:
     """Return an engine as the settings describe it, which has really run every program.
+
+    Args:
+        config: the settings.
+        on_phase: called with what begins, as in "compiling": each part may take minutes.
 
     Raises:
         ConfigurationError: a device, a checkpoint or a size that is configured is not there.
     """
     started = time.monotonic()
+    on_phase("looking for devices")
     devices = find_devices(config.platform, config.cpu_devices)
     logger.info(
         "found %d devices of kind %s (platform %s, sdtpu_platform = %s)",
@@ -35,10 +41,12 @@ def start_engine(config: Config) -> Engine:
     )  # fmt: skip
     with CompileCache(config.compile_cache) as cache:
         dtype = choose_dtype(config.dtype, devices[0].platform)
+        on_phase(f"loading the checkpoint {config.model}")
         checkpoint = load_checkpoint(config.model, dtype, config.revision)
         logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
 
         def make(slots_per_device: int) -> Engine:
+            on_phase(f"compiling and running every program with {slots_per_device} slots per device")
             has_previews = config.preview_every > 0
             return make_warm_engine(checkpoint, devices, slots_per_device, config.resolutions, cache, has_previews)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sdtpu_worker.contract.result import GenerationResult, StoredImage
 from sdtpu_worker.errors import ConfigurationError, StorageError
 from sdtpu_worker.images.decode import decode_image, named_image
+from sdtpu_worker.images.local_files import make_folder_durably, write_durably
 from sdtpu_worker.images.retry import PUT_BUDGET_S, never, store_patiently
+from sdtpu_worker.images.writable import make_writable, type_options
 from sdtpu_worker.redaction import sanitize_url
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class FileImageStore:
             fs, root = fsspec.core.url_to_fs(url)
         except Exception as exc:  # every file system of fsspec has its own errors
             raise _unusable(url, exc, setting) from None
-        self.fs, self.root = fs, root.rstrip("/")
+        self.fs, self.root, self._is_local = fs, root.rstrip("/"), "file" in fs.protocol
         self._prefix: str = fs.unstrip_protocol(f"{self.root}/_").removesuffix("_")
 
     def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = never) -> str:
@@ -169,24 +170,30 @@ class FileImageStore:
             raise StorageError(f"no image at {sanitize_url(uri)}: {sanitize_url(str(exc))}") from exc
 
     def prepare(self) -> None:
-        """Make the folder of the images, if it does not exist.
+        """Make the folder of the images, if it does not exist, and prove that images can be written there.
 
         Raises:
-            ConfigurationError: the folder cannot be made.
+            ConfigurationError: nothing can be written there, or other processes could not read it.
         """
         try:
-            self.fs.makedirs(self.root, exist_ok=True)
-        except (ImportError, ValueError, OSError) as exc:
+            make_writable(self.fs, self.root, self._make_root, self._write)
+        except Exception as exc:  # every file system of fsspec has its own errors
             raise _unusable(self._prefix, exc) from None
+
+    def _make_root(self) -> None:
+        if self._is_local:
+            make_folder_durably(Path(self.root))
+        else:
+            self.fs.makedirs(self.root, exist_ok=True)
 
     def _write(self, path: str, data: bytes) -> None:
         try:
-            if "file" in self.fs.protocol:
-                _write_local_atomically(path, data)
+            if self._is_local:
+                write_durably(Path(path), data)
             else:  # object stores show an object only when it is complete
-                self.fs.pipe_file(path, data)
+                self.fs.pipe_file(path, data, **type_options(self.fs, path))
         except FileNotFoundError:  # the folder was removed: make it, and have the write tried again
-            self.fs.makedirs(self.root, exist_ok=True)
+            self._make_root()
             raise
 
 
@@ -302,21 +309,6 @@ def _find_store(app: Celery, url: str, setting: str = "sdtpu_image_store") -> Re
     except ValueError as exc:
         raise _unusable(url, exc, setting) from None
     return RedisImageStore(client, expires_s)
-
-
-def _write_local_atomically(path: str, data: bytes) -> None:
-    """Write beside the target and rename, so that a reader never sees half an image."""
-    target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(data)
-            file.flush()
-            temporary.chmod(0o644)
-            temporary.replace(target)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def _foreign(uri: str, wanted: str) -> StorageError:

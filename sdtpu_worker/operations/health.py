@@ -7,7 +7,7 @@ requests with them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -29,7 +29,7 @@ class WorkerHealth:
         clock: monotonic seconds.
 
     Attributes:
-        started: the worker has begun to consume; until then it compiles, or waits for Redis.
+        started: the worker has begun to consume; until then it loads, compiles, or waits for its broker.
         draining: the worker is stopping: it finishes its jobs or hands them over, and takes no more.
     """
 
@@ -42,14 +42,32 @@ class WorkerHealth:
 
     def __init__(self, lease_s: float, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s, self._stall_s, self._clock = lease_s, stall_s, clock
-        self._device: tuple[Callable[[], bool], Callable[[], float]] | None = None
+        self._device: tuple[Callable[[], bool], Callable[[], float], Callable[[], Sequence[int]]] | None = None
+        self._watches_redis = self._watches_event_loop = False
         self._beat_at = self._contact_at = 0.0
         self._disconnected_at: float | None = None
+        self._refusal: str | None = None
+        self._phase, self._phase_at = "looking at its settings", self._clock()
         self.started = self.draining = False
 
-    def watch_device(self, is_alive: Callable[[], bool], stalled_s: Callable[[], float]) -> None:
-        """Ask the device loop from now on whether its thread is alive, and by how many seconds its tick is late."""
-        self._device = is_alive, stalled_s
+    def watch_device(
+        self, is_alive: Callable[[], bool], stalled_s: Callable[[], float], lost: Callable[[], Sequence[int]] = tuple
+    ) -> None:
+        """Ask the device loop from now on: is its thread alive, how late is its tick (s), which devices are lost."""
+        self._device = is_alive, stalled_s, lost
+
+    def enter(self, phase: str) -> None:
+        """Report what the worker does before it consumes, as in `starting: compiling`."""
+        self._phase, self._phase_at = phase, self._clock()
+
+    def watch_redis(self) -> None:
+        """Expect that Redis is heard of from now on. A worker with another broker has nothing to report of it."""
+        self._watches_redis = True
+
+    def watch_event_loop(self) -> None:
+        """Expect a beat at least once a second from now on. Celery has no event loop for some brokers."""
+        self._watches_event_loop = True
+        self.beat()
 
     def beat(self) -> None:
         """Report that Celery's event loop turns; to be called at least once a second."""
@@ -59,12 +77,17 @@ class WorkerHealth:
         """Report that Redis has answered, a claim or a renewal of the leases."""
         self._contact_at = self._clock()
 
+    def on_claim(self, refusal: str | None) -> None:
+        """Report that Redis has answered a claim: with None, or with an error, so that the worker takes no jobs."""
+        self.contact()
+        self._refusal = refusal
+
     def on_consume(self) -> None:
         """Report that the consumer starts, for the first time or after the connection was lost."""
         self.beat()
         if not self.started:
             self.contact()
-        self.started, self._disconnected_at = True, None
+        self.started, self._disconnected_at, self._refusal = True, None, None
 
     def on_disconnect(self) -> None:
         """Report that the connection is lost: Celery's event loop does not turn until Redis is back."""
@@ -80,11 +103,11 @@ class WorkerHealth:
         if self.draining:
             return [Check("serving", True, "stopping: the worker finishes its jobs or hands them over")]
         if not self.started:
-            return [Check("serving", True, "starting"), self._check_device()]
+            return [Check("serving", True, self._starting()), self._check_device()]
         return [
             self._check_device(),
-            self._check_event_loop(self.BEAT_LIVE_S, self._lease_s + self.RECONNECT_S),
-            self._check_redis(max(self._lease_s, self.CONTACT_READY_S)),
+            *self._check_event_loop(self.BEAT_LIVE_S, self._lease_s + self.RECONNECT_S),
+            *self._check_redis(max(self._lease_s, self.CONTACT_READY_S)),
         ]
 
     def ready(self) -> list[Check]:
@@ -92,34 +115,46 @@ class WorkerHealth:
         if self.draining:
             return [Check("serving", False, "stopping: the worker takes no more jobs")]
         if not self.started:
-            return [Check("serving", False, "starting: the worker does not consume yet"), self._check_device()]
+            return [Check("serving", False, self._starting()), self._check_device()]
         return [
             Check("serving", True, "started"),
             self._check_device(),
-            self._check_event_loop(self.BEAT_READY_S, self.CONTACT_READY_S),
-            self._check_redis(self.CONTACT_READY_S),
+            *self._check_event_loop(self.BEAT_READY_S, self.CONTACT_READY_S),
+            *self._check_redis(self.CONTACT_READY_S, self._refusal),
         ]
+
+    def _starting(self) -> str:
+        return f"starting: {self._phase}, for {self._clock() - self._phase_at:.0f} s"
 
     def _check_device(self) -> Check:
         if self._device is None:
             return Check("device", not self.started, "the device loop has not started yet")
-        is_alive, stalled_s = self._device
+        is_alive, stalled_s, lost = self._device
         if not is_alive():
             return Check("device", False, "the device loop has ended")
         late_s = stalled_s()
         if late_s > self._stall_s:
             return Check("device", False, f"the device is hung: a tick is {late_s:.0f} s late (sdtpu_stall_s)")
-        return Check("device", True, f"a tick is {late_s:.0f} s late" if late_s >= 1 else "on time")
+        detail = f"a tick is {late_s:.0f} s late" if late_s >= 1 else "on time"
+        if numbers := ", ".join(map(str, lost())):
+            detail += f"; lost, and without jobs until the worker is started anew: device {numbers}"
+        return Check("device", True, detail)
 
-    def _check_event_loop(self, limit_s: float, away_limit_s: float) -> Check:
+    def _check_event_loop(self, limit_s: float, away_limit_s: float) -> Iterator[Check]:
         if self._disconnected_at is not None:  # it does not turn now; the lease's thread may have reached Redis already
             away_s = self._clock() - self._disconnected_at
-            return Check("event_loop", away_s <= away_limit_s, f"connecting to Redis for {away_s:.0f} s")
-        age_s = self._clock() - self._beat_at
-        return Check("event_loop", age_s <= limit_s, f"the event loop turned {age_s:.0f} s ago")
+            yield Check("event_loop", away_s <= away_limit_s, f"connecting to the broker for {away_s:.0f} s")
+        elif self._watches_event_loop:
+            age_s = self._clock() - self._beat_at
+            yield Check("event_loop", age_s <= limit_s, f"the event loop turned {age_s:.0f} s ago")
 
-    def _check_redis(self, limit_s: float) -> Check:
+    def _check_redis(self, limit_s: float, refusal: str | None = None) -> Iterator[Check]:
         age_s = self._clock() - self._contact_at
+        if not self._watches_redis:
+            return
         if age_s > limit_s:
-            return Check("redis", False, f"not consuming: no answer from Redis for {age_s:.0f} s")
-        return Check("redis", True, f"answered {age_s:.0f} s ago")
+            yield Check("redis", False, f"not consuming: no answer from Redis for {age_s:.0f} s")
+        elif refusal is not None:
+            yield Check("redis", False, f"not consuming: Redis refuses to give jobs to this worker: {refusal}")
+        else:
+            yield Check("redis", True, f"answered {age_s:.0f} s ago")

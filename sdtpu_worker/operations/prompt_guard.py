@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from datetime import date, time, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +26,26 @@ NOT_LOGGED = "[not logged: sdtpu_log_prompts is off]"
 _LIBRARIES = ("celery", "kombu", "py")  # py.warnings: Celery also warns with the text of an exception
 _CONTEXTS = ("celery.app.trace", "celery.worker.strategy")  # their records carry a dict of a task's values
 _CONTENT = ("args", "kwargs", "argsrepr", "kwargsrepr", "body", "payload", "result", "return_value", "traceback", "exc")
-_PLAIN = (str, bool, int, float, type(None))
+_PLAIN = (str, bool, int, float, type(None), date, time, timedelta)
 _QUOTED_VALUE = re.compile(r"(\bgot |\bunknown parameter |\bvalue )(?!-?\d).*", re.DOTALL)
 _PIPELINED = re.compile(r"\(([A-Z]+)\b.*\)(?= of pipeline caused error)", re.DOTALL)  # redis-py quotes the command
 _OUTSIDE_BODY = "Exception raised outside body: "
 _IMAGE_OF_RESULT = re.compile(r"\{'task_id': '[^']*', 'image': \{'uri': '([^'\s]*)'")
-# Exceptions of these packages, and these of Celery, never quote a prompt in their texts.
-_TRUSTED_PACKAGES = ("sdtpu_worker", "redis", "jax", "jaxlib", "billiard")
-_TRUSTED_OF_CELERY = ("NotRegistered", "ImproperlyConfigured", "OperationalError", "ContentDisallowed")
+# Exceptions of these packages never quote a prompt in their texts: connections, object stores, the devices. No prompt
+# goes there but to Redis, whose errors name commands and keys.
+_TRUSTED_PACKAGES = (
+    "sdtpu_worker", "redis", "jax", "jaxlib", "billiard", "amqp", "fsspec", "s3fs", "botocore", "aiobotocore", "boto3",
+    "gcsfs", "google", "adlfs", "azure", "aiohttp", "urllib3", "requests", "huggingface_hub", "safetensors",
+)  # fmt: skip
+_TRUSTED_TYPES = (OSError, MemoryError, ImportError, NameError)
+"""These name files, hosts, modules and variables."""
+_TRUSTED_OF_CELERY = (
+    "NotRegistered", "AlreadyRegistered", "QueueNotFound", "ImproperlyConfigured", "SecurityError", "TaskRevokedError",
+    "BackendStoreError", "BackendGetMetaError", "OperationalError", "ConnectionError", "ChannelError", "LimitsExceeded",
+    "InconsistencyError", "VersionMismatch", "ContentDisallowed", "SerializerNotInstalled", "WorkerLostError",
+)  # fmt: skip
+"""Exceptions of Celery and kombu with texts of their own; the others quote messages, arguments or other exceptions. A
+database's error of the same name quotes its statement with the values in it."""
 
 
 def install_prompt_guard(app: Celery, *quoting: logging.Logger) -> None:
@@ -95,8 +108,9 @@ def describe(exc: BaseException | None) -> str:
         return f"Retry in {getattr(exc, 'when', None)} s: {describe(cause) if cause else 'asked for by the task'}"
     if isinstance(exc, InvalidRequest) or kind.__name__ == "InvalidTaskError":
         return f"{kind.__name__}({_without_quotes(str(exc))!r})"
-    ours = kind.__module__.partition(".")[0] in _TRUSTED_PACKAGES or kind.__name__ in _TRUSTED_OF_CELERY
-    if ours or isinstance(exc, OSError | MemoryError):
+    package = kind.__module__.partition(".")[0]
+    is_celerys = package in ("celery", "kombu") and kind.__name__ in _TRUSTED_OF_CELERY
+    if is_celerys or package in _TRUSTED_PACKAGES or isinstance(exc, _TRUSTED_TYPES):
         text = _PIPELINED.sub(r"(\1 …)", sanitize_url(str(exc)))
         return f"{kind.__name__}({text!r})"
     return f"{kind.__name__}({NOT_LOGGED})"
@@ -129,7 +143,8 @@ def _clean(record: logging.LogRecord, quotes: bool) -> None:
         record.exc_text = _format_exception(exc_info[1], exc_info[2])
         record.exc_info = None
     if _OUTSIDE_BODY in record.getMessage():
-        record.msg, record.args = _OUTSIDE_BODY + NOT_LOGGED, ()
+        cause = sys.exc_info()[1]  # Celery warns while it handles the exception
+        record.msg, record.args = "%s%s", (_OUTSIDE_BODY, describe(cause) if cause else NOT_LOGGED)
 
 
 def _clean_context(context: Mapping[str, Any], exc: BaseException | None) -> dict[str, Any]:

@@ -19,9 +19,7 @@ _TRACKING_SINCE, _OLDEST_TESTED = (6, 0), (6, 2)
 _LITTLE_ROOM = 0.1  # as a share of maxmemory
 
 
-def redis_warnings(
-    client: Redis, *, lease_s: float, visibility_timeout: float | None = None, images_in_redis: bool = True
-) -> list[str]:
+def redis_warnings(client: Redis, *, images_in_redis: bool = True) -> list[str]:
     """Return a warning for each thing that is wrong: the consequence, and the remedy with the name of the directive.
 
     Asks INFO, and CONFIG GET where that is permitted. A fact that a managed service or an ACL keeps secret gives no
@@ -29,12 +27,10 @@ def redis_warnings(
 
     Args:
         client: a client of the broker or of the result backend.
-        lease_s: `sdtpu_lease_s`.
-        visibility_timeout: the one in `broker_transport_options`; None when it is not set.
         images_in_redis: whether this server stores the images.
 
     Raises:
-        ConfigurationError: the server is too old for this worker.
+        ConfigurationError: the server is too old for this worker, or belongs to a Redis Cluster.
         redis.exceptions.ConnectionError: the server cannot be reached.
     """
     try:
@@ -42,13 +38,13 @@ def redis_warnings(
     except ResponseError:
         info = {}
     kept = ["jobs", "leases", "results", *(["images"] if images_in_redis else [])]
+    _refuse_cluster(info)
     return [
         *_version(info),
         *_role(info),
         *_eviction(info, kept),
         *_room(info, kept),
         *_persistence(client, info),
-        *_visibility(lease_s, visibility_timeout),
     ]
 
 
@@ -72,6 +68,15 @@ def _version(info: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"the Redis server is {text}; this worker is tested with {_dotted(_OLDEST_TESTED)} and newer."
             " Upgrade the server."
+        )
+
+
+def _refuse_cluster(info: Mapping[str, Any]) -> None:
+    if info.get("cluster_enabled"):
+        raise ConfigurationError(
+            "the Redis server belongs to a Redis Cluster (cluster-enabled yes), which spreads over several servers the"
+            " keys that Celery and this worker change in one step; let broker_url name a server that is no cluster"
+            " (managed services: cluster mode disabled), for failover one with Sentinel"
         )
 
 
@@ -124,15 +129,6 @@ def _persistence(client: Redis, info: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "Redis writes nothing to its disk (appendonly no, save ''): a restart of Redis loses every job that waits"
             " or runs, and every result. Set appendonly yes."
-        )
-
-
-def _visibility(lease_s: float, visibility_timeout: float | None) -> Iterator[str]:
-    if visibility_timeout is not None and visibility_timeout < lease_s:
-        yield (
-            f"visibility_timeout in broker_transport_options is {visibility_timeout:g} s, shorter than sdtpu_lease_s"
-            f" ({lease_s:g} s): another Celery worker with this timeout redelivers messages that are still held here,"
-            " and their jobs run twice. Leave visibility_timeout out, or make it at least as long as sdtpu_lease_s."
         )
 
 

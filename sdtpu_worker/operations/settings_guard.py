@@ -1,4 +1,5 @@
-"""Masks the passwords of URLs where Celery shows an app's settings: `celery inspect conf`, `celery report`, Flower.
+"""What Celery shows of an app's settings (`celery inspect conf`, `celery report`, Flower): the values in force, without
+the passwords of URLs. The environment goes before the configuration, and Celery would show the latter.
 
 Celery masks settings by their names. It does not know the settings of this package or, with Django's
 `namespace="CELERY"`, its own `CELERY_BROKER_URL`; and any other setting may hold a URL too.
@@ -6,22 +7,33 @@ Celery masks settings by their names. It does not know the settings of this pack
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
 from typing import Any
 
 from celery import Celery
 from celery.app.utils import Settings
 
-from sdtpu_worker.redaction import sanitize_url
+from sdtpu_worker.config import SETTINGS
+from sdtpu_worker.redaction import without_passwords
 
 
 class GuardedSettings(Settings):
-    """Celery's settings, with the passwords of URLs masked in the censored table, whatever the setting's name is."""
+    """Celery's settings, with the environment's values, and without passwords in the censored table."""
 
     def table(self, with_defaults: bool = False, censored: bool = True) -> dict[str, Any]:
-        """Return the settings with passwords masked; with `censored=False` as they are."""
+        """Return the settings that are in force, with passwords masked; with `censored=False` as they are."""
         table = super().table(with_defaults, censored)
-        return _without_passwords(table) if censored else table
+        return without_passwords({**table, **self._from_environment()}) if censored else table
+
+    def _from_environment(self) -> dict[str, Any]:
+        """Return what the environment says in place of the configuration, under the names that this has."""
+        names = {setting.name: setting.name.upper() for setting in SETTINGS}
+        names |= {name: f"CELERY_{name.upper()}" for name in ("broker_url", "result_backend")}
+        return {
+            f"{self.prefix}{name.upper()}" if self.prefix else name: os.environ[variable]
+            for name, variable in names.items()
+            if variable in os.environ
+        }
 
 
 def guard_settings(app: Celery) -> None:
@@ -33,13 +45,3 @@ def guard_settings(app: Celery) -> None:
 
     guard(app.conf)
     app.on_after_configure.connect(guard, weak=False)
-
-
-def _without_passwords(value: Any) -> Any:
-    if isinstance(value, str):
-        return sanitize_url(value)
-    if isinstance(value, Mapping):
-        return {key: _without_passwords(part) for key, part in value.items()}
-    if type(value) in (list, tuple, set, frozenset):
-        return type(value)(map(_without_passwords, value))
-    return value

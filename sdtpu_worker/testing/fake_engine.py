@@ -9,7 +9,7 @@ import copy
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from sdtpu_worker.contract.request import MAX_STEPS
 from sdtpu_worker.errors import SnapshotMismatch
 
 _MOST_SNAPSHOT_BYTES = 4096
+_NAN = -(10**12)  # a count stays negative whatever steps are added to it
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,13 +50,18 @@ class FakeImage:
 
 @dataclass(frozen=True)
 class FakeSnapshot:
-    """The state of a job of a `FakeEngine`."""
+    """The state of a job of a `FakeEngine`; a negative value stands for NaN."""
 
     task_id: str
     value: int
     step: int
     steps_left: int
     fingerprint: str = "fake"
+
+    @property
+    def finite(self) -> bool:
+        """Whether the value is a number."""
+        return self.value >= 0
 
     def to_bytes(self) -> bytes:
         """Return it as JSON text."""
@@ -106,6 +112,10 @@ class FakeEngine:
         poison: tasks that make every tick fail late that they have a slot in.
         nan: tasks whose images are not finite.
         fatal_at: numbers of `execute` calls whose tick fails late and for good: `recover` raises from then on.
+        nan_devices: sick devices: every state that takes a step there becomes NaN.
+        raising_devices: sick devices: every tick fails late in which they have something to do.
+        unseen: sick devices that draw the reference image nevertheless, so that `check_devices` does not find them.
+        lost_devices: devices that did not draw the reference image at the start.
     """
 
     def __init__(
@@ -117,12 +127,18 @@ class FakeEngine:
         poison: frozenset[str] = frozenset(),
         nan: frozenset[str] = frozenset(),
         fatal_at: tuple[int, ...] = (),
+        nan_devices: Collection[int] = (),
+        raising_devices: Collection[int] = (),
+        unseen: Collection[int] = (),
+        lost_devices: Collection[int] = (),
     ) -> None:
         self.fail_at, self.fail_late_at, self.gate = fail_at, fail_late_at, gate
         self.poison, self.nan, self.fatal_at = poison, nan, fatal_at
         self.costs: Mapping[Lane, TickCosts] = costs or {}
         self._durations = copy.deepcopy(self.costs)
-        self.calls = self.recoveries = 0
+        self.nan_devices, self.raising_devices, self.unseen = nan_devices, raising_devices, unseen
+        self.lost_devices = lost_devices
+        self.calls = self.recoveries = self.checks = 0
         self.is_lost = False
         self.slots: dict[tuple[Lane, int, int], FakeSnapshot] = {}  # by (lane, device, slot)
         self.ticks: list[frozenset[str]] = []  # the tasks that had a slot in each tick
@@ -145,7 +161,7 @@ class FakeEngine:
             for phase in phases:
                 if phase.decode:
                     held = self.slots.pop((plan.lane, d, phase.decode[0]))
-                    finite = held.task_id not in self.nan
+                    finite = held.finite and held.task_id not in self.nan
                     images.append(FakeImage(held.task_id, d, phase.decode[0], held.value, finite))
                 if phase.insert:
                     job = jobs[phase.insert[1]]
@@ -154,7 +170,8 @@ class FakeEngine:
                 self._advance(plan.lane, d, phase.steps)
         if self._durations:
             self._free_at = max(self._free_at, time.monotonic()) + self._durations[plan.lane].tick_s(plan)
-        return FakeTick(images, parked, self.gate, self._free_at, self._failure_of(self.calls - 1), self.draw)
+        failure = self._failure_of(self.calls - 1, {d for d, phases in enumerate(plan.devices) if phases})
+        return FakeTick(images, parked, self.gate, self._free_at, failure, self.draw)
 
     def draw(self, count: int) -> Any:
         """Return the pixels of a job that ends with this count: the count itself. A subclass may draw something."""
@@ -164,12 +181,18 @@ class FakeEngine:
         """Return whether the devices are lost."""
         return isinstance(exc, FakeDeviceLost)
 
-    def recover(self) -> None:
-        """Empty every slot, and raise if the devices are lost."""
+    def recover(self, lost: Collection[int] = ()) -> Collection[int]:
+        """Empty every slot, and return the sick devices; raise if all devices are lost."""
         self.recoveries += 1
         if self.is_lost:
             raise FakeDeviceLost("the fake device is lost")
         self.reset()
+        return self._sick(lost)
+
+    def check_devices(self, lost: Collection[int] = ()) -> Collection[int]:
+        """Return the sick devices."""
+        self.checks += 1
+        return self._sick(lost)
 
     def accepts(self, snapshot: FakeSnapshot) -> bool:
         """Return whether a `FakeEngine` made the snapshot."""
@@ -179,12 +202,17 @@ class FakeEngine:
         """Empty every slot."""
         self.slots.clear()
 
-    def _failure_of(self, call: int) -> Exception | None:
+    def _sick(self, lost: Collection[int]) -> Collection[int]:
+        return {*self.nan_devices, *self.raising_devices} - {*self.unseen, *lost}
+
+    def _failure_of(self, call: int, busy: Collection[int]) -> Exception | None:
         if call in self.fatal_at:
             self.is_lost = True
             return FakeDeviceLost("the fake device is lost, as it was told to")
         if bad := self.poison & self.ticks[-1]:
             return RuntimeError(f"the fake device failed on {', '.join(sorted(bad))}")
+        if sick := set(self.raising_devices) & set(busy):
+            return RuntimeError(f"the fake device {min(sick)} is sick")
         if call in self.fail_late_at:
             return RuntimeError("the fake device failed at work, as it was told to")
         return None
@@ -193,9 +221,8 @@ class FakeEngine:
         for place, state in self.slots.items():
             if place[:2] == (lane, device):
                 taken = min(steps, state.steps_left)
-                self.slots[place] = FakeSnapshot(
-                    state.task_id, state.value + taken, state.step + taken, state.steps_left - taken
-                )
+                value = _NAN if device in self.nan_devices and taken else state.value + taken
+                self.slots[place] = FakeSnapshot(state.task_id, value, state.step + taken, state.steps_left - taken)
 
 
 class FakeTick:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
+from billiard.common import TERM_SIGNAME
+from celery.platforms import signals
+from celery.states import FAILURE, REVOKED, SUCCESS
+from celery.utils.functional import maybe_list
+from celery.utils.saferepr import saferepr
+from celery.worker import state
 from celery.worker.request import Request
 
 from sdtpu_worker.delivery.transport import ClaimingChannel
@@ -22,11 +29,13 @@ class DeviceRequest(Request):
 
     Attributes:
         is_requeued: when the job's thread has ended, the message is requeued instead of acknowledged.
+        had_its_slot: the job had its slot on another worker, in time; it does not expire any more.
         failures_outside: how often Celery failed around the task's own code. The first time it stores that error as
             the task's result; the second time it says that it could not.
     """
 
     is_requeued = False
+    had_its_slot = False
     failures_outside = 0
 
     def acknowledge(self) -> None:
@@ -39,9 +48,83 @@ class DeviceRequest(Request):
         elif self.failures_outside < 2:
             super().acknowledge()
 
+    def revoked(self) -> bool:
+        """Return whether the job is known to be revoked or expired.
+
+        Celery's main thread asks, and would store the new state at once: for as long as the result backend is away,
+        it would answer nobody. For a message that was claimed the job's own thread looks (`is_unwanted`) and stores.
+        """
+        if isinstance(self.message.channel, ClaimingChannel):
+            return self._already_revoked
+        return super().revoked()
+
+    def maybe_expire(self) -> bool:
+        """Return whether the job has expired before it had a slot; Celery's own means before it began."""
+        return not self.had_its_slot and bool(super().maybe_expire())
+
+    def is_unwanted(self) -> bool:
+        """Return whether the job is revoked, or has expired; nothing is stored or announced."""
+        return is_revoked(self) or self.maybe_expire()
+
+    def announce_unwanted(self, is_expired: bool = False) -> None:
+        """Store and announce that the job is revoked, or expired before it had a slot.
+
+        Args:
+            is_expired: it has expired, though its clock here may be a moment behind.
+        """
+        if not super().revoked():
+            self._announce_revoked("expired" if is_expired else "revoked", False, None, is_expired)
+
+    def announce_terminated(self, signum: Any) -> None:
+        """Store and announce that the job was terminated: what Celery does in its main thread."""
+        if not self._already_revoked:
+            self._announce_revoked("terminated", True, signum, False)
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """Have the pool take the job off its slot; the job's thread then announces it (`announce_terminated`).
+
+        A request that the pool does not have yet ends as revoked when the pool gets it: its id is among the revoked.
+        """
+        if getattr(pool, "holds_devices", False):
+            pool.terminate_job_of(self, signals.signum(signal or TERM_SIGNAME))
+        else:
+            super().terminate(pool, signal)
+
+    def requeue(self) -> None:
+        """Have the message go back to the front of its queue instead of being acknowledged."""
+        self.is_requeued = True
+        self.acknowledge()
+
+    def count_in_chord(self, state: str, result: Any) -> None:
+        """Count the job's end in the chord that it is a part of."""
+        self.task.backend.on_chord_part_return(self._context, state, result)
+
+    def announce_stored_end(self, meta: Mapping[str, Any]) -> None:
+        """Send the event of an end that an earlier worker stored: nobody may have heard of it.
+
+        Args:
+            meta: what the result backend has of the task.
+        """
+        result = saferepr(meta["result"], self.task.resultrepr_maxsize)
+        if meta["status"] == SUCCESS:
+            self.send_event("task-succeeded", result=result, runtime=None)
+        elif meta["status"] == FAILURE:
+            self.send_event("task-failed", exception=result, traceback=meta.get("traceback"))
+        elif meta["status"] == REVOKED:
+            self.send_event("task-revoked", terminated=False, signum=None, expired=False)
+
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """Have the pool hand all its jobs over: Celery asks for this in a cold shutdown, for every job."""
         pool.hand_over()
+
+
+def is_revoked(request: Any) -> bool:
+    """Return whether a job was revoked, by its id or by a stamp that it bears."""
+    return request.id in state.revoked or any(
+        stamp in state.revoked_stamps
+        and any(each in maybe_list(state.revoked_stamps[stamp]) for each in maybe_list(value) or ())
+        for stamp, value in request.stamps.items()
+    )
 
 
 def count_failure_outside_task(sender: Any, request: Any, exception: BaseException, **_: Any) -> None:
@@ -51,10 +134,11 @@ def count_failure_outside_task(sender: Any, request: Any, exception: BaseExcepti
     """
     job = request.get(JOB) if isinstance(request, dict) else None
     celery_request = getattr(job, "request", None)
-    if isinstance(celery_request, DeviceRequest):
+    if job is not None and isinstance(celery_request, DeviceRequest):
         celery_request.failures_outside += 1
         if isinstance(exception, EngineUnavailable):  # the worker stops, and does not wait for the result backend
             celery_request.is_requeued = True
+            job.remember_slot()
         logger.warning("the state of task %s could not be stored: %s", celery_request.id, describe(exception))
 
 

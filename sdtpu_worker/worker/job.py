@@ -10,16 +10,18 @@ import json
 import logging
 import math
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from celery.exceptions import Ignore, SoftTimeLimitExceeded
+from celery.backends.base import DisabledBackend
+from celery.backends.rpc import RPCBackend
+from celery.exceptions import SecurityError, SoftTimeLimitExceeded
 from celery.states import READY_STATES, STARTED
-from celery.utils.functional import maybe_list
-from celery.worker import state
+from celery.worker.state import task_ready
+from kombu.exceptions import ContentDisallowed, DecodeError
 from redis.exceptions import RedisError
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
@@ -28,7 +30,9 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue, Progress
-from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable
+from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable, StorageError
+from sdtpu_worker.operations.prompt_guard import describe
+from sdtpu_worker.worker.celery_request import is_revoked
 
 if TYPE_CHECKING:
     from celery import Task
@@ -37,8 +41,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ANNOUNCEMENT_TIMEOUT_S = 10.0
 _MOST_HOSTS_NAMED = 20
+_UNREADABLE = (
+    DecodeError, ContentDisallowed, SecurityError, TypeError, ValueError, LookupError, AttributeError,
+    NotImplementedError,
+)  # fmt: skip
+"""What a result backend raises for a state that is none, or if it can read none; asking again would not help."""
+_PAUSE_S = 1.0
+"""How long a job holds its message whose history cannot be read now, before the message goes back."""
+
+
+class JobLeft(BaseException):
+    """Ends a task's code whose job ends in another way than with a result or an error of its own.
+
+    Celery's tracer makes no state of what is no `Exception`. It sends `task_postrun` with the state None, as when
+    Celery itself kills a task, and stores, logs and announces nothing. (`celery.exceptions.Ignore` is no such end:
+    `task_postrun` has the state IGNORED then, and listeners store it.) The job's end comes after that.
+
+    Args:
+        end: brings the job to its end, outside the tracer.
+    """
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        super().__init__()
+        self.end = end
 
 
 class DeviceJob:
@@ -51,6 +77,7 @@ class DeviceJob:
         on_time_limit: Celery's own handling of a hard time limit.
         deliveries: the messages that the worker holds, if its broker is Redis.
         max_deliveries: after how many crashes with this job on the devices it fails.
+        is_stopping: says whether the worker takes no more jobs.
     """
 
     def __init__(
@@ -62,13 +89,15 @@ class DeviceJob:
         on_time_limit: Callable[[bool, float], None] | None = None,
         deliveries: Deliveries | None = None,
         max_deliveries: int = 1,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.request, self.serving = request, serving
         self.soft_time_limit_s, self.time_limit_s = map(_positive_seconds, (soft_time_limit_s, time_limit_s))
         self._on_time_limit = on_time_limit
         self._deliveries, self._max_deliveries = deliveries, max_deliveries
-        self._storing_state = threading.Lock()
-        self._digest = b""
+        self._is_stopping = is_stopping
+        self._signum: Any = None
+        self._digest, self._facts = b"", JobFacts()
         self.terminated = False
 
     @property
@@ -84,37 +113,61 @@ class DeviceJob:
         return Terms(
             priority=priority if isinstance(priority, int) else DEFAULT_PRIORITY,
             expires_at=time.monotonic() + left_s,
+            may_expire=not self.request.had_its_slot,
             soft_time_limit_s=self.soft_time_limit_s or math.inf,
             time_limit_s=self.time_limit_s or math.inf,
         )
 
     def may_start(self) -> bool:
         """Return whether the job is still wanted; asked until it has its slot. Any thread."""
-        return not (self.terminated or self.task_id in state.revoked or _has_revoked_stamp(self.request))
+        return not (self.terminated or is_revoked(self.request))
 
-    def terminate(self) -> None:
-        """Take the job off its slot at the next tick; no state of its own is stored from now on. Any thread."""
-        with self._storing_state:
-            self.terminated = True
+    def terminate(self, signum: Any = None) -> None:
+        """Take the job off its slot at the next tick; its own thread then announces that it is revoked. Any thread.
+
+        It never waits: the job's thread may be storing a state, for as long as the result backend is away.
+
+        Args:
+            signum: the signal that the client named; it is announced, and nothing else is done with it.
+        """
+        self._signum = self._signum if signum is None else signum
+        self.terminated = True
         self.serving.loop.cancel(self.task_id)
 
-    def recall(self, task: Task, parameters: GenerationRequest) -> JobFacts:
+    def find_early_end(self) -> JobLeft | None:
+        """Return how the job ends without running here; None if it is to run. Asked before its task begins.
+
+        The job is done already, and only its message was not acknowledged; or its history cannot be read now; or it is
+        not wanted any more.
+        """
+        is_redelivered = self.request.delivery_info.get("redelivered")
+        if is_redelivered and self._deliveries is not None and (left := self._look_back(self._deliveries)):
+            return left
+        if self.terminated:
+            return self._revoked()
+        return JobLeft(self.request.announce_unwanted) if self.request.is_unwanted() else None
+
+    def _look_back(self, deliveries: Deliveries) -> JobLeft | None:
+        """Read what earlier workers left of the job; return its end if that leaves nothing to do."""
+        try:
+            meta = self._stored_end()
+            self._facts = deliveries.job_facts(self.task_id)
+            self.request.had_its_slot = self._facts.snapshot is not None or bool(self._facts.died_on)
+        except Exception as exc:  # each result backend has errors of its own
+            logger.warning("the history of task %s could not be read, its message is requeued: %s", self.task_id,
+                           describe(exc))  # fmt: skip
+            self._pause()  # or the message would come again at once
+            return JobLeft(self.request.requeue)
+        return None if meta is None else JobLeft(lambda: self._keep(meta))
+
+    def recall(self, parameters: GenerationRequest) -> JobFacts:
         """Return what earlier workers left of the job, if there were any.
 
         Raises:
-            Ignore: the job is done already, and only its message was not acknowledged; or Redis cannot be asked, and
-                the message is requeued.
             DeliveryLimitExceeded: too many workers died with the job on their devices.
         """
         self._digest = hashlib.sha256(json.dumps(parameters.to_json(), sort_keys=True).encode()).digest()
-        if self._deliveries is None or not self.request.delivery_info.get("redelivered"):
-            return JobFacts()
-        try:
-            self._end_if_done(task)
-            facts = self._deliveries.job_facts(self.task_id)
-        except (OSError, RedisError) as exc:
-            logger.warning("the history of task %s could not be read, its message is requeued: %s", self.task_id, exc)
-            raise self._requeue() from exc
+        facts = self._facts
         if len(facts.died_on) >= self._max_deliveries:
             raise DeliveryLimitExceeded(
                 f"the job was on the devices of {len(facts.died_on)} workers when they died, hung or were lost"
@@ -122,23 +175,51 @@ class DeviceJob:
             )
         snapshot = facts.snapshot or b""
         fits = snapshot.startswith(self._digest)  # made for the same parameters
-        return JobFacts(facts.died_on, snapshot[len(self._digest) :] if fits else None)
+        return JobFacts(facts.died_on, snapshot[len(self._digest) :] or None if fits else None)
 
-    def _end_if_done(self, task: Task) -> None:
-        """Keep a result that is stored already: the earlier worker died between storing it and acknowledging.
+    def _stored_end(self) -> dict[str, Any] | None:
+        """Return the end of the job that the result backend has already; None if there is none, or nobody knows.
 
-        Raises:
-            Ignore: there is one.
+        With `rpc://` results are messages to the client, which a worker cannot read; without a backend there are none.
         """
-        if task.request.ignore_result:
-            return
-        meta = task.backend.get_task_meta(self.task_id, cache=False)
-        if meta["status"] not in READY_STATES:
-            return
+        backend = self.request.task.backend
+        if self.request.ignore_result or isinstance(backend, DisabledBackend | RPCBackend):
+            return None
+        try:
+            meta: dict[str, Any] = backend.get_task_meta(self.task_id, cache=False)
+            return meta if meta["status"] in READY_STATES and "result" in meta else None
+        except _UNREADABLE as exc:
+            logger.warning("what is stored of task %s is no state, it runs again: %s", self.task_id, describe(exc))
+            return None
+
+    def _keep(self, meta: Mapping[str, Any]) -> None:
+        """Keep a stored end: the earlier worker died between storing it and acknowledging."""
         logger.info("task %s is done already (%s): acknowledged without running again", self.task_id, meta["status"])
-        if task.request.chord:  # counted by its index, so once
-            task.backend.on_chord_part_return(task.request, meta["status"], meta["result"])
-        raise Ignore
+        if self.request.chord:  # counted by its index, so once
+            self.request.count_in_chord(meta["status"], meta["result"])
+        self.request.announce_stored_end(meta)
+
+    def leave(self, left: JobLeft) -> None:
+        """Bring a job to its end whose task's code has ended with `JobLeft`, or has never begun.
+
+        A message whose job's end could not be stored is not acknowledged: it is requeued if the worker stops, and
+        redelivered when its lease expires otherwise.
+        """
+        try:
+            left.end()
+        except EngineUnavailable:  # the worker stops, and does not wait for the result backend
+            self.request.requeue()
+        except Exception as exc:  # each result backend has errors of its own
+            logger.warning("the end of task %s could not be stored: %s", self.task_id, describe(exc))
+        else:
+            self.request.acknowledge()
+        task_ready(self.request)
+
+    def _pause(self) -> None:
+        """Wait a moment, unless the worker stops."""
+        until = time.monotonic() + _PAUSE_S
+        while time.monotonic() < until and not self._is_stopping():
+            time.sleep(0.05)
 
     def release(self) -> None:
         """Make sure that the message of a job that has ended is not held for ever.
@@ -168,60 +249,76 @@ class DeviceJob:
         self._store_state(task, "PROGRESS", meta)
 
     def _store_state(self, task: Task, name: str, meta: dict[str, Any]) -> None:
-        with self._storing_state:
-            if not self.terminated and not task.request.ignore_result:
-                try:
-                    task.update_state(state=name, meta=meta)
-                except Exception as exc:  # each result backend has errors of its own; the picture does not depend on it
-                    logger.debug("the state %s of task %s was not stored: %s", name, self.task_id, exc)
+        """Store a state. Only the job's own thread stores states of it, so none can follow the one that ends it."""
+        if self.terminated or task.request.ignore_result:
+            return
+        try:
+            task.update_state(state=name, meta=meta)
+        except Exception as exc:  # each result backend has errors of its own; the picture does not depend on it
+            logger.debug("the state %s of task %s was not stored: %s", name, self.task_id, exc)
 
     @contextlib.contextmanager
     def in_celerys_words(self) -> Iterator[None]:
-        """Turn what the device loop raises for this job into what Celery does for any task."""
+        """Turn what the device loop raises for this job into what Celery does for any task.
+
+        Raises:
+            JobLeft: the job has no result of its own here.
+            SoftTimeLimitExceeded: its soft time limit is over.
+            StorageError: its image could not be stored, and the worker does not stop.
+        """
         try:
             yield
         except (JobHandedOver, EngineUnavailable) as exc:
             if self.terminated:
-                raise self._leave_to_the_announcement() from None
-            self._save(getattr(exc, "snapshot", None))
+                raise self._revoked() from None
+            self._save(exc)
             if getattr(exc, "suspect", False) and self._deliveries is not None:
                 self._deliveries.mark_suspect(self.request.message.delivery_tag)
             logger.info("task %s is handed over: its message is requeued and another worker continues it", self.task_id)
-            raise self._requeue() from None
+            raise JobLeft(self.request.requeue) from None
         except (JobCancelled, JobOverdue) as exc:
             reason = exc.reason if isinstance(exc, JobOverdue) else None
             if self.terminated:
-                raise self._leave_to_the_announcement() from None
+                raise self._revoked() from None
             if reason is Overdue.SOFT_TIME_LIMIT:
                 raise SoftTimeLimitExceeded(self.soft_time_limit_s) from None
             if reason is Overdue.TIME_LIMIT and self._on_time_limit and self.time_limit_s:
-                self._on_time_limit(False, self.time_limit_s)
-                raise Ignore from None
-            if not self.request.revoked():  # the wall clock may be a moment behind ours
-                state.revoked.add(self.task_id)
-                self.request.revoked()
-            raise Ignore from None
+                raise JobLeft(partial(self._on_time_limit, False, self.time_limit_s)) from None
+            raise JobLeft(partial(self.request.announce_unwanted, is_expired=reason is Overdue.EXPIRED)) from None
+        except StorageError:
+            if self.terminated:
+                raise self._revoked() from None
+            if not self._is_stopping():
+                raise
+            self.remember_slot()
+            logger.warning("the image of task %s could not be stored before the worker stops: its message is requeued",
+                           self.task_id)  # fmt: skip
+            raise JobLeft(self.request.requeue) from None
         if self.terminated:
-            raise self._leave_to_the_announcement()
+            raise self._revoked()
 
-    def _leave_to_the_announcement(self) -> Ignore:
-        """Wait until the main thread has announced that the job is revoked."""
-        deadline = time.monotonic() + _ANNOUNCEMENT_TIMEOUT_S
-        while not self.request._already_revoked and time.monotonic() < deadline:
-            time.sleep(0.005)
-        return Ignore()
+    def _revoked(self) -> JobLeft:
+        """Return the end of a job that was terminated."""
+        return JobLeft(lambda: self.request.announce_terminated(self._signum))
 
-    def _requeue(self) -> Ignore:
-        """Have the message requeued when the job's thread has ended."""
-        self.request.is_requeued = True
-        return Ignore()
-
-    def _save(self, snapshot: Any) -> None:
+    def _save(self, end: JobHandedOver | EngineUnavailable) -> None:
         """Keep a snapshot for the next worker; without one the job starts anew there."""
-        if snapshot is None or self._deliveries is None:
+        snapshot = getattr(end, "snapshot", None)
+        if snapshot is not None:
+            self._keep_for_next(snapshot.to_bytes())
+        elif getattr(end, "had_slot", False):
+            self.remember_slot()
+
+    def remember_slot(self) -> None:
+        """Have the next worker know that the job had its slot in time, so that it does not expire there."""
+        if self.request.expires and not self._facts.snapshot:  # a snapshot says it too
+            self._keep_for_next(b"")
+
+    def _keep_for_next(self, snapshot: bytes) -> None:
+        if self._deliveries is None:
             return
         try:
-            self._deliveries.save_snapshot(self.task_id, self._digest + snapshot.to_bytes())
+            self._deliveries.save_snapshot(self.task_id, self._digest + snapshot)
         except (OSError, RedisError) as exc:
             logger.warning("the snapshot of task %s could not be kept, the job starts anew: %s", self.task_id, exc)
 
@@ -229,15 +326,6 @@ class DeviceJob:
 def _positive_seconds(limit: Any) -> float | None:
     """Return a time limit if it is one: Celery's remote control takes any value for it."""
     return limit if isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0 else None
-
-
-def _has_revoked_stamp(request: Any) -> bool:
-    """Whether the job bears a stamp by which jobs were revoked."""
-    return any(
-        stamp in state.revoked_stamps
-        and any(each in maybe_list(state.revoked_stamps[stamp]) for each in maybe_list(value) or ())
-        for stamp, value in request.stamps.items()
-    )
 
 
 def _data_uri(pixels: Any) -> str:

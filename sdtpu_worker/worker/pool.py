@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery.concurrency.base import apply_target
 from celery.concurrency.thread import ApplyResult, TaskPool
@@ -18,9 +18,10 @@ from celery.worker import state
 from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.config import Config
 from sdtpu_worker.device_loop.protocols import Policy, ServingEngine
+from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.images.store import make_image_store
-from sdtpu_worker.worker.celery_request import JOB, answer_directly
-from sdtpu_worker.worker.job import DeviceJob
+from sdtpu_worker.worker.celery_request import JOB, DeviceRequest, answer_directly
+from sdtpu_worker.worker.job import DeviceJob, JobLeft
 from sdtpu_worker.worker.urgent import UrgentPrefetch
 
 if TYPE_CHECKING:
@@ -34,11 +35,12 @@ _STORE_S = 10.0
 """How long jobs that left the devices may take to encode, store and end."""
 
 
-def make_engine(config: Config) -> ServingEngine:
-    """Return a warm engine on this host's devices; imports JAX."""
+def make_engine(config: Config, on_phase: Callable[[str], None]) -> ServingEngine:
+    """Return a warm engine on this host's devices; imports JAX, and tells what it is at."""
+    on_phase("importing JAX")
     from sdtpu_worker.diffusion.start import start_engine
 
-    return start_engine(config)
+    return start_engine(config, on_phase)
 
 
 def make_aggregator(engine: ServingEngine, config: Config) -> Policy:
@@ -51,18 +53,6 @@ def make_aggregator(engine: ServingEngine, config: Config) -> Policy:
         config.preemption,
         config.preview_every,
     )
-
-
-class DeviceApplyResult(ApplyResult):
-    """What Celery holds of a job in the pool; the job keeps it alive, since Celery's reference is weak."""
-
-    def __init__(self, future: Future[None], job: DeviceJob) -> None:
-        super().__init__(future)
-        self.job = job
-
-    def terminate(self, signal: Any = None) -> None:
-        """Take the job off its slot; the signal is ignored."""
-        self.job.terminate()
 
 
 class PoolStage(Enum):
@@ -82,8 +72,8 @@ class DevicePool(TaskPool):
     gathers and the last one is encoded and stored while the devices work; and a batch more for urgent jobs that are
     taken past that limit.
 
-    A subclass may serve with other parts: `make_engine` of the configuration, `make_store` of the app and the URL of
-    its images, `make_policy` of the engine and the configuration.
+    A subclass may serve with other parts: `make_engine` of the configuration and of what is told how far it is,
+    `make_store` of the app and the URL of its images, `make_policy` of the engine and the configuration.
 
     Attributes:
         services: what the worker's process has; None until the worker has started it.
@@ -107,8 +97,7 @@ class DevicePool(TaskPool):
         """Take jobs from now on."""
         assert services.serving is not None
         self.services, self._stage = services, PoolStage.SERVING
-        self._jobs: dict[int, DeviceJob] = {}  # by the native id of the thread that runs it
-        self._results: dict[DeviceJob, DeviceApplyResult] = {}
+        self._results: dict[DeviceJob, ApplyResult] = {}  # also keeps them alive: Celery's reference is weak
         self._signals = 0
         self.limit = services.serving.capacity
         self.executor = ThreadPoolExecutor(
@@ -138,6 +127,11 @@ class DevicePool(TaskPool):
         if deliveries is not None:
             deliveries.mark_running(request.message.delivery_tag)
             answer_directly(request)
+        if not isinstance(request, DeviceRequest):  # another task of the app that was sent to a queue of this worker
+            other = super().on_apply(target, args, kwargs, callback, accept_callback)
+            if deliveries is not None:
+                other.f.add_done_callback(lambda _: deliveries.release(request.message.delivery_tag))
+            return other
         job = DeviceJob(
             request,
             services.serving,
@@ -146,21 +140,40 @@ class DevicePool(TaskPool):
             timeout_callback,
             deliveries,
             services.config.max_deliveries,
+            lambda: self._stage is not PoolStage.SERVING,
         )
         task_name, task_id, fields, *rest = args  # what Celery's tracer gets; `fields` become the task's own request
         args = (task_name, task_id, {**fields, JOB: job}, *rest)
         future = self.executor.submit(self._run, job, target, args, kwargs, callback, accept_callback)
-        self._results[job] = result = DeviceApplyResult(future, job)
+        self._results[job] = result = ApplyResult(future)
         future.add_done_callback(lambda _: self._results.pop(job, None))
         return result
 
-    def terminate_job(self, pid: int, signal: Any = None) -> None:
-        """Take the job that a thread runs off its slot: `revoke(terminate=True)`.
+    def terminate_job_of(self, request: DeviceRequest, signum: int) -> None:
+        """Take the job of a request off its slot: `revoke(terminate=True)`. It returns at once.
 
-        Called before the job's new state is announced, so that the job stores none of its own afterwards.
+        Args:
+            request: Celery's request.
+            signum: the signal that the client named.
         """
-        if job := self._jobs.get(pid):
-            job.terminate()
+        for job in self._results.copy():
+            if job.request is request:
+                job.terminate(signum)
+
+    def grow(self, n: int = 1) -> NoReturn:
+        """Refuse `control pool_grow`, and the button in Flower.
+
+        Raises:
+            ConfigurationError: always, with the remedy.
+        """
+        raise ConfigurationError(
+            "a device worker cannot grow or shrink: it holds as many jobs as its devices have slots, which are fixed"
+            " when its programs are compiled; set sdtpu_slots_per_device and restart it, or start more workers"
+        )
+
+    def shrink(self, n: int = 1) -> NoReturn:
+        """Refuse `control pool_shrink`, as `grow` does."""
+        self.grow(n)
 
     def on_close(self) -> None:
         """The worker stops: jobs that can be done within the grace period are finished, the others are handed over."""
@@ -239,21 +252,30 @@ class DevicePool(TaskPool):
         callback: Callable[[Any], None] | None,
         accept_callback: Any,
     ) -> None:
+        def trace(*args: Any, **kwargs: Any) -> Any:
+            """Run the task as Celery does; return how its job ends where that is not for Celery's tracer to say."""
+            try:
+                return target(*args, **kwargs)
+            except JobLeft as left:
+                return left.with_traceback(None)
+
         def end(result: Any) -> None:
             """Let Celery store the result and acknowledge the message."""
             if self.urgent is not None:
                 self.urgent.on_job_end()
-            if callback is not None:
+            if isinstance(result, JobLeft):
+                job.leave(result)
+            elif callback is not None:
                 callback(result)
 
-        thread = threading.get_native_id()
-        self._jobs[thread] = job
         try:
-            apply_target(target, args, kwargs, end, accept_callback, pid=thread)
+            if left := job.find_early_end():
+                end(left)
+            else:
+                apply_target(trace, args, kwargs, end, accept_callback, pid=threading.get_native_id())
         except Exception:
             logger.exception("task %s could not be brought to an end", job.task_id)
         finally:
-            self._jobs.pop(thread, None)
             job.release()
 
     def _get_info(self) -> dict[str, Any]:
@@ -263,7 +285,7 @@ class DevicePool(TaskPool):
             info["sdtpu"] = {
                 "devices": facts.num_devices,
                 "device_kind": facts.device_kind,
-                "slots": facts.num_slots,
+                "slots": self.services.serving.num_slots,
                 "model": facts.model,
                 "trace_s": round(facts.trace_s, 3),
                 "compile_s": round(facts.compile_s, 3),

@@ -32,17 +32,20 @@ PRIVATE_NAMES = (
     PrivateName(
         "kombu.transport.redis:Channel", "_closing", "a message that comes while the channel closes is requeued"
     ),
-    PrivateName("kombu.transport.virtual:QoS", "_on_collect", "no requeueing when the interpreter ends"),
     PrivateName("kombu.transport.virtual:Transport", "_callbacks", "the queues that are consumed"),
     PrivateName("kombu.transport.virtual:Transport", "_deliver", "hands a checked message to Celery"),
     # Waking up: `delivery/wake_up.py` adds a connection to kombu's poller.
     PrivateName("kombu.transport.redis:MultiChannelPoller", "_fd_to_chan", "whose connection became readable"),
     PrivateName("kombu.transport.redis:MultiChannelPoller", "_chan_to_sock", "connections that are given up with it"),
+    PrivateName("kombu.transport.redis:MultiChannelPoller", "_unregister_from_poll", "a connection that was given up"),
+    PrivateName("kombu.transport.redis:MultiChannelPoller", "_channels", "one channel restores what kombu popped"),
     PrivateName("redis.connection:Connection", "_sock", "the socket that the event loop watches"),
     # Jobs: `worker/` ends them as Celery does.
     PrivateName("celery.worker.request:Request", "_on_ack", "replaced: acknowledges from the job's own thread"),
     PrivateName("celery.worker.request:Request", "_on_reject", "replaced: requeues from the job's own thread"),
-    PrivateName("celery.worker.request:Request", "_already_revoked", "the main thread has announced the revoke"),
+    PrivateName("celery.worker.request:Request", "_already_revoked", "the job's end is announced"),
+    PrivateName("celery.worker.request:Request", "_announce_revoked", "the job's own thread announces the revoke"),
+    PrivateName("celery.worker.request:Request", "_context", "a job that is done already is counted in its chord"),
     PrivateName("celery.concurrency.base:BasePool", "_get_info", "extended: what `inspect stats` shows of the pool"),
     # Apps: `plugin.py` and `images/store.py` find them.
     PrivateName("celery.app.amqp:Queues", "_consume_from", "whether -Q chose the queues"),

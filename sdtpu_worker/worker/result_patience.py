@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,10 @@ from sdtpu_worker.errors import EngineUnavailable
 
 
 def wait_for_results(backend: Any, give_up: Callable[[], bool]) -> None:
-    """Have a result backend try again until it works; each thread of the worker has a backend of its own.
+    """Have a result backend try again until it works, in the threads that run jobs.
+
+    Each thread has a backend of its own, unless `result_backend_thread_safe` is set. The main thread then uses the same
+    one, and waits for nothing: its first error is raised. Safe to call again for the same backend.
 
     Celery's Redis backend would give up after 20 s, read without a second try, and fail the job whose start a full
     Redis, or a master that has just become a replica, takes no note of. Other backends stay as they are.
@@ -22,14 +27,17 @@ def wait_for_results(backend: Any, give_up: Callable[[], bool]) -> None:
         give_up: asked before every further try; when it says yes, the call fails with `EngineUnavailable` and the
             job is requeued.
     """
-    if not isinstance(backend, RedisBackend):
+    if not isinstance(backend, RedisBackend) or getattr(backend, "waits_for_results", False):
         return
 
     def check_patience() -> None:
+        if threading.current_thread() is threading.main_thread() and (error := sys.exc_info()[1]):
+            raise error
         if give_up():
             raise EngineUnavailable("the worker stopped before the result could be stored; the job is requeued")
 
     policy = {**backend.retry_policy, "max_retries": None, "callback": check_patience}
     read = backend.get
     backend.retry_policy, backend.get = policy, lambda key: backend.ensure(read, (key,))
+    backend.waits_for_results = True
     backend.connection_errors = (*backend.connection_errors, OutOfMemoryError, ReadOnlyError)

@@ -44,7 +44,7 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
         )
     sent_at = read_sent_at(task.request.get(SENT_AT_HEADER))
     with job.in_celerys_words():
-        facts = job.recall(task, request)
+        facts = job.recall(request)
         job.begin(task)
         control = JobControl(
             job.terms(),

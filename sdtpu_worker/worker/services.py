@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.states import FAILURE
@@ -34,7 +35,9 @@ from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.envelope import BadEnvelope
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
+from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.device_loop.protocols import ServingEngine
+from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
 from sdtpu_worker.operations.redis_checks import redis_warnings
@@ -51,6 +54,11 @@ logger = logging.getLogger(__name__)
 EX_ENGINE_LOST = 75
 """Exit code of a worker whose devices are lost (EX_TEMPFAIL): its supervisor should start it anew."""
 _BROKER_TIMEOUT_S = 5.0
+_CLIENT_OPTIONS = {
+    "socket_timeout": _BROKER_TIMEOUT_S,
+    "socket_connect_timeout": _BROKER_TIMEOUT_S,
+    "max_connections": 1000,
+}
 _HOLDERS_PER_DELIVERY = 10
 """How many more times than on the devices a message may be in the hands of workers that die: it is seldom why."""
 _REPORT_EVERY_S = 5.0
@@ -61,8 +69,8 @@ class PartMakers(Protocol):
     """Makes the parts that differ between device workers; `DevicePool` does, and its subclasses differ in them."""
 
     @property
-    def make_engine(self) -> Callable[[Config], Any]:
-        """Make a warm engine on this host's devices."""
+    def make_engine(self) -> Callable[[Config, Callable[[str], None]], Any]:
+        """Make a warm engine on this host's devices; the second argument is told what it is at: `compiling`."""
 
     @property
     def make_store(self) -> Callable[[Any, str], Any]:
@@ -97,8 +105,9 @@ class DeviceServices:
         self.stopping = threading.Event()
         self._app, self._hostname = app, hostname
         self._lease: Lease | None = None
+        self._server: str | None = None  # the URL of the Redis that the consumer is connected to
+        self._has_looked_at_redis = False
         self._load_report_at = 0.0
-        self._visibility_timeout: float | None = None
         self._undo = ExitStack()
 
     def start(self, pool: PartMakers) -> None:
@@ -116,16 +125,20 @@ class DeviceServices:
                 server = HealthServer(self.config.health_address, self.health.live, self.health.ready)
                 undo.callback(server.close)
             undo.enter_context(watch_failures_outside_tasks())
+            self.health.enter("looking at the broker")
             self._connect_to_broker(undo)
+            self.health.enter("looking at the image store")
             store = pool.make_store(self._app, self.config.image_store)
-            engine = pool.make_engine(self.config)
+            engine = pool.make_engine(self.config, self.health.enter)
             undo.callback(engine.close)
             policy = pool.make_policy(engine, self.config)
             hooks = Hooks(_end_process, self._make_start_recorder(undo), self.stopping.is_set)
             self.serving = serving = Serving(engine, store, policy, self.config, hooks)
             undo.callback(serving.close)
-            self.health.watch_device(lambda: serving.loop.alive, lambda: serving.loop.stalled_s)
+            loop = serving.loop
+            self.health.watch_device(lambda: loop.alive, lambda: loop.stalled_s, lambda: loop.stats.lost_devices)
             undo.enter_context(freeze_start_up())
+            self.health.enter("ready to consume, connecting to the broker")
             self._undo = undo.pop_all()
         _log_ready(engine, time.monotonic() - started)
 
@@ -149,10 +162,31 @@ class DeviceServices:
             return
         hub = consumer.hub
         self.deliveries.on_free = lambda: hub.call_soon(noop)
+        self._follow(consumer.connection)
+        self._warn_of_redis()
         if self._lease is None:
-            self._warn_of_redis()
             self._lease = Lease(self.deliveries, self.devices_make_progress, self._on_contact)
             self._lease.start()
+
+    def _follow(self, connection: Any) -> None:
+        """Lease and acknowledge on the server from which the consumer takes messages: kombu may have failed over."""
+        assert self.deliveries is not None
+        server = connection.as_uri(include_password=True)
+        if server == self._server:
+            return
+        if self._server is not None:
+            logger.warning("jobs now come from %s; those that came from another server are finished, and redelivered"
+                           " there unless it has become a copy of this one", connection.as_uri())  # fmt: skip
+            self._has_looked_at_redis = False
+        self._server = server
+        has_alternates = isinstance(connection.transport, transport.SentinelTransport)  # they are the other Sentinels
+        bound = connection.clone(
+            transport_options={**connection.transport_options, **_CLIENT_OPTIONS},
+            alternates=list(connection.alt) if has_alternates else [],
+        )
+        self.deliveries.follow(partial(_client_of, bound))
+        if self._lease is not None:
+            self._lease.lose_contact()
 
     def devices_make_progress(self) -> bool:
         """Return whether no tick is later than `sdtpu_stall_s`; True while there are no devices yet. Any thread."""
@@ -182,8 +216,8 @@ class DeviceServices:
             )
             undo.enter_context(change_app(app, {}))
             return
+        self.health.watch_redis()
         options = app.conf.broker_transport_options
-        self._visibility_timeout = options.get("visibility_timeout")
         self.deliveries = deliveries = Deliveries(
             self._make_client, Keys(options.get("global_keyprefix", "")), config.lease_s, self._hostname
         )
@@ -192,27 +226,30 @@ class DeviceServices:
             "socket_timeout": 2 * _BROKER_TIMEOUT_S,
             "socket_connect_timeout": _BROKER_TIMEOUT_S,
             **options,
-            "unacked_key": "sdtpu:unacked",
-            "unacked_index_key": "sdtpu:unacked_index",
-            "unacked_mutex_key": "sdtpu:unacked_mutex",
-            "visibility_timeout": config.lease_s,
-            "unacked_restore_interval": config.lease_s / 3,
         }
-        undo.enter_context(change_app(app, {"broker_transport_options": options}, transport.EagerConnection))
+        settings = {"broker_transport_options": options, "broker_channel_error_retry": True}
+        undo.enter_context(change_app(app, settings, transport.EagerConnection))
         undo.enter_context(
             transport.installed(
-                transport.Intake(
+                Intake(
                     deliveries=deliveries,
+                    is_task_queue=lambda queue: queue in app.amqp.queues.consume_from,
                     known_tasks=app.tasks,
                     max_message_bytes=config.max_message_bytes,
                     max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
                     on_bad=self._store_error,
                     devices_make_progress=self.devices_make_progress,
-                    on_contact=self.health.contact,
+                    on_reply=self.health.on_claim,
                 )
             )
         )
         undo.callback(self._leave_redis)
+        try:
+            self._warn_of_redis()
+        except ConfigurationError:
+            raise
+        except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
+            logger.warning("Redis cannot be reached yet, and is looked at again when it can: %s", exc)
 
     def _make_start_recorder(self, undo: ExitStack) -> Any:
         """Return what the device loop tells of the jobs that start."""
@@ -237,18 +274,8 @@ class DeviceServices:
         self.deliveries.close()
 
     def _make_client(self) -> Redis:
-        """Make a client of the broker, whatever it takes to reach it: TLS, a password, Sentinels."""
-        from redis import Redis
-
-        connection = self._app.connection_for_read(
-            transport_options={
-                "socket_timeout": _BROKER_TIMEOUT_S,
-                "socket_connect_timeout": _BROKER_TIMEOUT_S,
-                "max_connections": 1000,
-            }
-        )
-        connection.connect()
-        return Redis(connection_pool=connection.channel().pool)
+        """Make a client of the broker for the time before the consumer is connected."""
+        return _client_of(self._app.connection_for_read(transport_options=_CLIENT_OPTIONS))
 
     def _store_error(self, bad: BadEnvelope) -> None:
         """Give the job of a message that cannot be run its result."""
@@ -260,15 +287,18 @@ class DeviceServices:
             logger.warning("the error of task %s could not be stored: %s", bad.task_id, exc)
 
     def _warn_of_redis(self) -> None:
-        """Log what this Redis may do to jobs."""
+        """Log once what this Redis may do to jobs.
+
+        Raises:
+            ConfigurationError: no job can run with this Redis.
+        """
         assert self.deliveries is not None
-        for text in redis_warnings(
-            self.deliveries.client,
-            lease_s=self.config.lease_s,
-            visibility_timeout=self._visibility_timeout,
-            images_in_redis=self.config.image_store.startswith("redis"),
-        ):
+        if self._has_looked_at_redis:
+            return
+        images_in_redis = self.config.image_store.startswith("redis")
+        for text in redis_warnings(self.deliveries.client, images_in_redis=images_in_redis):
             logger.warning("%s", text)
+        self._has_looked_at_redis = True
 
     def _on_contact(self) -> None:
         """Take note that Redis answered, and publish the load report when it is time. The lease's thread."""
@@ -281,6 +311,14 @@ class DeviceServices:
             publish_load(self.deliveries.client, self.config.queue, load, self.deliveries.keys.prefix)
         except RedisError as exc:  # no memory, no permission; clients then estimate without this worker
             logger.warning("the load report of this worker could not be published: %s", exc)
+
+
+def _client_of(connection: Any) -> Redis:
+    """Make a client of the Redis that a kombu connection leads to, whatever it takes: TLS, a password, Sentinels."""
+    from redis import Redis
+
+    connection.connect()
+    return Redis(connection_pool=connection.channel().pool)
 
 
 def _log_ready(engine: ServingEngine, after_s: float) -> None:

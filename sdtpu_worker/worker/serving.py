@@ -100,9 +100,15 @@ class Serving:
         self.loop.start()
 
     @property
+    def num_slots(self) -> int:
+        """Slots of one resolution over all devices that are not lost."""
+        info = self.engine.info
+        return info.num_slots - len(self.loop.stats.lost_devices) * info.slots_per_device
+
+    @property
     def capacity(self) -> int:
         """Jobs to hold at a time: two batches, so that one gathers and is encoded while the other is denoised."""
-        return 2 * self.engine.info.num_slots
+        return 2 * self.num_slots
 
     def run(
         self,
@@ -133,7 +139,7 @@ class Serving:
         device_s = finished.finished_at - finished.started_at
         image, parameters, is_unsafe = self._store(job, request, finished.pixels)
         total_s = waited_s + time.monotonic() - received
-        num_slots = self.engine.info.num_slots
+        num_slots = self.num_slots
         logger.info(
             "task %s: %d steps in %.2f s on device %d slot %d, %d of %d slots in use",
             task_id, request.num_inference_steps, device_s, finished.device, finished.slot, finished.occupied,
@@ -197,10 +203,11 @@ class Serving:
 
     def load(self, host: str) -> WorkerLoad:
         """Return the load report of this worker, under the name that its host has for it. Any thread."""
-        held, num_slots = self._held.copy(), self.engine.info.num_slots
+        held, num_slots = self._held.copy(), self.num_slots
         etas = [submission.progress.eta_s for submission in held]
         lanes = {f"{height}x{width}": costs for (height, width), costs in self.engine.costs.items()}
-        steps_s = {size: costs.step_s(self.engine.info.num_devices) for size, costs in lanes.items()}
+        num_devices = num_slots // self.engine.info.slots_per_device
+        steps_s = {size: costs.step_s(num_devices) for size, costs in lanes.items()}
         return WorkerLoad(
             host=host,
             num_slots=num_slots,

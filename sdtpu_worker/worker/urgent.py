@@ -11,9 +11,10 @@ import logging
 import threading
 from typing import Any
 
-from kombu.transport.redis import Channel
+from redis.exceptions import ResponseError
 
 from sdtpu_worker.contract.queues import plain_client, waiting_lists
+from sdtpu_worker.delivery.transport import ClaimingChannel
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,9 @@ class UrgentPrefetch:
     def look(self) -> None:
         """Lend a credit for every urgent job that waits in Redis, as long as there are slots to take."""
         lowest = self._pool.services.serving.loop.lowest_priority_running
-        channel = self._consumer.task_consumer.channel
-        if lowest is None or not isinstance(channel, Channel) or channel.qos.can_consume():
+        channel: Any = self._consumer.task_consumer.channel
+        is_claiming = isinstance(channel, ClaimingChannel)
+        if lowest is None or not is_claiming or channel.qos.can_consume():
             return
         urgent_bands = sum(band < channel.priority(lowest) for band in channel.priority_steps)
         if not urgent_bands:
@@ -42,12 +44,15 @@ class UrgentPrefetch:
         with channel.conn_or_acquire() as client:
             redis, prefix = plain_client(client)
             lengths = redis.pipeline(transaction=False)
-            for queue in channel.active_queues:  # all that the worker consumes, those of tenants too
+            for queue in channel.task_queues:  # all whose jobs the worker takes, those of tenants too
                 for name in waiting_lists(channel, queue, prefix)[:urgent_bands]:
                     lengths.llen(name)
-            waiting = sum(lengths.execute())
+            try:
+                waiting = sum(lengths.execute())
+            except ResponseError:  # the claims meet the same error and tell of it
+                return
         with self._lock:
-            count = min(waiting, self._pool.services.serving.engine.info.num_slots) - self._lent
+            count = min(waiting, self._pool.services.serving.num_slots) - self._lent
             if count <= 0:
                 return
             self._lent += count

@@ -21,7 +21,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,7 +121,7 @@ class FakeDevicePool(DevicePool):
     """The device worker's pool, on the fake engine."""
 
     @staticmethod
-    def make_engine(config: Config) -> PictureEngine:
+    def make_engine(config: Config, on_phase: Callable[[str], None]) -> PictureEngine:
         """Make the engine at once: there is nothing to compile."""
         step_s = float(os.environ.get("SDTPU_FAKE_STEP_MS", "1")) / 1000
         return PictureEngine(config.cpu_devices, int(config.slots_per_device), step_s)

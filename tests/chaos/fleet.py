@@ -77,12 +77,7 @@ class Fleet:
         folder: for the logs.
         app: whose worker; the fake one by default.
         settings: in upper case, for every worker.
-
-    Attributes:
-        flags: options of every worker.
     """
-
-    flags: tuple[str, ...] = ("--without-gossip", "--without-mingle")
 
     def __init__(self, redis_url: str, folder: Path, app: str = FAKE_APP, **settings: str) -> None:
         self.redis_url, self.folder, self.app, self.settings = redis_url, folder, app, settings
@@ -102,7 +97,7 @@ class Fleet:
         """Start a worker and return at once."""
         log = self.folder / f"{len(self.workers)}-{name}.log"
         settings = {"SDTPU_PLATFORM": "cpu", "SDTPU_PROGRESS_S": "0", **self.settings, **settings}
-        command = worker_command(self.app, *self.flags, "-n", f"{name}@chaos", *options)
+        command = worker_command(self.app, "-n", f"{name}@chaos", *options)
         env = worker_env(self.redis_url, **settings)
         process = self._stack.enter_context(running(command, log, env=env, cwd=ROOT))
         self.workers.append(WorkerProcess(name, process, log))

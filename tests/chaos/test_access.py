@@ -22,6 +22,9 @@ from celery import Celery
 from redis.exceptions import NoPermissionError
 
 from sdtpu_worker import generate
+from sdtpu_worker.operations.health import WorkerHealth
+from sdtpu_worker.operations.health_http import ask_health
+from sdtpu_worker.testing.processes import free_port
 from tests.chaos.fleet import Fleet, Ledger
 from tests.chaos.proxies import FlakyProxy, TlsProxy
 from tests.chaos.servers import RedisServer
@@ -39,12 +42,22 @@ OPTIONAL = {
 """What may be refused: drivers that introduce themselves, as Redis 6 or 7 calls it, and what the warnings need."""
 
 
-def documented_rules(user: str) -> list[str]:
+UNPREFIXED = ("~sdtpu:image:", "&__redis__:")
+"""What SECURITY.md says has no prefix where keys and channels have one."""
+
+
+def documented_rules(user: str, prefix: str = "") -> list[str]:
     """Return the rules that SECURITY.md gives a user."""
     text = (ROOT / "SECURITY.md").read_text()
     found = re.search(rf"^    ACL SETUSER {user} (.*?)\n\n", text, re.MULTILINE | re.DOTALL)
     assert found
-    return found[1].split()
+    rules = [
+        f"{rule[0]}{prefix}{rule[1:]}" if rule[0] in "~&" and not rule.startswith(UNPREFIXED) else rule
+        for rule in found[1].split()
+    ]
+    if prefix and user == "sdtpu-worker":
+        rules.append("~sdtpu:image:*")
+    return rules
 
 
 def kill_and_take_over(
@@ -80,21 +93,26 @@ def kill_and_take_over(
     return ledger, took_s
 
 
-def test_users_with_least_rights_over_tls(tmp_path: Path):
+@pytest.mark.parametrize("prefix", ["", "shop:"])
+def test_users_with_least_rights_over_tls(tmp_path: Path, prefix: str):
     users = ["default off", "admin on >root ~* &* +@all"]
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(RedisServer({"user": users}, login="admin:root"))
         admin = stack.enter_context(contextlib.closing(server.client(decode_responses=True)))
         for user in ("sdtpu-client", "sdtpu-worker"):
-            admin.execute_command("ACL", "SETUSER", user, *documented_rules(user))
+            admin.execute_command("ACL", "SETUSER", user, *documented_rules(user, prefix))
         proxy = stack.enter_context((TlsProxy if shutil.which("openssl") else FlakyProxy)(server.url))
         as_client = proxy.url.replace("admin:root", "sdtpu-client:CLIENT_PASSWORD")
         as_worker = proxy.url.replace("admin:root", "sdtpu-worker:WORKER_PASSWORD")
-        stack.enter_context(client_app(as_client, sdtpu_max_queue=1000))
-        fleet = stack.enter_context(Fleet(as_worker, tmp_path, **{**WORKER, "SDTPU_PROGRESS_S": "0.1"}))
+        options = {"global_keyprefix": prefix}
+        conf: dict[str, Any] = {"broker_transport_options": options, "result_backend_transport_options": options}
+        stack.enter_context(client_app(as_client, sdtpu_max_queue=1000, **conf))
+        settings = {**WORKER, "SDTPU_PROGRESS_S": "0.1", "SDTPU_FAKE_CONF": json.dumps(conf)}
+        fleet = stack.enter_context(Fleet(as_worker, tmp_path, **settings))
         admin.acl_log_reset()
         operator = stack.enter_context(Celery(broker=server.url, backend=server.url, set_as_current=False))
-        ledger, took_s = kill_and_take_over(fleet, admin, operator=operator)
+        operator.conf.update(conf)
+        ledger, took_s = kill_and_take_over(fleet, admin, prefix, operator)
         refused = {(entry["username"], entry["reason"], entry["object"]) for entry in admin.acl_log()}
         assert refused <= OPTIONAL, refused - OPTIONAL
 
@@ -165,15 +183,21 @@ def test_a_broker_that_is_not_redis(tmp_path: Path):
                 CELERY_RESULT_BACKEND=f"file://{tmp_path}/results",
                 SDTPU_IMAGE_STORE=store,
                 SDTPU_FAKE_CONF=json.dumps(conf),
+                SDTPU_HEALTH_ADDRESS=f"127.0.0.1:{(port := free_port())}",
                 **WORKER,
             )
         )
         worker, ledger = fleet.start("files"), Ledger()
+        started = time.monotonic()
         for seed in range(10):
             ledger.add(seed, 10)
         ledger.wait(30)
         assert not ledger.errors
         assert not ledger.wrong_pictures()
+        time.sleep(max(0.0, started + WorkerHealth.CONTACT_READY_S + 1 - time.monotonic()))
+        for path in ("/livez", "/readyz"):
+            well, checks = ask_health(("127.0.0.1", port), path)
+            assert well, checks
         assert worker.stop() == 0
         assert "the broker is not Redis: leases, hand-over, delivery limits and message checks are off" in worker.text()
         print(f"\nfilesystem://: {len(ledger.results)} jobs done")

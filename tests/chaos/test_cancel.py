@@ -148,3 +148,25 @@ def test_a_workers_own_limits_hold_for_jobs_without_any(fleet, app, options, err
         assert_done(quick, 50, 7)
     finally:
         assert worker.stop() == 0
+
+
+def test_a_job_that_was_revoked_before_its_worker_started_is_not_run(app, fleet, tmp_path):
+    with Fleet(fleet.redis_url, tmp_path, **SETTINGS) as late:
+        app.control.cancel_consumer("sdtpu", reply=True, destination=["cancel@chaos"])
+        try:
+            job = order(1)
+            job.revoke()
+            wait_until(lambda: job.id in app.control.inspect(["cancel@chaos"]).revoked()["cancel@chaos"])
+            worker = late.start("late")
+            wait_for(job, lambda meta: meta["status"] == "REVOKED")
+            assert "mingle: sync with 1 nodes" in worker.text()
+            with redis.Redis.from_url(fleet.redis_url) as client:
+                assert not client.exists("sdtpu:dead")
+            worker.stop()
+        finally:
+            app.control.add_consumer("sdtpu", reply=True, destination=["cancel@chaos"])
+
+
+def test_another_task_that_was_sent_to_a_device_queue_runs_as_in_celerys_own_thread_pool(fleet, app):
+    found = app.send_task("celery.accumulate", [1, 2], queue="sdtpu").get(timeout=20)
+    assert found == [1, 2]

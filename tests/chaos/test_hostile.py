@@ -50,7 +50,6 @@ def hostile_worker(tmp_path_factory):
         Fleet(url, folder, SDTPU_TENANT_SHARDS="2", SDTPU_CPU_DEVICES="4", SDTPU_SLOTS_PER_DEVICE="1") as fleet,
         redis.Redis.from_url(url) as client,
     ):
-        fleet.flags = ()
         worker = fleet.start("hostile")
         warm = Ledger()
         for i in range(40):

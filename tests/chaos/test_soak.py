@@ -422,7 +422,7 @@ def test_a_long_queue_and_jobs_for_later_take_no_memory_and_keep_nobody_waiting(
     generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 1}, priority=9).get(timeout=60)
     behind_s = time.monotonic() - sent_at
     assert client.zcard("sdtpu:delayed") == later
-    assert pool_stats(app)["deliveries"]["held"] == 0
+    wait_until(lambda: pool_stats(app)["deliveries"]["held"] == 0, "the last message to be acknowledged", 20)
     later_kib = worker.memory_kib() - before.memory_kib
     assert later_kib < 4_096
 

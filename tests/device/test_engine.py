@@ -7,6 +7,8 @@ import gc
 import random
 import weakref
 from collections import Counter
+from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,8 @@ from sdtpu_worker.device_loop.submission import JobHandedOver
 from sdtpu_worker.diffusion.calibration import calibrate
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
+from sdtpu_worker.diffusion.engine_io import DecodedImage
+from sdtpu_worker.diffusion.reference_image import agree
 from sdtpu_worker.diffusion.sharding import SHARDED, put
 from sdtpu_worker.diffusion.start import make_warm_engine
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidRequest
@@ -227,6 +231,31 @@ def test_pixels_agree_with_the_flax_pipeline(
     assert difference.mean() <= 0.02
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_guidance_scale_of_one_or_less_draws_the_prompt_alone_as_diffusers_does(engine, sampler):
+    """A scale of 0 drew the negative prompt: two prompts gave one picture."""
+
+    def draw(prompt: str, negative_prompt: str, scale: float) -> GenerationRequest:
+        return GenerationRequest(
+            prompt, negative_prompt, seed=3, num_inference_steps=4, guidance_scale=scale, sampler=sampler
+        )
+
+    scales = (1.0, 0.0, 0.5, -3.0)
+    images = generate_all(
+        engine,
+        [
+            draw(PROMPTS[1], "", 1.5),  # beside guided jobs, and on any device
+            *(draw(PROMPTS[0], negative, scale) for scale in scales for negative in ("", PROMPTS[2])),
+            *(draw(PROMPTS[1], negative, scale) for scale, negative in ((0.0, PROMPTS[2]), (1.5, PROMPTS[2]))),
+        ],
+    )
+    guided, *unguided, other, otherwise_guided = (image.pixels for image in images)
+    for pixels in unguided:
+        np.testing.assert_array_equal(pixels, unguided[0])
+    assert np.abs(unguided[0].astype(int) - other).max() > 50, "another prompt is another picture"
+    assert np.abs(guided.astype(int) - otherwise_guided).max() > 0, "above 1 the negative prompt counts"
+
+
 def test_the_key_words_of_a_seed_are_jaxs_own_and_every_bit_counts(engine):
     def words(seed):
         return engine.prepare("x", GenerationRequest("a", seed=seed)).key_data
@@ -277,12 +306,92 @@ def test_devices_that_work_recover_with_empty_slots_and_compile_nothing(engine):
     np.testing.assert_array_equal(after.pixels, before.pixels)
 
 
-def test_devices_that_draw_something_else_than_at_the_start_do_not_recover(engine, monkeypatch):
+def break_device(engine: Engine, device: int) -> Any:
+    """Return the engine's parameters with NaN everywhere on one device, as a chip with a broken memory reads them."""
+
+    def broken(leaf: jax.Array) -> jax.Array:
+        shards = [shard.data * np.nan if i == device else shard.data for i, shard in enumerate(leaf.addressable_shards)]
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+    return {**engine.params, "unet": jax.tree.map(broken, engine.params["unet"])}
+
+
+def test_devices_that_draw_something_else_than_at_the_start_are_lost_and_all_of_them_are_an_error(engine, monkeypatch):
+    """One device that differed ended the worker with all its devices."""
+    assert (engine.recover(), engine.lost_devices) == (frozenset(), frozenset())
     lane = engine.info.resolutions[0]
     images = engine.calibration.reference_images
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "params", break_device(engine, 5))
+        assert engine.recover() == engine.check_devices([2]) == {5}
+        assert engine.check_devices([5]) == frozenset()
+        assert not any(np.asarray(leaf).any() for leaf in engine._slots[lane])
     monkeypatch.setitem(images, lane, 255 - images[lane])
-    with pytest.raises(EngineUnavailable, match="reference image"):
+    with pytest.raises(EngineUnavailable, match="no device draws the reference image"):
         engine.recover()
+
+
+def test_a_device_whose_programs_fail_is_told_from_those_that_work(engine, monkeypatch):
+    execute, broken = engine.execute, {6}
+
+    def fail(plan, jobs, snapshots=None):
+        tick = execute(plan, jobs, snapshots)
+        if any(plan.devices[device] for device in broken):
+            raise jax.errors.JaxRuntimeError("INTERNAL: a device does not do its work")
+        return tick
+
+    monkeypatch.setattr(engine, "execute", fail)
+    assert engine.recover() == {6}
+    broken.update(range(8))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="does not do its work"):
+        engine.recover()
+
+
+@pytest.mark.parametrize("sick", [0, 5])
+def test_a_device_that_breaks_while_it_serves_costs_no_image_and_no_other_device(engine, monkeypatch, sick):
+    """The second try, alone, was always on device 0."""
+    requests = [GenerationRequest(prompt, seed=i, num_inference_steps=4) for i, prompt in enumerate(PROMPTS * 2)]
+    wanted = [image.pixels for image in generate_all(engine, requests)]
+    monkeypatch.setattr(engine, "params", break_device(engine, sick))
+    traces = engine.traces_since_ready
+    loop = DeviceLoop(engine, Aggregator(engine.costs, 1, engine.info.phases_per_tick, tick_s=0.05))
+    loop.start()
+    submissions = [loop.submit(engine.prepare(str(i), request)) for i, request in enumerate(requests)]
+    for submission, pixels in zip(submissions, wanted, strict=True):
+        np.testing.assert_array_equal(submission.future.result(60).pixels, pixels)
+    assert loop.stats.lost_devices == [sick]
+    loop.close()
+    assert engine.traces_since_ready == traces
+
+
+def test_the_image_that_most_devices_draw_is_the_reference_image():
+    """What device 0 drew was the measure for all, so a device 0 that was sick at the start condemned all others."""
+
+    def images(*values: int, broken: Collection[int] = ()) -> dict[int, DecodedImage]:
+        pixels = [np.full((2, 2, 3), value, np.uint8) for value in values]
+        return {d: DecodedImage("it", d, 0, drawn, d not in broken) for d, drawn in enumerate(pixels)}
+
+    for drawn, value, lost in (
+        (images(7, 7, 7), 7, set()),
+        (images(0, 7, 7), 7, {0}),
+        (images(7, 7, 0, 7, 5), 7, {2, 4}),
+        (images(0, 7, broken=[0]), 7, {0}),
+        (images(7, 7, 7, broken=[1]), 7, {1}),
+        (images(3, 7), 3, {1}),
+        (images(3), 3, set()),
+    ):
+        pixels, differing = agree(drawn)
+        assert (pixels == value).all()
+        assert differing == lost
+
+
+def test_a_device_that_is_sick_at_the_start_is_lost_from_the_start(random_checkpoint, devices, compile_cache):
+    engine = Engine(load_checkpoint(str(random_checkpoint)), devices, 1, None, compile_cache)
+    healthy, engine.params = engine.params, break_device(engine, 0)
+    engine.adopt(calibrate(engine))
+    assert engine.lost_devices == {0}
+    engine.params = healthy
+    assert engine.recover() == frozenset()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import redis
-from celery.exceptions import Ignore
 from kombu import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -26,9 +25,10 @@ from sdtpu_worker.delivery import transport
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
+from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.device_loop.submission import JobHandedOver
 from sdtpu_worker.errors import DeliveryLimitExceeded
-from sdtpu_worker.worker.job import DeviceJob
+from sdtpu_worker.worker.job import DeviceJob, JobLeft
 from tests.histories.actors import Actor
 from tests.histories.virtual_redis import make_pool
 
@@ -93,8 +93,15 @@ class WorkerProcess:
         self.deliveries = Deliveries(self._connect, Keys(), LEASE_S, host)
         self._pool = make_pool(self, world.socket)
         self._lease = Lease(self.deliveries, lambda: not self.is_hung, clock=self.monotonic)
-        intake = transport.Intake(
-            self.deliveries, {TASK}, 10_000, 10 * MAX_DELIVERIES, world.on_bad, lambda: not self.is_hung, lambda: None
+        intake = Intake(
+            deliveries=self.deliveries,
+            is_task_queue=lambda queue: True,
+            known_tasks={TASK},
+            max_message_bytes=10_000,
+            max_holders=10 * MAX_DELIVERIES,
+            on_bad=world.on_bad,
+            devices_make_progress=lambda: not self.is_hung,
+            on_reply=lambda error: None,
         )
         channel = type("Channel", (VirtualChannel,), {"process": self})
         self._transport = type("Transport", (transport.Transport,), {"intake": intake, "Channel": channel})
@@ -149,7 +156,7 @@ class WorkerProcess:
     def _spawn(self, name: str, body: Callable[[], None]) -> None:
         self.actors[name] = Actor(name, body, self)
 
-    def _sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float) -> None:
         """Wait on the monotonic clock. An actor's thread."""
         actor = Actor.current
         assert actor is not None
@@ -161,13 +168,13 @@ class WorkerProcess:
     def _pulse(self) -> None:
         while "stop" not in self.actors or not self.actors["stop"].is_done:
             self._lease.pulse()
-            self._sleep(self._lease._pulse_s())
+            self.sleep(self._lease._pulse_s())
 
     def _consume(self) -> None:
         while not self.is_stopping:
             with contextlib.suppress(RedisConnectionError):
                 self._consume_on(Connection("redis://", transport=self._transport))
-            self._sleep(1.0)
+            self.sleep(1.0)
 
     def _consume_on(self, connection: Connection) -> None:
         """Claim from a new connection until it breaks."""
@@ -178,11 +185,11 @@ class WorkerProcess:
             channel.basic_consume(QUEUE, False, self._on_message, "tag")
             while not self.is_stopping:
                 if channel.qos.can_consume():
-                    channel._claim_at = 0.0
+                    channel._schedule.on_notice()
                     channel._brpop_start()
                     with contextlib.suppress(Empty):
                         channel._brpop_read()
-                self._sleep(LOOK_S)
+                self.sleep(LOOK_S)
         finally:
             channel.qos.restore_unacked_once()
             channel._disconnect_pools()
@@ -193,29 +200,22 @@ class WorkerProcess:
         self._spawn(f"job-{task_id}-{len(self.tasks)}", partial(self._run_job, message, task_id))
 
     def _run_job(self, message: Any, task_id: str) -> None:
-        """Do what Celery and `run_job` do with a message."""
-        request: Any = SimpleNamespace(
-            id=task_id, message=message, delivery_info=message.delivery_info, expires=None, stamps={}, is_requeued=False
-        )
-        task: Any = SimpleNamespace(
-            backend=self, request=SimpleNamespace(ignore_result=False, chord=None, hostname=self.host)
-        )
-        job = DeviceJob(request, SimpleNamespace(), deliveries=self.deliveries, max_deliveries=MAX_DELIVERIES)  # type: ignore[arg-type]  # no device loop
+        """Do what the pool, Celery and `run_job` do with a message."""
+        job = _Job(self, _Request(self, message, task_id))
         try:
+            if left := job.find_early_end():
+                raise left
             with job.in_celerys_words():
-                facts = job.recall(task, PARAMETERS)
+                facts = job.recall(PARAMETERS)
                 self.world.on_recall(task_id, facts)
                 self._record_start(task_id)
                 self._be_on_devices(self.world.job_s[task_id])
             self._store(task_id, "SUCCESS")
-        except Ignore:
-            pass
+        except JobLeft as left:
+            job.leave(left)
         except DeliveryLimitExceeded:
             self._store(task_id, "FAILURE")
-        if request.is_requeued:
-            message.reject(requeue=True)
-        else:
-            message.ack()
+        job.request.acknowledge()
         job.release()
 
     def _be_on_devices(self, seconds: float) -> None:
@@ -228,12 +228,12 @@ class WorkerProcess:
         while self.is_hung or self.monotonic() < until - 1e-6:
             if self.is_stopping:
                 raise JobHandedOver(SimpleNamespace(to_bytes=lambda: b"steps"))
-            self._sleep(min(1.0, max(0.1, until - self.monotonic())))
+            self.sleep(min(1.0, max(0.1, until - self.monotonic())))
 
     def _leave(self) -> None:
         """Do what a worker does at its end: wait for its jobs, then requeue what it still holds."""
         while self.runnable() != ["stop"] and any(name.startswith(("job", "main")) for name in self.runnable()):
-            self._sleep(0.5)
+            self.sleep(0.5)
         self.deliveries.requeue_all()
         with contextlib.suppress(RedisConnectionError):
             self.deliveries.flush()
@@ -262,4 +262,47 @@ class WorkerProcess:
             try:
                 return ask(self.deliveries.client)
             except RedisConnectionError:
-                self._sleep(1.0)
+                self.sleep(1.0)
+
+
+class _Request:
+    """As much of `DeviceRequest` as a job needs; it acknowledges or requeues once."""
+
+    chord = expires = None
+    ignore_result = is_requeued = had_its_slot = False
+
+    def __init__(self, process: WorkerProcess, message: Any, task_id: str) -> None:
+        self.id, self.message, self.delivery_info = task_id, message, message.delivery_info
+        self.task = SimpleNamespace(backend=process)
+        self.stamps: dict[str, Any] = {}
+        self._is_acknowledged = False
+
+    def acknowledge(self) -> None:
+        if not self._is_acknowledged:
+            self._is_acknowledged = True
+            self.message.reject(requeue=True) if self.is_requeued else self.message.ack()
+
+    def requeue(self) -> None:
+        self.is_requeued = True
+        self.acknowledge()
+
+    def is_unwanted(self) -> bool:
+        return False
+
+    def announce_stored_end(self, meta: dict[str, Any]) -> None:
+        """Send no event: nobody listens."""
+
+
+class _Job(DeviceJob):
+    """The package's job, without a device loop; its pauses are in virtual time."""
+
+    def __init__(self, process: WorkerProcess, request: Any) -> None:
+        loop: Any = SimpleNamespace()
+        super().__init__(
+            request, loop, deliveries=process.deliveries, max_deliveries=MAX_DELIVERIES,
+            is_stopping=lambda: process.is_stopping,
+        )  # fmt: skip
+        self._process = process
+
+    def _pause(self) -> None:
+        self._process.sleep(1.0)

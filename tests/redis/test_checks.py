@@ -7,10 +7,13 @@ from unittest.mock import Mock
 
 import pytest
 import redis
+from celery import Celery
 
+from sdtpu_worker.config import read_config
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations.redis_checks import redis_warnings
 from sdtpu_worker.testing.processes import private_redis
+from sdtpu_worker.worker.services import DeviceServices
 
 AOF = ("--appendonly", "yes")
 
@@ -22,13 +25,12 @@ def client_of(*options: str):
 
 
 def warnings_of(client, **arguments) -> list[str]:
-    return redis_warnings(client, **{"lease_s": 30, **arguments})
+    return redis_warnings(client, **arguments)
 
 
 def test_a_server_with_persistence_and_without_eviction_is_fine():
     with client_of(*AOF) as client:
         assert warnings_of(client) == []
-        assert warnings_of(client, visibility_timeout=30) == []
     with client_of("--save", "60", "1", "--maxmemory", "100mb", "--maxmemory-policy", "noeviction") as client:
         assert warnings_of(client) == []
 
@@ -80,12 +82,6 @@ def test_a_replica_is_told_with_its_master():
         assert "127.0.0.1:1" in text
 
 
-def test_a_visibility_timeout_shorter_than_the_lease_is_told():
-    with client_of(*AOF) as client:
-        (text,) = warnings_of(client, visibility_timeout=10)
-        assert "visibility_timeout in broker_transport_options is 10 s, shorter than sdtpu_lease_s (30 s)" in text
-
-
 def test_old_servers_are_told_and_ones_too_old_are_refused():
     def server(version):
         return Mock(**{"info.return_value": {"redis_version": version, "aof_enabled": 1}})
@@ -96,3 +92,26 @@ def test_old_servers_are_told_and_ones_too_old_are_refused():
     assert "tested with 6.2 and newer" in warnings_of(server("6.0.20"))[0]
     for version in ("6.2.0", "7.4.1", "10.0.0", "unknown"):
         assert warnings_of(server(version)) == []
+
+
+class NothingToLoad:
+    """Stands for a pool, whose engine must not be made."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} was asked for before Redis was looked at")
+
+
+def test_a_redis_cluster_is_refused_in_one_line_before_anything_is_loaded():
+    with private_redis("--cluster-enabled", "yes") as url, Celery(broker=url, set_as_current=False) as app:
+        services = DeviceServices(app, "host", read_config(app.conf))
+        with pytest.raises(ConfigurationError, match=r"belongs to a Redis Cluster .* let broker_url name a server"):
+            services.start(NothingToLoad())
+        services.stop(is_stuck=False)
+
+
+def test_a_redis_that_is_away_at_the_start_does_not_keep_the_worker_from_loading():
+    with Celery(broker="redis://127.0.0.1:1", set_as_current=False) as app:
+        services = DeviceServices(app, "host", read_config(app.conf))
+        with pytest.raises(AssertionError, match="make_store was asked for"):
+            services.start(NothingToLoad())
+        services.stop(is_stuck=False)

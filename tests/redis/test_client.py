@@ -27,7 +27,7 @@ def test_delay_enqueues_one_json_message_with_a_drawn_seed(app):
     assert set(messages) == {first.id, second.id}
     assert all(message["content-type"] == "application/json" for message in messages.values())
     kwargs = json.loads(messages[first.id]["headers"]["kwargsrepr"].replace("'", '"'))
-    assert 0 <= kwargs["seed"] < 2**63
+    assert 0 <= kwargs["seed"] < 2**53
 
 
 def test_a_bad_parameter_is_refused_and_nothing_is_enqueued(app):

@@ -46,7 +46,9 @@ def make(client):
 
 def claim(deliveries: Deliveries, tag: str, *lists: str, max_bytes: int = 1000):
     keys = [deliveries.keys.held, deliveries.keys.leases, *lists]
-    reply = deliveries.client.eval(CLAIM, len(keys), *keys, tag, deliveries.lease_s, max_bytes, 10)
+    reply = deliveries.client.eval(
+        CLAIM, len(keys), *keys, tag, deliveries.lease_s, max_bytes, 10, "t" * (len(keys) - 2)
+    )
     if reply is not None:
         deliveries.hold(tag, f"task-{tag}")
     return reply
@@ -523,6 +525,18 @@ def test_a_lease_thread_requeues_a_deferred_message_when_it_is_due(client, make)
     late_s = redis_time(client) - due_at
     lease.stop()
     assert 0 <= late_s < 0.5
+
+
+def test_a_server_that_became_a_replica_is_left_for_whoever_has_its_name_now(client, make):
+    deliveries = make()
+    before = deliveries.client.client_id()
+    client.replicaof("127.0.0.1", 1)
+    try:
+        with pytest.raises(redis.ResponseError, match="READONLY"):
+            deliveries.dead_letter("tag", "kind", "q", "reason", 1, b"x")
+    finally:
+        client.replicaof("NO", "ONE")
+    assert deliveries.client.client_id() != before, "the next command has a new connection"
 
 
 def test_a_move_that_redis_refuses_again_and_again_keeps_no_lease_from_being_renewed(client, make):

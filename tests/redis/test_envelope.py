@@ -197,6 +197,25 @@ def send_everything(app: Celery) -> None:
     app.send_task("probe", (1,), {"a": {"b": [None, True, 1e-9, 2**70]}})
 
 
+@pytest.mark.parametrize("headers", ["left out", None, [], {}])
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_a_client_in_another_language_may_write_null_for_nothing(app, consumer, headers, protocol):
+    """gocelery and others leave headers out, or write null or `[]`, and null for no kwargs; their clients hung."""
+    sound = Draft(random.Random(f"{protocol} {headers}"))
+    sound.args, sound.kwargs, sound.headers["task"] = [1, 2], None, "probe"
+    if protocol == 1:
+        sound.to_protocol_1()
+        sound.message["headers"] = headers
+        if headers == "left out":
+            del sound.message["headers"]
+    else:
+        sound.body = [sound.args, sound.kwargs, None]
+    message = check_envelope(sound.encode(), KNOWN, MAX_BYTES)
+    consumer.deliver(message)
+    assert app.backend.get_task_meta(sound.task_id)["result"] == 2
+    app.backend.forget(sound.task_id)
+
+
 @pytest.fixture(scope="module")
 def client_messages(app, take):
     """Give the raw messages of both protocols."""

@@ -15,8 +15,9 @@ import pytest
 from celery import Celery, Task, chord
 from celery.app.trace import build_tracer
 from celery.contrib.testing.worker import start_worker
-from celery.exceptions import Reject
+from celery.exceptions import ChordError, MaxRetriesExceededError, QueueNotFound, Reject
 from kombu import Exchange
+from kombu.exceptions import EncodeError, OperationalError
 from redis import Redis, exceptions
 
 from sdtpu_worker import GenerationFailed, InvalidRequest
@@ -359,7 +360,7 @@ def test_a_warning_about_an_error_outside_of_a_task(guard):
         pass
     finally:
         logging.captureWarnings(False)
-    assert f"Exception raised outside body: {NOT_LOGGED}" in guard.text
+    assert f"Exception raised outside body: TypeError({NOT_LOGGED})" in guard.text
     assert SECRET not in all_of(guard)
 
 
@@ -413,7 +414,9 @@ def test_installed_twice_is_installed_once_and_the_setting_takes_it_out():
         ({"prompt": "x", SECRET: 1}, "unknown parameter [not logged"),
         ({"prompt": "x", "height": 513}, "height must be a multiple of 8 up to 4096 pixels, got 513"),
         ({"prompt": "x" * 10_001}, "prompt must have at most 10,000 characters, got 10,001"),
-        ({"prompt": "x", "seed": -1}, "seed must be an integer from 0 to 2**63 - 1, got -1"),
+        ({"prompt": "x", "seed": -1}, "seed must be an integer from 0 to 2**63 - 1, or a string of its decimal digits"),
+        ({"prompt": "x", "seed": -1}, "digits, got -1"),
+        ({"prompt": "x", "seed": SECRET}, "digits, got [not logged"),
     ],
 )
 def test_what_a_log_may_say_of_a_request_that_is_not_allowed(kwargs, shown):
@@ -429,3 +432,36 @@ def test_an_error_of_a_redis_pipeline_does_not_quote_what_was_sent():
         describe(exceptions.NoPermissionError(text))
         == "NoPermissionError('Command # 1 (SETEX …) of pipeline caused error: no')"
     )
+
+
+@pytest.mark.parametrize(
+    ("exc", "shown"),
+    [
+        (ModuleNotFoundError("No module named 'jax'"), "ModuleNotFoundError(\"No module named 'jax'\")"),
+        (ImportError("libtpu.so: cannot open shared object file"), "libtpu.so"),
+        (NameError("name 'publsh' is not defined"), "publsh"),
+        (OperationalError("[Errno 111] Connection refused"), "[Errno 111] Connection refused"),
+        (QueueNotFound("Queue 'web' missing from task_queues"), "missing from task_queues"),
+        (type("EndpointConnectionError", (Exception,), {"__module__": "botocore.exceptions"})(
+            'Could not connect to the endpoint URL: "https://s3.example/bucket"'), "https://s3.example/bucket"),
+    ],
+)  # fmt: skip
+def test_the_text_of_an_error_that_holds_no_prompt_is_logged(exc, shown):
+    """`ModuleNotFoundError([not logged …])` told nobody what was missing."""
+    assert shown in describe(exc)
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        ValueError(SECRET),
+        KeyError(SECRET),
+        MaxRetriesExceededError(f"Can't retry sdtpu.generate[1] args:['{SECRET}'] kwargs:{{}}"),
+        ChordError(f"Dependency 1 raised ValueError('{SECRET}')"),
+        EncodeError(SECRET),
+        type("OperationalError", (Exception,), {"__module__": "sqlalchemy.exc"})(f"[parameters: ('{SECRET}',)]"),
+        type("OperationalError", (Exception,), {"__module__": "django.db.utils"})(SECRET),
+    ],
+)
+def test_the_text_of_an_error_that_may_quote_a_prompt_is_not(exc):
+    assert SECRET not in describe(exc)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import logging
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -89,7 +91,7 @@ def test_whatever_the_task_id_its_object_has_the_prefix(task_id):
 
     fs = fsspec.filesystem("memory")
     fs.store.clear()
-    store = make_image_store(app_with(""), "memory://images/here")
+    store = FileImageStore("memory://images/here")
     uri = store.put(task_id, "png", task_id.encode(errors="surrogatepass"))
     assert list(fs.store) == [f"/images/here/{stored_name(task_id)}.png"]
     assert store.read(uri) == task_id.encode(errors="surrogatepass")
@@ -269,11 +271,48 @@ def test_a_full_disk_is_waited_for_and_a_removed_folder_is_made_again(tmp_path, 
     assert files_in(tmp_path) == {"store", "store/x.png", "store/y.png"}
 
 
+def test_an_image_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_is_stored(tmp_path, monkeypatch):
+    """After a power loss an acknowledged job had an empty file, or none."""
+    done: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def record_sync(handle: int) -> None:
+        sync(handle)
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        done.append("data on the disk" if path.name.startswith(".x.png.") else f"names of {path.name} on the disk")
+
+    def record_rename(self: Path, target: Path) -> Path:
+        done.append("renamed")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "replace", record_rename)
+    store = make_image_store(app_with(""), f"file://{tmp_path}/new/store")
+    assert done[:2] == ["names of new on the disk", f"names of {tmp_path.name} on the disk"]
+    done.clear()
+    store.put("x", "png", b"data")
+    assert done == ["data on the disk", "renamed", "names of store on the disk"]
+
+
+@pytest.mark.parametrize(("code", "is_refused"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_flush_a_folder_is_taken_as_it_is(tmp_path, monkeypatch, code, is_refused):
+    sync = os.fsync
+
+    def sync_files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    store = FileImageStore(f"file://{tmp_path}", budget_s=0.0)
+    with pytest.raises(StorageError) if is_refused else contextlib.nullcontext():
+        store.put("x", "png", b"data")
+    assert (tmp_path / "x.png").read_bytes() == b"data"
+
+
 def test_a_folder_without_permission_is_an_error_at_once(monkeypatch, tmp_path):
     store = FileImageStore(f"file://{tmp_path}")
-    monkeypatch.setattr(
-        "sdtpu_worker.images.store._write_local_atomically", lambda *_: (_ for _ in ()).throw(PermissionError())
-    )
+    monkeypatch.setattr("sdtpu_worker.images.store.write_durably", lambda *_: (_ for _ in ()).throw(PermissionError()))
     with pytest.raises(StorageError, match=r"could not be written to file://.*PermissionError"):
         store.put("x", "png", b"data")
 
@@ -345,3 +384,87 @@ def test_results_read_from_a_dataclass_too(tmp_path):
     result = GenerationResult.from_json(result_at("elsewhere"))
     result = dataclasses.replace(result, image=dataclasses.replace(result.image, uri=uri))
     assert read_image_bytes(result, app) == b"data"
+
+
+class ObjectStore:
+    """An object store that keeps what it is given, with the options, and may lack rights."""
+
+    def __init__(self, protocol: Any, may_make: bool = True, may_write: bool = True, may_delete: bool = True) -> None:
+        self.protocol, self.may_make, self.may_write, self.may_delete = protocol, may_make, may_write, may_delete
+        self.objects: dict[str, tuple[bytes, dict[str, Any]]] = {}
+
+    def unstrip_protocol(self, path: str) -> str:
+        return f"s3://{path}"
+
+    def makedirs(self, path: str, exist_ok: bool) -> None:
+        if not self.may_make:
+            raise PermissionError("s3:CreateBucket is not allowed")
+
+    def pipe_file(self, path: str, data: bytes, **options: Any) -> None:
+        if not self.may_write:
+            raise PermissionError("s3:PutObject is not allowed")
+        self.objects[path] = data, options
+
+    def rm_file(self, path: str) -> None:
+        if not self.may_delete:
+            raise PermissionError("s3:DeleteObject is not allowed")
+        del self.objects[path]
+
+
+@pytest.fixture
+def object_store(monkeypatch):
+    """Give a function that makes an image store on an `ObjectStore`."""
+
+    def make(*args: Any, **rights: bool) -> tuple[FileImageStore, ObjectStore]:
+        fs = ObjectStore(*args, **rights)
+        monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (fs, "bucket/images"))
+        return FileImageStore("s3://bucket/images", budget_s=0), fs
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options"),
+    [
+        (("s3", "s3a"), {"ContentType": "image/webp"}),
+        (("gs", "gcs"), {"content_type": "image/webp"}),
+        ("sftp", {}),
+    ],
+)
+def test_an_object_is_stored_with_its_content_type_where_the_file_system_takes_one(object_store, protocol, options):
+    """Objects in S3 had none, so browsers downloaded them instead of showing them."""
+    store, fs = object_store(protocol)
+    store.put("x", "webp", b"data")
+    assert fs.objects == {"bucket/images/x.webp": (b"data", options)}
+
+
+def test_a_bucket_that_can_be_written_needs_no_right_to_make_one_or_to_delete(object_store):
+    store, fs = object_store("s3", may_make=False)
+    store.prepare()
+    assert fs.objects == {}
+    store, _ = object_store("s3", may_make=False, may_delete=False)
+    store.prepare()
+
+
+def test_a_store_that_cannot_be_written_is_found_at_the_start(object_store, tmp_path):
+    store, _ = object_store("s3", may_write=False)
+    with pytest.raises(ConfigurationError, match=r"sdtpu_image_store must be .*s3:PutObject is not allowed"):
+        store.prepare()
+    store, _ = object_store("s3", may_make=False, may_write=False)
+    with pytest.raises(ConfigurationError, match="s3:CreateBucket is not allowed"):
+        store.prepare()
+
+
+def test_a_store_that_other_processes_cannot_read_is_found_at_the_start(caplog, tmp_path):
+    app = Celery("stores", backend="cache+memory://", set_as_current=False)
+    with pytest.raises(ConfigurationError, match="a store in memory cannot be read by other processes"):
+        make_image_store(app, "memory://images")
+    (tmp_path / "private").mkdir(mode=0o700)
+    make_image_store(app, f"file://{tmp_path}/private")
+    assert "only the worker's user, or its group, can read the images in" in caplog.text
+    assert list((tmp_path / "private").iterdir()) == []
+    caplog.clear()
+    (tmp_path / "public").mkdir()
+    (tmp_path / "public").chmod(0o755)
+    make_image_store(app, f"file://{tmp_path}/public")
+    assert caplog.text == ""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import statistics
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -16,9 +20,11 @@ from kombu import Connection, Consumer, Exchange, Queue
 from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 from kombu.exceptions import OperationalError
 
-from sdtpu_worker.delivery import transport, wake_up
+from sdtpu_worker.delivery import claim_schedule, transport, wake_up
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.keys import Keys
+from sdtpu_worker.delivery.lease import Lease
+from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.errors import DeliveryLimitExceeded
 from sdtpu_worker.testing.processes import private_redis
 
@@ -37,9 +43,9 @@ class Worker:
         self.prefix = options.get("global_keyprefix", "")
         self.deliveries = Deliveries(lambda: redis.Redis.from_url(url), Keys(self.prefix), 30, "host")
         self.bad, self.got, self.well = [], [], True
-        self.contacts = 0
-        intake = transport.Intake(
-            self.deliveries, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_contact
+        self.contacts, self.refusals = 0, []
+        intake = Intake(
+            self.deliveries, queues.__contains__, {"t"}, 10_000, 5, self.bad.append, lambda: self.well, self._on_reply
         )
         self.installed = contextlib.ExitStack()
         self.installed.enter_context(transport.installed(intake))
@@ -49,8 +55,9 @@ class Worker:
         self.url, self.queues, self.prefetch, self.options = url, queues, prefetch, options
         self.connect()
 
-    def _on_contact(self) -> None:
-        self.contacts += 1
+    def _on_reply(self, refusal: str | None) -> None:
+        self.contacts += refusal is None
+        self.refusals += [refusal] if refusal else []
 
     def connect(self) -> None:
         self.connection = Connection(self.url, transport_options=self.options)
@@ -105,6 +112,12 @@ def make_worker(url):
 
 
 @pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
 def send(url):
     """Give what an ordinary client sends with: stock kombu, made before ours is in place."""
     app = Celery("client", broker=url, set_as_current=False)
@@ -117,6 +130,22 @@ def send(url):
     yield send
     producer.connection.close()
     app.close()
+
+
+@pytest.fixture
+def publish_other(url):
+    """Give what sends messages that are no tasks: stock kombu, made before ours is in place."""
+    connection = Connection(url)
+    producer = connection.Producer(auto_declare=False)
+    producer.channel.client.ping()
+
+    def publish(name: str, *payloads: Any) -> None:
+        queue = Queue(name, Exchange("others", "direct"), routing_key=name)
+        for payload in payloads:
+            producer.publish(payload, exchange=queue.exchange, routing_key=name, declare=[queue])
+
+    yield publish
+    connection.close()
 
 
 def test_a_message_is_held_until_it_is_acknowledged(make_worker, send):
@@ -303,14 +332,17 @@ def test_keys_have_the_prefix_that_clients_use(make_worker, url):
     app.close()
 
 
-def test_a_job_for_later_waits_in_redis_and_neither_takes_a_place_nor_keeps_others_waiting(make_worker, send):
+def test_a_job_for_later_waits_in_redis_and_neither_takes_a_place_nor_keeps_others_waiting(make_worker, send, stack):
     for i in range(20):
         send(f"later-{i}", countdown=3600)
-    send("soon", countdown=0.5)
+    send("soon", countdown=1)
     send("now")
     worker = make_worker(prefetch=2)
+    lease = Lease(worker.deliveries, lambda: True)
+    stack.callback(lease.stop)
+    lease.start()
     assert worker.run(lambda: len(worker.got) == 2)
-    assert worker.ids() == ["soon", "now"], "Celery's timer is exact where it matters"
+    assert worker.ids() == ["now", "soon"]
     assert (len(worker.deliveries), worker.client.zcard("sdtpu:delayed")) == (2, 20)
     for message in worker.got:
         message.ack()
@@ -373,3 +405,234 @@ def test_every_redis_address_gets_our_transport_and_others_do_not(make_worker):
         assert isinstance(Connection(address).transport, transport.Transport)
     assert isinstance(Connection("sentinel://a").transport, transport.SentinelTransport)
     assert not isinstance(Connection("memory://").transport, transport.Transport)
+
+
+def other_messages(worker: Worker, channel: Any, name: str, **options: Any) -> list[Any]:
+    """Consume a queue that is none of the worker's task queues, as an app's own consumer does; return what comes."""
+    got: list[Any] = []
+    queue = Queue(name, Exchange("others", "direct"), routing_key=name)
+    Consumer(channel, [queue], on_message=got.append, accept=["json"], **options).consume()
+    return got
+
+
+@pytest.mark.parametrize("has_own_channel", [True, False])
+def test_messages_of_an_apps_own_consumer_reach_it_and_are_no_dead_letters(
+    make_worker, send, publish_other, has_own_channel
+):
+    worker = make_worker()
+    channel = worker.connection.channel() if has_own_channel else worker.channel
+    events = other_messages(worker, channel, "events")
+    publish_other("events", {"order": 1}, {"order": 2}, 7)
+    send("job")
+    assert worker.run(lambda: len(events) == 3 and worker.got)
+    assert [event.payload for event in events] == [{"order": 1}, {"order": 2}, 7]
+    assert worker.ids() == ["job"]
+    assert not worker.client.exists("sdtpu:dead", "sdtpu:dead:counts")
+    assert len(worker.deliveries) == 1
+    assert (worker.client.hlen("sdtpu:unacked"), worker.client.hlen("unacked")) == (1, 3), "each in the keys of its own"
+    events[0].ack()
+    events[1].reject()
+    events[2].reject(requeue=True)
+    assert worker.run(lambda: len(events) == 4)
+    assert (events[3].payload, events[3].delivery_info["redelivered"]) == (7, True)
+    assert (worker.client.hlen("sdtpu:unacked"), worker.client.hlen("unacked")) == (1, 1)
+    worker.connection.close()
+    assert worker.client.llen("events") == 1, "what its consumer has not acknowledged, kombu restores"
+
+
+def test_an_apps_own_consumer_has_a_prefetch_limit_of_its_own(make_worker, send, publish_other):
+    worker = make_worker(prefetch=1)
+    channel = worker.connection.channel()
+    events = other_messages(worker, channel, "events", prefetch_count=2)
+    publish_other("events", 1, 2, 3)
+    send("a")
+    send("b")
+    assert worker.run(lambda: len(events) == 2 and worker.got)
+    worker.run_for(0.2)
+    assert (len(events), worker.ids()) == (2, ["a"])
+    events[0].ack()
+    assert worker.run(lambda: len(events) == 3)
+
+
+def test_replies_to_remote_control_reach_who_asked_over_the_channel_of_the_tasks(make_worker, send, publish_other):
+    worker = make_worker()
+    replies = other_messages(worker, worker.channel, "reply.celery.pidbox", no_ack=True)
+    publish_other("reply.celery.pidbox", {"worker@host": {"revoked": ["x"], "clock": 3}})
+    assert worker.run(lambda: replies)
+    assert not worker.client.exists("sdtpu:dead", "sdtpu:dead:counts", "sdtpu:unacked", "unacked")
+    send("a")
+    assert worker.run(lambda: worker.got)
+
+
+def test_a_job_that_is_told_of_before_an_older_empty_reply_is_read_is_claimed_at_once(make_worker, send, monkeypatch):
+    monkeypatch.setattr(claim_schedule, "SAFETY_POLL_S", 3600.0)
+    worker = make_worker()
+    channel = worker.channel
+    assert worker.run(lambda: worker.contacts and not channel._in_poll), "idle"
+    channel._schedule = claim_schedule.ClaimSchedule()
+    channel._brpop_start()
+    assert select.select([channel.client.connection._sock], [], [], 5)[0], "the empty reply has come"
+    send("a")
+    assert select.select([channel._wake_up._connection._sock], [], [], 5)[0], "the notice has come"
+    channel._on_wake_up()
+    with pytest.raises(Empty):
+        channel._brpop_read()
+    assert worker.run(lambda: worker.got), "not only at the safety look"
+
+
+@contextlib.contextmanager
+def busy(client: redis.Redis) -> Iterator[None]:
+    """Have a script run for ever in Redis."""
+    port = client.connection_pool.connection_kwargs["port"]
+    client.config_set("lua-time-limit", 50)
+
+    def run() -> None:
+        with contextlib.suppress(redis.RedisError), redis.Redis(port=port) as other:
+            other.eval("while true do end", 0)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    client.script_kill()
+    thread.join()
+
+
+@contextlib.contextmanager
+def replica(client: redis.Redis) -> Iterator[None]:
+    """Make Redis a replica of a master that is away."""
+    client.replicaof("127.0.0.1", 1)
+    yield
+    client.replicaof("NO", "ONE")
+
+
+@contextlib.contextmanager
+def without_replicas(client: redis.Redis) -> Iterator[None]:
+    """Have Redis want more replicas than it has."""
+    client.config_set("min-replicas-to-write", 1)
+    yield
+    client.config_set("min-replicas-to-write", 0)
+
+
+@contextlib.contextmanager
+def without_permission(client: redis.Redis) -> Iterator[None]:
+    """Forbid the default user to take from a list."""
+    client.execute_command("ACL SETUSER", "default", "-rpop")
+    yield
+    client.execute_command("ACL SETUSER", "default", "+rpop")
+
+
+@contextlib.contextmanager
+def without_disk(client: redis.Redis) -> Iterator[None]:
+    """Have Redis fail to save its snapshot."""
+    before: Any = client.config_get("dir")
+    with tempfile.TemporaryDirectory() as folder:
+        client.config_set("dir", folder)
+    client.config_set("save", "3600 1")
+    client.bgsave()
+    while client.info("persistence")["rdb_last_bgsave_status"] == "ok":
+        time.sleep(0.01)
+    yield
+    client.config_set("save", "")
+    client.config_set("dir", before["dir"])
+
+
+@pytest.mark.parametrize(
+    ("trouble", "text"),
+    [
+        (busy, "BUSY"),
+        (replica, "READONLY"),
+        (without_replicas, "NOREPLICAS"),
+        (without_permission, "can't run this command"),
+        (without_disk, "MISCONF"),
+    ],
+)
+def test_an_error_in_reply_to_a_claim_costs_neither_the_worker_nor_its_connection(
+    make_worker, send, caplog, trouble, text
+):
+    worker = make_worker()
+    assert worker.run(lambda: worker.contacts)
+    with trouble(worker.client):
+        assert worker.run(lambda: len(worker.refusals) > 1, 10), "it tries again"
+        assert text in worker.refusals[0] or text == "NOPERM"
+        assert worker.got == []
+    send("a")
+    assert worker.run(lambda: worker.got, 10)
+    lines = [record.message for record in caplog.records if "refuses to give jobs" in record.message]
+    assert len(lines) == 1, "said once"
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_an_idle_worker_keeps_its_connections_where_redis_closes_idle_ones(monkeypatch, protocol):
+    of_kombu = transport.Channel._connparams
+    monkeypatch.setattr(
+        transport.Channel, "_connparams", lambda self, **options: {**of_kombu(self, **options), "protocol": protocol}
+    )
+    with private_redis("--timeout", "2") as url, contextlib.closing(Worker(url)) as worker:
+        assert worker.run(lambda: worker.contacts)
+        wake_up, claims = worker.channel._wake_up, worker.channel.client.connection
+        before = wake_up._connection_id, claims._sock
+        assert (wake_up._connection.get_protocol(), wake_up.tracks(claims)) == (protocol, True)
+        worker.run_for(4.5)
+        assert (wake_up._connection_id, claims._sock) == before
+        assert wake_up.tracks(claims)
+        alive = {client["id"] for client in worker.client.client_list()}
+        assert str(wake_up._connection_id) in alive
+
+
+def test_a_worker_that_is_full_keeps_its_consumer_where_redis_closes_idle_connections():
+    with private_redis("--timeout", "1") as url:
+        client = Celery("client", broker=url, set_as_current=False)
+        for i in range(2):
+            client.send_task("t", task_id=str(i), queue="q", ignore_result=True)
+        client.close()
+        with contextlib.closing(Worker(url, prefetch=1)) as worker:
+            assert worker.run(lambda: worker.got)
+            worker.run_for(3.5)
+            worker.got[0].ack()
+            assert worker.run(lambda: len(worker.got) == 2)
+
+
+def test_a_lost_wake_up_connection_costs_nothing_else_and_is_replaced(make_worker, send, monkeypatch):
+    monkeypatch.setattr(wake_up, "RETRY_S", 0.1)
+    worker = make_worker()
+    assert worker.run(lambda: worker.contacts)
+    for _ in range(3):
+        lost = str(worker.channel._wake_up._connection_id)
+        worker.client.client_kill_filter(_id=lost)
+        send("a")
+        count = len(worker.got)
+        assert worker.run(lambda n=count: len(worker.got) > n)
+        worker.got[-1].ack()
+        assert worker.run(lambda gone=lost: str(worker.channel._wake_up._connection_id) != gone)
+        assert worker.run(lambda: worker.channel._wake_up.tracks(worker.channel.client.connection))
+
+
+def test_whether_a_job_is_due_is_for_redis_to_say_and_celery_waits_for_no_due_job(make_worker, send, monkeypatch):
+    for i in range(20):
+        send(str(i), countdown=0.05)
+    time.sleep(0.1)
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # this host's clock is far behind
+    worker = make_worker(prefetch=4)
+    assert worker.run(lambda: len(worker.got) == 4)
+    worker.run_for(0.2)
+    assert len(worker.got) == 4
+    assert [message.headers["eta"] for message in worker.got] == [None] * 4, (
+        "with an eta, Celery would take one more each"
+    )
+    assert worker.client.zcard("sdtpu:delayed") == 0
+
+
+def test_a_job_that_is_due_in_a_moment_is_not_late(make_worker, send, stack):
+    worker = make_worker()
+    lease, late_s = Lease(worker.deliveries, lambda: True), []
+    stack.callback(lease.stop)
+    lease.pulse()
+    lease.start()
+    for i in range(5):
+        due_at = time.time() + 0.3
+        send(str(i), countdown=0.3)
+        assert worker.run(lambda n=i: len(worker.got) > n)
+        late_s.append(time.time() - due_at)
+        worker.got[-1].ack()
+    assert all(late > -0.01 for late in late_s), late_s
+    assert statistics.median(late_s) < 0.3, "not only at the next pulse, which comes once a second"

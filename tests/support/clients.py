@@ -29,8 +29,8 @@ def client_app(broker: str, backend: str = "", **conf: Any) -> Iterator[Celery]:
     try:
         yield app
     finally:
-        if (consumer := getattr(app.backend, "result_consumer", None)) is not None:
-            consumer.subscribed_to.clear()  # else results that are forgotten later look for a Redis that is gone
+        if subscribed := getattr(getattr(app.backend, "result_consumer", None), "subscribed_to", None):
+            subscribed.clear()  # else results that are forgotten later look for a Redis that is gone
         app.close()
         _state._set_current_app(before[0])
         _state.default_app = before[1]

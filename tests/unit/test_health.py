@@ -30,8 +30,11 @@ class Worker:
         self.health = WorkerHealth(lease_s, stall_s, lambda: self.now)
 
     def start(self) -> Worker:
-        self.health.watch_device(lambda: self.alive, lambda: self.late_s)
+        self.lost: list[int] = []
+        self.health.watch_device(lambda: self.alive, lambda: self.late_s, lambda: self.lost)
+        self.health.watch_redis()
         self.health.on_consume()
+        self.health.watch_event_loop()
         return self
 
     def run(self, seconds: int, beats: bool = True, contacts: bool = True) -> None:
@@ -61,6 +64,16 @@ def test_a_worker_that_compiles_lives_and_is_not_ready():
     assert (worker.live, worker.ready) == ([], ["serving"])
     worker.start()
     assert (worker.live, worker.ready) == ([], [])
+
+
+def test_a_worker_that_starts_says_what_it_is_at_and_for_how_long():
+    worker = Worker()
+    for phase in ("loading the checkpoint", "compiling"):
+        worker.health.enter(phase)
+        worker.run(73, beats=False, contacts=False)
+        for checks in (worker.health.live(), worker.health.ready()):
+            assert checks[0].detail == f"starting: {phase}, for 73 s"
+    assert (worker.live, worker.ready) == ([], ["serving"])
 
 
 def test_a_worker_at_work_is_live_and_ready():
@@ -105,6 +118,32 @@ def test_without_redis_a_worker_is_not_ready_and_dead_after_the_lease():
     assert worker.live == ["redis"]
 
 
+def test_a_worker_to_which_redis_refuses_jobs_lives_and_is_not_ready():
+    worker = Worker().start()
+    worker.health.on_claim("BUSY Redis is busy running a script")
+    worker.run(100)
+    assert (worker.live, worker.ready) == ([], ["redis"])
+    assert worker.health.ready()[-1].detail.endswith("BUSY Redis is busy running a script")
+    worker.health.on_claim(None)
+    assert (worker.live, worker.ready) == ([], [])
+
+
+def test_a_worker_with_another_broker_is_live_and_ready_without_redis():
+    worker = Worker()
+    worker.health.watch_device(lambda: worker.alive, lambda: worker.late_s)
+    worker.health.on_consume()
+    worker.run(1000, beats=False, contacts=False)
+    assert (worker.live, worker.ready) == ([], []), "Celery has no event loop for some brokers"
+    worker.health.watch_event_loop()
+    worker.run(100, contacts=False)
+    assert (worker.live, worker.ready) == ([], [])
+    worker.run(6, beats=False, contacts=False)
+    assert (worker.live, worker.ready) == ([], ["event_loop"])
+    worker.health.on_disconnect()
+    worker.run(61, beats=False, contacts=False)
+    assert (worker.live, worker.ready) == (["event_loop"], ["event_loop"])
+
+
 def test_while_celery_waits_for_redis_its_main_loop_need_not_turn():
     worker = Worker(lease_s=30).start()
     worker.run(3)
@@ -123,7 +162,7 @@ def test_a_worker_whose_lease_reached_redis_before_its_consumer_is_not_ready():
     worker.health.on_disconnect()
     worker.run(10, beats=False)
     assert (worker.live, worker.ready) == ([], ["event_loop"])
-    assert worker.health.ready()[-2].detail == "connecting to Redis for 10 s"
+    assert worker.health.ready()[-2].detail == "connecting to the broker for 10 s"
     worker.run(50, beats=False)
     assert worker.live == []
     worker.run(1, beats=False)
@@ -304,6 +343,16 @@ def test_sdtpu_health_says_what_is_wrong_when_nobody_answers():
     gone = CliRunner().invoke(sdtpu, ["health", "--address", f"{host}:{port}"])
     assert (gone.exit_code, f"no worker answers on http://{host}:{port}/livez" in gone.output) == (1, True)
     unset = CliRunner().invoke(sdtpu, ["health"], env={"SDTPU_HEALTH_ADDRESS": ""})
-    assert (unset.exit_code, "--address is missing" in unset.output) == (1, True)
+    assert (unset.exit_code, "give --address" in unset.output) == (1, True)
     wrong = CliRunner().invoke(sdtpu, ["health", "--address", "8080"])
     assert (wrong.exit_code, "host:port, like 127.0.0.1:8080" in wrong.output) == (1, True)
+
+
+def test_a_device_that_is_lost_is_told_of_and_leaves_the_worker_ready():
+    worker = Worker().start()
+    worker.run(1)
+    worker.lost.append(5)
+    (device,) = [check for check in worker.health.ready() if check.name == "device"]
+    assert device.ok
+    assert "on time; lost, and without jobs until the worker is started anew: device 5" in device.detail
+    assert (worker.live, worker.ready) == ([], [])

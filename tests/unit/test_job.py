@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ SERVING: Any = SimpleNamespace()
 
 
 def make_job(soft=None, hard=None, **stamps) -> DeviceJob:
-    request = SimpleNamespace(id="a-task", delivery_info={}, expires=None, stamps=stamps)
+    request = SimpleNamespace(id="a-task", delivery_info={}, expires=None, stamps=stamps, had_its_slot=False)
     return DeviceJob(request, SERVING, soft, hard)
 
 
@@ -109,7 +110,8 @@ def test_an_error_around_a_task_that_is_no_job_of_the_pool_concerns_no_job(reque
 def test_a_thread_that_runs_jobs_waits_for_its_result_backend(monkeypatch):
     app = Celery("patient", broker="memory://", backend="redis://127.0.0.1:1", set_as_current=False)
     stopping = threading.Event()
-    wait_for_results(app.backend, stopping.is_set)
+    backend: Any = app.backend
+    wait_for_results(backend, stopping.is_set)
     passing: list[Any] = [
         redis.ConnectionError("away"),
         redis.exceptions.OutOfMemoryError(),
@@ -123,13 +125,36 @@ def test_a_thread_that_runs_jobs_waits_for_its_result_backend(monkeypatch):
             raise found
         return found
 
-    app.backend.client = SimpleNamespace(get=answer)
+    backend.client = SimpleNamespace(get=answer)
     monkeypatch.setattr("kombu.utils.functional.sleep", lambda _: None)
-    assert app.backend.get("some-key") == b"{}"
-    stopping.set()
-    tries = iter([redis.ConnectionError("away")] * 2)
-    with pytest.raises(EngineUnavailable):
-        app.backend.get("some-key")
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(backend.get, "some-key").result() == b"{}"
+        stopping.set()
+        tries = iter([redis.ConnectionError("away")] * 2)
+        with pytest.raises(EngineUnavailable):
+            thread.submit(backend.get, "some-key").result()
+    app.close()
+
+
+def test_the_main_thread_waits_for_no_result_backend_not_even_for_one_that_all_threads_share():
+    """With `result_backend_thread_safe` it has the backend of the jobs, and would answer nobody while that is away."""
+    app = Celery("shared", broker="memory://", backend="redis://127.0.0.1:1", set_as_current=False)
+    app.conf.result_backend_thread_safe = True
+    backend: Any = app.backend
+    calls = []
+
+    def answer(key: str) -> bytes:
+        calls.append(key)
+        raise redis.ConnectionError("away")
+
+    backend.client = SimpleNamespace(get=answer)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(lambda: app.backend).result() is backend
+        for _ in range(3):  # as many threads
+            thread.submit(wait_for_results, backend, lambda: False).result()
+    with pytest.raises(redis.ConnectionError):
+        backend.get("some-key")
+    assert len(calls) == 1
     app.close()
 
 

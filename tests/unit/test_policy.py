@@ -45,6 +45,7 @@ class Device:
     ended: Counter[str] = field(default_factory=Counter)
     started: list[str] = field(default_factory=list)
     seconds: defaultdict[Lane, float] = field(default_factory=lambda: defaultdict(float))
+    excluded: set[int] = field(default_factory=set)
 
     def add(self, task_id: str, lane: Lane = LANES[0], steps: int = 10, **terms) -> None:
         self.policy.add(task_id, lane, steps, self.now, Terms(**terms))
@@ -55,6 +56,16 @@ class Device:
         assert self.policy.cancel(task_id) == known
         if known:
             self._drop(task_id)
+
+    def exclude(self, device: int) -> list[str]:
+        """Lose a device; its jobs are lost with it."""
+        held = {task_id for (_, d, _), task_id in self.slots.items() if d == device}
+        dropped = self.policy.exclude(device)
+        assert set(dropped) == {task_id for task_id in held if not self.ended[task_id]}
+        self.excluded.add(device)
+        for task_id in dropped:
+            self._drop(task_id)
+        return dropped
 
     def overdue(self) -> list[tuple[str, Overdue]]:
         gone = self.policy.overdue(self.now)
@@ -77,7 +88,11 @@ class Device:
             self.parked.remove(place.task_id)
         occupied = {place for place in self.slots if place[0] == plan.lane}
         self.started += sorted(plan.inserted(), key=lambda task_id: (len(task_id), task_id))
+        placed = {place.device for place in plan.resumed}
+        placed |= {d for d, phases in enumerate(plan.devices) for phase in phases if phase.insert}
+        assert not placed & self.excluded, "an excluded device gets no job"
         for device, phases in enumerate(plan.devices):
+            assert not phases or device not in self.excluded, "nor anything else to do"
             assert len(phases) <= self.policy.phases_per_tick
             for phase in phases:
                 assert phase.decode or phase.insert or phase.steps, "no empty phases"
@@ -523,3 +538,83 @@ def test_places_say_where_every_running_job_is():
     device.tick()
     places = {(lane, p.device, p.slot): p.task_id for lane, of_lane in device.policy.places().items() for p in of_lane}
     assert places == device.slots
+
+
+losses = st.lists(st.integers(0, 7), max_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(jobs, shapes, tick_seconds, slowdowns, losses)
+def test_nothing_is_ever_planned_for_an_excluded_device_and_every_job_still_ends_once(
+    arrivals, shape, tick_s, slowdown, losses
+):
+    device = Device(make_policy(*shape, lanes=LANES, tick_s=tick_s, slowdown=slowdown, phases=min(shape[1] + 1, 4)))
+    for i, (lane, steps, ticks_before, priority, expires_s, limit_s, cancels) in enumerate(arrivals):
+        for _ in range(ticks_before):
+            device.overdue()
+            device.tick()
+        device.add(str(i), lane, steps, priority=priority, expires_at=device.now + expires_s, time_limit_s=limit_s)
+        if cancels:
+            device.cancel(str(i // 2))
+        if losses and (lost := losses.pop() % shape[0]) not in device.excluded:
+            if len(device.excluded) == shape[0] - 1:
+                with pytest.raises(ValueError, match=f"device {lost} cannot be excluded: it is the last one"):
+                    device.policy.exclude(lost)
+            else:
+                device.exclude(lost)
+    for _ in range(100_000):
+        device.overdue()
+        if device.tick() is None:
+            break
+    assert device.ended == Counter({str(i): 1 for i in range(len(arrivals))})
+    assert device.policy.counts() == {"waiting": 0, "running": 0}
+    assert not device.slots
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=50), shapes, tick_seconds, st.sets(st.integers(0, 7)))
+def test_no_slot_of_a_device_that_is_left_stays_free_while_a_job_waits(steps, shape, tick_s, losses):
+    device = Device(make_policy(*shape, tick_s=tick_s))
+    for lost in sorted(losses)[: shape[0] - 1]:
+        if lost < shape[0]:
+            device.exclude(lost)
+    for i, count in enumerate(steps):
+        device.add(str(i), steps=count)
+    while True:
+        free = (shape[0] - len(device.excluded)) * shape[1] - len(device.slots)
+        waiting, before = device.policy.counts()["waiting"], len(device.started)
+        if device.tick() is None:
+            break
+        assert len(device.started) - before >= min(free, waiting)
+    assert device.started == sorted(device.started, key=int)
+
+
+def test_a_full_batch_of_the_devices_that_are_left_lets_an_urgent_job_in():
+    device = Device(make_policy(devices=2))
+    device.exclude(1)
+    device.add("low", steps=40, priority=9)
+    device.tick()
+    device.add("urgent", steps=4, priority=0)
+    plan = device.tick()
+    assert [place.task_id for place in plan.parked] == ["low"]
+    assert plan.inserted() == ("urgent",)
+    assert device.policy.etas_s(device.now)["low"] > 0
+    device.run()
+    assert device.ended == Counter(low=1, urgent=1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 4), st.sets(st.integers(0, 7)), st.sets(st.integers(0, 7)), st.booleans())
+def test_a_job_with_devices_to_avoid_gets_another_one_if_there_is_one(devices, slots, avoid, losses, is_parked):
+    device = Device(make_policy(devices, slots))
+    for lost in sorted(losses & set(range(devices)))[: devices - 1]:
+        device.exclude(lost)
+    device.policy.add("it", LANES[0], 10, 0.0, steps_done=3 if is_parked else 0)
+    device.steps_left["it"] = 7 if is_parked else 10
+    device.parked |= {"it"} if is_parked else set()
+    device.policy.set_eligible(Eligibility.only(["it"], avoid))
+    (where,) = set(device.tick().placed().values())
+    left = set(range(devices)) - device.excluded
+    assert where in (left - avoid or left)
+    device.run()
+    assert device.ended == Counter(it=1)

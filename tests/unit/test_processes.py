@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 
 import pytest
 
 from sdtpu_worker.testing import processes
-from sdtpu_worker.testing.processes import StartFailed, find_redis_server
+from sdtpu_worker.testing.processes import StartFailed, find_redis_server, running
 
 
 @pytest.fixture
@@ -51,3 +53,19 @@ def test_a_redis_server_on_the_path_comes_before_the_bundled_one(monkeypatch, tm
     server.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_redis_server() == str(server)
+
+
+def test_a_ctrl_c_while_a_process_starts_ends_it(monkeypatch, tmp_path):
+    started = []
+
+    def start(*args, **options):
+        started.append(popen(*args, **options))
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(KeyboardInterrupt), running(["sleep", "60"], tmp_path / "log"):
+        pytest.fail("the block has run")
+    assert started[0].wait(0) == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

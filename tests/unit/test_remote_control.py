@@ -1,11 +1,14 @@
-"""The two commands of Celery's remote control that work outside their own error handling."""
+"""Celery's remote control: commands outside their own error handling, and those that make no sense for devices."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 import pytest
+from celery.worker import control
 
+from sdtpu_worker import ConfigurationError
+from sdtpu_worker.worker.pool import DevicePool
 from sdtpu_worker.worker.remote_control import guard
 
 
@@ -56,3 +59,11 @@ def test_a_queue_that_cannot_be_consumed_is_not_kept(consumer, caplog):
     consumer.add_task_queue("other", None, "direct", None, x=1)
     assert consumer.deselected == ["other"]
     assert "cannot be consumed" in caplog.text
+
+
+@pytest.mark.parametrize("command", [control.pool_grow, control.pool_shrink])
+def test_a_device_worker_says_why_it_does_not_grow_or_shrink(command):
+    """Flower's buttons ended in an AttributeError."""
+    consumer = SimpleNamespace(pool=DevicePool(1), controller=SimpleNamespace(autoscaler=None))
+    with pytest.raises(ConfigurationError, match="set sdtpu_slots_per_device and restart it, or start more workers"):
+        command(SimpleNamespace(consumer=consumer), n=2)

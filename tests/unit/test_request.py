@@ -10,7 +10,8 @@ from decimal import Decimal
 import pytest
 
 from sdtpu_worker import GenerationRequest, GenerationResult, InvalidRequest
-from sdtpu_worker.contract.request import check_arguments, seed_from_task_id
+from sdtpu_worker.contract.request import check_arguments, draw_seed, seed_from_task_id
+from sdtpu_worker.contract.result import BatchPlace, StoredImage, Timings
 from sdtpu_worker.redaction import brief
 
 BAD = [
@@ -24,7 +25,7 @@ BAD = [
     (("a\x00fox",), {}, r"prompt must not have control characters, got '\\x00' at position 1"),
     (("a\x1b[31m",), {}, "control characters"),
     (("a\ud800",), {}, "control characters"),
-    (("a",), {"negative_prompt": None}, "negative_prompt must be a string"),
+    (("a",), {"negative_prompt": 7}, "negative_prompt must be a string"),
     (("a",), {"negative_prompt": "\x07"}, "negative_prompt must not have control characters"),
     (("a",), {"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
     (("a",), {"num_inference_steps": 1001}, "got 1001"),
@@ -40,9 +41,13 @@ BAD = [
     (("a",), {"sampler": "heun"}, "sampler must be one of pndm, ddim, euler, dpmsolver.*got 'heun'"),
     (("a",), {"sampler": ["pndm"]}, "sampler must be one of"),
     (("a",), {"image_format": "gif"}, "image_format must be one of png, jpeg, webp, got 'gif'"),
-    (("a",), {"seed": -1}, r"seed must be an integer from 0 to 2\*\*63 - 1, got -1"),
+    (("a",), {"seed": -1}, r"seed must be an integer from 0 to 2\*\*63 - 1, or a string of .* digits, got -1"),
     (("a",), {"seed": 2**63}, "seed must be"),
     (("a",), {"seed": 1.0}, "seed must be"),
+    *(
+        (("a",), {"seed": text}, "seed must be an integer .*got '")
+        for text in ("", " 7", "+7", "-7", "7.0", "1e3", "0x7", "1_000", "٣", str(2**63), "9" * 5000, "seven", "7\n")
+    ),
     (("a",), {"stepz": 3}, "unknown parameter 'stepz'; the parameters are prompt, negative_prompt, seed"),
     (("a", "b"), {}, "only the prompt is positional, got 2"),
     (("a",), {"prompt": "b"}, "given twice"),
@@ -54,6 +59,11 @@ BAD = [
 ]
 HUGE = (10**400, -(10**400), 10**5000, [[10**5000]], {10**5000: 10**5000}, Decimal("1e999999"))
 """Numbers that no float can hold, or that Python refuses to write out."""
+
+
+def test_no_negative_prompt_may_be_written_as_none():
+    """diffusers' pipelines take None for it, and their default is None."""
+    assert GenerationRequest.parse(("a",), {"negative_prompt": None}) == GenerationRequest("a")
 
 
 @pytest.mark.parametrize(("args", "kwargs", "message"), BAD)
@@ -143,9 +153,39 @@ def test_partial_arguments_are_checked_as_far_as_they_go():
 def test_the_seed_of_a_task_without_one_follows_from_its_id():
     request = GenerationRequest("a fox")
     assert request.with_seed("abc").seed == seed_from_task_id("abc") == request.with_seed("abc").seed
-    assert 0 <= seed_from_task_id("abc") < 2**63
+    assert 0 <= seed_from_task_id("abc") < 2**53
     assert seed_from_task_id("abc") != seed_from_task_id("abd")
     assert GenerationRequest("a", seed=5).with_seed("abc").seed == 5
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**53 + 1, 2**63 - 1])
+def test_a_seed_may_be_a_string_of_its_decimal_digits(seed):
+    """A browser cannot write a seed of more than 53 bits as a number."""
+    check_arguments((), {"seed": str(seed)})
+    for text in (str(seed), str(seed).zfill(19)):
+        request = GenerationRequest.parse(("a",), {"seed": text})
+        assert request == GenerationRequest("a", seed=seed)
+        assert type(request.seed) is int
+        assert json.loads(json.dumps(request.to_json()))["seed"] == seed
+
+
+def test_a_seed_that_nobody_chose_survives_the_numbers_of_javascript():
+    """63 bits were drawn and a double carries 53: sent back by a browser it was another seed and another picture."""
+    seeds = [draw_seed() for _ in range(200)] + [seed_from_task_id(str(i)) for i in range(200)]
+    assert [int(float(seed)) for seed in seeds] == seeds
+    assert max(seeds) > 2**52, "and all 53 bits are used"
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("seed", [3, 2**53 + 1, 2**63 - 1])
+def test_a_result_tells_the_seed_as_text_too_which_a_browser_can_send_back(seed):
+    image, timings, place = StoredImage("redis:x", "png", 8, 8, 1), Timings(0.0, 0.0, 0.0), BatchPlace(0, 0, 1, 1)
+    result = GenerationResult("t", image, "a", "", seed, 1, 7.5, "ddim", "m", False, None, timings, place)
+    data = json.loads(json.dumps(result.to_json()), parse_int=lambda digits: int(float(digits)))  # as JavaScript does
+    assert GenerationRequest("a", seed=data["seed_text"]).seed == seed
+    assert GenerationResult.from_json(result.to_json()) == result
+    older = {name: value for name, value in result.to_json().items() if name != "seed_text"}
+    assert GenerationResult.from_json(older) == result
 
 
 def test_a_result_crosses_json_unchanged():
@@ -155,6 +195,7 @@ def test_a_result_crosses_json_unchanged():
         "prompt": "a",
         "negative_prompt": "",
         "seed": 1,
+        "seed_text": "1",
         "num_inference_steps": 2,
         "guidance_scale": 7.5,
         "sampler": "ddim",

@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 def test_install_sets_defaults_that_the_apps_own_configuration_overrides():
     app = install(Celery("own", set_as_current=False))
-    assert app.conf.worker_pool == "sdtpu_worker.pool:DevicePool"
+    assert app.conf.worker_pool == "prefork"
     assert app.conf.accept_content == ["json"]
     own = Celery("own", set_as_current=False)
     own.conf.worker_pool = "solo"
@@ -27,7 +27,7 @@ def test_install_sets_defaults_that_the_apps_own_configuration_overrides():
             install(own)
         own.config_from_object({"worker_pool": "threads", "task_default_queue": "mine"})
         assert install(own).conf.worker_pool == "threads"
-        assert own.conf.worker_prefetch_multiplier == 1
+        assert own.conf.worker_prefetch_multiplier == 4
     assert "sdtpu.generate" in own.tasks
 
 

@@ -60,8 +60,8 @@ def test_ctrl_c_stops_everything_that_the_demo_started(tmp_path):
     process = demo(tmp_path, "--prompt", "a red circle", "--devices", "2")
     wait_until(lambda: (tmp_path / "worker.log").exists() or process.poll() is not None, "the worker to start", 60)
     assert process.poll() is None, process.communicate()[0]
+    wait_until(lambda: len(descendants(process.pid)) >= 2, "Redis and the worker to run")
     children = descendants(process.pid)
-    assert len(children) >= 2
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1

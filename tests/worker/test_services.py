@@ -18,6 +18,7 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.device_loop.protocols import EngineInfo
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.images.store import make_image_store
+from sdtpu_worker.operations.health_http import ask_health
 from sdtpu_worker.plugin import install
 from sdtpu_worker.testing import FakeEngine, FakeJob, FakeSnapshot
 from sdtpu_worker.testing.processes import free_port
@@ -61,7 +62,7 @@ def app(redis_url):
 
 
 def make_parts(engine: Any) -> Any:
-    def make_engine(config: Any) -> Any:
+    def make_engine(config: Any, on_phase: Any) -> Any:
         if isinstance(engine, Exception):
             raise engine
         return engine
@@ -117,3 +118,26 @@ def test_a_health_address_that_is_taken_is_found_before_anything_is_loaded(app):
         assert loaded == []
     finally:
         first.stop(is_stuck=False)
+
+
+def test_both_probes_are_answered_while_the_engine_is_made_and_say_what_it_is_at(app):
+    address = read_config(app.conf).health_address
+    seen = []
+
+    def make_engine(config: Any, on_phase: Any) -> Any:
+        for phase in ("loading the checkpoint", "compiling"):
+            on_phase(phase)
+            seen.extend(ask_health(address, path) for path in ("/livez", "/readyz"))
+        return WarmEngine()
+
+    parts = make_parts(None)
+    parts.make_engine = make_engine
+    services = DeviceServices(app, "a-host", read_config(app.conf))
+    services.start(parts)
+    is_ready, checks = ask_health(address, "/readyz")
+    services.stop(is_stuck=False)
+    assert [well for well, _ in seen] == [True, False, True, False]
+    details = [checks[0].detail for _, checks in seen]
+    assert all("starting: loading the checkpoint, for" in detail for detail in details[:2]), details
+    assert all("starting: compiling, for" in detail for detail in details[2:]), details
+    assert (is_ready, checks[0].detail[:26]) == (False, "starting: ready to consume")

@@ -61,3 +61,18 @@ def test_settings_are_guarded_before_and_after_they_are_loaded():
     assert "hunter2" not in repr(app.conf.table())
     app.config_from_object({"sdtpu_read_image_stores": "redis://:hunter2@other/0"}, force=True)
     assert app.conf.table()["sdtpu_read_image_stores"] == "redis://:**@other/0"
+
+
+@pytest.mark.parametrize("namespace", [None, "CELERY"])
+def test_the_environments_values_are_shown_in_place_of_those_that_they_override(monkeypatch, namespace):
+    """`inspect conf` and `report` showed the configuration, while the worker followed the environment."""
+    monkeypatch.setenv("SDTPU_SLOTS_PER_DEVICE", "4")
+    monkeypatch.setenv("SDTPU_TICK_S", "0.5")
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://:hunter2@other/0")
+    app = install(Celery("shop", set_as_current=False, namespace=namespace))
+    before = {"sdtpu_slots_per_device": 1, "broker_url": "redis://here/0"}
+    app.config_from_object({f"CELERY_{n}".upper() if namespace else n: v for n, v in before.items()}, force=True)
+    shown = {name.lower().removeprefix("celery_"): value for name, value in app.conf.table().items()}
+    assert shown["sdtpu_slots_per_device"] == "4"
+    assert shown["sdtpu_tick_s"] == "0.5"
+    assert shown["broker_url"] == "redis://:**@other/0"

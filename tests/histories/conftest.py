@@ -35,6 +35,9 @@ def new_world(redis_socket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     )
     for module in (transport, deliveries):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # thousands of histories say a lot
-    with redis.Redis(unix_socket_path=redis_socket) as client:
-        yield lambda: World(client, redis_socket)
+    logging.disable(logging.CRITICAL)  # thousands of histories say a lot
+    try:
+        with redis.Redis(unix_socket_path=redis_socket) as client:
+            yield lambda: World(client, redis_socket)
+    finally:
+        logging.disable(logging.NOTSET)

@@ -95,7 +95,7 @@ class WorkerProcess:
         self._lease = Lease(self.deliveries, lambda: not self.is_hung, clock=self.monotonic)
         intake = Intake(
             deliveries=self.deliveries,
-            is_task_queue=lambda queue: True,
+            is_task_queue=lambda queue: queue == QUEUE,
             known_tasks={TASK},
             max_message_bytes=10_000,
             max_holders=10 * MAX_DELIVERIES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,5 +35,9 @@ def new_world(redis_socket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     )
     for module in (transport, deliveries):
         monkeypatch.setattr(module, "time", clock)
-    with redis.Redis(unix_socket_path=redis_socket) as client:
-        yield lambda: World(client, redis_socket)
+    logging.disable(logging.CRITICAL)  # thousands of histories say a lot
+    try:
+        with redis.Redis(unix_socket_path=redis_socket) as client:
+            yield lambda: World(client, redis_socket)
+    finally:
+        logging.disable(logging.NOTSET)

@@ -30,7 +30,7 @@ class Step:
         return f"world.{self.name}({', '.join(shown)})"
 
 
-def draw(seed: int, length: int = 30) -> list[Step]:
+def draw(seed: int, length: int = 25) -> list[Step]:
     """Return the steps of a history.
 
     Args:

@@ -20,7 +20,7 @@ def world(new_world: Callable[[], World]):
     world.start("a")
     world.send(job_s=4 * LEASE_S)
     world.run("a", "main", 100)
-    world.advance(2.5)  # so that `b` sweeps between two renewals of `a`, and just before the second
+    world.advance(0.3 * LEASE_S)  # so that `b` sweeps between two renewals of `a`, and just before the second
     world.start("b")
     world.advance(1.2 * LEASE_S)
     assert "job-t0-1" in world.workers["a"].runnable()

@@ -1,6 +1,6 @@
 """Histories that a seed draws: no job is lost, none ends twice, no crash is counted that was none.
 
-python -m pytest tests/histories -n 0            # some seconds, in CI
+python -m pytest tests/histories -n 0            # a minute, in CI
 python -m pytest tests/histories -n 0 --long     # 200,000 histories: hours
 """
 
@@ -13,7 +13,7 @@ import pytest
 from tests.histories.history import Step, draw, run, shrink
 from tests.histories.world import World
 
-pytestmark = pytest.mark.timeout(24 * 3600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(24 * 3600)]
 
 
 def test_histories(new_world: Callable[[], World], request: pytest.FixtureRequest):

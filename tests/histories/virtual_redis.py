@@ -1,12 +1,13 @@
 """A real Redis whose clock is virtual, and connections to it that break when the scheduler says so.
 
-The scripts take their time from Redis' command TIME, whose reply is a list of two texts. Here they read the same two
-texts from a list in Redis; nothing else about them changes.
+The scripts take their time from Redis' command TIME, whose reply is a list of two texts. Here they get the same two
+texts as two more arguments, which they take off the list of their arguments first; nothing else about them changes.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -19,17 +20,15 @@ from tests.histories.actors import Actor, Fate
 if TYPE_CHECKING:
     from tests.histories.worker import WorkerProcess
 
-TIME_KEY = "history:time"
-"""A list of two texts: the seconds and the microseconds of Redis' clock."""
 _ASKS_TIME = "redis.call('TIME')"
-_READS_TIME = f"redis.call('LRANGE', '{TIME_KEY}', 0, 1)"
+_TAKES_TIME = "local virtual_time = {ARGV[#ARGV - 1], table.remove(ARGV)} table.remove(ARGV)\n"
 
 
 @functools.cache
 def with_virtual_time(script: str) -> str:
-    """Return a script that reads the virtual time instead of Redis' own."""
+    """Return a script that takes the time from its last two arguments instead of from Redis."""
     assert script.count("TIME") == script.count(_ASKS_TIME), "the script has another way to know the time"
-    return script.replace(_ASKS_TIME, _READS_TIME)
+    return _TAKES_TIME + script.replace(_ASKS_TIME, "virtual_time")
 
 
 class VirtualConnection(redis.UnixDomainSocketConnection):
@@ -42,7 +41,7 @@ class VirtualConnection(redis.UnixDomainSocketConnection):
 
     def __init__(self, process: WorkerProcess, **options: Any) -> None:
         self.process = process
-        self._command: tuple[Any, ...] = ()
+        self._is_begun = False
         self._failovers = process.world.failovers
         super().__init__(**options)
 
@@ -51,35 +50,50 @@ class VirtualConnection(redis.UnixDomainSocketConnection):
         self._parser.on_connect(self)
 
     def send_command(self, *args: Any, **options: Any) -> None:
-        """Send a command that knows the virtual time."""
-        self._command = args
+        """Send a command, with the virtual time, when the scheduler lets it go."""
+        command, fate = args, self._begin(args)
+        time = self.process.world.redis_time
         if args[0] == "EVAL":
-            args = ("EVAL", with_virtual_time(args[1]), *args[2:])
+            args = ("EVAL", with_virtual_time(args[1]), *args[2:], *time())
         elif args[0] == "TIME":
-            args = ("LRANGE", TIME_KEY, 0, 1)
-        super().send_command(*args, **options)
+            args = ("EVAL", with_virtual_time(f"return {_ASKS_TIME}"), 0, *time())
+        self._is_begun = True
+        try:
+            super().send_command(*args, **options)
+        finally:
+            self._is_begun = False
+        self._end(fate, command)
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        """Send a command when the scheduler lets it go.
+        """Send a command, or several at once, when the scheduler lets them go."""
+        fate = Fate.DONE if self._is_begun else self._begin(())
+        super().send_packed_command(command, check_health)
+        if not self._is_begun:
+            self._end(fate, ())
+
+    def _begin(self, command: Sequence[Any]) -> Fate:
+        """Wait for the scheduler, and return what shall happen to a command.
 
         Raises:
-            RedisConnectionError: the connection breaks, before or after Redis does the command.
+            RedisConnectionError: it is lost.
         """
-        named, self._command = self._command, ()
-        actor = Actor.current
-        if actor is None:
-            super().send_packed_command(command, check_health)
-            return
-        fate = actor.before_command()
         world = self.process.world
+        fate = Fate.DONE if Actor.current is None else Actor.current.before_command()
         if fate is Fate.LOST or self.process.is_cut_off or self._failovers != world.failovers:
             self.disconnect()
             self._failovers = world.failovers
             raise RedisConnectionError("the connection broke before the command")
-        world.before_command(named)
-        super().send_packed_command(command, check_health)
-        self.can_read(timeout=30)  # so that Redis has done it
-        world.after_command(self.process, named)
+        world.before_command(command)
+        return fate
+
+    def _end(self, fate: Fate, command: Sequence[Any]) -> None:
+        """Wait until Redis has done a command, if somebody wants to know.
+
+        Raises:
+            RedisConnectionError: it is not answered.
+        """
+        self.can_read(timeout=30)
+        self.process.world.after_command(self.process, command)
         if fate is Fate.UNANSWERED:
             self.disconnect()
             raise RedisConnectionError("the connection broke after the command")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from queue import Empty
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from tests.histories.world import World
 
 TASK, QUEUE = "sdtpu.generate", "sdtpu"
-LEASE_S = 12.0
-LOOK_S = 3.0  # how often an idle worker claims, unless the scheduler runs it before
+LEASE_S = 6.0  # a pulse each second is then the slowest that a lease allows
+LOOK_S = 1.5  # how often an idle worker claims, unless the scheduler runs it before
 PREFETCH = 3
 MAX_DELIVERIES = 3
 PARAMETERS = GenerationRequest.parse(("x",), {"seed": 1})
@@ -94,7 +95,7 @@ class WorkerProcess:
         self._lease = Lease(self.deliveries, lambda: not self.is_hung, clock=self.monotonic)
         intake = Intake(
             deliveries=self.deliveries,
-            is_task_queue=lambda queue: True,
+            is_task_queue=lambda queue: queue == QUEUE,
             known_tasks={TASK},
             max_message_bytes=10_000,
             max_holders=10 * MAX_DELIVERIES,
@@ -127,6 +128,11 @@ class WorkerProcess:
         if not self.is_stopping:
             self.is_stopping = True
             self._spawn("stop", self._leave)
+
+    def go_away(self, periods: list[tuple[float, float]]) -> None:
+        """Take note that it is away from now on, if it is not already."""
+        if not periods or periods[-1][1] < math.inf:
+            periods.append((self.world.now, math.inf))
 
     def come_back(self) -> None:
         """Take note that it is away no more, unless it is in another way."""

@@ -7,7 +7,7 @@ import logging
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from celery.states import SUCCESS
+from celery.states import STARTED, SUCCESS
 
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.redaction import sanitize_url
@@ -25,7 +25,7 @@ _STORING_NOTHING = ("DisabledBackend", "RPCBackend")
 
 
 def check_results(app: Celery) -> None:
-    """Store a result and forget it again.
+    """Store the state of a task that does not exist, and forget it again.
 
     A backend that does not answer, or takes no writes just now, is no reason not to start: a worker waits for it.
 
@@ -47,7 +47,7 @@ def check_results(app: Celery) -> None:
         if (ping := getattr(getattr(backend, "client", None), "ping", None)) is not None:
             ping()  # Celery's own patience with a Redis that is away is long
         task_id = f"sdtpu-start-{uuid.uuid4()}"
-        backend.store_result(task_id, None, SUCCESS)
+        backend.store_result(task_id, None, STARTED)  # no end: whoever listens to results counts ends
         with contextlib.suppress(Exception):  # without the right to delete it expires
             backend.forget(task_id)
     except Exception as exc:  # each backend has errors of its own

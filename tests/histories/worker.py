@@ -30,13 +30,15 @@ from sdtpu_worker.device_loop.submission import JobHandedOver
 from sdtpu_worker.errors import DeliveryLimitExceeded
 from sdtpu_worker.worker.job import DeviceJob, JobLeft
 from tests.histories.actors import Actor
+from tests.histories.messages import QUEUE, TASK
 from tests.histories.virtual_redis import make_pool
 
 if TYPE_CHECKING:
     from tests.histories.world import World
 
-TASK, QUEUE = "sdtpu.generate", "sdtpu"
 LEASE_S = 6.0  # a pulse each second is then the slowest that a lease allows
+BRIEF_S = LEASE_S / 3
+"""A pause, or a step of Redis' clock, of fewer seconds is none: leases are renewed that often."""
 LOOK_S = 1.5  # how often an idle worker claims, unless the scheduler runs it before
 PREFETCH = 3
 MAX_DELIVERIES = 3
@@ -139,6 +141,17 @@ class WorkerProcess:
         if not (self.is_paused or self.is_cut_off or self.is_hung):
             for periods in (self.away, self.hung):
                 periods[:] = [(since, min(until, self.world.now)) for since, until in periods]
+
+    def away_alone_s(self, other: WorkerProcess) -> float:
+        """Return for how long it was away just now while another worker was not, in seconds."""
+        longest_s = 0.0
+        for begin, end in self.away[-1:] + self.hung[-1:]:
+            if self.world.now - end > BRIEF_S:
+                continue  # it is back, and has had the time to renew its leases
+            begin, end = max(begin, other.started_at), min(end, self.world.now)
+            both_s = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in other.away)
+            longest_s = max(longest_s, end - begin - both_s)
+        return longest_s
 
     def runnable(self) -> list[str]:
         """Return the names of the actors that can run."""

@@ -144,13 +144,16 @@ class WorkerProcess:
 
     def away_alone_s(self, other: WorkerProcess) -> float:
         """Return for how long it was away just now while another worker was not, in seconds."""
-        longest_s = 0.0
-        for begin, end in self.away[-1:] + self.hung[-1:]:
-            if self.world.now - end > BRIEF_S:
+        now, longest_s = self.world.now, 0.0
+        for periods in (self.away, self.hung):
+            if not periods or now - periods[-1][1] > BRIEF_S:
                 continue  # it is back, and has had the time to renew its leases
-            begin, end = max(begin, other.started_at), min(end, self.world.now)
-            both_s = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in other.away)
-            longest_s = max(longest_s, end - begin - both_s)
+            alone_s = 0.0
+            for begin, end in periods:
+                begin, end = max(begin, other.started_at, now - LEASE_S - BRIEF_S), min(end, now)
+                both_s = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in other.away)
+                alone_s += max(0.0, end - begin - both_s)
+            longest_s = max(longest_s, alone_s)
         return longest_s
 
     def runnable(self) -> list[str]:
@@ -220,7 +223,7 @@ class WorkerProcess:
                 raise left
             with job.in_celerys_words():
                 facts = job.recall(PARAMETERS)
-                self.world.on_recall(task_id, facts)
+                self.world.on_recall(task_id, facts, message.delivery_tag)
                 self._record_start(task_id)
                 self._be_on_devices(self.world.job_s[task_id])
             self._store(task_id, "SUCCESS")

@@ -230,13 +230,15 @@ class World:
         """Take note of a message that cannot be run."""
         self._broken.append(f"a message was refused: {bad.reason}")
 
-    def on_recall(self, task_id: str, facts: JobFacts) -> None:
+    def on_recall(self, task_id: str, facts: JobFacts, tag: str) -> None:
         """Check what a job is told of its earlier workers."""
         told, most, least = len(facts.died_on), self.crashes[task_id], len(self._died[task_id])
         if task_id in self._twice:
             return  # the job's other message may be running, or may have been looked at
         if told > most:
             self._broken.append(f"{task_id} is told of {told} crashes, there were at most {most}")
+        if not self.client.hexists(KEYS.held, tag):
+            return  # it was taken over while this worker was away: the message here is of an earlier time
         if told < least:
             self._broken.append(f"{task_id} is told of {told} crashes, there were {least}")
         if task_id in self._snapshots and facts.snapshot is None:

@@ -30,13 +30,15 @@ from sdtpu_worker.device_loop.submission import JobHandedOver
 from sdtpu_worker.errors import DeliveryLimitExceeded
 from sdtpu_worker.worker.job import DeviceJob, JobLeft
 from tests.histories.actors import Actor
+from tests.histories.messages import QUEUE, TASK
 from tests.histories.virtual_redis import make_pool
 
 if TYPE_CHECKING:
     from tests.histories.world import World
 
-TASK, QUEUE = "sdtpu.generate", "sdtpu"
 LEASE_S = 6.0  # a pulse each second is then the slowest that a lease allows
+BRIEF_S = LEASE_S / 3
+"""A pause, or a step of Redis' clock, of fewer seconds is none: leases are renewed that often."""
 LOOK_S = 1.5  # how often an idle worker claims, unless the scheduler runs it before
 PREFETCH = 3
 MAX_DELIVERIES = 3
@@ -140,6 +142,20 @@ class WorkerProcess:
             for periods in (self.away, self.hung):
                 periods[:] = [(since, min(until, self.world.now)) for since, until in periods]
 
+    def away_alone_s(self, other: WorkerProcess) -> float:
+        """Return for how long it was away just now while another worker was not, in seconds."""
+        now, longest_s = self.world.now, 0.0
+        for periods in (self.away, self.hung):
+            if not periods or now - periods[-1][1] > BRIEF_S:
+                continue  # it is back, and has had the time to renew its leases
+            alone_s = 0.0
+            for begin, end in periods:
+                begin, end = max(begin, other.started_at, now - LEASE_S - BRIEF_S), min(end, now)
+                both_s = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in other.away)
+                alone_s += max(0.0, end - begin - both_s)
+            longest_s = max(longest_s, alone_s)
+        return longest_s
+
     def runnable(self) -> list[str]:
         """Return the names of the actors that can run."""
         return [] if self.is_dead or self.is_paused else [n for n, actor in self.actors.items() if not actor.is_done]
@@ -207,7 +223,7 @@ class WorkerProcess:
                 raise left
             with job.in_celerys_words():
                 facts = job.recall(PARAMETERS)
-                self.world.on_recall(task_id, facts)
+                self.world.on_recall(task_id, facts, message.delivery_tag)
                 self._record_start(task_id)
                 self._be_on_devices(self.world.job_s[task_id])
             self._store(task_id, "SUCCESS")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from base64 import b64encode
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import redis
@@ -15,16 +13,13 @@ from sdtpu_worker.delivery import scripts
 from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.delivery.keys import Keys
 from tests.histories.actors import Actor, Fate
-from tests.histories.worker import LEASE_S, MAX_DELIVERIES, QUEUE, TASK, WorkerProcess
+from tests.histories.messages import LIST, job_message
+from tests.histories.worker import BRIEF_S, LEASE_S, MAX_DELIVERIES, WorkerProcess
 
 BEGIN = 1_700_000_000.0
 KEYS = Keys()
-LIST = QUEUE + "\x06\x166"
-BRIEF_S = LEASE_S / 3
-"""A pause, or a step of Redis' clock, of fewer seconds is none: leases are renewed that often."""
 MOST_TURNS = 2_000
 """How often time may move forward within one step."""
-_BODY = b64encode(b'[["x"], {"seed": 1}, {}]').decode()
 
 
 class Broken(AssertionError):
@@ -76,18 +71,7 @@ class World:
             self._enqueue(task_id, 0.0)
 
     def _enqueue(self, task_id: str, delay_s: float) -> None:
-        properties = {
-            "correlation_id": task_id, "delivery_tag": task_id, "body_encoding": "base64", "priority": 6,
-            "delivery_mode": 2, "delivery_info": {"exchange": "", "routing_key": QUEUE},
-        }  # fmt: skip
-        headers = {"lang": "py", "task": TASK, "id": task_id, "root_id": task_id}
-        if delay_s:
-            headers["eta"] = datetime.fromtimestamp(self.now + delay_s, UTC).isoformat()
-        message = {
-            "body": _BODY, "content-encoding": "utf-8", "content-type": "application/json", "headers": headers,
-            "properties": properties,
-        }  # fmt: skip
-        self.client.lpush(LIST, json.dumps(message))
+        self.client.lpush(LIST, job_message(task_id, self.now + delay_s if delay_s else None))
 
     def start(self, host: str) -> None:
         """Start a worker, unless it runs."""
@@ -246,13 +230,15 @@ class World:
         """Take note of a message that cannot be run."""
         self._broken.append(f"a message was refused: {bad.reason}")
 
-    def on_recall(self, task_id: str, facts: JobFacts) -> None:
+    def on_recall(self, task_id: str, facts: JobFacts, tag: str) -> None:
         """Check what a job is told of its earlier workers."""
         told, most, least = len(facts.died_on), self.crashes[task_id], len(self._died[task_id])
         if task_id in self._twice:
             return  # the job's other message may be running, or may have been looked at
         if told > most:
             self._broken.append(f"{task_id} is told of {told} crashes, there were at most {most}")
+        if not self.client.hexists(KEYS.held, tag):
+            return  # it was taken over while this worker was away: the message here is of an earlier time
         if told < least:
             self._broken.append(f"{task_id} is told of {told} crashes, there were {least}")
         if task_id in self._snapshots and facts.snapshot is None:
@@ -344,21 +330,9 @@ class World:
                     continue
                 task_id = holder.deliveries._held[tag].task_id
                 self.crashes[task_id] += 1
-                alone_s = _alone_away_s(holder, sweeper, self.now)
+                alone_s = holder.away_alone_s(sweeper)
                 if alone_s < LEASE_S - 2 * BRIEF_S:
                     self._broken.append(
                         f"{sweeper.host} takes {task_id} from {holder.host}, which lives and was away alone for"
                         f" {alone_s:.1f} s"
                     )
-
-
-def _alone_away_s(holder: WorkerProcess, sweeper: WorkerProcess, now: float) -> float:
-    """Return for how long a worker was away just now while another one was not, in seconds."""
-    longest_s = 0.0
-    for begin, end in holder.away[-1:] + holder.hung[-1:]:
-        if now - end > BRIEF_S:
-            continue  # it is back, and has had the time to renew its leases
-        begin, end = max(begin, sweeper.started_at), min(end, now)
-        both_s = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in sweeper.away)
-        longest_s = max(longest_s, end - begin - both_s)
-    return longest_s

@@ -29,7 +29,7 @@ from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob, FakeSnapshot, 
 
 LANES = ((64, 64), (64, 128))
 _PATIENCE_S = 5.0
-_MOST_TURNS = 10_000
+_MOST_TURNS, _MOST_LOOKS = 3_000, 30_000
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,10 @@ class HistoryEngine(FakeEngine):
 
     def execute(self, plan: Plan, jobs: Mapping[str, Any], snapshots: Any = None) -> FakeTick:
         """Follow a plan."""
-        self._look_at(plan)
+        try:
+            self._look_at(plan)
+        except AssertionError as exc:  # to the loop that is only a device that failed
+            self.world.broken = self.world.broken or exc
         for fault in self.world.history.faults:
             if fault.call == self.calls:
                 self._break(fault)
@@ -159,7 +162,7 @@ class World:
     """
 
     def __init__(self, history: History) -> None:
-        self.history, self.now, self.turns = history, 0.0, 0
+        self.history, self.now, self.turns, self.looks = history, 0.0, 0, 0
         self.chance = random.Random(history.seed)
         self.submissions: dict[str, Submission] = {}
         self.ended: Counter[str] = Counter()
@@ -194,6 +197,8 @@ class World:
     def clock(self) -> float:
         """Return the time in seconds; some of what is due by then may happen first."""
         if not self.lock.depth and not self._in_event:
+            self.looks += 1
+            assert self.looks < _MOST_LOOKS, "the loop goes on for ever"
             self.now += self.chance.choice((0.0, 0.0, 1e-4, 0.003))
             self._watch_ticks()
             while self._events and self._events[0][0] <= self.now and self.chance.random() < 0.5:
@@ -234,7 +239,7 @@ class World:
         error = sys.exc_info()[1]
         last = isinstance(error, EngineUnavailable) and len(self.loop.stats.lost_devices) == self.history.devices
         if not (last or self.engine.is_lost):
-            self.broken = error
+            self.broken = self.broken or error
 
     def _come(self, task_id: str, wish: Wish) -> None:
         step = wish.steps // 2 if wish.kind in ("moved", "forged") else 0

@@ -7,6 +7,7 @@ is due may happen too, as other threads make it. So the same history always runs
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 import random
@@ -173,6 +174,7 @@ class World:
         self.lock = VirtualLock(self.sleep)
         self.engine = HistoryEngine(self)
         costs = {lane: TickCosts(history.devices, Cost(0.02, 0.005, 0.03)) for lane in LANES}
+        self._durations = copy.deepcopy(costs)  # the policy corrects its own
         policy = Aggregator(costs, history.slots, history.slots + 1, 0.1)
         self.loop = DeviceLoop(
             self.engine,
@@ -280,8 +282,8 @@ class World:
             call = self.engine.calls - 1
             if call in self.engine.hung:
                 self._busy_until = math.inf
-            seconds = 50.0 if call in self.engine.slow else tick.expected_s * self.chance.uniform(0.6, 1.8)
-            self._busy_until = max(self.now, self._busy_until) + seconds
+            usual_s = self._durations[tick.plan.lane].tick_s(tick.plan) * self.chance.uniform(0.6, 1.8)
+            self._busy_until = max(self.now, self._busy_until) + (50.0 if call in self.engine.slow else usual_s)
             if self._busy_until < math.inf:
                 self.at(self._busy_until, partial(self.loop._ticks._wait_for, tick))
 

@@ -105,7 +105,7 @@ def queues(app_path: str | None, as_json: bool) -> None:
 def purge(app_path: str | None) -> None:
     """Delete the jobs that wait, those of all tenants and priorities, and those that wait for their time.
 
-    Jobs that workers hold go on. Deleted jobs stay PENDING.
+    Jobs that workers hold continue. Deleted jobs stay PENDING.
     """
     from sdtpu_worker.client.queue_state import purge_queues
     from sdtpu_worker.errors import SdtpuError

@@ -96,7 +96,7 @@ def read_queues(app: Celery) -> list[QueueState]:
 def purge_queues(app: Celery) -> int:
     """Delete the jobs that wait or are deferred in all of the task's queues; return how many.
 
-    Jobs that workers hold go on. Nothing is stored for the deleted ones: they stay PENDING, as after `celery purge`.
+    Jobs that workers hold continue. Nothing is stored for the deleted ones: they stay PENDING, as after `celery purge`.
 
     Raises:
         ConfigurationError: the broker is not Redis.

@@ -74,7 +74,7 @@ def name_of(queue: Any) -> str:
 
 
 def route_the_task(app: Celery) -> None:
-    """Have the app send the task by its rules whoever sends it; again is harmless."""
+    """Have the app send the task by these rules, also by name; a second call changes nothing."""
     base = symbol_by_name(app.amqp_cls)
     if issubclass(base, RoutesTheTask):
         return

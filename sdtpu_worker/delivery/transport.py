@@ -90,7 +90,7 @@ class ClaimingChannel:
         return super().basic_consume(queue, *args, **options)  # type: ignore[misc]  # kombu's channel is mixed in
 
     def queue_delete(self: Any, queue: str, *args: Any, **options: Any) -> None:
-        """Delete a queue; where the channel closes because Redis is away, go on closing instead of raising."""
+        """Delete a queue; where the channel closes because Redis is away, nothing is raised."""
         with contextlib.suppress(*(self.connection_errors if self._closing else ())):
             super().queue_delete(queue, *args, **options)  # type: ignore[misc]  # kombu's channel is mixed in
 

@@ -6,7 +6,7 @@ At most two ticks are in flight. The second is dispatched shortly before the fir
 that the devices never wait, late enough that a job which comes in the meantime is in it.
 
 A device program that fails costs only the job at fault its image. All jobs that had a slot are tried again, apart from
-other jobs and from each other (`aggregator/quarantine.py`). The other devices go on without one that is lost. When all
+other jobs and from each other (`aggregator/quarantine.py`). The other devices continue when one is lost. When all
 are lost, and when a worker stops (`drain`), no job loses its image either: another worker continues it.
 """
 

@@ -100,7 +100,7 @@ class Submission:
         moved: set when the job gets its slot, loses it or ends; the thread that waits for that clears it.
         started_at: when the job got its slot; None while it waits for its first one or for another try.
         device: where the job has, or had last, its slot; None before its first one.
-        is_foreign: the state that the job goes on from was made elsewhere, so it proves nothing against a device here.
+        is_foreign: the snapshot to resume from was made elsewhere, so it proves nothing against a device here.
         failed_on: devices on which the job's image or state was not finite, or which failed while it was alone on them,
             with how often. Lost devices are none of them.
         failed_in_company: how often devices failed while other jobs were on them too, and no device was lost for it.

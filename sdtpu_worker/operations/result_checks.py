@@ -47,7 +47,7 @@ def check_results(app: Celery) -> None:
         if (ping := getattr(getattr(backend, "client", None), "ping", None)) is not None:
             ping()  # Celery's own patience with a Redis that is away is long
         task_id = f"sdtpu-start-{uuid.uuid4()}"
-        backend.store_result(task_id, None, STARTED)  # no end: whoever listens to results counts ends
+        backend.store_result(task_id, None, STARTED)  # no end: listeners count ends
         with contextlib.suppress(Exception):  # without the right to delete it expires
             backend.forget(task_id)
     except Exception as exc:  # each backend has errors of its own

@@ -48,7 +48,7 @@ _UNREADABLE = (
 )  # fmt: skip
 """What a result backend raises for a state that is none, or if it can read none; asking again would not help."""
 _PAUSE_S = 1.0
-"""How long a job holds its message whose history cannot be read now, before the message goes back."""
+"""How long a job holds its message whose history cannot be read now, before the message is requeued."""
 
 
 class JobLeft(BaseException):
@@ -156,7 +156,7 @@ class DeviceJob:
         except Exception as exc:  # each result backend has errors of its own
             logger.warning("the history of task %s could not be read, its message is requeued: %s", self.task_id,
                            describe(exc))  # fmt: skip
-            self._pause()  # or the message would come again at once
+            self._pause()  # or the message would be claimed again at once
             return JobLeft(self.request.requeue)
         return None if meta is None else JobLeft(lambda: self._keep(meta))
 

@@ -164,7 +164,7 @@ class InProcessWorker:
         self.stopping = threading.Event()
         config = read_config(app.conf)
         serving = Serving(
-            self.engine, self.images, make_aggregator(self.engine, config), config,  # type: ignore[arg-type]
+            self.engine, self.images, make_aggregator(self.engine, config), config,  # type: ignore[arg-type]  # double
             Hooks(give_up=self.stopping.is_set),
         )  # fmt: skip
         services: Any = SimpleNamespace(

@@ -25,6 +25,7 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery import transport
 from sdtpu_worker.operations.prompt_guard import NOT_LOGGED, PromptGuard, describe, install_prompt_guard
 from sdtpu_worker.testing.processes import private_redis
+from tests.support.logs import logging_kept
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
@@ -100,10 +101,12 @@ def running_worker(level: str) -> Iterator[tuple[Celery, Log]]:
     """Run a guarded worker in a thread of this process."""
     factory, log, app = logging.getLogRecordFactory(), Log(), make_app()
     install_prompt_guard(app)
-    with start_worker(app, pool="threads", concurrency=1, perform_ping_check=False, loglevel=level):
+    with (
+        logging_kept(),
+        start_worker(app, pool="threads", concurrency=1, perform_ping_check=False, loglevel=level),
+    ):
         logging.getLogger().addHandler(log)
         yield app, log
-        logging.getLogger().removeHandler(log)
     logging.setLogRecordFactory(factory)
 
 

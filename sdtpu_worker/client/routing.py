@@ -28,19 +28,19 @@ _DESTINATION = ("queue", "exchange", "routing_key")
 
 
 def generation_route(
-    app: Celery, router: Router, args: Any, kwargs: Any, options: Mapping[str, Any], task: Any = None
+    app: Celery, args: Any, kwargs: Any, options: Mapping[str, Any], task: Any = None
 ) -> dict[str, Any]:
     """Return the options with which a job is sent: `queue` and `priority`, and whatever else its route has.
 
     Args:
         app: the app that sends it.
-        router: looks into the app's routes.
         args: of the task.
         kwargs: of the task; a `tenant` in it chooses one of the tenants' queues, unless the job goes to a queue of
             its own.
         options: what the caller named.
         task: the task, if it is known.
     """
+    router = Router([route for route in app.amqp.routes if not isinstance(route, _TaskRoute)], app=app)
     route = _route_for_this_task(router, args or (), kwargs or {}, options, task)
     main = read_setting("sdtpu_queue", app.conf)
     queue = options.get("queue") or route.get("queue") or main
@@ -60,8 +60,7 @@ def device_queues(app: Celery) -> list[str]:
     names = shard_queues(read_setting("sdtpu_queue", app.conf), read_setting("sdtpu_tenant_shards", app.conf))
     task = app.tasks.get(TASK_NAME)
     try:
-        router = Router(app.amqp.routes, app=app)
-        routed = generation_route(app, router, (), {}, {"queue": getattr(task, "queue", None)}, task)["queue"]
+        routed = generation_route(app, (), {}, {"queue": getattr(task, "queue", None)}, task)["queue"]
     except Exception as exc:  # a router of the app's own, which wants arguments that only a job has
         logger.warning("the app's routes do not tell the queue of %s without a job: %r", TASK_NAME, exc)
         return names
@@ -90,8 +89,8 @@ class RoutesTheTask:
     @property
     def routes(self) -> Sequence[Any]:
         """Return the app's routers, ours first."""
-        others = super().routes  # type: ignore[misc]  # of Celery's AMQP, which this is mixed into
-        return [_TaskRoute(self.app, others), *others]  # type: ignore[attr-defined]  # as above
+        app, others = self.app, super().routes  # type: ignore[attr-defined,misc]  # of AMQP, which this is mixed into
+        return [_TaskRoute(app), *others]
 
 
 class RoutingAMQP(RoutesTheTask, AMQP):
@@ -101,15 +100,15 @@ class RoutingAMQP(RoutesTheTask, AMQP):
 class _TaskRoute:
     """One of Celery's routers, for this task only."""
 
-    def __init__(self, app: Celery, others: Sequence[Any]) -> None:
-        self._app, self._others = app, Router(others, app=app)
+    def __init__(self, app: Celery) -> None:
+        self._app = app
 
     def __call__(
         self, name: str, args: Any = None, kwargs: Any = None, options: Any = None, task: Any = None, **_: Any
     ) -> dict[str, Any] | None:
         if name != TASK_NAME:
             return None
-        return generation_route(self._app, self._others, args, kwargs, options or {}, task)
+        return generation_route(self._app, args, kwargs, options or {}, task)
 
 
 def _route_for_this_task(router: Router, args: Any, kwargs: Any, options: Any, task: Any) -> dict[str, Any]:

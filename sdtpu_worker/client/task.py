@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from celery import Task, current_task, shared_task
-from celery.app.routes import Router
 from celery.canvas import Signature
 from kombu.exceptions import OperationalError
 
@@ -107,7 +106,7 @@ class GenerateTask(Task):
         app = self.app
         if options["queue"] is None and self.stand_in is not None:
             options["queue"] = app.conf.task_default_queue  # which the worker of a test consumes
-        route = generation_route(app, Router(app.amqp.routes, app=app), args, kwargs, options, self)
+        route = generation_route(app, args, kwargs, options, self)
         options.update({**route, **{name: value for name, value in options.items() if value is not None}})
         options["queue"] = route["queue"]  # of the tenant, where the caller named the queue of all
 

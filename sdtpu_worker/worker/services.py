@@ -36,8 +36,8 @@ from sdtpu_worker.delivery.envelope import BadEnvelope
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.qos import Intake
-from sdtpu_worker.device_loop.protocols import ServingEngine
 from sdtpu_worker.errors import ConfigurationError
+from sdtpu_worker.operations.connections import connections_warning
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
 from sdtpu_worker.operations.redis_checks import redis_warnings
@@ -135,12 +135,14 @@ class DeviceServices:
             hooks = Hooks(_end_process, self._make_start_recorder(undo), self.stopping.is_set)
             self.serving = serving = Serving(engine, store, policy, self.config, hooks)
             undo.callback(serving.close)
+            if self._has_looked_at_redis:
+                self._warn_of_connections()
             loop = serving.loop
             self.health.watch_device(lambda: loop.alive, lambda: loop.stalled_s, lambda: loop.stats.lost_devices)
             undo.enter_context(freeze_start_up())
             self.health.enter("ready to consume, connecting to the broker")
             self._undo = undo.pop_all()
-        _log_ready(engine, time.monotonic() - started)
+        logger.info("ready: %s, after %.1f s", serving.describe(), time.monotonic() - started)
 
     def stop(self, is_stuck: bool) -> None:
         """Requeue what is still held, end the threads and undo what `start` changed. Again is harmless.
@@ -163,7 +165,9 @@ class DeviceServices:
         hub = consumer.hub
         self.deliveries.on_free = lambda: hub.call_soon(noop)
         self._follow(consumer.connection)
-        self._warn_of_redis()
+        if not self._has_looked_at_redis:
+            self._warn_of_redis()
+            self._warn_of_connections()
         if self._lease is None:
             self._lease = Lease(self.deliveries, self.devices_make_progress, self._on_contact)
             self._lease.start()
@@ -287,18 +291,28 @@ class DeviceServices:
             logger.warning("the error of task %s could not be stored: %s", bad.task_id, exc)
 
     def _warn_of_redis(self) -> None:
-        """Log once what this Redis may do to jobs.
+        """Log what this Redis may do to jobs.
 
         Raises:
             ConfigurationError: no job can run with this Redis.
         """
         assert self.deliveries is not None
-        if self._has_looked_at_redis:
-            return
         images_in_redis = self.config.image_store.startswith("redis")
         for text in redis_warnings(self.deliveries.client, images_in_redis=images_in_redis):
             logger.warning("%s", text)
         self._has_looked_at_redis = True
+
+    def _warn_of_connections(self) -> None:
+        """Log that this Redis may grant too few connections for all jobs that this worker may hold.
+
+        Raises:
+            ConfigurationError: it can never grant them.
+        """
+        assert self.deliveries is not None
+        assert self.serving is not None
+        warning = connections_warning(self.deliveries.client, self.serving.engine.info.num_slots)
+        if warning:
+            logger.warning("%s", warning)
 
     def _on_contact(self) -> None:
         """Take note that Redis answered, and publish the load report when it is time. The lease's thread."""
@@ -319,18 +333,6 @@ def _client_of(connection: Any) -> Redis:
 
     connection.connect()
     return Redis(connection_pool=connection.channel().pool)
-
-
-def _log_ready(engine: ServingEngine, after_s: float) -> None:
-    info = engine.info
-    sizes = ", ".join(
-        f"{height}x{width} ({1000 * costs.step_s(info.num_devices):.1f} ms a step)"
-        for (height, width), costs in engine.costs.items()
-    )
-    logger.info(
-        "ready: %d devices of kind %s, %d slots, %s, %s, sampler %s by default, after %.1f s",
-        info.num_devices, info.device_kind, info.num_slots, info.dtype, sizes, info.default_sampler, after_s,
-    )  # fmt: skip
 
 
 def _end_process() -> None:

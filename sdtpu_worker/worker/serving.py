@@ -110,6 +110,18 @@ class Serving:
         """Jobs to hold at a time: two batches, so that one gathers and is encoded while the other is denoised."""
         return 2 * self.num_slots
 
+    def describe(self) -> str:
+        """Return in a line what this host serves, and how fast."""
+        info = self.engine.info
+        sizes = ", ".join(
+            f"{height}x{width} ({1000 * costs.step_s(info.num_devices):.1f} ms a step)"
+            for (height, width), costs in self.engine.costs.items()
+        )
+        return (
+            f"{info.num_devices} devices of kind {info.device_kind}, {info.num_slots} slots, {info.dtype}, {sizes},"
+            f" sampler {info.default_sampler} by default"
+        )
+
     def run(
         self,
         task_id: str,

@@ -17,7 +17,6 @@ from sdtpu_worker.client.routing import device_queues
 from sdtpu_worker.config import Config, read_config, read_setting
 from sdtpu_worker.contract.queues import shard_queues
 from sdtpu_worker.errors import ConfigurationError, SdtpuError
-from sdtpu_worker.operations.connections import connections_warning
 from sdtpu_worker.operations.result_checks import check_results
 from sdtpu_worker.plugin import POOL, given_options, is_device_pool
 
@@ -79,7 +78,6 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
         try:
             check_results(worker.app)
             self._services.start(worker.pool)
-            self._check_connections()
         except SdtpuError as exc:
             logger.critical("%s: %s", type(exc).__name__, exc)
             raise SystemExit(EX_FAILURE) from exc
@@ -92,23 +90,6 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
         worker.pool.serve(self._services)
         worker.concurrency = worker.consumer.initial_prefetch_count = worker.pool.limit
         worker.consumer.prefetch_multiplier = 1
-
-    def _check_connections(self) -> None:
-        """Refuse, or warn of, a Redis that grants too few connections for all jobs that this worker may hold.
-
-        Raises:
-            ConfigurationError: it can never grant them.
-        """
-        services = self._services
-        if services is None or services.deliveries is None or services.serving is None:
-            return
-        try:
-            warning = connections_warning(services.deliveries.client, services.serving.engine.info.num_slots)
-        except ConfigurationError:
-            services.stop(is_stuck=False)
-            raise
-        if warning:
-            logger.warning("%s", warning)
 
     def stop(self, worker: Any) -> None:
         """Wait for the pool's jobs, then stop the services."""

@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 
 from sdtpu_worker.errors import BrokerUnavailable
 from sdtpu_worker.operations.health import WorkerHealth
-from sdtpu_worker.testing.processes import free_port
+from sdtpu_worker.testing.processes import free_port, wait_for_line
 from tests.chaos.fleet import Fleet, Ledger, WorkerProcess, wait_until_no_key_is_left
 from tests.chaos.health_log import HealthLog
 from tests.chaos.proxies import FlakyProxy
@@ -39,8 +39,9 @@ class Stage:
 
     def __init__(self, stack: contextlib.ExitStack, folder) -> None:
         self.rng = random.Random(9)
-        self.ledger, self.sent_at = Ledger(), dict[str, float]()
-        self.server = stack.enter_context(RedisServer())
+        self.ledger = Ledger()
+        # with `everysec` a killed Redis forgets up to two seconds of claims and results while the disk is slow
+        self.server = stack.enter_context(RedisServer({"appendfsync": "always"}))
         self.proxy = stack.enter_context(FlakyProxy(self.server.url))
         self.app = stack.enter_context(client_app(self.server.url))
         settings = {"SDTPU_FAKE_STEP_MS": STEP_MS, "SDTPU_CPU_DEVICES": 4, "SDTPU_LEASE_S": LEASE_S}
@@ -65,7 +66,6 @@ class Stage:
         for i in range(count):
             time.sleep(max(0.0, begin + over_s * i / count - time.monotonic()))
             ids.append(self.ledger.add(self.rng.randrange(1, 2**31), self.rng.randrange(10, 51), **options))
-            self.sent_at[ids[-1]] = time.monotonic()
         return ids
 
     def are_done(self, ids: list[str]) -> bool:
@@ -147,7 +147,7 @@ def before(stage: Stage) -> tuple[int, int]:
 
 
 def test_redis_is_killed_and_restarted(stage: Stage, before: tuple[int, int], long: bool):
-    again_s, last_second = [], set()
+    again_s = []
     for _ in range(5 if long else 2):
         stage.send(60 if long else 24, over_s=3 if long else 1.5)
         lost_at = time.monotonic()
@@ -159,15 +159,10 @@ def test_redis_is_killed_and_restarted(stage: Stage, before: tuple[int, int], lo
         back_at = time.monotonic()
         again_s.append(stage.consumes_again_s())
         stage.check_verdicts(lost_at, back_at, time.monotonic())
-        last_second |= {task_id for task_id, at in stage.sent_at.items() if lost_at - 1 < at < lost_at}
-    stage.ledger.wait(90)
-    lost = last_second - stage.ledger.results.keys()
     stage.finish(
-        "Redis killed and restarted",
-        *before,
-        f"; {len(again_s)} kills, both workers had done new jobs {max(again_s):.1f} s after it was back at the latest;"
-        f" {len(lost)} of {len(last_second)} jobs of the last second before a kill lost",
-    )
+        "Redis killed and restarted", *before,
+        f"; {len(again_s)} kills, both workers had done new jobs {max(again_s):.1f} s after it was back at the latest",
+    )  # fmt: skip
     assert max(again_s) < 10
 
 
@@ -235,3 +230,26 @@ def test_the_workers_end_in_good_order(stage: Stage):
         worker.process.terminate()
     assert [worker.process.wait(60) for worker in stage.workers] == [0, 0]
     assert not any("Traceback" in worker.text() for worker in stage.workers)
+
+
+def test_a_worker_that_starts_before_its_redis_waits_for_it_and_serves(tmp_path):
+    with RedisServer() as server, client_app(server.url), Fleet(server.url, tmp_path) as fleet:
+        server.stop()
+        worker = fleet.launch("early")
+        wait_for_line(worker.process, worker.log, "Redis cannot be reached yet", 60)
+        wait_for_line(worker.process, worker.log, "Cannot connect to redis://", 60)
+        server.start()
+        ledger = Ledger()
+        ledger.add(seed=3, steps=5)
+        ledger.wait(60)
+        assert worker.stop() == 0
+
+
+def test_a_worker_that_starts_before_a_redis_with_too_few_connections_is_refused_when_it_comes(tmp_path):
+    with RedisServer({"maxclients": "30"}) as server, Fleet(server.url, tmp_path, SDTPU_CPU_DEVICES="8") as fleet:
+        server.stop()
+        worker = fleet.launch("early")
+        wait_for_line(worker.process, worker.log, "Cannot connect to redis://", 60)
+        server.start()
+        wait_for_line(worker.process, worker.log, "ConfigurationError: Redis grants 30 connections", 60)
+        assert worker.process.wait(60) == 1

@@ -140,8 +140,9 @@ def test_time_limits_end_a_running_job_with_celerys_own_exceptions(app, worker):
 
 
 def test_an_urgent_job_takes_a_slot_even_from_behind_the_prefetch_limit(app, worker):
-    low = [order(250, seed=i, priority=9) for i in range(12)]
-    wait_for(low[0], is_denoising)
+    # long enough that no slot is free while the urgent job comes from the queue
+    low = [order(700, seed=i, priority=9) for i in range(8)]
+    wait_for(low[1], is_denoising)
     wait_for(low[3], lambda job: job.state in ("STARTED", "PROGRESS"))
     sent_at = time.monotonic()
     urgent = order(4, seed=99, priority=0)
@@ -152,7 +153,7 @@ def test_an_urgent_job_takes_a_slot_even_from_behind_the_prefetch_limit(app, wor
     for job in low:
         job.get(timeout=120)
     for i in (0, 1):
-        np.testing.assert_array_equal(pixels_of(low[i]), pixels_of(order(250, seed=i)), "as without preemption")
+        np.testing.assert_array_equal(pixels_of(low[i]), pixels_of(order(700, seed=i)), "as without preemption")
     stats = next(iter(app.control.inspect(timeout=5).stats().values()))
     assert stats["pool"]["sdtpu"]["loop"]["preemptions"] >= 1
     assert stats["pool"]["sdtpu"]["traces_since_ready"] == 0

@@ -115,7 +115,7 @@ def plan_ahead(engine: Engine, jobs: Sequence[PreparedJob], tick_s: float) -> It
     """Yield ticks of equal work for devices with one slot each that know their jobs."""
     (lane,) = engine.info.resolutions
     cost = engine.costs[lane].cost
-    work_s = {job.task_id: job.num_inference_steps * cost.step_s + cost.insert_s + cost.decode_s for job in jobs}
+    work_s = {job.task_id: job.num_steps * cost.step_s + cost.insert_s + cost.decode_s for job in jobs}
     loads = [(0.0, d) for d in range(engine.info.num_devices)]
     queues: list[deque[PreparedJob]] = [deque() for _ in loads]
     for job in sorted(jobs, key=lambda job: -work_s[job.task_id]):
@@ -140,7 +140,7 @@ def _phases(
             decode, held = (0, held[0]), None
         if held is None and queue:
             job = queue.popleft()
-            insert, held = (0, job.task_id), (job.task_id, job.num_inference_steps)
+            insert, held = (0, job.task_id), (job.task_id, job.num_steps)
         tick_s -= (decode is not None) * cost.decode_s + (insert is not None) * cost.insert_s
         steps = min(held[1], max(1, round(tick_s / cost.step_s))) if held else 0
         tick_s -= steps * cost.step_s

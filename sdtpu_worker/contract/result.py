@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -72,6 +72,7 @@ class GenerationResult:
         nsfw_content_detected: the safety checker's verdict; the image is black if it is True. None without a checker.
         timings: how long the job took.
         batch: the device and the slot that made the image.
+        options: the other parameters that were given, such as `sigmas` and `clip_skip`.
     """
 
     task_id: str
@@ -87,6 +88,7 @@ class GenerationResult:
     nsfw_content_detected: bool | None
     timings: Timings
     batch: BatchPlace
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a JSON-compatible dict, with the seed also as text: JavaScript rounds large integers."""

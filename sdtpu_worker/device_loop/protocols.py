@@ -36,16 +36,16 @@ class Job(Protocol):
         """The job's resolution, `(height, width)` in pixels."""
 
     @property
-    def num_inference_steps(self) -> int:
-        """Denoising steps from the start to the image."""
+    def num_steps(self) -> int:
+        """Denoising steps from the start to the image, each one evaluation of the model."""
 
 
 class ServableJob(Job, Protocol):
     """What the worker reads of a prepared job besides."""
 
     @property
-    def sampler(self) -> str:
-        """The sampler that draws the image: the request's, or the checkpoint's own."""
+    def parameters(self) -> Mapping[str, Any]:
+        """What the image is made with besides prompts and seed: `num_inference_steps`, `guidance_scale`, `sampler`."""
 
     @property
     def truncated(self) -> bool:

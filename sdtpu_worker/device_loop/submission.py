@@ -137,7 +137,7 @@ class Submission:
     ) -> Submission:
         """Return a job that waits for its first slot here, to start or to resume from a snapshot."""
         steps_done = snapshot.step if snapshot is not None else 0
-        progress = Progress(steps_done, job.num_inference_steps, True, "waiting for a slot")
+        progress = Progress(steps_done, job.num_steps, True, "waiting for a slot")
         submission = cls(job, terms, may_start, snapshot, progress, now, alone, steps_done)
         submission.is_foreign = snapshot is not None
         submission.future.add_done_callback(lambda _: submission.moved.set())
@@ -222,4 +222,4 @@ class Submission:
 
 def is_of_job(snapshot: Snapshot, job: Job) -> bool:
     """Return whether a job can resume from a snapshot: it is at one of the job's steps, and has no NaN."""
-    return 0 <= snapshot.step <= job.num_inference_steps and snapshot.finite
+    return 0 <= snapshot.step <= job.num_steps and snapshot.finite

@@ -9,20 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax.errors import FlaxError
 from jax.sharding import Mesh
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
-from sdtpu_worker.diffusion.programs import (
-    Geometry,
-    lower_preview,
-    lower_restore,
-    lower_safety_check,
-    lower_snapshot,
-    lower_tick,
-)
+from sdtpu_worker.diffusion.programs import lower_preview, lower_restore, lower_snapshot, lower_tick
+from sdtpu_worker.diffusion.safety import lower_safety_check
+from sdtpu_worker.diffusion.slots import Geometry
 from sdtpu_worker.errors import InvalidCheckpoint
 
 _TICK, _SNAPSHOT, _RESTORE, _PREVIEW, _SAFETY = "tick", "snapshot", "restore", "preview", "safety check"
@@ -63,7 +57,7 @@ def compile_programs(
 
     Args:
         checkpoint: the loaded model.
-        params: `tick_params` of the checkpoint on the mesh, replicated.
+        params: of the checkpoint on the mesh, replicated.
         safety_params: the safety checker's parameters on the mesh, replicated; None without one.
         geometries: the sizes of every lane.
         mesh: the devices.
@@ -75,8 +69,9 @@ def compile_programs(
     """
     started = time.monotonic()
     lowered = _lower_lanes(checkpoint, params, geometries, mesh, with_previews)
-    if safety_params is not None:
-        lowered[_SAFETY, None] = lower_safety_check(checkpoint, safety_params, mesh)
+    if checkpoint.safety_checker is not None:
+        checker = checkpoint.safety_checker
+        lowered[_SAFETY, None] = lower_safety_check(checker.network, checker.crop, safety_params, mesh)
     traced = time.monotonic()
     counts = cache.counts() if cache else (0, 0)
     with ThreadPoolExecutor(len(lowered)) as threads:
@@ -106,12 +101,12 @@ def _lower_lanes(
     lowered: dict[tuple[str, Lane | None], jax.stages.Lowered] = {}
     try:
         for lane, geometry in geometries.items():
-            lowered[_TICK, lane] = lower_tick(checkpoint, params, geometry, mesh)
+            lowered[_TICK, lane] = lower_tick(checkpoint.family, params, geometry, mesh)
             lowered[_SNAPSHOT, lane] = lower_snapshot(geometry, mesh)
             lowered[_RESTORE, lane] = lower_restore(geometry, mesh)
             if with_previews:
                 lowered[_PREVIEW, lane] = lower_preview(geometry, mesh)
-    except (FlaxError, TypeError, ValueError) as exc:
+    except (LookupError, TypeError, ValueError) as exc:
         first_line = str(exc).strip().split("\n", 1)[0]
         raise InvalidCheckpoint(f"{checkpoint.name}: the parameters do not fit the configs: {first_line}") from exc
     return lowered

@@ -22,11 +22,12 @@ from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs
 from sdtpu_worker.diffusion.engine_io import Calibration, Tick, by_device
+from sdtpu_worker.diffusion.families.family import Family
 from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
-from sdtpu_worker.diffusion.programs import NOTHING, Geometry, Instructions, SlotState, tick_params
 from sdtpu_worker.diffusion.reference_image import find_lost_devices
 from sdtpu_worker.diffusion.safety import SafetyChecker
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
+from sdtpu_worker.diffusion.slots import NOTHING, Geometry, Instructions, Slots
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of, layout_of
 from sdtpu_worker.errors import ConfigurationError
 
@@ -70,22 +71,23 @@ class Engine:
         with_previews: bool = False,
     ) -> None:
         self.checkpoint, self.has_previews, self.mesh = checkpoint, with_previews, make_mesh(devices)
-        lanes = tuple(dict.fromkeys(resolutions or (checkpoint.default_size,)))
-        _check_sizes(checkpoint, lanes)
-        self._geometries = {lane: Geometry.of(checkpoint, len(devices), slots_per_device, *lane) for lane in lanes}
+        family = checkpoint.family
+        lanes = tuple(dict.fromkeys(resolutions or (family.default_size,)))
+        _check_sizes(family, lanes)
+        self._geometries = {lane: Geometry.of(family, len(devices), slots_per_device, *lane) for lane in lanes}
         self._layouts = {lane: layout_of(geometry) for lane, geometry in self._geometries.items()}
         kind = devices[0].device_kind
         self.fingerprints = {lane: fingerprint_of(checkpoint, lane, slots_per_device, kind) for lane in lanes}
-        self.params = put(tick_params(checkpoint.params), self.mesh, REPLICATED)
+        self.params = put(checkpoint.params, self.mesh, REPLICATED)
         safety_params = None
         if checkpoint.safety_checker is not None:
-            safety_params = put(checkpoint.params["safety_checker"], self.mesh, REPLICATED)
+            safety_params = put(checkpoint.safety_checker.params, self.mesh, REPLICATED)
         self._programs = compile_programs(
             checkpoint, self.params, safety_params, self._geometries, self.mesh, with_previews, compile_cache
         )
         self._safety = None
         if self._programs.safety_check is not None:
-            extractor = checkpoint.feature_extractor
+            extractor = checkpoint.safety_checker.extractor
             self._safety = SafetyChecker(self._programs.safety_check, safety_params, extractor, self.mesh)
         self.info = _describe(checkpoint, devices, self._geometries, self._programs)
         self._calibration: Calibration | None = None
@@ -136,7 +138,7 @@ class Engine:
         return self._traces.count()
 
     def prepare(self, task_id: str, request: GenerationRequest, key_data: np.ndarray | None = None) -> PreparedJob:
-        """Do the host's part of a job: tokenise, make the coefficient table, make the key.
+        """Do the host's part of a job: tokenise, make the coefficient table and the key.
 
         Args:
             task_id: names the job in plans.
@@ -146,11 +148,7 @@ class Engine:
         Raises:
             InvalidRequest: this engine does not serve the size or the sampler, or there is no seed.
         """
-        return prepare_job(self.checkpoint, self._geometries, self.tokenise, task_id, request, key_data)
-
-    def tokenise(self, prompts: list[str]) -> tuple[np.ndarray, bool]:
-        """Return token ids, `(len(prompts), 77) int32`, and whether any prompt had to be cut."""
-        return self.checkpoint.tokenizer.encode(prompts)
+        return prepare_job(self.checkpoint, self._geometries, task_id, request, key_data)
 
     def execute(
         self, plan: Plan, jobs: Mapping[str, PreparedJob], snapshots: Mapping[str, JobSnapshot] | None = None
@@ -257,9 +255,11 @@ class Engine:
                 if phase.insert:
                     row.insert_slot[i, p], task_id = phase.insert
                     job = jobs[task_id]
-                    row.prompt_ids[i, p], row.key_data[i, p], row.table[i, p] = job.prompt_ids, job.key_data, job.table
-                    row.num_steps[i, p], row.guidance_scale[i, p] = job.num_inference_steps, job.guidance_scale
-                    row.init_noise_sigma[i, p] = job.init_noise_sigma
+                    for name, array in job.inputs.items():
+                        row.inputs[name][i, p] = array
+                    row.key_data[i, p], row.table[i, p] = job.key_data, job.table
+                    row.num_steps[i, p], row.init_noise_sigma[i, p] = job.num_steps, job.init_noise_sigma
+                    row.guidance_scale[i, p], row.guidance_rescale[i, p] = job.guidance_scale, job.guidance_rescale
         return todo
 
     def _take_off(self, lane: Lane, places: Sequence[Place]) -> dict[str, JobSnapshot]:
@@ -268,11 +268,12 @@ class Engine:
             return {}
         slots = put(self._slot_of_each_device(places), self.mesh, SHARDED)
         states = self._programs.snapshots[lane](self._slots[lane], slots)
-        rows = [by_device(leaf) for leaf in states]
+        leaves, structure = jax.tree.flatten(states)
+        rows = [by_device(leaf) for leaf in leaves]
         snapshots = {}
         for place in places:
-            arrays = SlotState(*(leaf[place.device] for leaf in rows))
-            for array in arrays:
+            arrays: Slots = jax.tree.unflatten(structure, [leaf[place.device] for leaf in rows])
+            for array in jax.tree.leaves(arrays):
                 array.copy_to_host_async()
             snapshots[place.task_id] = JobSnapshot(self.fingerprints[lane], lane, arrays)
         return snapshots
@@ -280,7 +281,7 @@ class Engine:
     def _put_back(self, lane: Lane, snapshots: Mapping[Place, JobSnapshot]) -> None:
         slots, states = self._slot_of_each_device(snapshots, NOTHING), self._geometries[lane].empty_states()
         for place, snapshot in snapshots.items():
-            for leaf, row in zip(states, snapshot.state, strict=True):
+            for leaf, row in zip(jax.tree.leaves(states), jax.tree.leaves(snapshot.state), strict=True):
                 leaf[place.device] = row[0]
         restored = self._programs.restores[lane](self._slots[lane], *put((slots, states), self.mesh, SHARDED))
         self._slots[lane] = restored
@@ -297,17 +298,17 @@ class Engine:
         return slots
 
 
-def _check_sizes(checkpoint: Checkpoint, lanes: Iterable[Lane]) -> None:
+def _check_sizes(family: Family, lanes: Iterable[Lane]) -> None:
     """Make sure that the model can draw images of these sizes.
 
     Raises:
         ConfigurationError: it cannot.
     """
-    multiple = checkpoint.vae_scale_factor * 2 ** (len(checkpoint.unet.config.block_out_channels) - 1)
     for lane in lanes:
-        if any(side % multiple for side in lane):
+        if any(side % family.size_multiple for side in lane):
             raise ConfigurationError(
-                f"sdtpu_resolutions must be multiples of {multiple} pixels for this checkpoint, got {format_size(lane)}"
+                f"sdtpu_resolutions must be multiples of {family.size_multiple} pixels for this checkpoint,"
+                f" got {format_size(lane)}"
             )
 
 
@@ -320,7 +321,7 @@ def _describe(
     geometry = next(iter(geometries.values()))
     return EngineInfo(
         model=checkpoint.name,
-        default_sampler=checkpoint.default_sampler,
+        default_sampler=checkpoint.defaults.sampler,
         dtype=checkpoint.dtype.__name__,
         platform=devices[0].platform,
         device_kind=devices[0].device_kind,

@@ -25,7 +25,7 @@ def generate(engine: Engine, jobs: Sequence[PreparedJob], steps_per_tick: int = 
     aggregator = Aggregator(costs, info.slots_per_device, info.phases_per_tick, tick_s=1.0)
     by_id = {job.task_id: job for job in jobs}
     for job in by_id.values():
-        aggregator.add(job.task_id, job.lane, job.num_inference_steps, now=0.0)
+        aggregator.add(job.task_id, job.lane, job.num_steps, now=0.0)
     images: dict[str, DecodedImage] = {}
     ticks: deque[Tick] = deque()
     while (plan := aggregator.plan(now=0.0)) or ticks:

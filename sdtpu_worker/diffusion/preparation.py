@@ -1,9 +1,10 @@
-"""The host's part of a job, done before a slot is free: token ids, the coefficient table, the key."""
+"""The host's part of a job, done before a slot is free: what the family encodes, the coefficient table, the key."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,19 +20,24 @@ class PreparedJob:
     """A job that is ready to be inserted.
 
     Attributes:
-        prompt_ids: `(2, 77) int32`, negative prompt first.
+        parameters: what the image is made with besides prompts and seed, as results report it; no default is left.
+        num_steps: denoising steps of the devices: the rows of the table that count.
+        inputs: by name, what the family encodes when the job gets its slot.
         key_data: `(2,) uint32`, high and low word of the key.
+        guidance_scale, guidance_rescale: as in the request.
+        init_noise_sigma: what the initial noise is multiplied by.
         table: `(MAX_STEPS, columns) float32` coefficients.
         truncated: a prompt had more tokens than the text encoder takes.
     """
 
     task_id: str
     lane: Lane
-    sampler: str
-    prompt_ids: np.ndarray
+    parameters: Mapping[str, Any]
+    num_steps: int
+    inputs: Mapping[str, np.ndarray]
     key_data: np.ndarray
-    num_inference_steps: int
     guidance_scale: float
+    guidance_rescale: float
     init_noise_sigma: float
     table: np.ndarray
     truncated: bool
@@ -40,7 +46,6 @@ class PreparedJob:
 def prepare_job(
     checkpoint: Checkpoint,
     lanes: Collection[Lane],
-    tokenise: Callable[[list[str]], tuple[np.ndarray, bool]],
     task_id: str,
     request: GenerationRequest,
     key_data: np.ndarray | None,
@@ -50,36 +55,38 @@ def prepare_job(
     Args:
         checkpoint: the loaded model.
         lanes: the resolutions that have programs.
-        tokenise: returns the token ids of prompts, and whether any had to be cut.
         task_id: names the job in plans.
         request: with a seed, unless `key_data` is given.
         key_data: `(2,) uint32`, raw key words (for split keys), instead of the request's seed.
 
     Raises:
-        InvalidRequest: no lane has the size, the sampler is not known, or there is no seed.
+        InvalidRequest: no lane has the size, the sampler is not known, there is no seed, or the model cannot do it.
     """
-    height, width = checkpoint.default_size
+    request = checkpoint.defaults.fill(request)
+    height, width = checkpoint.family.default_size
     lane = (request.height or height, request.width or width)
     if lane not in lanes:
         raise InvalidRequest(
             f"height x width must be one of {', '.join(map(format_size, lanes))} (sdtpu_resolutions),"
             f" got {format_size(lane)}"
         )
-    sampler = request.sampler or checkpoint.default_sampler
-    table = make_table(sampler, checkpoint.schedule, request.num_inference_steps)
+    table = make_table(
+        checkpoint.schedule, request.sampler, request.num_inference_steps, request.sigmas, request.eta
+    )
     if key_data is None:
         if request.seed is None:
             raise InvalidRequest("seed is missing: pass one, or the key's words")
         key_data = np.array([request.seed >> 32, request.seed & 0xFFFFFFFF], np.uint32)
-    prompt_ids, truncated = tokenise([request.negative_prompt, request.prompt])
+    inputs, truncated = checkpoint.family.make_inputs(request, lane)
     return PreparedJob(
         task_id=task_id,
         lane=lane,
-        sampler=sampler,
-        prompt_ids=prompt_ids,
+        parameters=request.parameters(),
+        num_steps=table.num_rows,
+        inputs=inputs,
         key_data=np.asarray(key_data, np.uint32),
-        num_inference_steps=table.num_inference_steps,
         guidance_scale=request.guidance_scale,
+        guidance_rescale=request.guidance_rescale,
         init_noise_sigma=table.init_noise_sigma,
         table=table.rows,
         truncated=truncated,

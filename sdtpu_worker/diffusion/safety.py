@@ -6,11 +6,12 @@ import threading
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
-from sdtpu_worker.diffusion.sharding import AXIS, SHARDED, put
+from sdtpu_worker.diffusion.sharding import AXIS, REPLICATED, SHARDED, put
 
 
 class SafetyChecker:
@@ -33,7 +34,7 @@ class SafetyChecker:
         Args:
             pixels: `(height, width, 3) uint8`.
         """
-        features = self._extractor(Image.fromarray(pixels), return_tensors="np").pixel_values
+        features = np.asarray(self._extractor(Image.fromarray(pixels), return_tensors="np").pixel_values)
         count = self._mesh.shape[AXIS]
         batch = np.zeros((count, *features.shape[1:]), np.float32)
         batch[0] = features[0]
@@ -41,3 +42,31 @@ class SafetyChecker:
         with self._lock:
             flags = self._program(self._params, *put((batch, wanted), self._mesh, SHARDED))
         return bool(np.asarray(flags)[0])
+
+
+def lower_safety_check(network: Any, crop: tuple[int, int], params: Any, mesh: Mesh) -> jax.stages.Lowered:
+    """Trace and lower the safety checker.
+
+    Args:
+        network: the checker, a `models.network.Network`.
+        crop: `(height, width)` of what it looks at, in pixels.
+        params: its parameters on the mesh, replicated.
+        mesh: the devices.
+
+    Returns:
+        What `.compile()` makes `check(params, pixel_values (D, 3, H, W) float32, wanted (D,) bool) -> (D,) bool` of.
+    """
+
+    def local_check(params: Any, pixel_values: jax.Array, wanted: jax.Array) -> jax.Array:
+        def run() -> jax.Array:
+            return network(params, pixel_values.transpose(0, 2, 3, 1))
+
+        return jax.lax.cond(wanted[0], run, lambda: jnp.zeros(1, bool))
+
+    check = jax.shard_map(
+        local_check, mesh=mesh, in_specs=(REPLICATED, SHARDED, SHARDED), out_specs=SHARDED, check_vma=False
+    )
+    sharded, count = NamedSharding(mesh, SHARDED), mesh.shape[AXIS]
+    pixel_values = jax.ShapeDtypeStruct((count, 3, *crop), jnp.float32, sharding=sharded)
+    wanted = jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=sharded)
+    return jax.jit(check).lower(params, pixel_values, wanted)

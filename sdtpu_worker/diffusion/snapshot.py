@@ -20,7 +20,7 @@ import numpy as np
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.preparation import PreparedJob
-from sdtpu_worker.diffusion.programs import Geometry, SlotState
+from sdtpu_worker.diffusion.slots import Geometry, Slots
 from sdtpu_worker.errors import SnapshotMismatch
 
 _SAMPLE_BYTES = 4096
@@ -35,17 +35,17 @@ class JobSnapshot:
     Attributes:
         fingerprint: of the configuration that it was made in; see `fingerprint_of`.
         lane: its resolution.
-        arrays: a `SlotState` of `(1, …)` arrays, on their way from the device or on the host.
+        arrays: `Slots` of `(1, …)` arrays, on their way from the device or on the host.
     """
 
     fingerprint: str
     lane: Lane
-    arrays: SlotState
+    arrays: Slots
 
     @functools.cached_property
-    def state(self) -> SlotState:
+    def state(self) -> Slots:
         """The state as host arrays; waits for the copy from the device."""
-        return SlotState(*map(np.asarray, self.arrays))
+        return jax.tree.map(np.asarray, self.arrays)
 
     @property
     def step(self) -> int:
@@ -70,18 +70,19 @@ class JobSnapshot:
             )
 
     def check_job(self, job: PreparedJob) -> None:
-        """Make sure that the snapshot is of this job: its coefficients, guidance and step counts are the job's own.
+        """Make sure that the snapshot is of this job: its coefficients, guidance, key and step counts are the job's own.
 
         Bytes that somebody forged can then choose only latents, their history and encoded prompts.
 
         Raises:
             SnapshotMismatch: the snapshot is of another job, or of a step that the job does not have.
         """
-        state, num_steps = self.state, job.num_inference_steps
+        state, num_steps = self.state, job.num_steps
         is_of_job = (
             self.lane == job.lane
             and state.num_steps[0] == num_steps
             and state.guidance_scale[0] == np.float32(job.guidance_scale)
+            and np.array_equal(state.key_data[0], job.key_data)
             and np.array_equal(state.table[0], job.table)
         )
         if not is_of_job:
@@ -90,13 +91,13 @@ class JobSnapshot:
             raise SnapshotMismatch(f"the snapshot is at step {self.step} of {num_steps}: start the job anew")
 
     def to_bytes(self) -> bytes:
-        """Return the snapshot compressed: a line with fingerprint and lane, then the arrays in `SlotState`'s order."""
+        """Return the snapshot compressed: a line with fingerprint and lane, then the arrays in the order of `Slots`' leaves."""
         head = f"{self.fingerprint} {self.lane[0]} {self.lane[1]}\n".encode()
-        body = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in self.state)
+        body = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(self.state))
         return zlib.compress(head + body, level=1)
 
     @classmethod
-    def from_bytes(cls, data: bytes, layouts: Mapping[Lane, SlotState]) -> JobSnapshot:
+    def from_bytes(cls, data: bytes, layouts: Mapping[Lane, Slots]) -> JobSnapshot:
         """Read what `to_bytes` wrote, from bytes that may come from anybody.
 
         Args:
@@ -106,7 +107,7 @@ class JobSnapshot:
         Raises:
             SnapshotMismatch: the bytes are not a snapshot of one of these lanes.
         """
-        sizes = {lane: [_num_bytes(leaf) for leaf in layout] for lane, layout in layouts.items()}
+        sizes = {lane: [_num_bytes(leaf) for leaf in jax.tree.leaves(layout)] for lane, layout in layouts.items()}
         most = _HEAD_BYTES + max(map(sum, sizes.values()), default=0)
         inflate = zlib.decompressobj()
         try:
@@ -121,15 +122,18 @@ class JobSnapshot:
                 f"these {len(data):,} bytes are not a snapshot of any resolution served here: start the job anew"
             )
         leaves, start = [], 0
-        for leaf, size in zip(layouts[lane], sizes[lane], strict=True):
+        shapes, structure = jax.tree.flatten(layouts[lane])
+        for leaf, size in zip(shapes, sizes[lane], strict=True):
             leaves.append(np.frombuffer(body, leaf.dtype, math.prod(leaf.shape), start).reshape(leaf.shape))
             start += size
-        return cls(facts[1].decode(), lane, SlotState(*leaves))
+        return cls(facts[1].decode(), lane, jax.tree.unflatten(structure, leaves))
 
 
-def layout_of(geometry: Geometry) -> SlotState:
+def layout_of(geometry: Geometry) -> Slots:
     """Return the `(1, …)` shapes and dtypes of one job's state."""
-    return SlotState(*(jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for leaf in geometry.empty_states()))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), geometry.empty_states()
+    )
 
 
 def fingerprint_of(checkpoint: Checkpoint, lane: Lane, slots_per_device: int, device_kind: str) -> str:
@@ -141,7 +145,7 @@ def fingerprint_of(checkpoint: Checkpoint, lane: Lane, slots_per_device: int, de
     digest = hashlib.blake2b(digest_size=16)
     facts: list[Any] = [jax.__version__, jaxlib.__version__, device_kind, jax.local_device_count()]
     facts += [str(checkpoint.dtype), lane, slots_per_device]
-    facts += [_plain(checkpoint.schedule.config), _plain(checkpoint.unet.config), _plain(checkpoint.vae.config)]
+    facts += [_plain(checkpoint.schedule.config), _plain(checkpoint.family.facts())]
     digest.update(repr(facts).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):
         array = np.asarray(leaf).reshape(-1)

@@ -32,7 +32,7 @@ class FakeJob:
     """What a `DeviceLoop` reads of a job, and the number from which `FakeEngine` counts."""
 
     task_id: str
-    num_inference_steps: int
+    num_steps: int
     lane: Lane = (64, 64)
     value: int = 0
 
@@ -68,12 +68,12 @@ class FakeSnapshot:
         return json.dumps(vars(self)).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes, num_inference_steps: int | None = None) -> FakeSnapshot:
+    def from_bytes(cls, data: bytes, num_steps: int | None = None) -> FakeSnapshot:
         """Read what `to_bytes` wrote, from bytes of any origin.
 
         Args:
             data: the bytes.
-            num_inference_steps: steps of the job that the snapshot must be of; None for any.
+            num_steps: steps of the job that the snapshot must be of; None for any.
 
         Raises:
             SnapshotMismatch: the bytes are not a snapshot of such a job.
@@ -88,7 +88,7 @@ class FakeSnapshot:
         types = [type(value) for value in vars(snapshot).values()]
         if types != [str, int, int, int, str] or min(step, left) < 0 or not 1 <= step + left <= MAX_STEPS:
             raise SnapshotMismatch("these bytes are no fake snapshot: start the job anew")
-        if num_inference_steps not in (None, step + left):
+        if num_steps not in (None, step + left):
             raise SnapshotMismatch(f"the fake snapshot is of a job of {step + left:,} steps: start the job anew")
         return snapshot
 
@@ -165,7 +165,7 @@ class FakeEngine:
                     images.append(FakeImage(held.task_id, d, phase.decode[0], held.value, finite))
                 if phase.insert:
                     job = jobs[phase.insert[1]]
-                    state = FakeSnapshot(job.task_id, job.value, 0, job.num_inference_steps)
+                    state = FakeSnapshot(job.task_id, job.value, 0, job.num_steps)
                     self.slots[plan.lane, d, phase.insert[0]] = state
                 self._advance(plan.lane, d, phase.steps)
         if self._durations:

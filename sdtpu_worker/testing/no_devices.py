@@ -55,7 +55,7 @@ def stand_in(image_store: str | None = "memory://sdtpu-stand-in") -> Iterator[No
 def _draw(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Do what a device worker does for a job, without a device; see `sdtpu_worker.worker.run_job`."""
     task_id = task.request.id
-    request = GenerationRequest.parse(args, kwargs).with_seed(task_id)
+    request = GenerationRequest.parse(args, kwargs).with_seed(task_id).with_defaults(SAMPLER_NAMES[0])
     width, height = request.width or _SIDE, request.height or _SIDE
     data = _picture(request, width, height)
     url = read_setting("sdtpu_image_store", task.app.conf)
@@ -68,14 +68,13 @@ def _draw(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         seed=request.seed,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        sampler=request.sampler or SAMPLER_NAMES[0],
+        **request.parameters(),
         model=MODEL,
         prompt_truncated=False,
         nsfw_content_detected=None,
         timings=Timings(queued_s=0.0, device_s=0.0, total_s=0.0),
         batch=BatchPlace(device=0, slot=0, occupied=1, num_slots=1),
+        options=request.options(),
     ).to_json()
 
 

@@ -154,7 +154,7 @@ class Serving:
         num_slots = self.num_slots
         logger.info(
             "task %s: %d steps in %.2f s on device %d slot %d, %d of %d slots in use",
-            task_id, request.num_inference_steps, device_s, finished.device, finished.slot, finished.occupied,
+            task_id, job.num_steps, device_s, finished.device, finished.slot, finished.occupied,
             num_slots,
         )  # fmt: skip
         return GenerationResult(
@@ -169,6 +169,7 @@ class Serving:
                 total_s=round(total_s, 4),
             ),
             batch=BatchPlace(finished.device, finished.slot, finished.occupied, num_slots),
+            options=request.options(),
         )
 
     def _denoise(self, job: ServableJob, control: JobControl) -> Finished:
@@ -201,13 +202,11 @@ class Serving:
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
             "seed": request.seed,
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "sampler": job.sampler,
+            **job.parameters,
             "model": self.engine.info.model,
         }
         with self.trace.span("encode", job.task_id):
-            data = encode_image(pixels, request.image_format, parameters)
+            data = encode_image(pixels, request.image_format, {**parameters, **request.options()})
         with self.trace.span("store", job.task_id):
             uri = self.store.put(job.task_id, request.image_format, data, self._give_up)
         height, width = job.lane

@@ -45,7 +45,7 @@ class PictureJob(FakeJob):
     """A job of the fake engine, with what a worker reads of it."""
 
     prompt: str = ""
-    sampler: str = "ddim"
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     truncated: bool = False
 
 
@@ -70,11 +70,12 @@ class PictureEngine(FakeEngine):
     def prepare(self, task_id: str, request: GenerationRequest) -> PictureJob:
         """Make a job that counts from its seed on."""
         count = expected_count(request.seed or 0, 0)
+        request = request.with_defaults("ddim")
         prompt = request.prompt if os.environ.get("SDTPU_FAKE_ACCIDENTS") != "off" else ""
         if prompt in ("raise", "nan"):
             accident = "poison" if prompt == "raise" else "nan"
             setattr(self, accident, getattr(self, accident) | {task_id})
-        return PictureJob(task_id, request.num_inference_steps, LANE, count, prompt)
+        return PictureJob(task_id, request.num_inference_steps, LANE, count, prompt, request.parameters())
 
     def check_safety(self, pixels: np.ndarray) -> None:
         """Have no safety checker."""
@@ -84,7 +85,7 @@ class PictureEngine(FakeEngine):
 
     def read_snapshot(self, data: bytes, job: FakeJob) -> FakeSnapshot:
         """Rebuild what `to_bytes` gave."""
-        return FakeSnapshot.from_bytes(data, job.num_inference_steps)
+        return FakeSnapshot.from_bytes(data, job.num_steps)
 
     def draw(self, count: int) -> np.ndarray:
         """Return a picture of a count."""

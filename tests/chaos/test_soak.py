@@ -364,7 +364,7 @@ def test_an_hour_of_mixed_load_in_virtual_time_leaves_nothing_in_the_loop(long, 
             error = submission.future.exception(0)
             ends["picture" if error is None else type(error).__name__] += 1
             if error is None:
-                assert submission.future.result().pixels == job.value + job.num_inference_steps
+                assert submission.future.result().pixels == job.value + job.num_steps
         submissions.clear()
         del submission, job, error
         unwanted.clear()

@@ -109,13 +109,13 @@ def test_fixed_batches_run_to_their_end_and_nobody_joins(bucketed, slots):
     policy, engine = FixedBatches({LANE: COSTS}, slots, 2, bucketed), FakeEngine()
     jobs = {str(i): FakeJob(str(i), STEPS[i % 4], lane=LANE) for i in range(60)}
     for task_id, job in jobs.items():
-        policy.add(task_id, LANE, job.num_inference_steps, 0.0)
+        policy.add(task_id, LANE, job.num_steps, 0.0)
     images = {}
     batches = []
     while plan := policy.plan(0.0):
         if started := set(plan.inserted()):
             batches.append(started)
         images |= {image.task_id: image.pixels for image in engine.execute(plan, jobs).wait()}
-    assert images == {task_id: job.num_inference_steps for task_id, job in jobs.items()}
+    assert images == {task_id: job.num_steps for task_id, job in jobs.items()}
     if bucketed:
-        assert all(len({jobs[task_id].num_inference_steps for task_id in batch}) == 1 for batch in batches)
+        assert all(len({jobs[task_id].num_steps for task_id in batch}) == 1 for batch in batches)

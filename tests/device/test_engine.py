@@ -446,7 +446,7 @@ def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engin
     for submission, image in zip(submissions, wanted, strict=True):
         np.testing.assert_array_equal(submission.future.result(30).pixels, image.pixels)
     loop.close()
-    total = sum(submission.job.num_inference_steps for submission in submissions)
+    total = sum(submission.job.num_steps for submission in submissions)
     assert steps + loop.stats.job_steps == total, "no step was lost or repeated"
 
 

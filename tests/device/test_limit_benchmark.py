@@ -22,6 +22,6 @@ def test_the_bare_loop_of_the_limit_makes_every_picture_once_in_balanced_ticks()
     for plan in limit.plan_ahead(shape, list(jobs.values()), 0.4):
         images |= {image.task_id: image.pixels for image in engine.execute(plan, jobs).wait()}
         seconds += COSTS.tick_s(plan)
-    assert images == {task_id: job.num_inference_steps for task_id, job in jobs.items()}
-    ideal_s = sum(job.num_inference_steps * 0.03 + 0.06 for job in jobs.values()) / 8
+    assert images == {task_id: job.num_steps for task_id, job in jobs.items()}
+    ideal_s = sum(job.num_steps * 0.03 + 0.06 for job in jobs.values()) / 8
     assert ideal_s / seconds > 0.93

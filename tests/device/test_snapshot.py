@@ -79,7 +79,7 @@ def test_a_job_goes_on_bit_for_bit_on_another_device_and_slot(engine):
 
 def test_a_plan_parks_one_job_for_another_and_resumes_it_with_both_bit_for_bit(engine):
     job, other = engine.prepare("it", REQUEST), engine.prepare("other", GenerationRequest("a blue star", seed=1))
-    references = [run_alone(engine, j, 0, 0, [j.num_inference_steps]).pixels for j in (job, other)]
+    references = [run_alone(engine, j, 0, 0, [j.num_steps]).pixels for j in (job, other)]
     lane, idle = job.lane, ((),) * 7
     engine.execute(Plan(lane, ((Phase(insert=(0, "it"), steps=5),), *idle)), {"it": job})
     parking = Plan(lane, ((Phase(insert=(0, "other"), steps=50),), *idle), parked=(Place("it", 0, 0),))

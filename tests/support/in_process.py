@@ -9,7 +9,8 @@ import contextlib
 import json
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,10 +40,12 @@ from tests.support.waiting import wait_until
 LANE = (8, 8)
 
 
+@dataclass(frozen=True)
 class CountingJob(FakeJob):
     """A job of the fake engine, with what a worker reads of it."""
 
-    sampler, truncated = "ddim", False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    truncated: bool = False
 
 
 class CountingEngine(FakeEngine):
@@ -65,13 +68,14 @@ class CountingEngine(FakeEngine):
         return super().execute(plan, *args)
 
     def prepare(self, task_id: str, request: GenerationRequest) -> CountingJob:
-        return CountingJob(task_id, request.num_inference_steps, LANE)
+        request = request.with_defaults("ddim")
+        return CountingJob(task_id, request.num_inference_steps, LANE, parameters=request.parameters())
 
     def check_safety(self, pixels: np.ndarray) -> None:
         """Have no safety checker."""
 
     def read_snapshot(self, data: bytes, job: FakeJob) -> FakeSnapshot:
-        return FakeSnapshot.from_bytes(data, job.num_inference_steps)
+        return FakeSnapshot.from_bytes(data, job.num_steps)
 
     def draw(self, count: int) -> np.ndarray:
         return np.full((*LANE, 3), count & 255, np.uint8)

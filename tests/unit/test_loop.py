@@ -67,7 +67,7 @@ def test_every_job_gets_its_own_result_from_many_threads(make_loop):
 
     def produce(start: int) -> None:
         for i in range(start, start + 25):
-            future = loop.submit(FakeJob(str(i), num_inference_steps=1 + i % 13, value=1000 * i)).future
+            future = loop.submit(FakeJob(str(i), num_steps=1 + i % 13, value=1000 * i)).future
             results[i] = future.result(10).pixels
 
     threads = [threading.Thread(target=produce, args=(start,)) for start in range(0, 200, 25)]
@@ -500,7 +500,7 @@ def go_on_elsewhere(make_loop, ends: dict[FakeJob, JobHandedOver], **options) ->
     loop = make_loop(FakeEngine(), **options)
     submissions = {job: loop.submit(job, snapshot=end.snapshot) for job, end in ends.items()}
     for job, submission in submissions.items():
-        assert submission.future.result(10).pixels == job.value + job.num_inference_steps
+        assert submission.future.result(10).pixels == job.value + job.num_steps
     return loop.stats.job_steps
 
 
@@ -530,7 +530,7 @@ def test_draining_finishes_what_can_be_and_hands_over_the_rest_without_losing_a_
     assert loop.stats.handed_over == len(handed_over) + 1
     wait_until(lambda: not engine.slots)
     steps = loop.stats.job_steps + go_on_elsewhere(make_loop, handed_over)
-    assert steps == sum(job.num_inference_steps for job in jobs), "no step was lost or repeated"
+    assert steps == sum(job.num_steps for job in jobs), "no step was lost or repeated"
     loop.close()
 
 

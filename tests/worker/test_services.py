@@ -42,12 +42,12 @@ class WarmEngine(FakeEngine):
         )  # fmt: skip
 
     def prepare(self, task_id: str, request: GenerationRequest) -> Any:
-        return FakeJob(task_id, request.num_inference_steps, LANE)
+        return FakeJob(task_id, request.with_defaults("ddim").num_inference_steps, LANE)
 
     def check_safety(self, pixels: Any) -> None: ...
 
     def read_snapshot(self, data: bytes, job: Any) -> FakeSnapshot:
-        return FakeSnapshot.from_bytes(data, job.num_inference_steps)
+        return FakeSnapshot.from_bytes(data, job.num_steps)
 
     def close(self) -> None:
         self.is_closed = True

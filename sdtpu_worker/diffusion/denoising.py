@@ -1,0 +1,134 @@
+"""What one device does in a phase of a tick: start a job in a slot, take denoising steps, decode a slot.
+
+These functions are traced into the tick of `programs.py`. Shapes are as in `slots.py`, of this device alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sdtpu_worker.contract.request import MAX_STEPS
+from sdtpu_worker.diffusion.families.family import Family, rows_per_job
+from sdtpu_worker.diffusion.samplers import COLUMNS
+from sdtpu_worker.diffusion.slots import Decoded, Geometry, Phases, Slots
+
+
+def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: Phases) -> Slots:
+    """Encode the prompt and start the job in its slot; the noise comes from nothing but the job's own key."""
+    slot = todo.insert_slot
+
+    def start(slots: Slots) -> Slots:
+        noise = jax.random.normal(jax.random.wrap_key_data(todo.key_data), geometry.latent_shape, jnp.float32)
+        conditioning = family.encode(params, todo.inputs)
+        started = Slots(
+            latents=noise * todo.init_noise_sigma,
+            history=jnp.zeros((3, *geometry.latent_shape)),
+            step=jnp.zeros((), jnp.int32),
+            num_steps=todo.num_steps,
+            guidance_scale=todo.guidance_scale,
+            guidance_rescale=todo.guidance_rescale,
+            key_data=todo.key_data,
+            conditioning={
+                name: conditioning[name].astype(leaf.dtype) for name, leaf in geometry.conditioning.items()
+            },
+            table=todo.table,
+        )
+        return jax.tree.map(lambda leaf, row: leaf.at[slot].set(row), slots, started)
+
+    return jax.lax.cond(slot >= 0, start, lambda slots: slots, slots)
+
+
+def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps: jax.Array) -> Slots:
+    """Take `steps` denoising steps in all slots of the device; a slot keeps its values after its job's last step."""
+    num_slots, halves = geometry.slots_per_device, rows_per_job(family)
+    rows = jnp.arange(num_slots)
+    # All negative prompts first, then the prompts: (H * S, …).
+    conditioning = {
+        name: leaf.swapaxes(0, 1).reshape(halves * num_slots, *leaf.shape[2:])
+        for name, leaf in slots.conditioning.items()
+    }
+
+    def denoise(_: Any, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x, history, step = carry
+        row = slots.table[rows, jnp.minimum(step, MAX_STEPS - 1)]  # (S, len(COLUMNS))
+        column = {name: row[:, i, None, None, None] for i, name in enumerate(COLUMNS)}
+        x_in = jnp.concatenate([x * column["c_in"]] * halves)
+        t = jnp.concatenate([row[:, COLUMNS.index("t")]] * halves)
+        m = _guide(family.predict(params, x_in, t, conditioning), slots)
+        h = column["p"] * x + column["q"] * m
+        x_next = (
+            column["a"] * x
+            + column["b"] * h
+            + column["c"] * history[:, 0]
+            + column["d"] * history[:, 1]
+            + column["e"] * history[:, 2]
+            + column["n"] * _noise(slots.key_data, step, column["n"], x.shape)
+        )
+        pushed = jnp.concatenate([h[:, None], history[:, :2]], axis=1)
+        running = (step < slots.num_steps)[:, None, None, None]
+        push = running & (column["push"] > 0)
+        return (
+            jnp.where(running, x_next, x),
+            jnp.where(push[:, None], pushed, history),
+            step + running[:, 0, 0, 0],
+        )
+
+    x, history, step = jax.lax.fori_loop(0, steps, denoise, (slots.latents, slots.history, slots.step))
+    return slots._replace(latents=x, history=history, step=step)
+
+
+def _guide(out: jax.Array, slots: Slots) -> jax.Array:
+    """Return the guided outputs, `(S, C, h, w)`, of the model's, `(H * S, C, h, w)`.
+
+    A scale of 1 or less is no guidance, as in diffusers: the prompt alone. A rescale above 0 brings the guided output's
+    standard deviation nearer to the conditional one's (arXiv 2305.08891, section 3.4).
+    """
+    num_slots = slots.step.shape[0]
+    if out.shape[0] == num_slots:
+        return out
+    scale, rescale = slots.guidance_scale[:, None, None, None], slots.guidance_rescale[:, None, None, None]
+    unconditional, conditional = jnp.split(out, 2)
+    guided = unconditional + scale * (conditional - unconditional)
+
+    def deviation(leaf: jax.Array) -> jax.Array:
+        return jnp.std(leaf, axis=(1, 2, 3), keepdims=True)
+
+    rescaled = guided * (deviation(conditional) / deviation(guided))
+    guided = jnp.where(rescale > 0, rescale * rescaled + (1 - rescale) * guided, guided)
+    return jnp.where(scale > 1, guided, conditional)
+
+
+def _noise(key_data: jax.Array, step: jax.Array, amount: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return the noise of a step: from the job's own key and the number of the step, whatever else is in the batch.
+
+    Args:
+        key_data: `(S, 2) uint32`.
+        step: `(S,) int32`.
+        amount: `(S, 1, 1, 1)`; where every job of the device has zero, no noise is drawn.
+        shape: `(S, C, h, w)`.
+    """
+
+    def draw(words: jax.Array, step: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(words), step)
+        return jax.random.normal(key, shape[1:], jnp.float32)
+
+    return jax.lax.cond(jnp.any(amount != 0), lambda: jax.vmap(draw)(key_data, step), lambda: jnp.zeros(shape))
+
+
+def decode(family: Family, geometry: Geometry, params: Any, slots: Slots, slot: jax.Array) -> Decoded:
+    """Decode one slot to pixels, clipped, rounded and cast on the device: a quarter of the bytes leave it."""
+
+    def run() -> Decoded:
+        latents = jax.lax.dynamic_index_in_dim(slots.latents, slot, keepdims=False)
+        image = family.decode(params, latents)
+        finite = jnp.isfinite(latents).all() & jnp.isfinite(image).all()
+        unit = jnp.clip(image / 2 + 0.5, 0, 1)
+        return Decoded(jnp.round(unit * 255).astype(jnp.uint8), finite)
+
+    def nothing() -> Decoded:
+        return Decoded(jnp.zeros((geometry.height, geometry.width, 3), jnp.uint8), jnp.ones((), bool))
+
+    return jax.lax.cond(slot >= 0, run, nothing)

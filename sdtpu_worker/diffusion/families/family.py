@@ -1,0 +1,111 @@
+"""All that the programs, the slots and the snapshots know of a model.
+
+A family says what a request becomes on the host, what a slot keeps of it, what one prediction of the model is, and how
+latents become an image. Everything else is written once over this contract: a new kind of model is one more file beside
+this one, and a line in `checkpoint.py` that says which checkpoints are of it.
+
+Shapes below: C latent channels, h x w latents, R rows of a device's batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from sdtpu_worker.aggregator.plan import Lane
+from sdtpu_worker.contract.request import GenerationRequest
+
+Params = Mapping[str, Mapping[str, Any]]
+"""The parameters of a checkpoint: by part, then by the name of the tensor."""
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+Arrays = Mapping[str, Any]
+
+
+class Family(Protocol):
+    """What a model is to the programs. Methods that get `params` are traced; the others run on the host, in any thread."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether every job has two rows in the batch, the negative prompt's first (classifier-free guidance).
+
+        Otherwise it has one, and a guidance scale does nothing in the programs.
+        """
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels per latent, along one side."""
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of an image must be a multiple of, in pixels."""
+
+    @property
+    def default_size(self) -> Lane:
+        """`(height, width)` in pixels."""
+
+    def input_shapes(self) -> Shapes:
+        """Return shapes and dtypes of what `make_inputs` makes of one request."""
+
+    def make_inputs(self, request: GenerationRequest, size: Lane) -> tuple[dict[str, np.ndarray], bool]:
+        """Return what `encode` needs of a request, and whether a prompt had to be cut.
+
+        Args:
+            request: the job's parameters.
+            size: `(height, width)` of the image in pixels.
+
+        Raises:
+            InvalidRequest: the model cannot do what the request asks for.
+        """
+
+    def conditioning_shapes(self) -> Shapes:
+        """Return shapes and dtypes of what a slot keeps for one row: what `encode` returns, without its first axis."""
+
+    def encode(self, params: Params, inputs: Arrays) -> Arrays:
+        """Return what a slot keeps of a job besides its latents.
+
+        Args:
+            params: the parameters on the job's own device.
+            inputs: of one job, as `make_inputs` made them.
+
+        Returns:
+            By name `(2, …)`, the negative prompt's first; `(1, …)` where the family is not guided.
+        """
+
+    def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays) -> jax.Array:
+        """Return the output of the model.
+
+        Args:
+            params: the parameters on this device.
+            latents: `(R, C, h, w) float32`, scaled as the model wants them.
+            timesteps: `(R,) float32`.
+            conditioning: by name `(R, …)`.
+
+        Returns:
+            `(R, C, h, w) float32`.
+        """
+
+    def decode(self, params: Params, latents: jax.Array) -> jax.Array:
+        """Return an image.
+
+        Args:
+            params: the parameters on this device.
+            latents: `(C, h, w) float32` after the last step.
+
+        Returns:
+            `(height, width, 3) float32`, colours from -1 to 1 or a little outside.
+        """
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return the JSON-compatible configs that pixels depend on, for the fingerprint of snapshots."""
+
+
+def rows_per_job(family: Family) -> int:
+    """Return how many rows of the batch a job has: 2 with guidance, else 1."""
+    return 2 if family.is_guided else 1

@@ -1,0 +1,106 @@
+"""What the families with a conditional UNet over an autoencoder's latents share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdtpu_worker.aggregator.plan import Lane
+from sdtpu_worker.diffusion.families.family import Arrays, Params
+from sdtpu_worker.models.network import Network
+
+
+@dataclass(frozen=True)
+class LatentUNet:
+    """The UNet, the decoder and their sizes.
+
+    Attributes:
+        unet: the network, whose parameters are the part `unet`.
+        decoder: of the autoencoder; the part `vae`.
+        default_size: `(height, width)` in pixels.
+        scale_factor: pixels per latent, along one side.
+        size_multiple: what the sides of an image must be a multiple of, in pixels.
+        latent_channels: of a latent.
+        scaling_factor: what latents were multiplied by before the UNet was trained on them.
+        latent_mean, latent_std: by channel, what latents were brought to before that; None for latents as they are.
+        guidance_width: of the embedding by which a distilled UNet is told the guidance scale; 0 for other UNets.
+        is_guided: every job has two rows in the batch.
+        dtype: of the computation in the UNet and the text encoders.
+        decoder_dtype: of the computation in the decoder.
+        configs: by part, the configs as JSON, for `facts`.
+    """
+
+    unet: Network
+    decoder: Network
+    default_size: Lane
+    scale_factor: int
+    size_multiple: int
+    latent_channels: int
+    scaling_factor: float
+    latent_mean: tuple[float, ...] | None
+    latent_std: tuple[float, ...] | None
+    guidance_width: int
+    is_guided: bool
+    dtype: Any
+    decoder_dtype: Any
+    configs: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch for each job."""
+        return 2 if self.is_guided else 1
+
+    def decode(self, params: Params, latents: jax.Array) -> jax.Array:
+        """See `Family.decode`."""
+        latents = latents.transpose(1, 2, 0)
+        if self.latent_mean is not None and self.latent_std is not None:
+            latents = latents * jnp.asarray(self.latent_std) / self.scaling_factor + jnp.asarray(self.latent_mean)
+        else:
+            latents = latents / self.scaling_factor
+        return self.decoder(params["vae"], latents[None].astype(self.decoder_dtype))[0].astype(jnp.float32)
+
+    def facts(self) -> Mapping[str, Any]:
+        """See `Family.facts`."""
+        return {"family": type(self).__name__, "is_guided": self.is_guided, **self.configs}
+
+    def _prompts(self, prompt: str, negative_prompt: str) -> list[str]:
+        """Return the prompts of a job's rows."""
+        return [negative_prompt, prompt] if self.is_guided else [prompt]
+
+    def _guidance_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return what inputs and conditioning have besides, for a UNet that is told the guidance scale."""
+        if not self.guidance_width:
+            return {}
+        return {"guidance_embedding": jax.ShapeDtypeStruct((self.guidance_width,), jnp.float32)}
+
+    def _guidance_inputs(self, guidance_scale: float) -> dict[str, np.ndarray]:
+        """Return the guidance scale as a distilled UNet is told it: sines, then cosines, of 1000 times what exceeds 1.
+
+        Source: arXiv 2310.04378, section 4, with the embedding of timesteps.
+        """
+        if not self.guidance_width:
+            return {}
+        half = self.guidance_width // 2
+        frequencies = np.exp(-math.log(10_000) / (half - 1) * np.arange(half))
+        angles = 1000 * (guidance_scale - 1) * frequencies
+        return {"guidance_embedding": np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32)}
+
+    def _guidance_of(self, inputs: Arrays) -> dict[str, Any]:
+        """Return what the conditioning has of it: one copy for each row."""
+        return {name: jnp.stack([inputs[name]] * self.rows) for name in self._guidance_shapes()}
+
+    def _ask_unet(
+        self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays, **more: Any
+    ) -> jax.Array:
+        """Return the UNet's output, channels first as the slots have them."""
+        if self.guidance_width:
+            more["timestep_cond"] = conditioning["guidance_embedding"]
+        sample = latents.transpose(0, 2, 3, 1).astype(self.dtype)
+        out = self.unet(params["unet"], sample, timesteps, conditioning["context"], **more)
+        return out.transpose(0, 3, 1, 2).astype(jnp.float32)

@@ -1,0 +1,93 @@
+"""Stable Diffusion XL: two CLIP text encoders, a UNet that is told sizes and a pooled prompt, an autoencoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdtpu_worker.aggregator.plan import Lane
+from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.diffusion.families.family import Arrays, Family, Params, Shapes
+from sdtpu_worker.diffusion.families.latent_unet import LatentUNet
+from sdtpu_worker.diffusion.tokens import PromptTokenizer
+from sdtpu_worker.models.network import Network
+
+
+@dataclass(frozen=True)
+class StableDiffusionXL(LatentUNet):
+    """Stable Diffusion XL and what is distilled from it.
+
+    A job without a negative prompt has zeros in its place, as the checkpoints were trained (`zeroes_empty`).
+
+    Attributes:
+        text_encoder, text_encoder_2: the networks, whose parameters are the parts of these names.
+        tokenizer, tokenizer_2: of the text encoders; they pad differently.
+        width: E, of both text encoders' states side by side.
+        pooled_width: of the second encoder's pooled and projected state.
+        zeroes_empty: an empty negative prompt counts as zeros, not as the encoding of an empty text.
+    """
+
+    text_encoder: Network
+    text_encoder_2: Network
+    tokenizer: PromptTokenizer
+    tokenizer_2: PromptTokenizer
+    width: int
+    pooled_width: int
+    zeroes_empty: bool
+
+    def input_shapes(self) -> Shapes:
+        """See `Family.input_shapes`."""
+        return {
+            "prompt_ids": jax.ShapeDtypeStruct((self.rows, self.tokenizer.length), jnp.int32),
+            "prompt_ids_2": jax.ShapeDtypeStruct((self.rows, self.tokenizer_2.length), jnp.int32),
+            "counts": jax.ShapeDtypeStruct((self.rows,), jnp.bool_),
+            "time_ids": jax.ShapeDtypeStruct((6,), jnp.float32),
+            **self._guidance_shapes(),
+        }
+
+    def make_inputs(self, request: GenerationRequest, size: Lane) -> tuple[dict[str, np.ndarray], bool]:
+        """See `Family.make_inputs`."""
+        prompts = self._prompts(request.prompt, request.negative_prompt)
+        ids, truncated = self.tokenizer.encode(prompts)
+        ids_2, truncated_2 = self.tokenizer_2.encode(prompts)
+        inputs = {
+            "prompt_ids": ids,
+            "prompt_ids_2": ids_2,
+            "counts": np.array([bool(prompt) or not self.zeroes_empty for prompt in prompts]),
+            "time_ids": np.array([*size, 0, 0, *size], np.float32),  # original size, crop, target size
+            **self._guidance_inputs(request.guidance_scale),
+        }
+        return inputs, truncated or truncated_2
+
+    def conditioning_shapes(self) -> Shapes:
+        """See `Family.conditioning_shapes`."""
+        return {
+            "context": jax.ShapeDtypeStruct((self.tokenizer.length, self.width), self.dtype),
+            "text_embeds": jax.ShapeDtypeStruct((self.pooled_width,), self.dtype),
+            "time_ids": jax.ShapeDtypeStruct((6,), jnp.float32),
+            **self._guidance_shapes(),
+        }
+
+    def encode(self, params: Params, inputs: Arrays) -> Arrays:
+        """See `Family.encode`."""
+        first = self.text_encoder(params["text_encoder"], inputs["prompt_ids"])
+        second = self.text_encoder_2(params["text_encoder_2"], inputs["prompt_ids_2"])
+        context = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
+        counts = inputs["counts"]
+        return {
+            "context": jnp.where(counts[:, None, None], context, 0),
+            "text_embeds": jnp.where(counts[:, None], second.pooled, 0),
+            "time_ids": jnp.stack([inputs["time_ids"]] * self.rows),
+            **self._guidance_of(inputs),
+        }
+
+    def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays) -> jax.Array:
+        """See `Family.predict`."""
+        more = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
+        return self._ask_unet(params, latents, timesteps, conditioning, **more)
+
+
+_: type[Family] = StableDiffusionXL  # mypy reports here what it lacks of the contract

@@ -1,0 +1,152 @@
+"""What is on the devices while they serve: the state of every slot, and what a tick tells every device to do.
+
+Shapes: D devices, S slots per device, N = D * S slots, P phases per tick, C latent channels, h x w latents, H rows of the
+batch per job (the negative prompt's and the prompt's with guidance, else the prompt's alone).
+Everything with a leading N or D is sharded over the mesh's one axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sdtpu_worker.aggregator.plan import phases_per_tick
+from sdtpu_worker.contract.request import MAX_STEPS
+from sdtpu_worker.diffusion.families.family import Family, Shapes, rows_per_job
+from sdtpu_worker.diffusion.samplers import COLUMNS
+
+NOTHING = -1
+
+
+class Slots(NamedTuple):
+    """The state of all slots; donated to every tick and returned by it.
+
+    The state of one job of each device, as it leaves and comes back, is the same with D instead of N.
+    """
+
+    latents: Any  # (N, C, h, w) float32
+    history: Any  # (N, 3, C, h, w) float32, newest first
+    step: Any  # (N,) int32, the next row of the table
+    num_steps: Any  # (N,) int32, rows of the table that count; 0 for a slot that was never used
+    guidance_scale: Any  # (N,) float32
+    guidance_rescale: Any  # (N,) float32
+    key_data: Any  # (N, 2) uint32, the job's key
+    conditioning: dict[str, Any]  # by name (N, H, …), what the family keeps; the negative prompt first
+    table: Any  # (N, MAX_STEPS, len(COLUMNS)) float32
+
+
+class Phases(NamedTuple):
+    """What every device does in each phase of a tick: decode, then insert, then advance."""
+
+    decode_slot: Any  # (D, P) int32, a slot of the device, or NOTHING
+    insert_slot: Any  # (D, P) int32, a slot of the device, or NOTHING
+    inputs: dict[str, Any]  # by name (D, P, …), what the family encodes
+    key_data: Any  # (D, P, 2) uint32, the job's key
+    num_steps: Any  # (D, P) int32
+    guidance_scale: Any  # (D, P) float32
+    guidance_rescale: Any  # (D, P) float32
+    init_noise_sigma: Any  # (D, P) float32
+    table: Any  # (D, P, MAX_STEPS, len(COLUMNS)) float32
+    steps: Any  # (D, P) int32, denoising steps to take
+
+
+class Instructions(NamedTuple):
+    """What every device does in one tick."""
+
+    num_phases: Any  # (D,) int32, how many of its phases a device runs
+    phases: Phases
+
+
+class Decoded(NamedTuple):
+    """What a tick returns; only the entries of phases that decode hold an image."""
+
+    pixels: Any  # (D, P, height, width, 3) uint8
+    finite: Any  # (D, P) bool, False if the latents or the image had a NaN or an infinity
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that one tick program is compiled for.
+
+    Attributes:
+        num_devices: D.
+        slots_per_device: S.
+        phases: P, the most phases of a tick.
+        height, width: of an image, in pixels.
+        latent_shape: `(C, h, w)`.
+        inputs: shapes and dtypes of what the family makes of a request.
+        conditioning: by name `(H, …)`, shapes and dtypes of what a slot keeps for the family.
+    """
+
+    num_devices: int
+    slots_per_device: int
+    phases: int
+    height: int
+    width: int
+    latent_shape: tuple[int, int, int]
+    inputs: Shapes
+    conditioning: Shapes
+
+    @classmethod
+    def of(cls, family: Family, num_devices: int, slots_per_device: int, height: int, width: int) -> Geometry:
+        """Return the sizes for a model and a resolution in pixels."""
+        factor, rows = family.scale_factor, rows_per_job(family)
+        return cls(
+            num_devices=num_devices,
+            slots_per_device=slots_per_device,
+            phases=phases_per_tick(slots_per_device),
+            height=height,
+            width=width,
+            latent_shape=(family.latent_channels, height // factor, width // factor),
+            inputs=family.input_shapes(),
+            conditioning={
+                name: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype)
+                for name, leaf in family.conditioning_shapes().items()
+            },
+        )
+
+    def empty_slots(self) -> Slots:
+        """Return the state before any job, as host arrays."""
+        return self._empty_rows(self.num_devices * self.slots_per_device)
+
+    def empty_states(self) -> Slots:
+        """Return one state per device, as host arrays of zeros."""
+        return self._empty_rows(self.num_devices)
+
+    def no_instructions(self) -> Instructions:
+        """Return fresh instructions that do nothing. A dispatch aliases its arrays, so never use them twice."""
+        d = self.num_devices
+        dp = d, self.phases
+        phases = Phases(
+            decode_slot=np.full(dp, NOTHING, np.int32),
+            insert_slot=np.full(dp, NOTHING, np.int32),
+            inputs=_zeros(dp, self.inputs),
+            key_data=np.zeros((*dp, 2), np.uint32),
+            num_steps=np.zeros(dp, np.int32),
+            guidance_scale=np.zeros(dp, np.float32),
+            guidance_rescale=np.zeros(dp, np.float32),
+            init_noise_sigma=np.ones(dp, np.float32),
+            table=np.zeros((*dp, MAX_STEPS, len(COLUMNS)), np.float32),
+            steps=np.zeros(dp, np.int32),
+        )
+        return Instructions(np.zeros(d, np.int32), phases)
+
+    def _empty_rows(self, n: int) -> Slots:
+        return Slots(
+            latents=np.zeros((n, *self.latent_shape), np.float32),
+            history=np.zeros((n, 3, *self.latent_shape), np.float32),
+            step=np.zeros(n, np.int32),
+            num_steps=np.zeros(n, np.int32),
+            guidance_scale=np.zeros(n, np.float32),
+            guidance_rescale=np.zeros(n, np.float32),
+            key_data=np.zeros((n, 2), np.uint32),
+            conditioning=_zeros((n,), self.conditioning),
+            table=np.zeros((n, MAX_STEPS, len(COLUMNS)), np.float32),
+        )
+
+
+def _zeros(leading: tuple[int, ...], shapes: Shapes) -> dict[str, Any]:
+    return {name: np.zeros((*leading, *leaf.shape), leaf.dtype) for name, leaf in shapes.items()}

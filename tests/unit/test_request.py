@@ -35,6 +35,18 @@ BAD = [
     (("a",), {"guidance_scale": math.inf}, "got inf"),
     (("a",), {"guidance_scale": 1e30}, r"got 1e\+30"),
     (("a",), {"guidance_scale": "7.5"}, "got '7.5'"),
+    (("a",), {"sigmas": "cosine"}, "sigmas must be one of karras, exponential, beta, got 'cosine'"),
+    (("a",), {"eta": 1.5}, "eta must be a number from 0 to 1, got 1.5"),
+    (("a",), {"eta": math.nan}, "eta must be a number from 0 to 1, got nan"),
+    (("a",), {"guidance_rescale": "0.7"}, "guidance_rescale must be a number from 0 to 1, got '0.7'"),
+    (("a",), {"clip_skip": -1}, "clip_skip must be an integer from 0 to 11, got -1"),
+    (("a",), {"clip_skip": True}, "clip_skip must be an integer"),
+    (("a",), {"prompt_2": 7}, "prompt_2 must be a string, got int: 7"),
+    (("a",), {"negative_prompt_2": "\x07"}, "negative_prompt_2 must not have control characters"),
+    (("a",), {"original_size": 512}, "original_size must be two integers from 1 to 65,536, the vertical one first"),
+    (("a",), {"target_size": [512, 0]}, "target_size must be two integers from 1"),
+    (("a",), {"crops_coords_top_left": [-1, 0]}, "crops_coords_top_left must be two integers from 0 to 65,536"),
+    (("a",), {"crops_coords_top_left": [1.0, True]}, "crops_coords_top_left must be two integers"),
     (("a",), {"height": 63}, "height must be a multiple of 8 up to 4096 pixels, got 63"),
     (("a",), {"width": 0}, "width must be a multiple of 8"),
     (("a",), {"width": 8192}, "got 8192"),
@@ -118,7 +130,7 @@ def test_any_value_has_a_short_text_on_one_line():
         assert len(brief(value)) < 400
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"seed": 2**63 - 1, "num_inference_steps": 1000, "guidance_scale": 1}])
+@pytest.mark.parametrize("kwargs", [{}, {"seed": 2**63 - 1, "num_inference_steps": 1000, "guidance_scale": 1, "original_size": [8, 16], "eta": 1}])
 def test_good_parameters_cross_json_unchanged(kwargs):
     request = GenerationRequest.parse(("an ünïcode 🦊\nin two lines",), kwargs)
     assert GenerationRequest.parse((), json.loads(json.dumps(request.to_json()))) == request
@@ -129,13 +141,35 @@ def test_the_documented_defaults():
         "prompt": "a fox",
         "negative_prompt": "",
         "seed": None,
-        "num_inference_steps": 50,
-        "guidance_scale": 7.5,
+        "num_inference_steps": None,
+        "guidance_scale": None,
         "height": None,
         "width": None,
         "sampler": None,
         "image_format": "png",
+        "sigmas": None,
+        "eta": None,
+        "guidance_rescale": 0.0,
+        "clip_skip": 0,
+        "prompt_2": None,
+        "negative_prompt_2": None,
+        "original_size": None,
+        "target_size": None,
+        "crops_coords_top_left": None,
     }
+    assert GenerationRequest("a fox").with_defaults("ddim").parameters() == {
+        "num_inference_steps": 50,
+        "guidance_scale": 7.5,
+        "sampler": "ddim",
+    }
+    few = GenerationRequest("a fox", guidance_scale=0).with_defaults("lcm", 4, 1.0)
+    assert few.parameters() == {"num_inference_steps": 4, "guidance_scale": 0.0, "sampler": "lcm"}
+
+
+def test_what_else_was_asked_for_is_reported_and_nothing_that_was_not():
+    assert GenerationRequest("a", eta=None, clip_skip=0, guidance_rescale=0).options() == {}
+    request = GenerationRequest("a", sigmas="karras", eta=1, prompt_2="b", target_size=(8, 16))
+    assert request.options() == {"sigmas": "karras", "eta": 1.0, "prompt_2": "b", "target_size": [8, 16]}
 
 
 def test_a_tenant_is_checked_but_is_no_parameter_of_the_image():
@@ -184,7 +218,7 @@ def test_a_result_tells_the_seed_as_text_too_which_a_browser_can_send_back(seed)
     data = json.loads(json.dumps(result.to_json()), parse_int=lambda digits: int(float(digits)))  # as JavaScript does
     assert GenerationRequest("a", seed=data["seed_text"]).seed == seed
     assert GenerationResult.from_json(result.to_json()) == result
-    older = {name: value for name, value in result.to_json().items() if name != "seed_text"}
+    older = {name: value for name, value in result.to_json().items() if name not in ("seed_text", "options")}
     assert GenerationResult.from_json(older) == result
 
 
@@ -204,5 +238,6 @@ def test_a_result_crosses_json_unchanged():
         "nsfw_content_detected": None,
         "timings": {"queued_s": 0.1, "device_s": 0.2, "total_s": 0.3},
         "batch": {"device": 0, "slot": 0, "occupied": 1, "num_slots": 8},
+        "options": {"sigmas": "karras"},
     }
     assert GenerationResult.from_json(data).to_json() == data

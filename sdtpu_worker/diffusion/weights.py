@@ -1,7 +1,7 @@
 """Read the weights of one part of a checkpoint: Flax msgpack, or safetensors in the layout of Flax or of PyTorch.
 
-Pickles (`.bin`, `.ckpt`, `.pt`, `.pth`) can run code when they are opened, so this module opens none. It converts
-without PyTorch: the name and the shape of every Flax leaf say under which name and in which layout PyTorch has it.
+Pickles (`.bin`, `.ckpt`, `.pt`, `.pth`) can run code when they are opened, so this module opens none. Parameters are
+named as in PyTorch, whatever the file is: Flax's names become PyTorch's by a rule.
 """
 
 from __future__ import annotations
@@ -13,22 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  makes np.dtype("bfloat16") known
 import numpy as np
 from flax.serialization import msgpack_restore
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 
 from sdtpu_worker.errors import InvalidCheckpoint
+from sdtpu_worker.models.layout import from_pytorch
 
-Params = dict[str, Any]
 Tensors = dict[str, np.ndarray]
 
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _FLAX_STEMS = {"unet": "diffusion_flax_model", "vae": "diffusion_flax_model"}
 _PICKLE_MAGIC = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")  # of protocols 2 to 5, and of torch.save's zip
-_PYTORCH_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-_NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_BUFFERS = ("position_ids",)  # PyTorch stores these constants, Flax computes them
+_FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+_FLAX_LISTS = re.compile(
+    r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|net|to_out)_(\d+)$"
+)
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_BUFFERS = ("position_ids",)  # PyTorch stores these constants, the networks compute them
+_HARMLESS = ("logit_scale", "text_projection.weight", "text_model.text_projection.weight")
+"""What text encoders are saved with that Stable Diffusion does not use."""
+_TEXT_PREFIX = "text_model."
 _REMEDY = (
     "convert it where it is trusted: load it with diffusers' `from_pretrained` and write it with"
     " `save_pretrained(safe_serialization=True)`"
@@ -56,13 +63,13 @@ def find_weights(folder: Path, part: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read_weights(folder: Path, part: str, shapes: Mapping[str, Any], dtype: Any) -> Params:
-    """Return a part's parameters as host arrays.
+def read_weights(folder: Path, part: str, shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> Tensors:
+    """Return a part's parameters as host arrays, by PyTorch's names, in the layout of `models/layout.py`.
 
     Args:
         folder: of the checkpoint.
-        part: `unet`, `vae`, `text_encoder` or `safety_checker`.
-        shapes: the tree of the Flax model's parameters; its leaves have a `shape`.
+        part: `unet`, `vae`, `text_encoder`, `text_encoder_2` or `safety_checker`.
+        shapes: of the network's parameters.
         dtype: of the parameters that are returned.
 
     Raises:
@@ -71,14 +78,49 @@ def read_weights(folder: Path, part: str, shapes: Mapping[str, Any], dtype: Any)
     path = find_weights(folder, part)
     if path is None:
         raise InvalidCheckpoint(_describe_missing(folder, part))
-    expected = {tuple(map(str, leaf)): value.shape for leaf, value in flatten_dict(shapes).items()}
     if path.suffix == ".msgpack":
-        found = _read_msgpack(path)
+        found = {flax_name(leaf): value for leaf, value in _read_msgpack(path).items()}
     else:
         tensors, flax_layout = _read_safetensors(path)
-        found = _split_names(tensors, expected) if flax_layout else _from_pytorch(tensors, expected)
-    _check(path, found, expected)
-    return unflatten_dict({leaf: np.asarray(found[leaf], dtype) for leaf in expected})
+        if flax_layout:
+            found = {flax_name(tuple(name.split("."))): value for name, value in tensors.items()}
+        else:
+            found = {name: from_pytorch(name, value) for name, value in _modern_names(tensors, shapes).items()}
+    found = {name: _without_pixels(value, shapes.get(name)) for name, value in found.items()}
+    _check(path, found, shapes)
+    return {name: np.asarray(found[name], dtype) for name in shapes}
+
+
+def flax_name(leaf: tuple[str, ...]) -> str:
+    """Return PyTorch's name of a parameter that Flax's models nest under these names."""
+    *modules, kind = leaf
+    names = [_OLD_ATTENTION.get(name, _FLAX_LISTS.sub(r"\1.\2", name)) for name in modules]
+    return ".".join([*names, _FLAX_LEAVES.get(kind, kind)])
+
+
+def _modern_names(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """Return tensors under the names of today's PyTorch models, without what the networks compute or do not use."""
+    with_prefix = any(name.startswith(_TEXT_PREFIX) for name in shapes)
+    lacks_prefix = with_prefix and not any(name.startswith(_TEXT_PREFIX) for name in tensors)
+    named: Tensors = {}
+    for name, value in tensors.items():
+        parts = name.split(".")
+        if len(parts) > 1 and parts[-2] in _OLD_ATTENTION:
+            parts[-2] = _OLD_ATTENTION[parts[-2]]
+        new = ".".join(parts)
+        if lacks_prefix and new not in shapes:
+            new = _TEXT_PREFIX + new
+        is_surplus = new.endswith(_BUFFERS) or (with_prefix and name in _HARMLESS and new not in shapes)
+        if not is_surplus:
+            named[new] = value
+    return named
+
+
+def _without_pixels(value: Any, shape: tuple[int, ...] | None) -> Any:
+    """Return a linear weight of what old checkpoints keep as a convolution of 1 x 1, and the reverse."""
+    found = np.shape(value)
+    same = shape is not None and {len(found), len(shape)} == {2, 4} and found[-2:] == shape[-2:]
+    return value.reshape(shape) if same and np.size(value) == np.prod(shape) else value
 
 
 def _describe_missing(folder: Path, part: str) -> str:
@@ -126,66 +168,36 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(names)]
 
 
-def _split_names(tensors: Tensors, expected: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:
-    """Rename from `a.b.c`, which is how transformers writes Flax parameters as safetensors."""
-    leaves = {".".join(leaf): leaf for leaf in expected}
-    return {leaves.get(name, (name,)): value for name, value in tensors.items()}
-
-
-def _from_pytorch(tensors: Tensors, expected: Mapping[tuple[str, ...], tuple[int, ...]]) -> dict[tuple[str, ...], Any]:
-    """Rename PyTorch's tensors to Flax's leaves and bring them into Flax's layout; leave unknown names as they are."""
-    left = {_with_dots(name): name for name in tensors if not name.endswith(_BUFFERS)}
-    found: dict[tuple[str, ...], Any] = {}
-    for leaf, shape in expected.items():
-        *modules, kind = leaf
-        last = modules[-1] if modules else ""
-        for module in (last, _NEW_ATTENTION.get(last, last)):
-            name = _with_dots(".".join([*modules[:-1], module, _PYTORCH_LEAVES.get(kind, kind)]).lstrip("."))
-            if name in left:
-                value = tensors[left.pop(name)]
-                found[leaf] = _to_flax_layout(value, shape) if kind == "kernel" else value
-                break
-    return found | {(name,): tensors[name] for name in left.values()}
-
-
-def _with_dots(name: str) -> str:
-    """Write the members of lists in one way: Flax has `blocks_0` for PyTorch's `blocks.0`."""
-    return re.sub(r"_(?=\d+(?:\.|$))", ".", name)
-
-
-def _to_flax_layout(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Turn a convolution's OIHW into HWIO and a linear layer's (out, in) into (in, out)."""
-    value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-    pointwise = value.shape[-2:] == shape[-2:] and value.size == np.prod(shape)
-    return value.reshape(shape) if pointwise else value  # old attentions are convolutions of 1 x 1
-
-
-def _check(path: Path, found: Mapping[tuple[str, ...], Any], expected: Mapping[tuple[str, ...], Any]) -> None:
-    """Compare leaf by leaf.
+def _check(path: Path, found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare tensor by tensor.
 
     Raises:
-        InvalidCheckpoint: the text names the leaves that are missing, unexpected, or of another shape or type.
+        InvalidCheckpoint: the text names the tensors that are missing, unexpected, of another shape or type, or have a
+            value that is not finite.
     """
-    wrong = [
-        f"{'/'.join(leaf)} ({np.shape(found[leaf])}, the config makes it {tuple(shape)})"
-        for leaf, shape in expected.items()
-        if leaf in found and np.shape(found[leaf]) != tuple(shape)
-    ]
+    both = [name for name in shapes if name in found]
+    fitting = [name for name in both if np.shape(found[name]) == tuple(shapes[name])]
+    floating = [name for name in both if jnp.issubdtype(np.asarray(found[name]).dtype, jnp.floating)]
     faults = {
-        "missing": ["/".join(leaf) for leaf in expected if leaf not in found],
-        "unexpected": ["/".join(leaf) for leaf in found if leaf not in expected],
-        "of another shape": wrong,
-        "not floating point": [
-            "/".join(leaf)
-            for leaf in expected
-            if leaf in found and not jnp.issubdtype(np.asarray(found[leaf]).dtype, jnp.floating)
+        "missing": [name for name in shapes if name not in found],
+        "unexpected": [name for name in found if name not in shapes],
+        "of another shape": [
+            f"{name} ({np.shape(found[name])}, the config makes it {tuple(shapes[name])})"
+            for name in both
+            if name not in fitting
         ],
+        "not floating point": [name for name in both if name not in floating],
+        "not finite": [name for name in fitting if name in floating and not _is_finite(found[name])],
     }
     if any(faults.values()):
-        text = "; ".join(f"{fault}: {_some(leaves)}" for fault, leaves in faults.items() if leaves)
+        text = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
         raise InvalidCheckpoint(
             f"{path}: the parameters do not fit the config beside them ({text}); take both from one checkpoint"
         )
+
+
+def _is_finite(value: Any) -> bool:
+    return bool(np.isfinite(np.asarray(value, np.float32).sum(dtype=np.float64)))
 
 
 def _broken(path: Path, exc: Exception) -> InvalidCheckpoint:

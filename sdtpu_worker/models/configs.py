@@ -191,6 +191,53 @@ AUTOENCODER_KEYS: dict[str, Key] = {
 }
 
 
+_TRANSFORMERS = _without_meaning("of transformers' generation, pooling or training, not of a text encoder's states")
+_TEXT_KEYS: dict[str, Key] = {
+    "vocab_size": _count(49408),
+    "hidden_size": _count(512),
+    "intermediate_size": _count(2048),
+    "projection_dim": _count(512),
+    "num_hidden_layers": _count(12),
+    "num_attention_heads": _count(8),
+    "max_position_embeddings": _count(77),
+    "hidden_act": _activation("quick_gelu"),
+    "layer_norm_eps": _number(1e-5),
+    "eos_token_id": Key(49407, lambda v: _is_count(v, 0), "an integer from 0"),
+}
+_TEXT_HONOURED = list(_TEXT_KEYS.values())
+TEXT_KEYS: dict[str, Key] = {
+    **_TEXT_KEYS,
+    "model_type": _only("clip_text_model"),
+    "architectures": _BOOKKEEPING,
+    "transformers_version": _BOOKKEEPING,
+    "_name_or_path": _BOOKKEEPING,
+    "torch_dtype": _without_meaning("the worker's sdtpu_dtype counts"),
+    "dtype": _without_meaning("the worker's sdtpu_dtype counts"),
+    "attention_dropout": _TRAINING,
+    "dropout": _TRAINING,
+    "initializer_factor": _TRAINING,
+    "initializer_range": _TRAINING,
+    "gradient_checkpointing": _TRAINING,
+    **dict.fromkeys(
+        ("bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "cls_token_id", "mask_token_id"),
+        _without_meaning("the tokenizer's files count"),
+    ),
+    **dict.fromkeys(
+        ("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward",
+         "cross_attention_hidden_size", "diversity_penalty", "do_sample", "early_stopping",
+         "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+         "forced_eos_token_id", "id2label", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty",
+         "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+         "output_attentions", "output_hidden_states", "output_scores", "prefix", "problem_type", "pruned_heads",
+         "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "suppress_tokens",
+         "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings",
+         "tokenizer_class", "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16", "use_cache",
+         "_attn_implementation_autoset", "attn_implementation"),
+        _TRANSFORMERS,
+    ),
+}  # fmt: skip
+
+
 def read_config(config: Mapping[str, Any], keys: Mapping[str, Key], what: str) -> SimpleNamespace:
     """Return a config with a value for every key.
 
@@ -264,6 +311,19 @@ def read_autoencoder_config(config: Mapping[str, Any], what: str = "vae/config.j
         InvalidCheckpoint: see `read_config`.
     """
     return read_config(config, AUTOENCODER_KEYS, what)
+
+
+def read_text_config(config: Mapping[str, Any], what: str = "text_encoder/config.json") -> Any:
+    """Return the config of a CLIP text encoder, a `transformers.CLIPTextConfig`.
+
+    Raises:
+        InvalidCheckpoint: see `read_config`.
+    """
+    from transformers import CLIPTextConfig
+
+    read = read_config(config, TEXT_KEYS, what)
+    given = {name: value for name, value in vars(read).items() if name in config and TEXT_KEYS[name] in _TEXT_HONOURED}
+    return CLIPTextConfig(**given)
 
 
 def _for_each(value: Any, count: int, what: str) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdtpu_worker.contract.samplers import canonical_sampler
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.redaction import brief
 
@@ -23,7 +24,6 @@ MAX_GUIDANCE_SCALE = 1000.0
 MAX_TENANT_CHARACTERS = 128
 MAX_SIDE = 4096
 SIDE_MULTIPLE = 8
-SAMPLER_NAMES = ("pndm", "ddim", "euler", "dpmsolver++")
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 _SEED_DIGITS = re.compile("[0-9]{1,19}")
 
@@ -42,7 +42,7 @@ class GenerationRequest:
         height: pixels, a multiple of 8 and one of the worker's sizes (`sdtpu_resolutions`); None for the
             checkpoint's own.
         width: as `height`.
-        sampler: pndm, ddim, euler or dpmsolver++; None for the checkpoint's own.
+        sampler: a name that `contract.samplers` knows, kept in its canonical form; None for the checkpoint's own.
         image_format: png, jpeg or webp.
 
     Raises:
@@ -64,6 +64,8 @@ class GenerationRequest:
             check(name, getattr(self, name))
         object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
         object.__setattr__(self, "negative_prompt", self.negative_prompt or "")
+        if self.sampler is not None:
+            object.__setattr__(self, "sampler", canonical_sampler(self.sampler))
         if self.seed is not None:
             object.__setattr__(self, "seed", int(self.seed))
 
@@ -187,9 +189,14 @@ def _check_side(name: str, value: Any) -> None:
         )
 
 
-def _check_choice(choices: Sequence[str], optional: bool = False) -> Any:
+def _check_sampler(name: str, value: Any) -> None:
+    if value is not None:
+        canonical_sampler(value)
+
+
+def _check_choice(choices: Sequence[str]) -> Any:
     def check(name: str, value: Any) -> None:
-        if (value is None and optional) or (isinstance(value, str) and value in choices):
+        if isinstance(value, str) and value in choices:
             return
         raise InvalidRequest(f"{name} must be one of {', '.join(choices)}, got {brief(value)}")
 
@@ -204,7 +211,7 @@ _CHECKS: dict[str, Any] = {
     "guidance_scale": _check_guidance,
     "height": _check_side,
     "width": _check_side,
-    "sampler": _check_choice(SAMPLER_NAMES, optional=True),
+    "sampler": _check_sampler,
     "image_format": _check_choice(IMAGE_FORMATS),
 }
 _ARGUMENT_CHECKS = {**_CHECKS, "tenant": _check_tenant}

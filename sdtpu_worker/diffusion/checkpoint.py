@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
 from transformers import CLIPTextConfig, FlaxCLIPTextModel
 
-from sdtpu_worker.diffusion.samplers import NoiseSchedule, default_sampler
+from sdtpu_worker.diffusion.samplers import NoiseSchedule
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.diffusion.weights import Params, find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
@@ -118,7 +118,7 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
         vae=vae,
         params=params,
         schedule=schedule,
-        default_sampler=default_sampler(scheduler_config),
+        default_sampler=schedule.default_sampler,
         vae_scale_factor=vae_scale_factor,
         default_size=(side[0] * vae_scale_factor, side[1] * vae_scale_factor),
         safety_checker=safety_checker,

@@ -21,6 +21,7 @@ class PreparedJob:
     Attributes:
         prompt_ids: `(2, 77) int32`, negative prompt first.
         key_data: `(2,) uint32`, high and low word of the key.
+        num_inference_steps: rows of the table, which is how often the model is asked.
         table: `(MAX_STEPS, columns) float32` coefficients.
         truncated: a prompt had more tokens than the text encoder takes.
     """
@@ -66,7 +67,9 @@ def prepare_job(
             f" got {format_size(lane)}"
         )
     sampler = request.sampler or checkpoint.default_sampler
-    table = make_table(sampler, checkpoint.schedule, request.num_inference_steps)
+    table = make_table(checkpoint.schedule, request.num_inference_steps, sampler=request.sampler)
+    if table.stochastic:  # until the programs draw a row's noise
+        raise InvalidRequest(f"sampler must be one without noise, got {sampler!r}")
     if key_data is None:
         if request.seed is None:
             raise InvalidRequest("seed is missing: pass one, or the key's words")
@@ -78,7 +81,7 @@ def prepare_job(
         sampler=sampler,
         prompt_ids=prompt_ids,
         key_data=np.asarray(key_data, np.uint32),
-        num_inference_steps=table.num_inference_steps,
+        num_inference_steps=table.num_rows,
         guidance_scale=request.guidance_scale,
         init_noise_sigma=table.init_noise_sigma,
         table=table.rows,

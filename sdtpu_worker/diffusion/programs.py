@@ -314,7 +314,7 @@ def _advance(checkpoint: Checkpoint, geometry: Geometry, params: Any, slots: Slo
         h = column["p"] * x + column["q"] * m
         x_next = (
             column["a"] * x
-            + column["b"] * h
+            + column["b"] * m
             + column["c"] * history[:, 0]
             + column["d"] * history[:, 1]
             + column["e"] * history[:, 2]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdtpu_worker.contract.samplers import SIGMA_SPACINGS, resolve_sampler
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.redaction import brief
 
@@ -26,9 +27,7 @@ MAX_TOLD_SIDE = 65_536
 MAX_CLIP_SKIP = 11
 DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE = 50, 7.5
 """Of checkpoints that ask for nothing else."""
-SIGMAS = ("karras", "exponential", "beta")
 SIDE_MULTIPLE = 8
-SAMPLER_NAMES = ("pndm", "ddim", "euler", "dpmsolver++")
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 _SEED_DIGITS = re.compile("[0-9]{1,19}")
 
@@ -48,7 +47,8 @@ class GenerationRequest:
         height: pixels, a multiple of 8 and one of the worker's sizes (`sdtpu_resolutions`); None for the
             checkpoint's own.
         width: as `height`.
-        sampler: pndm, ddim, euler or dpmsolver++; None for the checkpoint's own.
+        sampler: a name that `contract.samplers` knows, kept in its canonical form; None for the checkpoint's own. A name
+            may say the sigmas too, as `DPM++ 2M Karras` does.
         image_format: png, jpeg or webp.
         sigmas: how the sampler spaces its noise levels: karras, exponential or beta; None as the checkpoint says.
         eta: how much noise DDIM and TCD add at every step, 0 to 1; None for the sampler's own.
@@ -89,6 +89,15 @@ class GenerationRequest:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, kind(value))
         object.__setattr__(self, "negative_prompt", self.negative_prompt or "")
+        if self.sampler is not None:
+            self._resolve_sampler()
+
+    def _resolve_sampler(self) -> None:
+        sampler, sigmas = resolve_sampler(self.sampler)
+        if sigmas and self.sigmas not in (None, sigmas):
+            raise InvalidRequest(f"sigmas must be what the sampler {brief(self.sampler)} says, got {brief(self.sigmas)}")
+        object.__setattr__(self, "sampler", sampler)
+        object.__setattr__(self, "sigmas", self.sigmas or sigmas)
 
     @classmethod
     def parse(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerationRequest:
@@ -260,6 +269,11 @@ def _check_side(name: str, value: Any) -> None:
         )
 
 
+def _check_sampler(name: str, value: Any) -> None:
+    if value is not None:
+        resolve_sampler(value)
+
+
 def _check_choice(choices: Sequence[str], optional: bool = False) -> Any:
     def check(name: str, value: Any) -> None:
         if (value is None and optional) or (isinstance(value, str) and value in choices):
@@ -277,9 +291,9 @@ _CHECKS: dict[str, Any] = {
     "guidance_scale": _check_guidance,
     "height": _check_side,
     "width": _check_side,
-    "sampler": _check_choice(SAMPLER_NAMES, optional=True),
+    "sampler": _check_sampler,
     "image_format": _check_choice(IMAGE_FORMATS),
-    "sigmas": _check_choice(SIGMAS, optional=True),
+    "sigmas": _check_choice(SIGMA_SPACINGS, optional=True),
     "eta": _check_fraction,
     "guidance_rescale": _check_fraction,
     "clip_skip": _check_integer(0, MAX_CLIP_SKIP),

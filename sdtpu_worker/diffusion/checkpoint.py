@@ -19,7 +19,7 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.families.family import Family, Params
 from sdtpu_worker.diffusion.families.stable_diffusion import StableDiffusion
 from sdtpu_worker.diffusion.families.stable_diffusion_xl import StableDiffusionXL
-from sdtpu_worker.diffusion.samplers import NoiseSchedule, default_sampler
+from sdtpu_worker.diffusion.samplers import NoiseSchedule
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.diffusion.weights import find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
@@ -130,7 +130,7 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
         family=family,
         params=parts.params,
         schedule=schedule,
-        defaults=_defaults(scheduler_config, family),
+        defaults=Defaults(schedule.default_sampler, 50, 7.5),
         safety_checker=_load_safety_checker(folder) if "safety_checker" in classes else None,
     )
 
@@ -327,11 +327,6 @@ def _check_classes(folder: Path, classes: Mapping[str, str], wanted: Mapping[str
             f"{folder}: model_index.json names {', '.join(more)} ({', '.join(classes[part] for part in more)}), which"
             f" would be left out; {_SERVED}"
         )
-
-
-def _defaults(scheduler_config: Mapping[str, Any], family: StableDiffusion | StableDiffusionXL) -> Defaults:
-    """Return what a checkpoint does by default: a distilled one is known by the scheduler that it comes with."""
-    return Defaults(default_sampler(scheduler_config), 50, 7.5)
 
 
 def _read_json(path: Path, folder: Path) -> Mapping[str, Any]:

@@ -58,15 +58,16 @@ def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps
         x_in = jnp.concatenate([x * column["c_in"]] * halves)
         t = jnp.concatenate([row[:, COLUMNS.index("t")]] * halves)
         m = _guide(family.predict(params, x_in, t, conditioning), slots)
-        h = column["p"] * x + column["q"] * m
+        noise = _noise(slots.key_data, step, jnp.abs(column["n"]) + jnp.abs(column["r"]), x.shape)
         x_next = (
             column["a"] * x
-            + column["b"] * h
+            + column["b"] * m
             + column["c"] * history[:, 0]
             + column["d"] * history[:, 1]
             + column["e"] * history[:, 2]
-            + column["n"] * _noise(slots.key_data, step, column["n"], x.shape)
+            + column["n"] * noise
         )
+        h = column["p"] * x + column["q"] * m + column["r"] * noise
         pushed = jnp.concatenate([h[:, None], history[:, :2]], axis=1)
         running = (step < slots.num_steps)[:, None, None, None]
         push = running & (column["push"] > 0)

@@ -71,7 +71,7 @@ def prepare_job(
             f" got {format_size(lane)}"
         )
     table = make_table(
-        checkpoint.schedule, request.sampler, request.num_inference_steps, request.sigmas, request.eta
+        checkpoint.schedule, request.num_inference_steps, request.sampler, request.sigmas, request.eta
     )
     if key_data is None:
         if request.seed is None:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from sdtpu_worker.contract.request import SAMPLER_NAMES, GenerationRequest
+from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.contract.samplers import SAMPLER_NAMES
 from sdtpu_worker.demo.command import labelled_grid
 from tools.embedded_checkpoint.scenes import Scene, every_scene, judge
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
-from flax.serialization import to_bytes
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, FlaxCLIPTextModel
+from safetensors.numpy import save_file
 
+from sdtpu_worker.models.autoencoder import AutoencoderDecoder, AutoencoderEncoder
+from sdtpu_worker.models.clip_text import CLIPTextModel
+from sdtpu_worker.models.configs import read_autoencoder_config, read_text_config, read_unet_config
+from sdtpu_worker.models.layout import pytorch_shape
+from sdtpu_worker.models.network import Network
+from sdtpu_worker.models.safety_checker import SafetyChecker
+from sdtpu_worker.models.unet import UNet2DConditionModel
 from tests.support.paths import ROOT
+from tests.support.random_weights import draw
 
 SHIPPED = ROOT / "sdtpu_worker" / "checkpoint"
 STABLE_DIFFUSION_NOISE = {
@@ -27,6 +31,30 @@ STABLE_DIFFUSION_NOISE = {
     "skip_prk_steps": True,
     "clip_sample": False,
 }
+_UNET: dict[str, Any] = {
+    "sample_size": 4,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 32,
+}
+_XL_UNET: dict[str, Any] = {
+    **_UNET,
+    "cross_attention_dim": 32 + 16,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}
+_VAE: dict[str, Any] = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [8, 8],
+    "norm_num_groups": 4,
+    "sample_size": 8,
+}
 
 
 def make_random_checkpoint(
@@ -35,84 +63,104 @@ def make_random_checkpoint(
     prediction_type: str = "epsilon",
     sampler_class: str = "PNDMScheduler",
     safety_checker: bool = False,
+    xl: bool = False,
+    unet: dict[str, Any] | None = None,
+    scheduler: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a tiny Stable Diffusion with random weights and the shipped tokenizer; return its folder."""
+    """Write a tiny Stable Diffusion with random weights and the shipped tokenizer; return its folder.
+
+    Args:
+        folder: to write to.
+        prediction_type: of the scheduler config.
+        sampler_class: of the scheduler config.
+        safety_checker: with one.
+        xl: of the XL family, with two text encoders.
+        unet: further keys of the UNet's config.
+        scheduler: further keys of the scheduler config.
+    """
     index: dict[str, Any] = {
-        "_class_name": "FlaxStableDiffusionPipeline",
-        "scheduler": ["diffusers", f"Flax{sampler_class}"],
-        "text_encoder": ["transformers", "FlaxCLIPTextModel"],
+        "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
+        "scheduler": ["diffusers", sampler_class],
+        "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "FlaxUNet2DConditionModel"],
-        "vae": ["diffusers", "FlaxAutoencoderKL"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
     }
     shutil.copytree(SHIPPED / "tokenizer", folder / "tokenizer")
-    unet_config = {
-        "sample_size": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "block_out_channels": (32, 64),
-        "layers_per_block": 1,
-        "attention_head_dim": 2,
-        "cross_attention_dim": 32,
-    }
-    vae_config = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "sample_size": 8,
-    }
-    text_config = CLIPTextConfig(
-        vocab_size=len(json.loads((folder / "tokenizer" / "vocab.json").read_text())),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-    )
-    unet, vae = FlaxUNet2DConditionModel(**unet_config), FlaxAutoencoderKL(**vae_config)
-    text_encoder = FlaxCLIPTextModel(text_config, _do_init=False)
-    _write(folder / "unet", {"_class_name": "FlaxUNet2DConditionModel", **unet_config}, unet.init_weights)
-    _write(folder / "vae", {"_class_name": "FlaxAutoencoderKL", **vae_config}, vae.init_weights)
-    _write(folder / "text_encoder", text_config.to_dict(), lambda key: text_encoder.init_weights(key, (1, 77)))
-    scheduler = {"_class_name": f"Flax{sampler_class}", **STABLE_DIFFUSION_NOISE, "prediction_type": prediction_type}
+    unet_config = {**(_XL_UNET if xl else _UNET), **(unet or {})}
+    write_part(folder / "unet", "UNet2DConditionModel", unet_config)
+    write_part(folder / "vae", "AutoencoderKL", _VAE)
+    write_part(folder / "text_encoder", "CLIPTextModel", _text_config(folder, 32))
+    if xl:
+        index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+        shutil.copytree(SHIPPED / "tokenizer", folder / "tokenizer_2")
+        second = {**_text_config(folder, 16), "projection_dim": 24, "hidden_act": "gelu"}
+        write_part(folder / "text_encoder_2", "CLIPTextModelWithProjection", second)
+    config = {"_class_name": sampler_class, **STABLE_DIFFUSION_NOISE, "prediction_type": prediction_type}
+    if sampler_class != "PNDMScheduler":
+        config = {name: value for name, value in config.items() if name not in ("skip_prk_steps", "clip_sample")}
+        config = {name: value for name, value in config.items() if name != "set_alpha_to_one" or "DDIM" in sampler_class}
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, **(scheduler or {})}))
     if safety_checker:
-        index["safety_checker"] = ["stable_diffusion", "FlaxStableDiffusionSafetyChecker"]
+        index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
         _write_safety_checker(folder)
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
+def write_part(folder: Path, class_name: str, config: dict[str, Any]) -> None:
+    """Write a part's config and random weights, as PyTorch's libraries do."""
+    networks = {
+        "UNet2DConditionModel": lambda: [Network(lambda: UNet2DConditionModel(read_unet_config(config)))],
+        "AutoencoderKL": lambda: [
+            Network(lambda: AutoencoderEncoder(read_autoencoder_config(config))),
+            Network(lambda: AutoencoderDecoder(read_autoencoder_config(config))),
+        ],
+        "CLIPTextModel": lambda: [Network(lambda: CLIPTextModel(read_text_config(config)))],
+        "CLIPTextModelWithProjection": lambda: [Network(lambda: CLIPTextModel(read_text_config(config), True))],
+    }[class_name]()
+    tensors = {
+        name: draw(name, pytorch_shape(name, shape)) for network in networks for name, shape in network.shapes.items()
+    }
+    is_text = class_name.startswith("CLIP")
+    folder.mkdir(parents=True)
+    kind = {"architectures": [class_name]} if is_text else {"_class_name": class_name}
+    (folder / "config.json").write_text(json.dumps({**kind, **config}))
+    name = "model.safetensors" if is_text else "diffusion_pytorch_model.safetensors"
+    save_file(tensors, folder / name, {"format": "pt"})
+
+
+def _text_config(folder: Path, width: int) -> dict[str, Any]:
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": len(vocabulary),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 77,
+        "eos_token_id": vocabulary["<|endoftext|>"],
+    }
+
+
 def _write_safety_checker(folder: Path) -> None:
-    from sdtpu_worker.diffusion.checkpoint import safety_checker_class
+    from transformers import CLIPConfig, CLIPImageProcessor
 
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 32, "patch_size": 16, "projection_dim": 16}  # fmt: skip
     config = CLIPConfig(vision_config=vision, text_config={"projection_dim": 16}, projection_dim=16)
-    checker = safety_checker_class()(config, input_shape=(1, 32, 32, 3), _do_init=False)
-    _write(folder / "safety_checker", config.to_dict(), lambda key: checker.init_weights(key, (1, 32, 32, 3)))
+    network = Network(lambda: SafetyChecker(config))
+    part = folder / "safety_checker"
+    part.mkdir()
+    (part / "config.json").write_text(json.dumps(config.to_dict()))
+    tensors = {name: draw(name, pytorch_shape(name, shape)) for name, shape in network.shapes.items()}
+    tensors |= {name: np.ones_like(value) for name, value in tensors.items() if name.endswith("embeds_weights")}
+    save_file(tensors, part / "model.safetensors", {"format": "pt"})
     size = {"height": 32, "width": 32}
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder / "feature_extractor")
-
-
-def _write(folder: Path, config: dict[str, Any], init: Callable[[jax.Array], Any]) -> None:
-    """Write a config and random weights; drawing them with NumPy is much faster than running the initialisers."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    rng = np.random.default_rng(len(folder.name))
-
-    def draw(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
-        name = path[-1].key
-        if name in ("bias", "scale"):
-            return np.full(leaf.shape, float(name == "scale"), np.float32)
-        fan_in = np.prod(leaf.shape[:-1]) if name == "kernel" else 1.0
-        return rng.normal(0, fan_in**-0.5, leaf.shape).astype(np.float32)
-
-    params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
-    name = "flax_model.msgpack" if folder.name in ("text_encoder", "safety_checker") else "diffusion_flax_model.msgpack"
-    (folder / name).write_bytes(to_bytes(params))

@@ -155,7 +155,11 @@ class _Parts:
         self._check_context(common["unet_config"].context_widths, config.hidden_size)
         del common["unet_config"]
         return StableDiffusion(
-            text_encoder=text_encoder, tokenizer=tokenizer, width=config.hidden_size, **common
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            width=config.hidden_size,
+            layers=config.num_hidden_layers,
+            **common,
         )
 
     def stable_diffusion_xl(self) -> StableDiffusionXL:
@@ -173,6 +177,7 @@ class _Parts:
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
             width=width,
+            layers=min(config.num_hidden_layers, config_2.num_hidden_layers),
             pooled_width=config_2.projection_dim,
             zeroes_empty=bool(index.get("force_zeros_for_empty_prompt", True)),
             **common,

@@ -46,7 +46,7 @@ class CLIPTextModel(nnx.Module):
         return states._replace(pooled=self.text_projection(states.pooled))
 
     def normalise(self, states: jax.Array) -> jax.Array:
-        """Return states of any layer, `(B, L, E)`, with the final norm."""
+        """Return states without the final norm, `(B, L, E)`, with it."""
         return self.text_model.final_layer_norm(states)
 
 

@@ -30,19 +30,20 @@ class Network:
             ".".join(map(str, path)): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)
         }
 
-    def __call__(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Run the module.
 
         Args:
-            params: by tensor name; exactly those of `shapes`.
-            *args: of the module.
-            **kwargs: of the module.
+            params: by tensor name, all those of `shapes`.
+            *args: of the method.
+            method: of the module.
+            **kwargs: of the method.
 
         Raises:
             KeyError: a parameter is missing.
         """
         state = nnx.from_flat_state([(path, nnx.Param(params[name])) for name, path in self._paths.items()])
-        return nnx.merge(self._graph, state)(*args, **kwargs)
+        return getattr(nnx.merge(self._graph, state), method)(*args, **kwargs)
 
 
 def parameter(*shape: int) -> nnx.Param:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
+from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.families.family import Arrays, Params
+from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.models.network import Network
 
 
@@ -68,6 +70,19 @@ class LatentUNet:
     def facts(self) -> Mapping[str, Any]:
         """See `Family.facts`."""
         return {"family": type(self).__name__, "is_guided": self.is_guided, **self.configs}
+
+    def _skip(self, request: GenerationRequest, layers: int) -> np.ndarray:
+        """Return how many layers of a text encoder a request leaves out, `() int32`.
+
+        Raises:
+            InvalidRequest: more than there are.
+        """
+        if request.clip_skip >= layers:
+            raise InvalidRequest(
+                f"clip_skip must be 0 to {layers - 1}: the text encoder of this checkpoint has {layers} layers,"
+                f" got {request.clip_skip}"
+            )
+        return np.int32(request.clip_skip)
 
     def _prompts(self, prompt: str, negative_prompt: str) -> list[str]:
         """Return the prompts of a job's rows."""

@@ -13,7 +13,11 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.families.family import Arrays, Family, Params, Shapes
 from sdtpu_worker.diffusion.families.latent_unet import LatentUNet
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
+from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.models.network import Network
+from sdtpu_worker.redaction import brief
+
+_OF_XL = ("prompt_2", "negative_prompt_2", "original_size", "target_size", "crops_coords_top_left")
 
 
 @dataclass(frozen=True)
@@ -24,21 +28,37 @@ class StableDiffusion(LatentUNet):
         text_encoder: the network, whose parameters are the part `text_encoder`.
         tokenizer: of the text encoder.
         width: E, of the text encoder's states.
+        layers: of the text encoder.
     """
 
     text_encoder: Network
     tokenizer: PromptTokenizer
     width: int
+    layers: int
 
     def input_shapes(self) -> Shapes:
         """See `Family.input_shapes`."""
-        ids = jax.ShapeDtypeStruct((self.rows, self.tokenizer.length), jnp.int32)
-        return {"prompt_ids": ids, **self._guidance_shapes()}
+        return {
+            "prompt_ids": jax.ShapeDtypeStruct((self.rows, self.tokenizer.length), jnp.int32),
+            "clip_skip": jax.ShapeDtypeStruct((), jnp.int32),
+            **self._guidance_shapes(),
+        }
 
     def make_inputs(self, request: GenerationRequest, size: Lane) -> tuple[dict[str, np.ndarray], bool]:
         """See `Family.make_inputs`."""
+        for name in _OF_XL:
+            if getattr(request, name) is not None:
+                raise InvalidRequest(
+                    f"{name} must be left out: only a Stable Diffusion XL checkpoint can follow it, got"
+                    f" {brief(getattr(request, name))}"
+                )
         ids, truncated = self.tokenizer.encode(self._prompts(request.prompt, request.negative_prompt))
-        return {"prompt_ids": ids, **self._guidance_inputs(request.guidance_scale)}, truncated
+        inputs = {
+            "prompt_ids": ids,
+            "clip_skip": self._skip(request, self.layers),
+            **self._guidance_inputs(request.guidance_scale),
+        }
+        return inputs, truncated
 
     def conditioning_shapes(self) -> Shapes:
         """See `Family.conditioning_shapes`."""
@@ -47,8 +67,11 @@ class StableDiffusion(LatentUNet):
 
     def encode(self, params: Params, inputs: Arrays) -> Arrays:
         """See `Family.encode`."""
-        states = self.text_encoder(params["text_encoder"], inputs["prompt_ids"])
-        return {"context": states.last_hidden_state, **self._guidance_of(inputs)}
+        weights = params["text_encoder"]
+        hidden = self.text_encoder(weights, inputs["prompt_ids"]).hidden_states
+        chosen = jax.lax.dynamic_index_in_dim(hidden, self.layers - inputs["clip_skip"], keepdims=False)
+        context = self.text_encoder(weights, chosen, method="normalise")
+        return {"context": context, **self._guidance_of(inputs)}
 
     def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays) -> jax.Array:
         """See `Family.predict`."""

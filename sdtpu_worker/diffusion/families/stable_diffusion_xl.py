@@ -26,6 +26,7 @@ class StableDiffusionXL(LatentUNet):
         text_encoder, text_encoder_2: the networks, whose parameters are the parts of these names.
         tokenizer, tokenizer_2: of the text encoders; they pad differently.
         width: E, of both text encoders' states side by side.
+        layers: of the text encoder that has fewer.
         pooled_width: of the second encoder's pooled and projected state.
         zeroes_empty: an empty negative prompt counts as zeros, not as the encoding of an empty text.
     """
@@ -35,6 +36,7 @@ class StableDiffusionXL(LatentUNet):
     tokenizer: PromptTokenizer
     tokenizer_2: PromptTokenizer
     width: int
+    layers: int
     pooled_width: int
     zeroes_empty: bool
 
@@ -43,6 +45,7 @@ class StableDiffusionXL(LatentUNet):
         return {
             "prompt_ids": jax.ShapeDtypeStruct((self.rows, self.tokenizer.length), jnp.int32),
             "prompt_ids_2": jax.ShapeDtypeStruct((self.rows, self.tokenizer_2.length), jnp.int32),
+            "clip_skip": jax.ShapeDtypeStruct((), jnp.int32),
             "counts": jax.ShapeDtypeStruct((self.rows,), jnp.bool_),
             "time_ids": jax.ShapeDtypeStruct((6,), jnp.float32),
             **self._guidance_shapes(),
@@ -51,13 +54,16 @@ class StableDiffusionXL(LatentUNet):
     def make_inputs(self, request: GenerationRequest, size: Lane) -> tuple[dict[str, np.ndarray], bool]:
         """See `Family.make_inputs`."""
         prompts = self._prompts(request.prompt, request.negative_prompt)
+        second = self._prompts(request.prompt_2 or request.prompt, request.negative_prompt_2 or request.negative_prompt)
         ids, truncated = self.tokenizer.encode(prompts)
-        ids_2, truncated_2 = self.tokenizer_2.encode(prompts)
+        ids_2, truncated_2 = self.tokenizer_2.encode(second)
+        sizes = request.original_size or size, request.crops_coords_top_left or (0, 0), request.target_size or size
         inputs = {
             "prompt_ids": ids,
             "prompt_ids_2": ids_2,
-            "counts": np.array([bool(prompt) or not self.zeroes_empty for prompt in prompts]),
-            "time_ids": np.array([*size, 0, 0, *size], np.float32),  # original size, crop, target size
+            "clip_skip": self._skip(request, self.layers - 1),
+            "counts": np.array([bool(a or b) or not self.zeroes_empty for a, b in zip(prompts, second, strict=True)]),
+            "time_ids": np.array(sizes, np.float32).reshape(6),
             **self._guidance_inputs(request.guidance_scale),
         }
         return inputs, truncated or truncated_2
@@ -75,7 +81,12 @@ class StableDiffusionXL(LatentUNet):
         """See `Family.encode`."""
         first = self.text_encoder(params["text_encoder"], inputs["prompt_ids"])
         second = self.text_encoder_2(params["text_encoder_2"], inputs["prompt_ids_2"])
-        context = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
+        # The last layer's states are never used, and none of them has the final norm.
+        states = [
+            jax.lax.dynamic_index_in_dim(hidden, hidden.shape[0] - 2 - inputs["clip_skip"], keepdims=False)
+            for hidden in (first.hidden_states, second.hidden_states)
+        ]
+        context = jnp.concatenate(states, axis=-1)
         counts = inputs["counts"]
         return {
             "context": jnp.where(counts[:, None, None], context, 0),

@@ -61,7 +61,7 @@ class StableDiffusionXL(LatentUNet):
         inputs = {
             "prompt_ids": ids,
             "prompt_ids_2": ids_2,
-            "clip_skip": self._skip(request, self.layers - 1),
+            "clip_skip": self._skip(request, self.layers),
             "counts": np.array([bool(a or b) or not self.zeroes_empty for a, b in zip(prompts, second, strict=True)]),
             "time_ids": np.array(sizes, np.float32).reshape(6),
             **self._guidance_inputs(request.guidance_scale),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.contract.request import DEFAULT_STEPS, MAX_STEPS, GenerationRequest
 from sdtpu_worker.redaction import brief
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class WorkerLoad:
         mean_job_s: seconds that recent jobs have occupied their slots, on average; before the first job, 50 steps.
         held: how many jobs the worker holds, in a slot or waiting for one, by priority number.
         next_free_s: seconds until the next slot is free; 0 when one is free now.
+        default_steps: denoising steps of a job that asks for no number of them.
     """
 
     host: str
@@ -51,12 +52,14 @@ class WorkerLoad:
     mean_job_s: float
     held: Mapping[int, int]
     next_free_s: float = 0.0
+    default_steps: int = DEFAULT_STEPS
 
     def __post_init__(self) -> None:
         _check_text("host", self.host, MAX_HOST_CHARACTERS)
         _check_number("num_slots", self.num_slots, 1, MAX_COUNT, int)
         _check_number("mean_job_s", self.mean_job_s, MIN_JOB_S, MAX_SECONDS)
         _check_number("next_free_s", self.next_free_s, 0, MAX_SECONDS)
+        _check_number("default_steps", self.default_steps, 1, MAX_STEPS, int)
         for name, entries in (("step_s", self.step_s), ("held", self.held)):
             _check_number(f"the number of entries in {name}", len(entries), 0, MAX_ENTRIES)
         for size, seconds in self.step_s.items():
@@ -91,6 +94,7 @@ class WorkerLoad:
             mean_job_s=facts.get("mean_job_s", 0.0),
             held={int(priority): count for priority, count in held.items()},
             next_free_s=facts.get("next_free_s", -1.0),
+            default_steps=facts.get("default_steps", DEFAULT_STEPS),
         )
 
     def starts(self, priority: int, has_deadline: bool) -> tuple[float, float]:
@@ -118,7 +122,7 @@ class WorkerLoad:
         """Return the seconds that a job with these parameters would occupy its slot."""
         own_size = next(iter(self.step_s.values()), None)
         step_s = self.step_s.get(f"{request.height}x{request.width}", own_size)
-        return self.mean_job_s if step_s is None else request.num_inference_steps * step_s
+        return self.mean_job_s if step_s is None else (request.num_inference_steps or self.default_steps) * step_s
 
 
 def publish_load(client: Any, queue: str, load: WorkerLoad, prefix: str = "", ttl_s: float = LOAD_TTL_S) -> None:

@@ -47,8 +47,8 @@ class GenerationRequest:
         height: pixels, a multiple of 8 and one of the worker's sizes (`sdtpu_resolutions`); None for the
             checkpoint's own.
         width: as `height`.
-        sampler: a name that `contract.samplers` knows, kept in its canonical form; None for the checkpoint's own. A name
-            may say the sigmas too, as `DPM++ 2M Karras` does.
+        sampler: a name that `contract.samplers` knows, kept in its canonical form; None for the checkpoint's own.
+            A name may say the sigmas too, as `DPM++ 2M Karras` does.
         image_format: png, jpeg or webp.
         sigmas: how the sampler spaces its noise levels: karras, exponential or beta; None as the checkpoint says.
         eta: how much noise DDIM and TCD add at every step, 0 to 1; None for the sampler's own.
@@ -90,12 +90,12 @@ class GenerationRequest:
                 object.__setattr__(self, name, kind(value))
         object.__setattr__(self, "negative_prompt", self.negative_prompt or "")
         if self.sampler is not None:
-            self._resolve_sampler()
+            self._resolve_sampler(self.sampler)
 
-    def _resolve_sampler(self) -> None:
-        sampler, sigmas = resolve_sampler(self.sampler)
+    def _resolve_sampler(self, name: str) -> None:
+        sampler, sigmas = resolve_sampler(name)
         if sigmas and self.sigmas not in (None, sigmas):
-            raise InvalidRequest(f"sigmas must be what the sampler {brief(self.sampler)} says, got {brief(self.sigmas)}")
+            raise InvalidRequest(f"sigmas must be what the sampler {brief(name)} says, got {brief(self.sigmas)}")
         object.__setattr__(self, "sampler", sampler)
         object.__setattr__(self, "sigmas", self.sigmas or sigmas)
 
@@ -136,7 +136,7 @@ class GenerationRequest:
         return {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "sampler")}
 
     def options(self) -> dict[str, Any]:
-        """Return what was asked for besides what every result reports: JSON-compatible, only what is not the default."""
+        """Return what else was asked for than every result reports: JSON-compatible, without what is the default."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         values = {name: getattr(self, name) for name in _OPTIONS}
         return {

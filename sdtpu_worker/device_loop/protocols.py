@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.jobs import Eligibility, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
-from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.contract.request import DEFAULT_STEPS, GenerationRequest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -192,6 +192,7 @@ class EngineInfo:
         resolutions: the lanes that have programs.
         trace_s, compile_s: seconds that tracing and compiling the programs took.
         cache_hits, cache_misses: programs that came from the persistent compilation cache, and that did not.
+        default_steps: denoising steps of a request that names none.
     """
 
     model: str
@@ -207,6 +208,7 @@ class EngineInfo:
     compile_s: float = 0.0
     cache_hits: int = 0
     cache_misses: int = 0
+    default_steps: int = DEFAULT_STEPS
 
     @property
     def num_slots(self) -> int:

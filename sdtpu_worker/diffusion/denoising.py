@@ -31,9 +31,7 @@ def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: 
             guidance_scale=todo.guidance_scale,
             guidance_rescale=todo.guidance_rescale,
             key_data=todo.key_data,
-            conditioning={
-                name: conditioning[name].astype(leaf.dtype) for name, leaf in geometry.conditioning.items()
-            },
+            conditioning={name: conditioning[name].astype(leaf.dtype) for name, leaf in geometry.conditioning.items()},
             table=todo.table,
         )
         return jax.tree.map(lambda leaf, row: leaf.at[slot].set(row), slots, started)

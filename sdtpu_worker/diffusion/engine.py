@@ -79,16 +79,14 @@ class Engine:
         kind = devices[0].device_kind
         self.fingerprints = {lane: fingerprint_of(checkpoint, lane, slots_per_device, kind) for lane in lanes}
         self.params = put(checkpoint.params, self.mesh, REPLICATED)
-        safety_params = None
-        if checkpoint.safety_checker is not None:
-            safety_params = put(checkpoint.safety_checker.params, self.mesh, REPLICATED)
+        checker = checkpoint.safety_checker
+        safety_params = None if checker is None else put(checker.params, self.mesh, REPLICATED)
         self._programs = compile_programs(
             checkpoint, self.params, safety_params, self._geometries, self.mesh, with_previews, compile_cache
         )
         self._safety = None
-        if self._programs.safety_check is not None:
-            extractor = checkpoint.safety_checker.extractor
-            self._safety = SafetyChecker(self._programs.safety_check, safety_params, extractor, self.mesh)
+        if checker is not None and self._programs.safety_check is not None:
+            self._safety = SafetyChecker(self._programs.safety_check, safety_params, checker.extractor, self.mesh)
         self.info = _describe(checkpoint, devices, self._geometries, self._programs)
         self._calibration: Calibration | None = None
         self._preview_colours: dict[Lane, jax.Array] = {}
@@ -333,6 +331,7 @@ def _describe(
         compile_s=programs.compile_s,
         cache_hits=programs.cache_hits,
         cache_misses=programs.cache_misses,
+        default_steps=checkpoint.defaults.num_inference_steps,
     )
 
 

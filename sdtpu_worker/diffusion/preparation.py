@@ -63,6 +63,8 @@ def prepare_job(
         InvalidRequest: no lane has the size, the sampler is not known, there is no seed, or the model cannot do it.
     """
     request = checkpoint.defaults.fill(request)
+    assert request.num_inference_steps is not None
+    assert request.guidance_scale is not None
     height, width = checkpoint.family.default_size
     lane = (request.height or height, request.width or width)
     if lane not in lanes:
@@ -70,9 +72,7 @@ def prepare_job(
             f"height x width must be one of {', '.join(map(format_size, lanes))} (sdtpu_resolutions),"
             f" got {format_size(lane)}"
         )
-    table = make_table(
-        checkpoint.schedule, request.num_inference_steps, request.sampler, request.sigmas, request.eta
-    )
+    table = make_table(checkpoint.schedule, request.num_inference_steps, request.sampler, request.sigmas, request.eta)
     if key_data is None:
         if request.seed is None:
             raise InvalidRequest("seed is missing: pass one, or the key's words")

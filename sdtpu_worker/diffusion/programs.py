@@ -1,8 +1,8 @@
 """The compiled programs. One fused tick per resolution; inside it every device follows its own instructions.
 
-Parameters are replicated; all other arrays are sharded over the mesh's one axis. Nothing crosses devices, so there is no
-collective and a device with nothing to do costs nothing. What the model is, its family says: see `families/family.py`.
-Shapes below are as in `slots.py`.
+Parameters are replicated; all other arrays are sharded over the mesh's one axis. Nothing crosses devices, so there is
+no collective and a device with nothing to do costs nothing. What the model is, its family says: see
+`families/family.py`. Shapes below are as in `slots.py`.
 """
 
 from __future__ import annotations

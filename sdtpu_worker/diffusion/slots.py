@@ -1,8 +1,8 @@
 """What is on the devices while they serve: the state of every slot, and what a tick tells every device to do.
 
-Shapes: D devices, S slots per device, N = D * S slots, P phases per tick, C latent channels, h x w latents, H rows of the
-batch per job (the negative prompt's and the prompt's with guidance, else the prompt's alone).
-Everything with a leading N or D is sharded over the mesh's one axis.
+Shapes: D devices, S slots per device, N = D * S slots, P phases per tick, C latent channels, h x w latents, H rows of
+the batch per job (the negative prompt's and the prompt's with guidance, else the prompt's alone). Everything with a
+leading N or D is sharded over the mesh's one axis.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class JobSnapshot:
             )
 
     def check_job(self, job: PreparedJob) -> None:
-        """Make sure that the snapshot is of this job: its coefficients, guidance, key and step counts are the job's own.
+        """Make sure that the snapshot is of this job: its coefficients, guidance, key and step counts are the same.
 
         Bytes that somebody forged can then choose only latents, their history and encoded prompts.
 
@@ -91,7 +91,7 @@ class JobSnapshot:
             raise SnapshotMismatch(f"the snapshot is at step {self.step} of {num_steps}: start the job anew")
 
     def to_bytes(self) -> bytes:
-        """Return the snapshot compressed: a line with fingerprint and lane, then the arrays in the order of `Slots`' leaves."""
+        """Return the snapshot compressed: a line with fingerprint and lane, then the leaves of `Slots` in order."""
         head = f"{self.fingerprint} {self.lane[0]} {self.lane[1]}\n".encode()
         body = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(self.state))
         return zlib.compress(head + body, level=1)
@@ -131,9 +131,7 @@ class JobSnapshot:
 
 def layout_of(geometry: Geometry) -> Slots:
     """Return the `(1, …)` shapes and dtypes of one job's state."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), geometry.empty_states()
-    )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), geometry.empty_states())
 
 
 def fingerprint_of(checkpoint: Checkpoint, lane: Lane, slots_per_device: int, device_kind: str) -> str:

@@ -7,8 +7,9 @@ named as in PyTorch, whatever the file is: Flax's names become PyTorch's by a ru
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,9 @@ def _modern_names(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Te
 def _without_pixels(value: Any, shape: tuple[int, ...] | None) -> Any:
     """Return a linear weight of what old checkpoints keep as a convolution of 1 x 1, and the reverse."""
     found = np.shape(value)
-    same = shape is not None and {len(found), len(shape)} == {2, 4} and found[-2:] == shape[-2:]
-    return value.reshape(shape) if same and np.size(value) == np.prod(shape) else value
+    if shape is None or {len(found), len(shape)} != {2, 4} or found[-2:] != shape[-2:]:
+        return value
+    return value.reshape(shape) if np.size(value) == math.prod(shape) else value
 
 
 def _describe_missing(folder: Path, part: str) -> str:

@@ -28,7 +28,7 @@ class AutoencoderDecoder(nnx.Module):
         self.decoder = Decoder(config)
 
     def __call__(self, latents: jax.Array) -> jax.Array:
-        """Return an image, `(B, h * f, w * f, 3)` from about -1 to 1, of latents `(B, h, w, C)` as they were encoded."""
+        """Return an image, `(B, h * f, w * f, 3)` from about -1 to 1, of latents `(B, h, w, C)`."""
         return self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
 
 

@@ -279,7 +279,9 @@ def read_unet_config(config: Mapping[str, Any], what: str = "unet/config.json") 
         value = getattr(read, name)
         values = list(value) if isinstance(value, list | tuple) else [value] * count
         if len(values) != count:
-            raise InvalidCheckpoint(f"{what}: {name} must have an entry for each of the {count} blocks, got {brief(value)}")
+            raise InvalidCheckpoint(
+                f"{what}: {name} must have an entry for each of the {count} blocks, got {brief(value)}"
+            )
         return values
 
     for name in ("down_block_types", "up_block_types"):

@@ -79,7 +79,11 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `(B, h, w, outputs)` of `(B, h, w, inputs)`."""
         out = jax.lax.conv_general_dilated(
-            x, self.weight[...].astype(x.dtype), self._strides, self._padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x,
+            self.weight[...].astype(x.dtype),
+            self._strides,
+            self._padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 

@@ -78,9 +78,7 @@ class VisionEmbeddings(nnx.Module):
 
     def __init__(self, config: Any) -> None:
         self.class_embedding = parameter(config.hidden_size)
-        self.patch_embedding = Conv(
-            3, config.hidden_size, config.patch_size, config.patch_size, padding=0, bias=False
-        )
+        self.patch_embedding = Conv(3, config.hidden_size, config.patch_size, config.patch_size, padding=0, bias=False)
         count = (config.image_size // config.patch_size) ** 2 + 1
         self.position_embedding = Embedding(count, config.hidden_size)
 
@@ -88,7 +86,9 @@ class VisionEmbeddings(nnx.Module):
         """Return `(B, 1 + patches, E)` of `(B, H, W, 3)`."""
         patches = self.patch_embedding(pixels)
         patches = patches.reshape(pixels.shape[0], -1, patches.shape[-1])
-        first = jnp.broadcast_to(self.class_embedding[...].astype(patches.dtype), (pixels.shape[0], 1, patches.shape[-1]))
+        first = jnp.broadcast_to(
+            self.class_embedding[...].astype(patches.dtype), (pixels.shape[0], 1, patches.shape[-1])
+        )
         x = jnp.concatenate([first, patches], axis=1)
         return x + self.position_embedding(jnp.arange(x.shape[1]))
 

@@ -30,7 +30,9 @@ class Transformer2DModel(nnx.Module):
     ) -> None:
         self.norm = GroupNorm(groups, channels, _EPS)
         self.proj_in = Linear(channels, channels) if linear else Conv(channels, channels, 1)
-        self.transformer_blocks = nnx.List([TransformerBlock(channels, heads, context, only_cross) for _ in range(layers)])
+        self.transformer_blocks = nnx.List(
+            [TransformerBlock(channels, heads, context, only_cross) for _ in range(layers)]
+        )
         self.proj_out = Linear(channels, channels) if linear else Conv(channels, channels, 1)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:

@@ -136,9 +136,7 @@ def _resnet(config: Any, inputs: int, outputs: int, output_scale: float = 1.0) -
     )
 
 
-def _attentions(
-    config: Any, block: int, channels: int, layers: Sequence[int], only_cross: bool = False
-) -> nnx.List:
+def _attentions(config: Any, block: int, channels: int, layers: Sequence[int], only_cross: bool = False) -> nnx.List:
     """Return a transformer for each of a block's residual blocks."""
     return nnx.List(
         [

@@ -225,6 +225,7 @@ class Serving:
             step_s=steps_s,
             mean_job_s=self._mean_job_s or _STEPS_OF_A_JOB * next(iter(steps_s.values())),
             held=dict(Counter(held.values())),
+            default_steps=self.engine.info.default_steps,
             next_free_s=0.0 if len(held) < num_slots else min((eta for eta in etas if eta), default=0.0),
         )
 

@@ -102,7 +102,9 @@ def make_random_checkpoint(
     config = {"_class_name": sampler_class, **STABLE_DIFFUSION_NOISE, "prediction_type": prediction_type}
     if sampler_class != "PNDMScheduler":
         config = {name: value for name, value in config.items() if name not in ("skip_prk_steps", "clip_sample")}
-        config = {name: value for name, value in config.items() if name != "set_alpha_to_one" or "DDIM" in sampler_class}
+        config = {
+            name: value for name, value in config.items() if name != "set_alpha_to_one" or "DDIM" in sampler_class
+        }
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, **(scheduler or {})}))
     if safety_checker:

@@ -130,7 +130,9 @@ def test_any_value_has_a_short_text_on_one_line():
         assert len(brief(value)) < 400
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"seed": 2**63 - 1, "num_inference_steps": 1000, "guidance_scale": 1, "original_size": [8, 16], "eta": 1}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"seed": 2**63 - 1, "num_inference_steps": 1000, "guidance_scale": 1, "target_size": [8, 16]}]
+)
 def test_good_parameters_cross_json_unchanged(kwargs):
     request = GenerationRequest.parse(("an ünïcode 🦊\nin two lines",), kwargs)
     assert GenerationRequest.parse((), json.loads(json.dumps(request.to_json()))) == request

@@ -37,7 +37,8 @@ def main() -> None:
         for name, config in CHECKERS.items():
             outputs[f"checker/{name}"] = run_checker(config)
     GOLDEN.mkdir(exist_ok=True)
-    np.savez_compressed(GOLDEN / "models.npz", **{name: np.asarray(value) for name, value in outputs.items()})
+    arrays = {name: np.asarray(value) for name, value in outputs.items()}
+    np.savez_compressed(GOLDEN / "models.npz", **arrays)  # type: ignore[arg-type]  # its stub takes any keyword for `allow_pickle`
     print(f"{len(outputs)} outputs, {(GOLDEN / 'models.npz').stat().st_size:,} bytes")
 
 

@@ -25,7 +25,7 @@ Arrays = Mapping[str, Any]
 
 
 class Family(Protocol):
-    """What a model is to the programs. Methods that get `params` are traced; the others run on the host, in any thread."""
+    """What a model is to the programs. Methods with `params` are traced; the others run on the host, in any thread."""
 
     @property
     def is_guided(self) -> bool:

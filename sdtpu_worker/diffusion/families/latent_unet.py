@@ -82,7 +82,7 @@ class LatentUNet:
                 f"clip_skip must be 0 to {layers - 1}: the text encoder of this checkpoint has {layers} layers,"
                 f" got {request.clip_skip}"
             )
-        return np.int32(request.clip_skip)
+        return np.array(request.clip_skip, np.int32)
 
     def _prompts(self, prompt: str, negative_prompt: str) -> list[str]:
         """Return the prompts of a job's rows."""
@@ -94,7 +94,7 @@ class LatentUNet:
             return {}
         return {"guidance_embedding": jax.ShapeDtypeStruct((self.guidance_width,), jnp.float32)}
 
-    def _guidance_inputs(self, guidance_scale: float) -> dict[str, np.ndarray]:
+    def _guidance_inputs(self, request: GenerationRequest) -> dict[str, np.ndarray]:
         """Return the guidance scale as a distilled UNet is told it: sines, then cosines, of 1000 times what exceeds 1.
 
         Source: arXiv 2310.04378, section 4, with the embedding of timesteps.
@@ -103,7 +103,7 @@ class LatentUNet:
             return {}
         half = self.guidance_width // 2
         frequencies = np.exp(-math.log(10_000) / (half - 1) * np.arange(half))
-        angles = 1000 * (guidance_scale - 1) * frequencies
+        angles = 1000 * ((request.guidance_scale or 0.0) - 1) * frequencies
         return {"guidance_embedding": np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32)}
 
     def _guidance_of(self, inputs: Arrays) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class StableDiffusion(LatentUNet):
         inputs = {
             "prompt_ids": ids,
             "clip_skip": self._skip(request, self.layers),
-            **self._guidance_inputs(request.guidance_scale),
+            **self._guidance_inputs(request),
         }
         return inputs, truncated
 

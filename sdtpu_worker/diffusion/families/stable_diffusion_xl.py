@@ -64,7 +64,7 @@ class StableDiffusionXL(LatentUNet):
             "clip_skip": self._skip(request, self.layers),
             "counts": np.array([bool(a or b) or not self.zeroes_empty for a, b in zip(prompts, second, strict=True)]),
             "time_ids": np.array(sizes, np.float32).reshape(6),
-            **self._guidance_inputs(request.guidance_scale),
+            **self._guidance_inputs(request),
         }
         return inputs, truncated or truncated_2
 

@@ -1,0 +1,238 @@
+"""Read models' configs: refuse whatever the models here would not follow, and fill in PyTorch's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from transformers import CLIPTextConfig, CLIPVisionConfig
+
+from sdtpu_worker.errors import InvalidCheckpoint
+from sdtpu_worker.models import config_tables
+from sdtpu_worker.models.config_rules import check
+
+_ATTENDING = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+
+
+class UNetConfig(ConfigMixin):
+    """The keys of a UNet that are followed, with diffusers' defaults."""
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int] | None = None,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        center_input_sample: bool = False,
+        flip_sin_to_cos: bool = True,
+        freq_shift: float = 0,
+        down_block_types: Sequence[str] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        mid_block_type: str | None = "UNetMidBlock2DCrossAttn",
+        up_block_types: Sequence[str] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        only_cross_attention: bool | Sequence[bool] = False,
+        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
+        layers_per_block: int | Sequence[int] = 2,
+        downsample_padding: int = 1,
+        mid_block_scale_factor: float = 1,
+        act_fn: str = "silu",
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        cross_attention_dim: int | Sequence[int] = 1280,
+        transformer_layers_per_block: Any = 1,
+        reverse_transformer_layers_per_block: Any = None,
+        attention_head_dim: int | Sequence[int] = 8,
+        use_linear_projection: bool = False,
+        addition_embed_type: str | None = None,
+        addition_time_embed_dim: int | None = None,
+        resnet_time_scale_shift: str = "default",
+        time_embedding_dim: int | None = None,
+        time_embedding_act_fn: str | None = None,
+        timestep_post_act: str | None = None,
+        time_cond_proj_dim: int | None = None,
+        conv_in_kernel: int = 3,
+        conv_out_kernel: int = 3,
+        projection_class_embeddings_input_dim: int | None = None,
+    ) -> None:
+        pass
+
+
+class AutoencoderConfig(ConfigMixin):
+    """The keys of an autoencoder that are followed, with diffusers' defaults."""
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
+        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
+        block_out_channels: Sequence[int] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+    ) -> None:
+        pass
+
+
+def read_unet_config(raw: Mapping[str, Any], what: str = "the UNet's config") -> Any:
+    """Read the config of a `UNet2DConditionModel`.
+
+    Args:
+        raw: of its `config.json`.
+        what: which config, for the error.
+
+    Returns:
+        An object with an attribute for each argument of `UNetConfig`.
+
+    Raises:
+        InvalidCheckpoint: a key or a value is not supported, or two of them do not fit.
+    """
+    config = _followed(UNetConfig, check(raw, config_tables.UNET, what))
+    channels, groups = config.block_out_channels, config.norm_num_groups
+    per_block = (
+        *("down_block_types", "up_block_types", "only_cross_attention", "layers_per_block", "cross_attention_dim"),
+        *("attention_head_dim", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+    )
+    for key in per_block:
+        value = getattr(config, key)
+        if isinstance(value, list | tuple) and len(value) != len(channels):
+            raise InvalidCheckpoint(
+                f"{what}: {key} must have {len(channels)} values, as block_out_channels has, got {value!r}"
+            )
+    _check_groups(channels, groups, what)
+    _check_heads(config, what)
+    _check_transformer_layers(config, what)
+    if config.addition_embed_type == "text_time":
+        for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            if getattr(config, key) is None:
+                raise InvalidCheckpoint(
+                    f"{what}: {key} must be a whole number where addition_embed_type is 'text_time', got None"
+                )
+    return config
+
+
+def read_autoencoder_config(raw: Mapping[str, Any], what: str = "the VAE's config") -> Any:
+    """Read the config of an `AutoencoderKL`.
+
+    Args:
+        raw: of its `config.json`.
+        what: which config, for the error.
+
+    Returns:
+        An object with an attribute for each argument of `AutoencoderConfig`.
+
+    Raises:
+        InvalidCheckpoint: a key or a value is not supported, or two of them do not fit.
+    """
+    config = _followed(AutoencoderConfig, check(raw, config_tables.AUTOENCODER, what))
+    channels = config.block_out_channels
+    for key, wanted in (
+        ("down_block_types", len(channels)),
+        ("up_block_types", len(channels)),
+        ("latents_mean", config.latent_channels),
+        ("latents_std", config.latent_channels),
+    ):
+        value = getattr(config, key)
+        if value is not None and len(value) != wanted:
+            raise InvalidCheckpoint(f"{what}: {key} must have {wanted} values, got {value!r}")
+    _check_groups(channels, config.norm_num_groups, what)
+    return config
+
+
+def read_clip_text_config(raw: Mapping[str, Any], what: str = "the text encoder's config") -> CLIPTextConfig:
+    """Read the config of a `CLIPTextModel`, with or without projection.
+
+    Args:
+        raw: of its `config.json`.
+        what: which config, for the error.
+
+    Returns:
+        transformers' config, so that its defaults fill in what is missing.
+
+    Raises:
+        InvalidCheckpoint: a key or a value is not supported, or two of them do not fit.
+    """
+    config = CLIPTextConfig(**_without_type(check(raw, config_tables.CLIP_TEXT, what)))
+    _check_clip_heads(config, what)
+    return config
+
+
+def read_safety_checker_config(raw: Mapping[str, Any], what: str = "the safety checker's config") -> Any:
+    """Read the config of a `StableDiffusionSafetyChecker`.
+
+    Args:
+        raw: of its `config.json`.
+        what: which config, for the error.
+
+    Returns:
+        An object with `vision_config`, transformers' `CLIPVisionConfig`, and `projection_dim`.
+
+    Raises:
+        InvalidCheckpoint: a key or a value is not supported, or two of them do not fit.
+    """
+    known = check(raw, config_tables.SAFETY_CHECKER, what)
+    vision = {**(known.get("vision_config_dict") or {}), **known.get("vision_config", {})}
+    config = CLIPVisionConfig(**_without_type(check(vision, config_tables.CLIP_VISION, f"{what}, vision_config")))
+    _check_clip_heads(config, what)
+    return SimpleNamespace(vision_config=config, projection_dim=known.get("projection_dim", 512))
+
+
+def _followed(kind: Any, known: Mapping[str, Any]) -> Any:
+    return kind(**{key: value for key, value in known.items() if not key.startswith("_")}).config
+
+
+def _without_type(known: Mapping[str, Any]) -> dict[str, Any]:
+    ours = {"model_type", "add_cross_attention", "is_decoder", "pruned_heads"}  # checked; of no further use
+    return {key: value for key, value in known.items() if key not in ours}
+
+
+def _check_groups(channels: Sequence[int], groups: int, what: str) -> None:
+    for value in channels:
+        if value % groups:
+            raise InvalidCheckpoint(
+                f"{what}: norm_num_groups must divide each of block_out_channels {list(channels)}, got {groups}"
+            )
+
+
+def _check_heads(config: Any, what: str) -> None:
+    channels, heads = config.block_out_channels, config.attention_head_dim
+    each = heads if isinstance(heads, list | tuple) else (heads,) * len(channels)
+    kinds = zip(config.down_block_types, reversed(config.up_block_types), channels, each, strict=True)
+    for down, up, value, number in kinds:
+        if (down in _ATTENDING or up in _ATTENDING) and value % number:
+            raise InvalidCheckpoint(
+                f"{what}: attention_head_dim (the number of heads) must divide each of block_out_channels"
+                f" {list(channels)}, got {heads!r}"
+            )
+
+
+def _check_transformer_layers(config: Any, what: str) -> None:
+    depths, back = config.transformer_layers_per_block, config.reverse_transformer_layers_per_block
+    if back is None and isinstance(depths, list | tuple) and any(isinstance(d, list | tuple) for d in depths):
+        raise InvalidCheckpoint(
+            f"{what}: reverse_transformer_layers_per_block must be given where transformer_layers_per_block has lists"
+            f" in it, got {depths!r}"
+        )
+
+
+def _check_clip_heads(config: Any, what: str) -> None:
+    if config.hidden_size % config.num_attention_heads:
+        raise InvalidCheckpoint(
+            f"{what}: num_attention_heads must divide hidden_size {config.hidden_size},"
+            f" got {config.num_attention_heads}"
+        )

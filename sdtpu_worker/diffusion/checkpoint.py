@@ -23,12 +23,14 @@ from sdtpu_worker.diffusion.samplers import NoiseSchedule
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.diffusion.weights import find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
-from sdtpu_worker.models.autoencoder import AutoencoderDecoder, AutoencoderEncoder
-from sdtpu_worker.models.clip_text import CLIPTextModel
-from sdtpu_worker.models.configs import read_autoencoder_config, read_text_config, read_unet_config
+from sdtpu_worker.models import networks
+from sdtpu_worker.models.configs import (
+    read_autoencoder_config,
+    read_clip_text_config,
+    read_safety_checker_config,
+    read_unet_config,
+)
 from sdtpu_worker.models.network import Network
-from sdtpu_worker.models.safety_checker import SafetyChecker
-from sdtpu_worker.models.unet import UNet2DConditionModel
 from sdtpu_worker.redaction import brief
 
 EMBEDDED = "embedded"
@@ -152,7 +154,7 @@ class _Parts:
         """Return the family with one text encoder."""
         text_encoder, tokenizer, config = self._text_encoder("text_encoder", "tokenizer", projection=False)
         common = self._latent_unet(force_upcast=False)
-        self._check_context(common["unet_config"].context_widths, config.hidden_size)
+        self._check_context(common["unet_config"], config.hidden_size)
         del common["unet_config"]
         return StableDiffusion(
             text_encoder=text_encoder,
@@ -168,7 +170,7 @@ class _Parts:
         second, tokenizer_2, config_2 = self._text_encoder("text_encoder_2", "tokenizer_2", projection=True)
         common = self._latent_unet(force_upcast=True)
         width = config.hidden_size + config_2.hidden_size
-        self._check_context(common["unet_config"].context_widths, width)
+        self._check_context(common["unet_config"], width)
         del common["unet_config"]
         index = _read_json(self.folder / "model_index.json", self.folder)
         return StableDiffusionXL(
@@ -196,9 +198,9 @@ class _Parts:
                 f"{self.folder}: the UNet takes {unet_config.in_channels} channels and the VAE has"
                 f" {vae_config.latent_channels}; inpainting and image-conditioned checkpoints are not supported"
             )
-        in_float32 = force_upcast and vae_config.force_upcast
+        in_float32 = force_upcast and bool(self._configs["vae"].get("force_upcast"))
         decoder_dtype = jnp.float32 if in_float32 else self.dtype
-        unet = self._network("unet", lambda: UNet2DConditionModel(unet_config), self.dtype)
+        unet = self._network("unet", lambda: networks.unet(unet_config), self.dtype)
         decoder = self._decoder(vae_config, decoder_dtype)
         factor = 2 ** (len(vae_config.block_out_channels) - 1)
         height, width = _pair(unet_config.sample_size, self.folder)
@@ -223,15 +225,15 @@ class _Parts:
 
     def _decoder(self, config: Any, dtype: Any) -> Network:
         """Return the half of the autoencoder that is used; all tensors of both halves must be there."""
-        decoder = self._make(lambda: AutoencoderDecoder(config), "vae")
-        encoder = self._make(lambda: AutoencoderEncoder(config), "vae")
+        decoder = self._make(lambda: networks.decoder(config), "vae")
+        encoder = self._make(lambda: networks.encoder(config), "vae")
         tensors = read_weights(self.folder, "vae", {**decoder.shapes, **encoder.shapes}, dtype)
         self.params["vae"] = {name: tensors[name] for name in decoder.shapes}
         return decoder
 
     def _text_encoder(self, part: str, tokenizer: str, projection: bool) -> tuple[Network, PromptTokenizer, Any]:
-        config = self._config(part, read_text_config)
-        network = self._network(part, lambda: CLIPTextModel(config, projection), self.dtype)
+        config = self._config(part, read_clip_text_config)
+        network = self._network(part, lambda: networks.text_encoder(config, projection), self.dtype)
         return network, PromptTokenizer.from_folder(self.folder / tokenizer, config.max_position_embeddings), config
 
     def _config(self, part: str, read: Any) -> Any:
@@ -253,14 +255,15 @@ class _Parts:
 
     def _make(self, make: Any, part: str) -> Network:
         try:
-            return Network(make)
+            return make()
         except Exception as exc:  # as above, with as many ways as there are layers
             raise InvalidCheckpoint(
                 f"{self.folder / part}: this config cannot be used: {type(exc).__name__}: {exc}"
             ) from exc
 
-    def _check_context(self, widths: list[int], width: int) -> None:
-        if any(each != width for each in widths):
+    def _check_context(self, unet_config: Any, width: int) -> None:
+        widths = unet_config.cross_attention_dim
+        if any(each != width for each in (widths if isinstance(widths, list | tuple) else [widths])):
             raise InvalidCheckpoint(
                 f"{self.folder}: cross_attention_dim of the UNet must be {width}, what its text encoder makes,"
                 f" got {brief(widths)}"
@@ -349,11 +352,11 @@ def _read_json(path: Path, folder: Path) -> Mapping[str, Any]:
 
 
 def _load_safety_checker(folder: Path) -> LoadedSafetyChecker:
-    from transformers import CLIPConfig, CLIPImageProcessor
+    from transformers import CLIPImageProcessor
 
     try:
-        config = CLIPConfig.from_dict(dict(_read_json(folder / "safety_checker" / "config.json", folder)))
-        network = Network(lambda: SafetyChecker(config))
+        path = folder / "safety_checker" / "config.json"
+        network = networks.safety_checker(read_safety_checker_config(_read_json(path, folder), str(path)))
         extractor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
     except InvalidCheckpoint:
         raise

@@ -1,159 +1,226 @@
-"""The small parts that all networks are made of. Arrays are NHWC, or (B, L, C) for sequences.
+"""Layers with PyTorch's parameter names and defaults; images are NHWC.
 
-A parameter has the name that PyTorch gives it, `weight` or `bias`, in the layout that XLA wants: a linear weight is
-(in, out), a convolution HWIO. All compute in the dtype of their input, except where a comment says otherwise.
+A layer computes in the dtype of its input and casts its parameters to it. Norms compute in float32 whatever the input:
+their sums over thousands of values lose all precision in bfloat16.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from sdtpu_worker.models.network import parameter
-
 Activation = Callable[[jax.Array], jax.Array]
+Padding = int | Sequence[tuple[int, int]]
 
 
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """Return x times the normal distribution's cumulative function at x: not the usual approximation by tanh."""
+def parameter(shape: Sequence[int], torch_axes: Sequence[int] | None = None) -> nnx.Param:
+    """Return a parameter of zeros, in float32.
+
+    Args:
+        shape: in our layout.
+        torch_axes: the permutation that brings PyTorch's layout to ours; None where they are the same.
+    """
+    return nnx.Param(jnp.zeros(tuple(shape), jnp.float32), torch_axes=tuple(torch_axes) if torch_axes else None)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Return the exact GELU, which PyTorch means by the name; JAX's default is an approximation of it."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """Return x * sigmoid(1.702 x), which the first CLIP models were trained with."""
+    """Return the GELU of OpenAI's CLIP, `x sigmoid(1.702 x)`."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
-    "mish": lambda x: x * jnp.tanh(jax.nn.softplus(x)),
-    "gelu": exact_gelu,
-    "relu": jax.nn.relu,
+    "gelu": gelu,
     "quick_gelu": quick_gelu,
+    "relu": jax.nn.relu,
+    "mish": jax.nn.mish,
 }
 
 
 class Linear(nnx.Module):
-    """A matrix and, by default, a bias."""
+    """A dense layer; `weight (in, out)`."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
-        self.weight = parameter(inputs, outputs)
-        self.bias = parameter(outputs) if bias else None
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        self.weight = parameter((in_features, out_features), (1, 0))
+        self.bias = parameter((out_features,)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return `(…, outputs)` of `(…, inputs)`."""
-        out = x @ self.weight[...].astype(x.dtype)
-        return out if self.bias is None else out + self.bias[...].astype(x.dtype)
+        """Map `(..., in)` to `(..., out)`."""
+        y = x @ self.weight[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Conv(nnx.Module):
-    """A convolution with a bias.
+    """A convolution of two dimensions; `weight (kernel, kernel, in, out)`.
 
     Args:
-        inputs, outputs: channels.
-        kernel: of both sides.
-        stride: of both sides.
-        padding: of every side, or ((above, below), (left, right)).
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel: side of the kernel.
+        stride: of both axes.
+        padding: zeros at all four sides, or `(before, after)` for each axis.
+        bias: whether there is one.
     """
 
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
+        in_channels: int,
+        out_channels: int,
         kernel: int = 3,
         stride: int = 1,
-        padding: int | tuple[tuple[int, int], tuple[int, int]] | None = None,
+        padding: Padding = 1,
         bias: bool = True,
     ) -> None:
-        self.weight = parameter(kernel, kernel, inputs, outputs)
-        self.bias = parameter(outputs) if bias else None
-        self._strides = (stride, stride)
-        padding = kernel // 2 if padding is None else padding
-        self._padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+        self.weight = parameter((kernel, kernel, in_channels, out_channels), (2, 3, 1, 0))
+        self.bias = parameter((out_channels,)) if bias else None
+        self.stride = stride
+        pads = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+        self.padding = tuple((int(before), int(after)) for before, after in pads)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return `(B, h, w, outputs)` of `(B, h, w, inputs)`."""
-        out = jax.lax.conv_general_dilated(
+        """Map `(B, h, w, in)` to `(B, h', w', out)`."""
+        y = jax.lax.conv_general_dilated(
             x,
             self.weight[...].astype(x.dtype),
-            self._strides,
-            self._padding,
+            (self.stride, self.stride),
+            self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return out if self.bias is None else out + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):
-    """Normalises the channels of each image, group by group."""
+    """Normalise each group of channels over the whole image, in float32."""
 
-    def __init__(self, groups: int, channels: int, eps: float) -> None:
-        self.weight, self.bias = parameter(channels), parameter(channels)
-        self._groups, self._eps = groups, eps
+    def __init__(self, num_groups: int, num_channels: int, eps: float) -> None:
+        self.weight = parameter((num_channels,))
+        self.bias = parameter((num_channels,))
+        self.num_groups = num_groups
+        self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return an array like `x`, `(B, …, C)`."""
-        # Mean and variance of thousands of numbers lose their digits in bfloat16.
-        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self._groups, x.shape[-1] // self._groups)
-        mean = grouped.mean((1, 3), keepdims=True)
-        variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-        normal = ((grouped - mean) * jax.lax.rsqrt(variance + self._eps)).reshape(x.shape)
-        return (normal * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        """Map `(B, h, w, C)` to the same shape and dtype."""
+        batch, height, width, channels = x.shape
+        groups = x.astype(jnp.float32).reshape(batch, height, width, self.num_groups, channels // self.num_groups)
+        centred = groups - groups.mean((1, 2, 4), keepdims=True)
+        variance = jnp.square(centred).mean((1, 2, 4), keepdims=True)
+        unit = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
+        return _scale_and_shift(unit, self.weight, self.bias).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last axis."""
+    """Normalise over the last axis, in float32."""
 
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        self.weight, self.bias = parameter(channels), parameter(channels)
-        self._eps = eps
+    def __init__(self, features: int, eps: float = 1e-5) -> None:
+        self.weight = parameter((features,))
+        self.bias = parameter((features,))
+        self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return an array like `x`, `(…, C)`."""
-        wide = x.astype(jnp.float32)  # as in GroupNorm
-        mean = wide.mean(-1, keepdims=True)
-        variance = jnp.square(wide - mean).mean(-1, keepdims=True)
-        normal = (wide - mean) * jax.lax.rsqrt(variance + self._eps)
-        return (normal * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        """Map `(..., features)` to the same shape and dtype."""
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        unit = centred * jax.lax.rsqrt(variance + self.eps)
+        return _scale_and_shift(unit, self.weight, self.bias).astype(x.dtype)
+
+
+def _scale_and_shift(x: jax.Array, weight: Any, bias: Any) -> jax.Array:
+    return x * weight[...].astype(x.dtype) + bias[...].astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-    """A row for each of `count` numbers."""
+    """A table of vectors; `weight (count, features)`."""
 
-    def __init__(self, count: int, width: int) -> None:
-        self.weight = parameter(count, width)
+    def __init__(self, count: int, features: int) -> None:
+        self.weight = parameter((count, features))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Return `(…, width)` of `(…) int32`."""
+        """Map ids `(...) int32` to `(..., features)`, in the dtype of the table."""
         return self.weight[...][ids]
 
 
-def sinusoids(values: jax.Array, width: int, flip: bool = True, shift: float = 0.0) -> jax.Array:
-    """Return sines and cosines of values at `width / 2` frequencies, `(…, width) float32`.
+class Nothing(nnx.Module):
+    """Holds the place of a layer without parameters, so that its siblings keep PyTorch's numbers."""
 
-    Source: arXiv 2006.11239, section B, with the frequencies of arXiv 1706.03762.
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the input."""
+        return x
+
+
+def sinusoids(values: jax.Array, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
+    """Return the embedding of numbers by sines and cosines of geometric frequencies.
+
+    Float32 throughout: timesteps go to 1000, and bfloat16 would round them to multiples of four.
 
     Args:
-        values: `(…) float32`; in bfloat16 a thousand timesteps would be a hundred.
-        width: even.
-        flip: cosines first.
-        shift: how much the number of steps between the frequencies is less than their number.
+        values: `(B,) float32`.
+        dim: of the embedding.
+        flip_sin_to_cos: cosines come first.
+        freq_shift: taken from the number of frequencies, where the exponent is divided by it.
+
+    Returns:
+        `(B, dim) float32`.
+
+    Source: Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
     """
-    half = width // 2
-    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
-    angles = values.astype(jnp.float32)[..., None] * frequencies
+    half = dim // 2
+    exponents = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
+    angles = values.astype(jnp.float32)[:, None] * np.exp(exponents)
     parts = [jnp.sin(angles), jnp.cos(angles)]
-    return jnp.concatenate(parts[::-1] if flip else parts, axis=-1)
+    embedding = jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
-def upsample(x: jax.Array, height: int, width: int) -> jax.Array:
-    """Return `(B, height, width, C)`, each pixel the one of `x` at floor(i * in / out), as PyTorch's nearest."""
-    rows = jnp.arange(height) * x.shape[1] // height
-    columns = jnp.arange(width) * x.shape[2] // width
-    if (height, width) == (2 * x.shape[1], 2 * x.shape[2]):
-        return x.repeat(2, axis=1).repeat(2, axis=2)
-    return x[:, rows][:, :, columns]
+class TimestepEmbedding(nnx.Module):
+    """Two dense layers over a sinusoidal embedding; with `cond_dim`, a condition is added before the first."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: Activation,
+        post_activation: Activation | None = None,
+        cond_dim: int | None = None,
+    ) -> None:
+        self.linear_1 = Linear(in_features, out_features)
+        self.cond_proj = None if cond_dim is None else Linear(cond_dim, in_features, bias=False)
+        self.linear_2 = Linear(out_features, out_features)
+        self.activation = activation
+        self.post_activation = post_activation
+
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+        """Map `(B, in)` and, if there is one, a condition `(B, cond_dim)` to `(B, out)`."""
+        if condition is not None and self.cond_proj is not None:
+            x = x + self.cond_proj(condition.astype(x.dtype))
+        x = self.linear_2(self.activation(self.linear_1(x)))
+        return x if self.post_activation is None else self.post_activation(x)
+
+
+def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
+    """Resize an image `(B, h, w, C)` by repeating pixels, as PyTorch's mode "nearest" does.
+
+    Output pixel i shows input pixel floor(i · in / out), the quotient in float32; `jax.image.resize` differs where
+    the ratio is not a whole number.
+    """
+    for axis, wanted in ((1, height), (2, width)):
+        have = x.shape[axis]
+        if wanted % have == 0:
+            x = jnp.repeat(x, wanted // have, axis)
+        else:
+            scale = np.float32(have) / np.float32(wanted)
+            index = np.minimum((np.arange(wanted, dtype=np.float32) * scale).astype(np.int32), have - 1)
+            x = jnp.take(x, index, axis)
+    return x

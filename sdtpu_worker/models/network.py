@@ -1,51 +1,62 @@
-"""A Flax module seen as a plain function of plain parameters.
-
-Modules are written in NNX, which nests attributes and lists as PyTorch does: the path to a parameter is the name of the
-tensor in a PyTorch checkpoint. Nothing outside `models/` knows that. It sees a flat dict of arrays by tensor name.
-"""
+"""A Flax module as a plain function of a flat dictionary of arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 from flax import nnx
+
+Params = Mapping[str, jax.Array]
 
 
 class Network:
-    """A module without its parameters. Calls are pure, so they can be traced; any thread.
+    """A model without its parameters. Immutable; any thread.
+
+    NNX, not Linen: it is where Flax goes, and its modules nest as PyTorch's do, so that the path of a parameter, joined
+    with dots, is the name that PyTorch has for it and no table of names exists.
 
     Args:
-        make: makes the module; it is only ever run abstractly, so it computes nothing and takes no memory.
-
-    Attributes:
-        shapes: by tensor name, the shape of a parameter in the layout of this package (`layers.py`).
+        make: builds the module; it runs abstractly, so that no memory is taken, whatever the size.
     """
 
     def __init__(self, make: Callable[[], nnx.Module]) -> None:
         self._graph, state = nnx.split(nnx.eval_shape(make))
-        self._paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(state)}
-        self.shapes: dict[str, tuple[int, ...]] = {
-            ".".join(map(str, path)): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)
-        }
+        variables = nnx.to_flat_state(state)
+        self._paths = {".".join(map(str, path)): path for path, _ in variables}
+        self._variables = {name: variable for name, (_, variable) in zip(self._paths, variables, strict=True)}
 
-    def __call__(self, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-        """Run the module.
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter in our layout, by PyTorch's name."""
+        return {name: tuple(variable.shape) for name, variable in self._variables.items()}
+
+    @cached_property
+    def torch_axes(self) -> dict[str, tuple[int, ...]]:
+        """For each parameter that PyTorch keeps in another layout the axes that `transpose` needs to make it ours."""
+        axes = {name: variable.get_metadata().get("torch_axes") for name, variable in self._variables.items()}
+        return {name: permutation for name, permutation in axes.items() if permutation is not None}
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """How many numbers the parameters hold."""
+        return sum(int(variable.size) for variable in self._variables.values())
+
+    def __call__(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        """Run the model; can be traced.
 
         Args:
-            params: by tensor name, all those of `shapes`.
-            *args: of the method.
-            method: of the module.
-            **kwargs: of the method.
+            params: an array for each name in `shapes`; others are left alone.
+            *args: of the module's method.
+            method: name of the method.
+            **kwargs: of the module's method.
 
         Raises:
             KeyError: a parameter is missing.
         """
-        state = nnx.from_flat_state([(path, nnx.Param(params[name])) for name, path in self._paths.items()])
+        state = nnx.from_flat_state(
+            [(path, self._variables[name].replace(params[name])) for name, path in self._paths.items()]
+        )
         return getattr(nnx.merge(self._graph, state), method)(*args, **kwargs)
-
-
-def parameter(*shape: int) -> nnx.Param:
-    """Return a parameter of this shape; its values come with each call of the network."""
-    return nnx.Param(jnp.zeros(shape, jnp.float32))

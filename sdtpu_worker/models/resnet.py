@@ -1,4 +1,4 @@
-"""What the UNet and the autoencoder share: residual blocks, and the ways up and down between resolutions."""
+"""Residual blocks and the changes of resolution between them, for UNets and autoencoders."""
 
 from __future__ import annotations
 
@@ -6,86 +6,85 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdtpu_worker.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear, upsample
+from sdtpu_worker.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear, resize_nearest
 
 
-class ResnetBlock2D(nnx.Module):
-    """Two convolutions, each over a norm and an activation, beside the input.
+class ResnetBlock(nnx.Module):
+    """Two convolutions beside a shortcut; in a UNet the time embedding goes in between them.
 
     Args:
-        inputs, outputs: channels.
-        groups, eps: of the norms.
-        activation: its name.
-        time_width: of the time embedding; 0 for a block that has none.
-        scale_shift: the time embedding scales and shifts after the second norm, instead of being added before it.
-        output_scale: what the sum is divided by.
+        in_channels: of the input.
+        out_channels: of the output.
+        groups: of the norms.
+        eps: of the norms.
+        act_fn: a key of `ACTIVATIONS`.
+        time_features: of the time embedding; None in an autoencoder.
+        scale_shift: the embedding scales and shifts what the second norm gives; otherwise it is added before it.
+        output_scale: the sum with the shortcut is divided by it.
     """
 
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
+        in_channels: int,
+        out_channels: int,
         groups: int,
         eps: float,
-        activation: str = "silu",
-        time_width: int = 0,
+        act_fn: str,
+        time_features: int | None = None,
         scale_shift: bool = False,
         output_scale: float = 1.0,
     ) -> None:
-        self.norm1 = GroupNorm(groups, inputs, eps)
-        self.conv1 = Conv(inputs, outputs)
-        self.time_emb_proj = Linear(time_width, outputs * (1 + scale_shift)) if time_width else None
-        self.norm2 = GroupNorm(groups, outputs, eps)
-        self.conv2 = Conv(outputs, outputs)
-        self.conv_shortcut = Conv(inputs, outputs, 1) if inputs != outputs else None
-        self._activate, self._scale_shift, self._output_scale = ACTIVATIONS[activation], scale_shift, output_scale
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = Conv(in_channels, out_channels)
+        time_outputs = 2 * out_channels if scale_shift else out_channels
+        self.time_emb_proj = None if time_features is None else Linear(time_features, time_outputs)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = Conv(out_channels, out_channels)
+        same = in_channels == out_channels
+        self.conv_shortcut = None if same else Conv(in_channels, out_channels, kernel=1, padding=0)
+        self.activation = ACTIVATIONS[act_fn]
+        self.scale_shift = scale_shift
+        self.output_scale = output_scale
 
     def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
-        """Return `(B, h, w, outputs)`.
-
-        Args:
-            x: `(B, h, w, inputs)`.
-            time: `(B, time_width)`, the time embedding.
-        """
-        hidden = self.conv1(self._activate(self.norm1(x)))
-        told = None
+        """Map `x (B, h, w, in)` and the embedding `time (B, time_features)` to `(B, h, w, out)`."""
+        y = self.conv1(self.activation(self.norm1(x)))
+        shift = scale = None
         if self.time_emb_proj is not None and time is not None:
-            told = self.time_emb_proj(self._activate(time))[:, None, None]
-        if told is not None and not self._scale_shift:
-            hidden = hidden + told
-        hidden = self.norm2(hidden)
-        if told is not None and self._scale_shift:
-            scale, shift = jnp.split(told, 2, axis=-1)
-            hidden = hidden * (1 + scale) + shift
-        hidden = self.conv2(self._activate(hidden))
+            shift = self.time_emb_proj(self.activation(time))[:, None, None]
+            if self.scale_shift:
+                scale, shift = jnp.split(shift, 2, axis=-1)
+        if scale is not None:
+            y = self.norm2(y) * (1 + scale) + shift
+        else:
+            y = self.norm2(y if shift is None else y + shift)
+        y = self.conv2(self.activation(y))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        total = shortcut + hidden
-        return total if self._output_scale == 1.0 else total / self._output_scale
+        return (shortcut + y) / self.output_scale
 
 
-class Downsample2D(nnx.Module):
-    """A convolution that halves both sides.
+class Downsample(nnx.Module):
+    """Halve height and width by a convolution.
 
     Args:
-        channels: in and out.
-        padding: of every side; 0 pads below and on the right only.
+        channels: of input and output.
+        padding: zeros around the image; with 0, one row below and one column on the right.
     """
 
     def __init__(self, channels: int, padding: int) -> None:
         self.conv = Conv(channels, channels, stride=2, padding=padding or ((0, 1), (0, 1)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return `(B, h / 2, w / 2, channels)`."""
+        """Map `(B, h, w, C)` to about `(B, h / 2, w / 2, C)`."""
         return self.conv(x)
 
 
-class Upsample2D(nnx.Module):
-    """Pixels repeated, then a convolution."""
+class Upsample(nnx.Module):
+    """Enlarge an image by repeating pixels, then smooth it by a convolution."""
 
     def __init__(self, channels: int) -> None:
         self.conv = Conv(channels, channels)
 
-    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        """Return `(B, *size, channels)`; without a size, both sides are doubled."""
-        height, width = size or (2 * x.shape[1], 2 * x.shape[2])
-        return self.conv(upsample(x, height, width))
+    def __call__(self, x: jax.Array, height: int, width: int) -> jax.Array:
+        """Map `(B, h, w, C)` to `(B, height, width, C)`."""
+        return self.conv(resize_nearest(x, height, width))

@@ -1,4 +1,4 @@
-"""The safety checker of Stable Diffusion 1.x: CLIP's image encoder, and what it must not come near."""
+"""The safety checker of Stable Diffusion: CLIP's image encoder, and the cosine to a few fixed concepts."""
 
 from __future__ import annotations
 
@@ -8,93 +8,95 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdtpu_worker.models.clip_text import Encoder
-from sdtpu_worker.models.layers import Conv, Embedding, LayerNorm, Linear
-from sdtpu_worker.models.network import parameter
+from sdtpu_worker.models.clip_encoder import ClipEncoder
+from sdtpu_worker.models.layers import Conv, Embedding, LayerNorm, Linear, parameter
 
-_CONCEPTS, _SPECIAL_CARE = 17, 3
-_CAUTION = 0.01
-
-
-class SafetyChecker(nnx.Module):
-    """Says which images come too near to one of seventeen concepts.
-
-    Args:
-        config: a `transformers.CLIPConfig`.
-    """
-
-    def __init__(self, config: Any) -> None:
-        width = config.vision_config.hidden_size
-        self.vision_model = VisionTower(config.vision_config)
-        self.visual_projection = Linear(width, config.projection_dim, bias=False)
-        self.concept_embeds = parameter(_CONCEPTS, config.projection_dim)
-        self.special_care_embeds = parameter(_SPECIAL_CARE, config.projection_dim)
-        self.concept_embeds_weights = parameter(_CONCEPTS)
-        self.special_care_embeds_weights = parameter(_SPECIAL_CARE)
-
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Return `(B,) bool`, True for an image that must not be shown.
-
-        Args:
-            pixels: `(B, H, W, 3) float32`, as the checkpoint's image processor makes them.
-        """
-        embeds = self.visual_projection(self.vision_model(pixels))
-        care = _cosines(embeds, self.special_care_embeds[...]) - self.special_care_embeds_weights[...]
-        caution = jnp.any(jnp.round(care, 3) > 0, axis=1, keepdims=True) * _CAUTION
-        scores = _cosines(embeds, self.concept_embeds[...]) - self.concept_embeds_weights[...] + caution
-        return jnp.any(jnp.round(scores, 3) > 0, axis=1)
-
-
-class VisionTower(nnx.Module):
-    """The image encoder; the attribute of its own name is how PyTorch's checker names the parameters."""
-
-    def __init__(self, config: Any) -> None:
-        self.vision_model = VisionModel(config)
-
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Return the pooled state, `(B, E)`."""
-        return self.vision_model(pixels)
-
-
-class VisionModel(nnx.Module):
-    """CLIP's image encoder."""
-
-    def __init__(self, config: Any) -> None:
-        self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.encoder = Encoder(config)
-        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Return the state of the class token with the final norm, `(B, E)`."""
-        x = self.pre_layrnorm(self.embeddings(pixels))
-        for layer in self.encoder.layers:
-            x = layer(x)
-        return self.post_layernorm(x[:, 0])
+_NUM_CONCEPTS, _NUM_SPECIAL_CARE = 17, 3
+_SPECIAL_CARE_ADJUSTMENT = 0.01  # how much stricter the concepts are in an image that needs special care
 
 
 class VisionEmbeddings(nnx.Module):
-    """Patches, a class token before them, and their positions as vectors."""
+    """An image's patches and one vector for the whole, with their positions."""
 
     def __init__(self, config: Any) -> None:
-        self.class_embedding = parameter(config.hidden_size)
-        self.patch_embedding = Conv(3, config.hidden_size, config.patch_size, config.patch_size, padding=0, bias=False)
-        count = (config.image_size // config.patch_size) ** 2 + 1
-        self.position_embedding = Embedding(count, config.hidden_size)
-
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Return `(B, 1 + patches, E)` of `(B, H, W, 3)`."""
-        patches = self.patch_embedding(pixels)
-        patches = patches.reshape(pixels.shape[0], -1, patches.shape[-1])
-        first = jnp.broadcast_to(
-            self.class_embedding[...].astype(patches.dtype), (pixels.shape[0], 1, patches.shape[-1])
+        self.class_embedding = parameter((config.hidden_size,))
+        self.patch_embedding = Conv(
+            config.num_channels, config.hidden_size, config.patch_size, config.patch_size, padding=0, bias=False
         )
-        x = jnp.concatenate([first, patches], axis=1)
-        return x + self.position_embedding(jnp.arange(x.shape[1]))
+        self.position_embedding = Embedding((config.image_size // config.patch_size) ** 2 + 1, config.hidden_size)
+
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        """Map `(B, H, W, 3)` to `(B, 1 + patches, E)`."""
+        patches = self.patch_embedding(pixel_values)
+        patches = patches.reshape(len(patches), -1, patches.shape[-1])
+        whole = jnp.broadcast_to(self.class_embedding[...].astype(patches.dtype), (len(patches), 1, patches.shape[-1]))
+        positions = self.position_embedding.weight[...].astype(patches.dtype)
+        return jnp.concatenate([whole, patches], axis=1) + positions
 
 
-def _cosines(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the cosine of every row of `a` with every row of `b`."""
-    a = a / jnp.linalg.norm(a, axis=1, keepdims=True)
-    b = b / jnp.linalg.norm(b, axis=1, keepdims=True)
-    return a @ b.T
+class VisionTransformer(nnx.Module):
+    """CLIP's image encoder without its projection."""
+
+    def __init__(self, config: Any) -> None:
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)  # the tensors are spelled so
+        self.encoder = ClipEncoder(config, causal=False)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        """Map `(B, H, W, 3)` to the pooled state `(B, E)`."""
+        states = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
+        return self.post_layernorm(states[-1][:, 0])
+
+
+class VisionModel(nnx.Module):
+    """Holds the encoder, for one more level in the names of its parameters."""
+
+    def __init__(self, config: Any) -> None:
+        self.vision_model = VisionTransformer(config)
+
+
+class SafetyChecker(nnx.Module):
+    """diffusers' `StableDiffusionSafetyChecker`.
+
+    Args:
+        config: of `configs.read_safety_checker_config`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        vision, features = config.vision_config, config.projection_dim
+        self.vision_model = VisionModel(vision)
+        self.visual_projection = Linear(vision.hidden_size, features, bias=False)
+        self.concept_embeds = parameter((_NUM_CONCEPTS, features))
+        self.special_care_embeds = parameter((_NUM_SPECIAL_CARE, features))
+        self.concept_embeds_weights = parameter((_NUM_CONCEPTS,))
+        self.special_care_embeds_weights = parameter((_NUM_SPECIAL_CARE,))
+
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        """Return which images show what the checker looks for.
+
+        The scores are rounded to three decimals before they are compared, in float32: thresholds are as close as 0.001.
+
+        Args:
+            pixel_values: of the checker's image processor, `(B, H, W, 3)`.
+
+        Returns:
+            `(B,) bool`.
+        """
+        dtype = self.visual_projection.weight.dtype
+        embeds = self.visual_projection(self.vision_model.vision_model(pixel_values.astype(dtype)))
+        special = _cosines(embeds, self.special_care_embeds) - self.special_care_embeds_weights[...].astype(jnp.float32)
+        needs_care = (jnp.round(special, 3) > 0).any(-1, keepdims=True)
+        scores = _cosines(embeds, self.concept_embeds) - self.concept_embeds_weights[...].astype(jnp.float32)
+        scores = scores + jnp.where(needs_care, jnp.float32(_SPECIAL_CARE_ADJUSTMENT), jnp.float32(0))
+        return (jnp.round(scores, 3) > 0).any(-1)
+
+
+def _cosines(embeds: jax.Array, concepts: Any) -> jax.Array:
+    """Return the cosine of each of `(B, P)` to each of `(N, P)`, `(B, N) float32`."""
+    return _unit(embeds) @ _unit(concepts[...]).T
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""The transformer between two residual blocks of the UNet: pixels attend to each other, and to the prompt."""
+"""The transformer between a UNet's residual blocks: pixels attend to each other, then to the prompt."""
 
 from __future__ import annotations
 
@@ -7,78 +7,101 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdtpu_worker.models.attention import Attention
-from sdtpu_worker.models.layers import Conv, GroupNorm, LayerNorm, Linear, exact_gelu
+from sdtpu_worker.models.layers import Conv, GroupNorm, LayerNorm, Linear, Nothing, gelu
 
-_EPS = 1e-6
+_GROUP_NORM_EPS = 1e-6  # here always, whatever the config's `norm_eps`, which is of the residual blocks
 
 
-class Transformer2DModel(nnx.Module):
-    """Transformer blocks over all pixels, beside the input.
+class GatedGelu(nnx.Module):
+    """A dense layer whose second half gates the first, through the exact GELU."""
 
-    Args:
-        channels: in and out.
-        heads: of the attention.
-        layers: how many blocks.
-        context: channels of the prompt.
-        groups: of the norm.
-        linear: the projections are linear layers; otherwise convolutions of one pixel, which compute the same.
-        only_cross: pixels attend to the prompt in place of each other.
-    """
+    def __init__(self, features: int, inner_features: int) -> None:
+        self.proj = Linear(features, 2 * inner_features)
 
-    def __init__(
-        self, channels: int, heads: int, layers: int, context: int, groups: int, linear: bool, only_cross: bool
-    ) -> None:
-        self.norm = GroupNorm(groups, channels, _EPS)
-        self.proj_in = Linear(channels, channels) if linear else Conv(channels, channels, 1)
-        self.transformer_blocks = nnx.List(
-            [TransformerBlock(channels, heads, context, only_cross) for _ in range(layers)]
-        )
-        self.proj_out = Linear(channels, channels) if linear else Conv(channels, channels, 1)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `(B, L, features)` to `(B, L, inner_features)`."""
+        values, gates = jnp.split(self.proj(x), 2, axis=-1)
+        return values * gelu(gates)
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """Return an array like `x`, `(B, h, w, channels)`; the prompt is `(B, L, context)`."""
-        rows = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
-        for block in self.transformer_blocks:
-            rows = block(rows, context)
-        return x + self.proj_out(rows.reshape(x.shape))
+
+class FeedForward(nnx.Module):
+    """The dense layers of a transformer block, four times as wide inside."""
+
+    def __init__(self, features: int) -> None:
+        self.net = nnx.List([GatedGelu(features, 4 * features), Nothing(), Linear(4 * features, features)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `(B, L, features)` to the same shape."""
+        for layer in self.net:
+            x = layer(x)
+        return x
 
 
 class TransformerBlock(nnx.Module):
-    """Attention to each other, attention to the prompt, a feed-forward network: each over a norm, beside the input."""
+    """Self-attention, attention to the prompt, dense layers; each after a norm and beside a shortcut.
 
-    def __init__(self, channels: int, heads: int, context: int, only_cross: bool) -> None:
-        self.norm1, self.norm2, self.norm3 = LayerNorm(channels), LayerNorm(channels), LayerNorm(channels)
-        self.attn1 = Attention(channels, heads, context if only_cross else None)
-        self.attn2 = Attention(channels, heads, context)
-        self.ff = FeedForward(channels)
-        self._only_cross = only_cross
+    Args:
+        features: of the pixels.
+        context_features: of the prompt's encoding.
+        heads: of both attentions.
+        only_cross_attention: the first attention looks at the prompt too.
+    """
+
+    def __init__(self, features: int, context_features: int, heads: int, only_cross_attention: bool) -> None:
+        self.norm1 = LayerNorm(features)
+        self.attn1 = Attention(features, context_features if only_cross_attention else features, heads)
+        self.norm2 = LayerNorm(features)
+        self.attn2 = Attention(features, context_features, heads)
+        self.norm3 = LayerNorm(features)
+        self.ff = FeedForward(features)
+        self.only_cross_attention = only_cross_attention
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """Return an array like `x`, `(B, L, channels)`."""
-        x = x + self.attn1(self.norm1(x), context if self._only_cross else None)
+        """Map `x (B, h · w, features)` with `context (B, L, context_features)` to the shape of `x`."""
+        y = self.norm1(x)
+        x = x + self.attn1(y, context if self.only_cross_attention else y)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
-class FeedForward(nnx.Module):
-    """A gated layer four times as wide, and a layer back."""
+class SpatialTransformer(nnx.Module):
+    """Transformer blocks over the pixels of an image.
 
-    def __init__(self, channels: int) -> None:
-        # PyTorch has a dropout between the two, which counts in the names.
-        self.net = nnx.List([GEGLU(channels, 4 * channels), nnx.List([]), Linear(4 * channels, channels)])
+    Args:
+        channels: of the image.
+        context_features: of the prompt's encoding.
+        heads: of each attention.
+        num_blocks: how many blocks.
+        groups: of the norm.
+        linear_projection: the projections around the blocks are dense layers; otherwise convolutions of 1 × 1.
+        only_cross_attention: see `TransformerBlock`.
+    """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return an array like `x`, `(…, channels)`."""
-        return self.net[2](self.net[0](x))
+    def __init__(
+        self,
+        channels: int,
+        context_features: int,
+        heads: int,
+        num_blocks: int,
+        groups: int,
+        linear_projection: bool,
+        only_cross_attention: bool,
+    ) -> None:
+        def projection() -> Linear | Conv:
+            return Linear(channels, channels) if linear_projection else Conv(channels, channels, kernel=1, padding=0)
 
+        self.norm = GroupNorm(groups, channels, _GROUP_NORM_EPS)
+        self.proj_in = projection()
+        self.transformer_blocks = nnx.List(
+            [TransformerBlock(channels, context_features, heads, only_cross_attention) for _ in range(num_blocks)]
+        )
+        self.proj_out = projection()
 
-class GEGLU(nnx.Module):
-    """A linear layer, one half of which gates the other (arXiv 2002.05202)."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.proj = Linear(inputs, 2 * outputs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return `(…, outputs)` of `(…, inputs)`."""
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * exact_gelu(gate)
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """Map `x (B, h, w, C)` with `context (B, L, context_features)` to the shape of `x`."""
+        batch, height, width, channels = x.shape
+        # A dense layer over the last axis is a convolution of 1 × 1, so that both take the image as it is.
+        y = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        return x + self.proj_out(y.reshape(x.shape))

@@ -1,4 +1,4 @@
-"""The conditional UNet of Stable Diffusion 1.x, 2.x and XL, and of what is distilled from them."""
+"""The UNet of Stable Diffusion 1.x, 2.x and XL: predicts the noise in latents, given a time and a prompt."""
 
 from __future__ import annotations
 
@@ -9,36 +9,102 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdtpu_worker.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear, sinusoids
-from sdtpu_worker.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from sdtpu_worker.models.transformer import Transformer2DModel
+from sdtpu_worker.models.layers import ACTIVATIONS, Conv, GroupNorm, TimestepEmbedding, sinusoids
+from sdtpu_worker.models.unet_blocks import BlockConfig, DownBlock, MidBlock, UpBlock
 
 
-class UNet2DConditionModel(nnx.Module):
-    """The UNet.
+class UNet(nnx.Module):
+    """diffusers' `UNet2DConditionModel`.
 
     Args:
-        config: a `UNetConfig`.
+        config: of `configs.read_unet_config`.
     """
 
     def __init__(self, config: Any) -> None:
-        self._config = config
-        widths = config.block_out_channels
-        time_width = 4 * widths[0]
-        self.conv_in = Conv(config.in_channels, widths[0])
+        self.config = config
+        channels = config.block_out_channels
+        self.time_features = config.time_embedding_dim or 4 * channels[0]
+        self.conv_in = Conv(
+            config.in_channels, channels[0], config.conv_in_kernel, padding=(config.conv_in_kernel - 1) // 2
+        )
+        post_act = config.timestep_post_act
         self.time_embedding = TimestepEmbedding(
-            widths[0], time_width, config.act_fn, config.timestep_post_act, config.time_cond_proj_dim
+            channels[0],
+            self.time_features,
+            ACTIVATIONS[config.act_fn],
+            None if post_act is None else ACTIVATIONS[post_act],
+            config.time_cond_proj_dim,
         )
-        told_width = config.projection_class_embeddings_input_dim if config.addition_embed_type else 0
-        self.add_embedding = TimestepEmbedding(told_width, time_width, config.act_fn) if told_width else None
-        last = len(widths) - 1
-        self.down_blocks = nnx.List(
-            [DownBlock(config, i, widths[max(i - 1, 0)], width, is_last=i == last) for i, width in enumerate(widths)]
+        self.add_embedding = self._make_add_embedding()
+        self.down_blocks = nnx.List(self._make_down_blocks())
+        self.mid_block = self._make_mid_block()
+        self.up_blocks = nnx.List(self._make_up_blocks())
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = Conv(
+            channels[0], config.out_channels, config.conv_out_kernel, padding=(config.conv_out_kernel - 1) // 2
         )
-        self.mid_block = None if config.mid_block_type is None else MidBlock(config)
-        self.up_blocks = nnx.List([UpBlock(config, i) for i in range(len(widths))])
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
-        self.conv_out = Conv(widths[0], config.out_channels)
+
+    def _block_config(self, level: int, transformer_layers: tuple[int, ...], **changes: Any) -> BlockConfig:
+        config = self.config
+        fields = {
+            "channels": config.block_out_channels[level],
+            "time_features": self.time_features,
+            "groups": config.norm_num_groups,
+            "norm_eps": config.norm_eps,
+            "act_fn": config.act_fn,
+            "scale_shift": config.resnet_time_scale_shift == "scale_shift",
+            "transformer_layers": transformer_layers,
+            "context_features": per_block(config.cross_attention_dim, config)[level],
+            "heads": per_block(config.attention_head_dim, config)[level],
+            "linear_projection": config.use_linear_projection,
+            "only_cross_attention": per_block(config.only_cross_attention, config)[level],
+        }
+        return BlockConfig(**{**fields, **changes})
+
+    def _make_add_embedding(self) -> TimestepEmbedding | None:
+        if self.config.addition_embed_type is None:
+            return None
+        in_features = self.config.projection_class_embeddings_input_dim
+        return TimestepEmbedding(in_features, self.time_features, jax.nn.silu)
+
+    def _make_down_blocks(self) -> list[DownBlock]:
+        config, last = self.config, len(self.config.block_out_channels) - 1
+        blocks, in_channels = [], config.block_out_channels[0]
+        for i, kind in enumerate(config.down_block_types):
+            num_layers = per_block(config.layers_per_block, config)[i]
+            depth = per_block(config.transformer_layers_per_block, config)[i]
+            depths = per_layer(depth, num_layers) if kind == "CrossAttnDownBlock2D" else ()
+            block = self._block_config(i, depths)
+            padding = None if i == last else config.downsample_padding
+            blocks.append(DownBlock(block, in_channels, num_layers, padding))
+            in_channels = block.channels
+        return blocks
+
+    def _make_mid_block(self) -> MidBlock | None:
+        config = self.config
+        if config.mid_block_type is None:
+            return None
+        depths: tuple[int, ...] = ()
+        if config.mid_block_type == "UNetMidBlock2DCrossAttn":
+            depths = per_layer(per_block(config.transformer_layers_per_block, config)[-1], 1)
+        block = self._block_config(-1, depths, only_cross_attention=False)
+        return MidBlock(block, config.mid_block_scale_factor)
+
+    def _make_up_blocks(self) -> list[UpBlock]:
+        config = self.config
+        channels = config.block_out_channels
+        blocks, in_channels = [], channels[-1]
+        for i, kind in enumerate(config.up_block_types):
+            level = len(channels) - 1 - i
+            num_layers = per_block(config.layers_per_block, config)[level] + 1
+            depth = config.reverse_transformer_layers_per_block
+            depth = per_block(config.transformer_layers_per_block, config)[level] if depth is None else depth[i]
+            depths = per_layer(depth, num_layers) if kind == "CrossAttnUpBlock2D" else ()
+            block = self._block_config(level, depths)
+            skips = [block.channels] * (num_layers - 1) + [channels[max(level - 1, 0)]]
+            blocks.append(UpBlock(block, in_channels, skips, upsamples=level > 0))
+            in_channels = block.channels
+        return blocks
 
     def __call__(
         self,
@@ -48,187 +114,76 @@ class UNet2DConditionModel(nnx.Module):
         text_embeds: jax.Array | None = None,
         time_ids: jax.Array | None = None,
         timestep_cond: jax.Array | None = None,
+        down_residuals: Sequence[jax.Array] | None = None,
+        mid_residual: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the output, `(B, h, w, out_channels)` in the sample's dtype.
+        """Predict.
 
         Args:
-            sample: `(B, h, w, in_channels)`.
+            sample: latents `(B, h, w, in_channels)`, any float; computed in the dtype of the parameters.
             timesteps: `(B,) float32`.
-            context: `(B, L, cross_attention_dim)`, the encoded prompt.
-            text_embeds: `(B, P)`, the pooled prompt, for `addition_embed_type` "text_time".
-            time_ids: `(B, 6) float32`, sizes in pixels, likewise.
-            timestep_cond: `(B, time_cond_proj_dim)`, the embedded guidance scale, if the config has such a width.
+            context: encoded prompts `(B, L, cross_attention_dim)`.
+            text_embeds: pooled prompts `(B, P)`, for the addition embedding "text_time".
+            time_ids: sizes, crop and target `(B, N)`, for the same; XL has six, its refiner five.
+            timestep_cond: embedded guidance scale `(B, time_cond_proj_dim)`, for a UNet distilled with it.
+            down_residuals: a ControlNet's addition to each image that goes from the way down to the way up.
+            mid_residual: its addition to the middle.
+
+        Returns:
+            `(B, h, w, out_channels)` in the dtype of the parameters.
+
+        Raises:
+            ValueError: the addition embedding has no `text_embeds` or `time_ids`.
         """
-        config = self._config
-        time = self._embed_time(timesteps, sample.dtype, text_embeds, time_ids, timestep_cond)
-        x = self.conv_in(2 * sample - 1 if config.center_input_sample else sample)
+        dtype = self.conv_in.weight.dtype
+        time = self._embed_time(timesteps, text_embeds, time_ids, timestep_cond).astype(dtype)
+        context = context.astype(dtype)
+        x = sample.astype(dtype)
+        x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [x]
-        for down in self.down_blocks:
-            x, more = down(x, time, context)
+        for down_block in self.down_blocks:
+            x, more = down_block(x, time, context)
             skips += more
+        if down_residuals is not None:
+            skips = [skip + extra.astype(dtype) for skip, extra in zip(skips, down_residuals, strict=True)]
         if self.mid_block is not None:
             x = self.mid_block(x, time, context)
-        for up in self.up_blocks:
-            count = len(up.resnets)
-            skips, own = skips[:-count], skips[-count:]
-            x = up(x, own, time, context, skips[-1].shape[1:3] if skips else None)
-        return self.conv_out(ACTIVATIONS[config.act_fn](self.conv_norm_out(x)))
+        if mid_residual is not None:
+            x = x + mid_residual.astype(dtype)
+        for up_block in self.up_blocks:
+            x = up_block(x, skips, time, context)
+        return self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x)))
 
     def _embed_time(
         self,
         timesteps: jax.Array,
-        dtype: Any,
         text_embeds: jax.Array | None,
         time_ids: jax.Array | None,
         timestep_cond: jax.Array | None,
     ) -> jax.Array:
-        config = self._config
-        flip, shift = config.flip_sin_to_cos, config.freq_shift
-        position = sinusoids(timesteps, config.block_out_channels[0], flip, shift).astype(dtype)
-        time = self.time_embedding(position, timestep_cond)
-        if self.add_embedding is not None and text_embeds is not None and time_ids is not None:
-            sizes = sinusoids(time_ids, config.addition_time_embed_dim, flip, shift).reshape(time_ids.shape[0], -1)
-            time = time + self.add_embedding(jnp.concatenate([text_embeds.astype(dtype), sizes.astype(dtype)], axis=-1))
-        if config.time_embedding_act_fn is not None:
-            time = ACTIVATIONS[config.time_embedding_act_fn](time)
-        return time
+        """Return the embedding that every residual block takes, `(B, time_features) float32`.
 
-
-class TimestepEmbedding(nnx.Module):
-    """Two linear layers with an activation between them.
-
-    Args:
-        inputs, outputs: widths.
-        activation, post_activation: their names; the second follows the second layer, if there is one.
-        condition: width of what is added to the input, without a bias; None for nothing.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        activation: str,
-        post_activation: str | None = None,
-        condition: int | None = None,
-    ) -> None:
-        self.linear_1, self.linear_2 = Linear(inputs, outputs), Linear(outputs, outputs)
-        self.cond_proj = None if condition is None else Linear(condition, inputs, bias=False)
-        self._activate, self._post_activation = ACTIVATIONS[activation], post_activation
-
-    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
-        """Return `(B, outputs)` of `(B, inputs)`."""
-        if self.cond_proj is not None and condition is not None:
-            x = x + self.cond_proj(condition.astype(x.dtype))
-        x = self.linear_2(self._activate(self.linear_1(x)))
-        return x if self._post_activation is None else ACTIVATIONS[self._post_activation](x)
-
-
-def _resnet(config: Any, inputs: int, outputs: int, output_scale: float = 1.0) -> ResnetBlock2D:
-    return ResnetBlock2D(
-        inputs,
-        outputs,
-        config.norm_num_groups,
-        config.norm_eps,
-        config.act_fn,
-        4 * config.block_out_channels[0],
-        config.resnet_time_scale_shift == "scale_shift",
-        output_scale,
-    )
-
-
-def _attentions(config: Any, block: int, channels: int, layers: Sequence[int], only_cross: bool = False) -> nnx.List:
-    """Return a transformer for each of a block's residual blocks."""
-    return nnx.List(
-        [
-            Transformer2DModel(
-                channels,
-                config.heads[block],
-                count,
-                config.context_widths[block],
-                config.norm_num_groups,
-                config.use_linear_projection,
-                only_cross,
-            )
-            for count in layers
-        ]
-    )
-
-
-class DownBlock(nnx.Module):
-    """Residual blocks with transformers, then a way down (DownBlock2D, CrossAttnDownBlock2D)."""
-
-    def __init__(self, config: Any, number: int, inputs: int, outputs: int, is_last: bool) -> None:
-        count = config.layers[number]
-        self.resnets = nnx.List([_resnet(config, outputs if i else inputs, outputs) for i in range(count)])
-        attends, layers = config.down_block_types[number].startswith("CrossAttn"), config.transformer_layers[number]
-        self.attentions = _attentions(config, number, outputs, layers, config.only_cross[number]) if attends else None
-        self.downsamplers = None if is_last else nnx.List([Downsample2D(outputs, config.downsample_padding)])
-
-    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Return the output, and all outputs on the way to it, for the block on the way up."""
-        skips = []
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
-            if self.attentions is not None:
-                x = self.attentions[i](x, context)
-            skips.append(x)
-        if self.downsamplers is not None:
-            x = self.downsamplers[0](x)
-            skips.append(x)
-        return x, skips
-
-
-class MidBlock(nnx.Module):
-    """A transformer between two residual blocks (UNetMidBlock2DCrossAttn)."""
-
-    def __init__(self, config: Any) -> None:
-        width, scale = config.block_out_channels[-1], config.mid_block_scale_factor
-        self.resnets = nnx.List([_resnet(config, width, width, scale) for _ in range(2)])
-        self.attentions = _attentions(config, -1, width, config.transformer_layers[-1][-1:])
-
-    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
-        """Return an array like `x`, `(B, h, w, C)`."""
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
-
-
-class UpBlock(nnx.Module):
-    """Residual blocks with transformers over the skips, then a way up (UpBlock2D, CrossAttnUpBlock2D)."""
-
-    def __init__(self, config: Any, number: int) -> None:
-        widths = config.block_out_channels[::-1]
-        last = len(widths) - 1
-        before, outputs, below = widths[max(number - 1, 0)], widths[number], widths[min(number + 1, last)]
-        count = config.layers[last - number] + 1
-        self.resnets = nnx.List(
-            [
-                _resnet(config, (outputs if i else before) + (outputs if i < count - 1 else below), outputs)
-                for i in range(count)
-            ]
-        )
-        attends, layers = config.up_block_types[number].startswith("CrossAttn"), config.transformer_layers_up[number]
-        only_cross = config.only_cross[last - number]
-        self.attentions = _attentions(config, last - number, outputs, layers, only_cross) if attends else None
-        self.upsamplers = None if number == last else nnx.List([Upsample2D(outputs)])
-
-    def __call__(
-        self,
-        x: jax.Array,
-        skips: Sequence[jax.Array],
-        time: jax.Array,
-        context: jax.Array,
-        size: tuple[int, int] | None,
-    ) -> jax.Array:
-        """Return `(B, *size, outputs)`.
-
-        Args:
-            x: from below.
-            skips: of the way down, one for each residual block; the last one comes first.
-            time: the time embedding.
-            context: the prompt.
-            size: what the next block's skips have; None for the last block.
+        In float32: all blocks add the same rounding error, it is one row per image, and two timesteps a few apart must
+        stay two.
         """
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, skips[-1 - i]], axis=-1), time)
-            if self.attentions is not None:
-                x = self.attentions[i](x, context)
-        return x if self.upsamplers is None else self.upsamplers[0](x, size)
+        config = self.config
+        flags = config.flip_sin_to_cos, config.freq_shift
+        time = self.time_embedding(sinusoids(timesteps, config.block_out_channels[0], *flags), timestep_cond)
+        if self.add_embedding is not None:
+            if text_embeds is None or time_ids is None:
+                raise ValueError("this UNet needs text_embeds and time_ids (its addition_embed_type is text_time)")
+            sizes = sinusoids(time_ids.reshape(-1), config.addition_time_embed_dim, *flags)
+            sizes = sizes.reshape(len(time_ids), -1)
+            time = time + self.add_embedding(jnp.concatenate([text_embeds.astype(jnp.float32), sizes], axis=-1))
+        act = config.time_embedding_act_fn
+        return time if act is None else ACTIVATIONS[act](time)
+
+
+def per_block(value: Any, config: Any) -> tuple[Any, ...]:
+    """Return a config's value for each block, from one for all or one for each."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,) * len(config.block_out_channels)
+
+
+def per_layer(value: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Return a block's value for each layer, from one for all or one for each."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,) * num_layers  # type: ignore[return-value]

@@ -1,122 +1,82 @@
-"""The networks against PyTorch's, with the same random weights and inputs: see `tools/oracle/models.py`."""
+"""The models against PyTorch's: golden outputs of tiny ones, names and shapes of real ones."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import CLIPConfig, CLIPTextConfig
 
-from sdtpu_worker.models.autoencoder import AutoencoderDecoder, AutoencoderEncoder
-from sdtpu_worker.models.clip_text import CLIPTextModel
-from sdtpu_worker.models.configs import read_autoencoder_config, read_unet_config
-from sdtpu_worker.models.layout import from_pytorch, pytorch_shape
+from sdtpu_worker.models import configs, networks
 from sdtpu_worker.models.network import Network
-from sdtpu_worker.models.safety_checker import SafetyChecker
-from sdtpu_worker.models.unet import UNet2DConditionModel
-from tests.device.model_variants import CHECKERS, TEXT_IDS, TEXTS, UNETS, VAES
-from tests.support.paths import ROOT
-from tests.support.random_weights import draw, inputs
+from tests.support import model_variants as variants
+from tests.support.random_weights import random_tensor
 
-TIME_IDS = np.array([[64, 48, 0, 8, 64, 64], [32, 32, 0, 0, 64, 32]], np.float32)
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(ROOT / "tests" / "device" / "golden" / "models.npz") as file:
-        yield file
+def golden(kind: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"models-{kind}.npz") as arrays:
+        return dict(arrays)
 
 
-def random_params(network: Network, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    shapes = {name: pytorch_shape(name, shape) for name, shape in network.shapes.items()}
-    return {name: from_pytorch(name, draw(name, shape)).astype(dtype) for name, shape in shapes.items()}
+def draw_params(network: Network, dtype=jnp.float32) -> dict[str, jax.Array]:
+    """Return the weights that the oracle gave the same model, brought to our layout."""
+    params = {}
+    for name, shape in network.shapes.items():
+        axes = network.torch_axes.get(name, tuple(range(len(shape))))
+        torch_shape = tuple(shape[axes.index(axis)] for axis in range(len(shape)))
+        params[name] = jnp.asarray(random_tensor(name, torch_shape).transpose(axes), dtype)
+    return params
 
 
-def run(network: Network, *args: Any, dtype: Any = np.float32, **kwargs: Any) -> Any:
-    return jax.jit(lambda params: network(params, *args, **kwargs))(random_params(network, dtype))
+def error(got, wanted: np.ndarray) -> float:
+    """Return the largest deviation, relative to the largest value of what is wanted."""
+    assert got.shape == wanted.shape
+    assert np.isfinite(wanted).all()
+    assert wanted.std() > 1e-2
+    return float(np.abs(np.asarray(got, np.float64) - wanted).max() / np.abs(wanted).max())
 
 
-def error(ours: Any, theirs: np.ndarray) -> float:
-    """Return the largest difference, relative to the largest value."""
-    assert ours.shape == theirs.shape
-    return float(np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max())
+@pytest.mark.parametrize("name", variants.UNETS)
+def test_a_unet_gives_what_pytorchs_gives(name):
+    network = networks.unet(configs.read_unet_config(variants.UNETS[name]))
+    inputs = {key: jnp.asarray(value) for key, value in variants.unet_inputs(name).items()}
+    got = jax.jit(network)(draw_params(network), **inputs)
+    assert error(got, golden("unet")[name]) < TOLERANCE
 
 
-def unet_inputs(config: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, Any]]:
-    size = config["sample_size"]
-    height, width = size if isinstance(size, list) else (size, size)
-    more: dict[str, Any] = {}
-    if config.get("addition_embed_type"):
-        more = {"text_embeds": inputs("text_embeds", 2, 16), "time_ids": TIME_IDS}
-    if config.get("time_cond_proj_dim"):
-        more["timestep_cond"] = inputs("timestep_cond", 2, config["time_cond_proj_dim"])
-    sample = inputs("sample", 2, height, width, config.get("in_channels", 4))
-    return [sample, np.array([901.0, 17.5], np.float32), inputs("context", 2, 5, 24)], more
+@pytest.mark.parametrize("name", variants.CLIPS)
+def test_a_text_encoder_gives_what_pytorchs_gives(name):
+    config = configs.read_clip_text_config(variants.CLIPS[name])
+    network = networks.text_encoder(config, variants.has_projection(name))
+    params, ids, wanted = draw_params(network), jnp.asarray(variants.clip_inputs(name)), golden("clip")
+    states = jax.jit(network)(params, ids)
+    assert error(states.last_hidden_state, wanted[f"{name}/last_hidden_state"]) < TOLERANCE
+    assert error(states.pooled, wanted[f"{name}/pooled"]) < TOLERANCE
+    skipping = network(params, ids, skip=1)
+    assert error(skipping.hidden_state, wanted[f"{name}/second_to_last"]) < TOLERANCE
+    assert error(skipping.pooled, wanted[f"{name}/pooled"]) < TOLERANCE
 
 
-def make_unet(config: dict[str, Any]) -> Network:
-    read = read_unet_config(config)
-    return Network(lambda: UNet2DConditionModel(read))
+@pytest.mark.parametrize("name", variants.VAES)
+def test_an_autoencoder_gives_what_pytorchs_gives(name):
+    config = configs.read_autoencoder_config(variants.VAES[name])
+    inputs, wanted = variants.vae_inputs(name), golden("vae")
+    decoder, encoder = networks.decoder(config), networks.encoder(config)
+    image = jax.jit(decoder)(draw_params(decoder), inputs["latents"])
+    moments = jax.jit(encoder)(draw_params(encoder), inputs["image"])
+    assert error(image, wanted[f"{name}/image"]) < TOLERANCE
+    assert error(moments.mean, wanted[f"{name}/mean"]) < TOLERANCE
+    assert error(moments.logvar, wanted[f"{name}/logvar"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", UNETS)
-def test_a_unet_computes_what_pytorchs_does(golden, name):
-    args, more = unet_inputs(UNETS[name])
-    assert error(run(make_unet(UNETS[name]), *args, **more), golden[f"unet/{name}"]) < 1e-4
-
-
-@pytest.mark.parametrize("name", VAES)
-def test_an_autoencoder_computes_what_pytorchs_does(golden, name):
-    config = read_autoencoder_config(VAES[name])
-    decoder, encoder = Network(lambda: AutoencoderDecoder(config)), Network(lambda: AutoencoderEncoder(config))
-    image = run(decoder, inputs("latents", 1, 3, 4, config.latent_channels))
-    assert error(image, golden[f"decoder/{name}"]) < 1e-4
-    mean, log_variance = run(encoder, inputs("image", 1, 16, 24, 3))
-    assert error(jnp.concatenate([mean, log_variance], axis=-1), golden[f"encoder/{name}"]) < 1e-4
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_a_text_encoder_computes_what_pytorchs_does(golden, name):
-    config = dict(TEXTS[name])
-    projection = config.pop("projection", False)
-    network = Network(lambda: CLIPTextModel(CLIPTextConfig(**config), projection))
-    states = run(network, np.array(TEXT_IDS, np.int32))
-    # the last of PyTorch's hidden states has no final norm, as ours
-    assert error(states.hidden_states, golden[f"text/{name}/hidden"]) < 1e-4
-    assert error(states.last_hidden_state, golden[f"text/{name}/last"]) < 1e-4
-    assert error(states.pooled, golden[f"text/{name}/pooled"]) < 1e-4
-
-
-@pytest.mark.parametrize("name", CHECKERS)
-def test_a_safety_checker_flags_what_pytorchs_does(golden, name):
-    config = CLIPConfig(vision_config=CHECKERS[name]["vision_config"], projection_dim=CHECKERS[name]["projection_dim"])
-    network = Network(lambda: SafetyChecker(config))
-    params = random_params(network)
-    params["concept_embeds_weights"] = np.full(17, 0.5, np.float32)
-    params["special_care_embeds_weights"] = np.full(3, 0.2, np.float32)
-    side = config.vision_config.image_size
-    flags = jax.jit(network)(params, inputs("pixels", 8, side, side, 3))
-    assert set(golden[f"checker/{name}"].tolist()) == {True, False}
-    np.testing.assert_array_equal(flags, golden[f"checker/{name}"])
-
-
-@pytest.mark.parametrize("name", ["sd1", "xl"])
-def test_bfloat16_comes_near(golden, name):
-    args, more = unet_inputs(UNETS[name])
-    args[0], args[2] = jnp.asarray(args[0], jnp.bfloat16), jnp.asarray(args[2], jnp.bfloat16)
-    out = run(make_unet(UNETS[name]), *args, dtype=jnp.bfloat16, **more)
-    assert out.dtype == jnp.bfloat16
-    wanted = golden[f"unet/{name}"]
-    assert np.abs(np.asarray(out, np.float32) - wanted).mean() < 0.05 * wanted.std()
-
-
-def test_a_parameter_that_is_missing_is_named():
-    network = make_unet(UNETS["sd1"])
-    params = random_params(network)
-    del params["conv_in.bias"]
-    args, _ = unet_inputs(UNETS["sd1"])
-    with pytest.raises(KeyError, match=r"conv_in\.bias"):
-        network(params, *args)
+def test_the_safety_checker_flags_what_pytorchs_flags():
+    network = networks.safety_checker(configs.read_safety_checker_config(variants.SAFETY_CHECKER))
+    wanted = golden("safety")
+    got = network(draw_params(network), jnp.asarray(variants.safety_inputs()))
+    assert 5 < wanted["flags"].sum() < 59
+    np.testing.assert_array_equal(got, wanted["flags"])

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from sdtpu_worker.models.autoencoder import AutoencoderDecoder, AutoencoderEncoder
-from sdtpu_worker.models.clip_text import CLIPTextModel
-from sdtpu_worker.models.configs import read_autoencoder_config, read_text_config, read_unet_config
+from sdtpu_worker.models import networks
+from sdtpu_worker.models.configs import (
+    read_autoencoder_config,
+    read_clip_text_config,
+    read_safety_checker_config,
+    read_unet_config,
+)
 from sdtpu_worker.models.layout import pytorch_shape
-from sdtpu_worker.models.network import Network
-from sdtpu_worker.models.safety_checker import SafetyChecker
-from sdtpu_worker.models.unet import UNet2DConditionModel
 from tests.support.paths import ROOT
-from tests.support.random_weights import draw
+from tests.support.random_weights import random_tensor
 
 SHIPPED = ROOT / "sdtpu_worker" / "checkpoint"
 STABLE_DIFFUSION_NOISE = {
@@ -117,17 +118,18 @@ def make_random_checkpoint(
 
 def write_part(folder: Path, class_name: str, config: dict[str, Any]) -> None:
     """Write a part's config and random weights, as PyTorch's libraries do."""
-    networks = {
-        "UNet2DConditionModel": lambda: [Network(lambda: UNet2DConditionModel(read_unet_config(config)))],
+    made = {
+        "UNet2DConditionModel": lambda: [networks.unet(read_unet_config(config))],
         "AutoencoderKL": lambda: [
-            Network(lambda: AutoencoderEncoder(read_autoencoder_config(config))),
-            Network(lambda: AutoencoderDecoder(read_autoencoder_config(config))),
+            make(read_autoencoder_config(config)) for make in (networks.encoder, networks.decoder)
         ],
-        "CLIPTextModel": lambda: [Network(lambda: CLIPTextModel(read_text_config(config)))],
-        "CLIPTextModelWithProjection": lambda: [Network(lambda: CLIPTextModel(read_text_config(config), True))],
+        "CLIPTextModel": lambda: [networks.text_encoder(read_clip_text_config(config))],
+        "CLIPTextModelWithProjection": lambda: [networks.text_encoder(read_clip_text_config(config), True)],
     }[class_name]()
     tensors = {
-        name: draw(name, pytorch_shape(name, shape)) for network in networks for name, shape in network.shapes.items()
+        name: random_tensor(name, pytorch_shape(name, shape))
+        for network in made
+        for name, shape in network.shapes.items()
     }
     is_text = class_name.startswith("CLIP")
     folder.mkdir(parents=True)
@@ -157,11 +159,11 @@ def _write_safety_checker(folder: Path) -> None:
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 32, "patch_size": 16, "projection_dim": 16}  # fmt: skip
     config = CLIPConfig(vision_config=vision, text_config={"projection_dim": 16}, projection_dim=16)
-    network = Network(lambda: SafetyChecker(config))
+    network = networks.safety_checker(read_safety_checker_config(config.to_dict()))
     part = folder / "safety_checker"
     part.mkdir()
     (part / "config.json").write_text(json.dumps(config.to_dict()))
-    tensors = {name: draw(name, pytorch_shape(name, shape)) for name, shape in network.shapes.items()}
+    tensors = {name: random_tensor(name, pytorch_shape(name, shape)) for name, shape in network.shapes.items()}
     tensors |= {name: np.ones_like(value) for name, value in tensors.items() if name.endswith("embeds_weights")}
     save_file(tensors, part / "model.safetensors", {"format": "pt"})
     size = {"height": 32, "width": 32}

@@ -1,36 +1,45 @@
-"""Weights that follow from nothing but a tensor's name and shape: whoever needs a model of random weights draws the same.
-
-The oracle (`tools/oracle`) draws them for PyTorch's models and the tests draw them for ours, so that golden files hold
-outputs alone. NumPy only.
-"""
+"""Weights that anyone can draw again from a tensor's name and shape, so that no test needs files of them."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 
-def draw(name: str, shape: Iterable[int]) -> np.ndarray:
-    """Return a tensor in PyTorch's layout, `float32`, of a size that keeps a deep network's outputs alive."""
-    shape = tuple(shape)
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    values = rng.standard_normal(shape, dtype=np.float32)
-    if name.endswith("bias"):
-        return np.float32(0.1) * values
-    if len(shape) == 1:
-        return 1 + np.float32(0.1) * values  # the weight of a norm
-    if "embedding" in name and len(shape) == 2 and "time" not in name and "add_embedding" not in name:
-        return np.float32(0.3) * values
-    return values * np.float32(np.prod(shape[1:]) ** -0.5)
+def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the tensor that stands for a name: always the same, on every machine.
+
+    The scale keeps a signal about as large as it came in, so that a deep model's output depends on its input: weights
+    of norms lie around one, biases around zero, others have the variance of one over the number of inputs. Of an
+    activation a part of the signal is lost, so that residual branches are a bit smaller than what they are added to.
+
+    Args:
+        name: PyTorch's name of the tensor.
+        shape: in PyTorch's layout.
+
+    Returns:
+        float32.
+    """
+    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if name.endswith(("embedding.weight", "class_embedding")) and len(shape) < 4:
+        return noise * np.float32(0.5)
+    if name.endswith("_weights"):  # the safety checker's thresholds
+        return np.float32(0.5) + noise * np.float32(0.1)
+    if len(shape) < 2:
+        return np.float32(name.endswith(".weight")) + noise * np.float32(0.1)
+    if name.endswith("_embeds"):
+        return noise
+    return noise * np.float32(1.3 / np.sqrt(np.prod(shape[1:])))
 
 
-def draw_all(shapes: Mapping[str, Iterable[int]]) -> dict[str, np.ndarray]:
-    """Return a tensor for every name, in PyTorch's layout."""
-    return {name: draw(name, shape) for name, shape in shapes.items()}
+def random_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Return a tensor for each name, in PyTorch's layout."""
+    return {name: random_tensor(name, tuple(shape)) for name, shape in shapes.items()}
 
 
-def inputs(name: str, *shape: int) -> np.ndarray:
-    """Return an input of a network, `float32`, standard normal."""
-    return np.random.default_rng(zlib.crc32(f"input {name}".encode())).standard_normal(shape, dtype=np.float32)
+def random_input(name: str, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
+    """Return an input that stands for a name, float32."""
+    noise = np.random.default_rng(zlib.crc32(f"input {name}".encode())).standard_normal(shape)
+    return noise.astype(np.float32) * np.float32(scale)

@@ -1,8 +1,9 @@
-"""Write what PyTorch's networks make of random weights and inputs: the golden outputs of `tests/device/test_models.py`.
+"""Make the golden files of the models: what PyTorch's own models give for the tiny ones of the tests.
+
+Run from the repository with the oracle's virtual environment (README.md beside this file); it takes about ten seconds
+on one core and writes `tests/device/golden/models-*.npz`, about 100 KB:
 
     python -m tools.oracle.models
-
-Needs torch, diffusers and transformers, see README.md.
 """
 
 from __future__ import annotations
@@ -13,102 +14,106 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tests.device.model_variants import CHECKERS, TEXT_IDS, TEXTS, UNETS, VAES
-from tests.support.random_weights import draw, inputs
+from tests.support import model_variants as variants
+from tests.support.random_weights import random_tensor
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden"
 
 
 def main() -> None:
-    """Run every variant, and write one file."""
+    """Write the golden files."""
     torch.manual_seed(0)
-    outputs: dict[str, Any] = {}
-    with torch.no_grad():
-        for name, config in UNETS.items():
-            outputs[f"unet/{name}"] = run_unet(config)
-        for name, config in VAES.items():
-            outputs[f"decoder/{name}"], outputs[f"encoder/{name}"] = run_vae(config)
-        for name, config in TEXTS.items():
-            for what, value in run_text(config).items():
-                outputs[f"text/{name}/{what}"] = value
-        for name, config in CHECKERS.items():
-            outputs[f"checker/{name}"] = run_checker(config)
     GOLDEN.mkdir(exist_ok=True)
-    arrays = {name: np.asarray(value) for name, value in outputs.items()}
-    np.savez_compressed(GOLDEN / "models.npz", **arrays)  # type: ignore[arg-type]  # its stub takes any keyword for `allow_pickle`
-    print(f"{len(outputs)} outputs, {(GOLDEN / 'models.npz').stat().st_size:,} bytes")
+    with torch.no_grad():
+        _save("unet", {name: _run_unet(name) for name in variants.UNETS})
+        _save("clip", {f"{name}/{key}": value for name in variants.CLIPS for key, value in _run_clip(name).items()})
+        _save("vae", {f"{name}/{key}": value for name in variants.VAES for key, value in _run_vae(name).items()})
+        _save("safety", _run_safety_checker())
 
 
-def fill(model: torch.nn.Module, prefix: str = "") -> torch.nn.Module:
-    """Give every parameter its random weight, and every buffer of floating point; return the model."""
+def _save(name: str, arrays: dict[str, np.ndarray]) -> None:
+    path = GOLDEN / f"models-{name}.npz"
+    np.savez_compressed(path, **arrays)
+    print(f"{path.name}: {len(arrays)} arrays, {path.stat().st_size} bytes")
+
+
+def _fill(model: torch.nn.Module) -> None:
+    """Give a model the weights that stand for its tensors' names, as they are in files of before transformers 5."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point():
-            tensor.copy_(torch.from_numpy(draw(prefix + name, tensor.shape)))
-    return model.eval()
+        if name.endswith("position_ids"):
+            continue
+        tensor.copy_(torch.from_numpy(random_tensor(_old_name(name), tuple(tensor.shape))))
+    model.eval()
 
 
-def run_unet(config: dict[str, Any]) -> torch.Tensor:
-    """Return `(2, h, w, C)`."""
-    unet = fill(UNet2DConditionModel(**config))
-    size = config["sample_size"]
-    height, width = size if isinstance(size, list) else (size, size)
-    more: dict[str, Any] = {}
-    if config.get("addition_embed_type"):
-        time_ids = np.array([[64, 48, 0, 8, 64, 64], [32, 32, 0, 0, 64, 32]], np.float32)
-        more["added_cond_kwargs"] = {
-            "text_embeds": torch.from_numpy(inputs("text_embeds", 2, 16)),
-            "time_ids": torch.from_numpy(time_ids),
-        }
-    if config.get("time_cond_proj_dim"):
-        more["timestep_cond"] = torch.from_numpy(inputs("timestep_cond", 2, config["time_cond_proj_dim"]))
-    sample = torch.from_numpy(inputs("sample", 2, height, width, config.get("in_channels", 4))).permute(0, 3, 1, 2)
-    context = torch.from_numpy(inputs("context", 2, 5, 24))
-    out = unet(sample, torch.tensor([901.0, 17.5]), context, **more).sample
-    return out.permute(0, 2, 3, 1)
+def _old_name(name: str) -> str:
+    if name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
+        return f"text_model.{name}"
+    if name.startswith("vision_model.") and not name.startswith("vision_model.vision_model."):
+        return f"vision_model.{name}"
+    return name
 
 
-def run_vae(config: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return an image `(1, H, W, 3)` of latents, and moments `(1, h, w, 2 C)` of an image."""
-    vae = fill(AutoencoderKL(**config))
-    channels = config.get("latent_channels", 4)
-    latents = torch.from_numpy(inputs("latents", 1, 3, 4, channels)).permute(0, 3, 1, 2)
-    image = torch.from_numpy(inputs("image", 1, 16, 24, 3)).permute(0, 3, 1, 2)
-    moments = vae.encode(image).latent_dist
-    both = torch.cat([moments.mean, moments.logvar], dim=1)
-    return vae.decode(latents).sample.permute(0, 2, 3, 1), both.permute(0, 2, 3, 1)
+def _nchw(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
 
 
-def run_text(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the states of two texts."""
-    config = dict(config)
-    projection = config.pop("projection", False)
-    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
-    model = kind(CLIPTextConfig(**config, attn_implementation="eager"))
-    names = {name for name, _ in model.named_parameters()}
-    fill(model, "" if any(name.startswith("text_model.") for name in names) else "text_model.")
-    out = model(torch.tensor(TEXT_IDS), output_hidden_states=True)
-    pooled = out.text_embeds if projection else out.pooler_output
-    return {"hidden": torch.stack(out.hidden_states), "last": out.last_hidden_state, "pooled": pooled}
+def _nhwc(image: torch.Tensor) -> np.ndarray:
+    return image.numpy().transpose(0, 2, 3, 1).copy()
 
 
-def run_checker(config: dict[str, Any]) -> np.ndarray:
-    """Return whether each of eight images is flagged."""
-    full = CLIPConfig(vision_config=config["vision_config"], text_config={"projection_dim": config["projection_dim"]},
-                      projection_dim=config["projection_dim"])  # fmt: skip
-    checker = StableDiffusionSafetyChecker(full)
-    for name, tensor in [*checker.named_parameters(), *checker.named_buffers()]:
-        if tensor.is_floating_point():  # transformers 5 has left out the inner `vision_model`
-            old = name if name.startswith(("vision_model.vision_model.", "visual", "concept", "special")) else (
-                f"vision_model.{name}")  # fmt: skip
-            tensor.copy_(torch.from_numpy(draw(old, tensor.shape)))
-    checker.concept_embeds_weights.copy_(torch.full((17,), 0.5))
-    checker.special_care_embeds_weights.copy_(torch.full((3,), 0.2))
-    side = config["vision_config"]["image_size"]
-    pixels = torch.from_numpy(inputs("pixels", 8, side, side, 3)).permute(0, 3, 1, 2)
-    return np.array(checker(clip_input=pixels, images=[np.zeros((1, 1, 3)) for _ in range(8)])[1])
+def _run_unet(name: str) -> np.ndarray:
+    model = UNet2DConditionModel(**variants.UNETS[name])
+    _fill(model)
+    inputs = variants.unet_inputs(name)
+    added = {key: torch.from_numpy(inputs[key]) for key in ("text_embeds", "time_ids") if key in inputs}
+    condition = inputs.get("timestep_cond")
+    out = model(
+        _nchw(inputs["sample"]),
+        torch.from_numpy(inputs["timesteps"]),
+        torch.from_numpy(inputs["context"]),
+        timestep_cond=None if condition is None else torch.from_numpy(condition),
+        added_cond_kwargs=added or None,
+    )
+    return _nhwc(out.sample)
+
+
+def _run_clip(name: str) -> dict[str, np.ndarray]:
+    projects = variants.has_projection(name)
+    kind: Any = CLIPTextModelWithProjection if projects else CLIPTextModel
+    model = kind(CLIPTextConfig(**variants.CLIPS[name]))
+    _fill(model)
+    out = model(torch.from_numpy(variants.clip_inputs(name)).long(), output_hidden_states=True)
+    return {
+        "last_hidden_state": out.last_hidden_state.numpy(),
+        "second_to_last": out.hidden_states[-2].numpy(),
+        "pooled": (out.text_embeds if projects else out.pooler_output).numpy(),
+    }
+
+
+def _run_vae(name: str) -> dict[str, np.ndarray]:
+    model = AutoencoderKL(**variants.VAES[name])
+    _fill(model)
+    inputs = variants.vae_inputs(name)
+    moments = model.encode(_nchw(inputs["image"])).latent_dist
+    return {
+        "image": _nhwc(model.decode(_nchw(inputs["latents"])).sample),
+        "mean": _nhwc(moments.mean),
+        "logvar": _nhwc(moments.logvar),
+    }
+
+
+def _run_safety_checker() -> dict[str, np.ndarray]:
+    model = StableDiffusionSafetyChecker(CLIPConfig(**variants.SAFETY_CHECKER))
+    _fill(model)
+    pixels = _nchw(variants.safety_inputs())
+    embeds = model.visual_projection(model.vision_model(pixels)[1])
+    _, flags = model(pixels, [np.zeros((8, 8, 3))] * len(pixels))
+    care = cosine_distance(embeds, model.special_care_embeds) - model.special_care_embeds_weights
+    return {"flags": np.array(flags), "special_care": (care > 0).any(-1).numpy(), "embeds": embeds.numpy()}
 
 
 if __name__ == "__main__":

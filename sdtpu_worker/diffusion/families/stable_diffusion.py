@@ -67,11 +67,8 @@ class StableDiffusion(LatentUNet):
 
     def encode(self, params: Params, inputs: Arrays) -> Arrays:
         """See `Family.encode`."""
-        weights = params["text_encoder"]
-        hidden = self.text_encoder(weights, inputs["prompt_ids"]).hidden_states
-        chosen = jax.lax.dynamic_index_in_dim(hidden, self.layers - inputs["clip_skip"], keepdims=False)
-        context = self.text_encoder(weights, chosen, method="normalise")
-        return {"context": context, **self._guidance_of(inputs)}
+        states = self.text_encoder(params["text_encoder"], inputs["prompt_ids"], skip=inputs["clip_skip"])
+        return {"context": states.last_hidden_state, **self._guidance_of(inputs)}
 
     def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays) -> jax.Array:
         """See `Family.predict`."""

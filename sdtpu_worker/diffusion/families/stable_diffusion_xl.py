@@ -79,14 +79,11 @@ class StableDiffusionXL(LatentUNet):
 
     def encode(self, params: Params, inputs: Arrays) -> Arrays:
         """See `Family.encode`."""
-        first = self.text_encoder(params["text_encoder"], inputs["prompt_ids"])
-        second = self.text_encoder_2(params["text_encoder_2"], inputs["prompt_ids_2"])
         # The last layer's states are never used, and none of them has the final norm.
-        states = [
-            jax.lax.dynamic_index_in_dim(hidden, hidden.shape[0] - 2 - inputs["clip_skip"], keepdims=False)
-            for hidden in (first.hidden_states, second.hidden_states)
-        ]
-        context = jnp.concatenate(states, axis=-1)
+        skip = 1 + inputs["clip_skip"]
+        first = self.text_encoder(params["text_encoder"], inputs["prompt_ids"], skip=skip)
+        second = self.text_encoder_2(params["text_encoder_2"], inputs["prompt_ids_2"], skip=skip)
+        context = jnp.concatenate([first.hidden_state, second.hidden_state], axis=-1)
         counts = inputs["counts"]
         return {
             "context": jnp.where(counts[:, None, None], context, 0),

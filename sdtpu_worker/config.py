@@ -150,6 +150,11 @@ SETTINGS = (
         " branch `bf16`. A checkpoint in a folder has none",
     ),
     Setting(
+        "sdtpu_guidance", "auto", _choice("auto", "on", "off"),
+        "Whether every job has a row in the batch for its negative prompt, without which guidance scales above 1 are"
+        " refused and a step costs half. `auto`: as the checkpoint needs; distilled ones need none",
+    ),
+    Setting(
         "sdtpu_platform", "auto", _choice("auto", "tpu", "gpu", "cpu"),
         "The devices to run on. With `tpu`, `gpu` or `cpu` the worker does not start without such devices; `auto` takes"
         " the devices that JAX finds, and logs them",
@@ -268,6 +273,7 @@ class Config:
 
     model: str
     revision: str
+    guidance: str
     platform: str
     cpu_devices: int
     dtype: str

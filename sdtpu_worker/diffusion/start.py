@@ -42,7 +42,7 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
     with CompileCache(config.compile_cache) as cache:
         dtype = choose_dtype(config.dtype, devices[0].platform)
         on_phase(f"loading the checkpoint {config.model}")
-        checkpoint = load_checkpoint(config.model, dtype, config.revision)
+        checkpoint = load_checkpoint(config.model, dtype, config.revision, config.guidance)
         logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
 
         def make(slots_per_device: int) -> Engine:

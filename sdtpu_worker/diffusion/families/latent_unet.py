@@ -16,6 +16,7 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.families.family import Arrays, Params
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.models.network import Network
+from sdtpu_worker.redaction import brief
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,23 @@ class LatentUNet:
                 f" got {request.clip_skip}"
             )
         return np.array(request.clip_skip, np.int32)
+
+    def _check_guidance(self, request: GenerationRequest) -> None:
+        """Make sure that the model can follow the guidance scale.
+
+        Raises:
+            InvalidRequest: it has no row for a negative prompt.
+        """
+        if (request.guidance_scale or 0) > 1 and not self.is_guided and not self.guidance_width:
+            raise InvalidRequest(
+                "guidance_scale must be 1 or less: this worker serves its checkpoint without guidance"
+                f" (sdtpu_guidance), got {brief(request.guidance_scale)}"
+            )
+        if request.guidance_rescale and not self.is_guided:
+            raise InvalidRequest(
+                "guidance_rescale must be 0: this worker serves its checkpoint without guidance (sdtpu_guidance), got"
+                f" {brief(request.guidance_rescale)}"
+            )
 
     def _prompts(self, prompt: str, negative_prompt: str) -> list[str]:
         """Return the prompts of a job's rows."""

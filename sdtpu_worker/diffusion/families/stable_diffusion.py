@@ -46,6 +46,7 @@ class StableDiffusion(LatentUNet):
 
     def make_inputs(self, request: GenerationRequest, size: Lane) -> tuple[dict[str, np.ndarray], bool]:
         """See `Family.make_inputs`."""
+        self._check_guidance(request)
         for name in _OF_XL:
             if getattr(request, name) is not None:
                 raise InvalidRequest(

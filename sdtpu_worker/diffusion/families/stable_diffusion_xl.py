@@ -53,6 +53,7 @@ class StableDiffusionXL(LatentUNet):
 
     def make_inputs(self, request: GenerationRequest, size: Lane) -> tuple[dict[str, np.ndarray], bool]:
         """See `Family.make_inputs`."""
+        self._check_guidance(request)
         prompts = self._prompts(request.prompt, request.negative_prompt)
         second = self._prompts(request.prompt_2 or request.prompt, request.negative_prompt_2 or request.negative_prompt)
         ids, truncated = self.tokenizer.encode(prompts)

@@ -1,0 +1,113 @@
+"""The folder of a checkpoint in the diffusers layout: where it is, what its files say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sdtpu_worker.diffusion.weights import find_weights
+from sdtpu_worker.errors import InvalidCheckpoint
+
+EMBEDDED = "embedded"
+_EMBEDDED_FOLDER = Path(str(resources.files("sdtpu_worker"))) / "checkpoint"
+_FILES = ["*.json", "*/*.json", "tokenizer*/*.txt"]
+# One format after the other, until every part has its weights: a hub often has the same weights in several.
+_WEIGHTS = (["*/*.msgpack"], ["*/*model.safetensors", "*/*model-*-of-*.safetensors"], ["*/*fp16*.safetensors"])
+_PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_XL_PARTS = {**_PARTS, "text_encoder_2": "CLIPTextModelWithProjection"}
+_OTHERS = {"scheduler", "tokenizer", "tokenizer_2", "safety_checker", "feature_extractor"}
+_SERVED = "this worker runs Stable Diffusion 1.x, 2.x and XL checkpoints, and what is distilled from them"
+
+
+def find_folder(name: str, revision: str) -> Path:
+    """Return the folder of a checkpoint; one from a hub is downloaded.
+
+    Raises:
+        InvalidCheckpoint: there is none of this name.
+    """
+    if name == EMBEDDED:
+        return _EMBEDDED_FOLDER
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise InvalidCheckpoint(
+            f"sdtpu_model must be a folder in the diffusers layout, got the file {name!r}; convert it where it is"
+            " trusted, with diffusers' `from_single_file` and `save_pretrained(safe_serialization=True)`"
+        )
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1 or folder.exists():
+        raise InvalidCheckpoint(
+            f"sdtpu_model must be a folder, a hub name like 'owner/name', or '{EMBEDDED}'; there is no folder {name!r}"
+        )
+    try:
+        return _download(name, revision)
+    except InvalidCheckpoint:
+        raise
+    except Exception as exc:  # the hub client raises its own, requests' and OS errors alike
+        raise InvalidCheckpoint(
+            f"no folder {name!r} here, and the hub did not give a checkpoint of that name at revision"
+            f" {revision!r} ({type(exc).__name__}: {exc}); check sdtpu_model and sdtpu_revision"
+        ) from exc
+
+
+def _download(name: str, revision: str) -> Path:
+    """Download a hub checkpoint, each part in one format; a pickle is never downloaded."""
+    from huggingface_hub import snapshot_download
+
+    for patterns in _WEIGHTS:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_FILES, *patterns]))
+        parts = {*_XL_PARTS, "safety_checker"} & set(read_classes(folder))
+        if all(find_weights(folder, part) for part in parts):
+            break
+    return folder
+
+
+def read_classes(folder: Path) -> dict[str, str]:
+    """Return by part the class that `model_index.json` names for it."""
+    index = read_json(folder / "model_index.json", folder)
+    return {
+        part: str(entry[1]).removeprefix("Flax")
+        for part, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[1]
+    }
+
+
+def check_classes(folder: Path, classes: Mapping[str, str]) -> None:
+    """Make sure that the parts are those of a checkpoint that this worker runs.
+
+    Raises:
+        InvalidCheckpoint: a part is missing, of another class, or one that this worker does not know.
+    """
+    wanted = _XL_PARTS if "text_encoder_2" in classes else _PARTS
+    for part, name in wanted.items():
+        if classes.get(part) != name:
+            raise InvalidCheckpoint(
+                f"{folder}: model_index.json must name {name} as {part}, got {classes.get(part)}; {_SERVED}"
+            )
+    if more := sorted(set(classes) - set(wanted) - _OTHERS):
+        raise InvalidCheckpoint(
+            f"{folder}: model_index.json names {', '.join(more)} ({', '.join(classes[part] for part in more)}), which"
+            f" would be left out; {_SERVED}"
+        )
+
+
+def read_json(path: Path, folder: Path) -> Mapping[str, Any]:
+    """Return what a file of a checkpoint says.
+
+    Raises:
+        InvalidCheckpoint: it is missing, or holds no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidCheckpoint(
+            f"{folder} is not a checkpoint in the diffusers layout: {path.relative_to(folder)} is missing"
+        ) from None
+    except (OSError, ValueError, RecursionError) as exc:
+        raise InvalidCheckpoint(f"{path} cannot be read as JSON: {exc}") from exc
+    if not isinstance(data, dict):
+        raise InvalidCheckpoint(f"{path} must hold a JSON object, got {type(data).__name__}")
+    return data

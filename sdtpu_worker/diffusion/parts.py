@@ -1,0 +1,174 @@
+"""The parts of a checkpoint: each config read strictly, each network made of it, each tensor accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from sdtpu_worker.diffusion.checkpoint_folder import read_json
+from sdtpu_worker.diffusion.families.stable_diffusion import StableDiffusion
+from sdtpu_worker.diffusion.families.stable_diffusion_xl import StableDiffusionXL
+from sdtpu_worker.diffusion.tokens import PromptTokenizer
+from sdtpu_worker.diffusion.weights import read_weights
+from sdtpu_worker.errors import InvalidCheckpoint
+from sdtpu_worker.models import networks
+from sdtpu_worker.models.configs import read_autoencoder_config, read_clip_text_config, read_unet_config
+from sdtpu_worker.models.network import Network
+from sdtpu_worker.redaction import brief
+
+
+class Parts:
+    """Reads the parts of one checkpoint, and keeps the parameters.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of parameters and computation.
+    """
+
+    def __init__(self, folder: Path, dtype: Any) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.params: dict[str, dict[str, Any]] = {}
+        self._configs: dict[str, Any] = {}
+        self._unet_config = self._config("unet", read_unet_config)
+
+    @property
+    def guidance_width(self) -> int:
+        """Width of the embedding by which a distilled UNet is told the guidance scale; 0 for other UNets."""
+        return self._unet_config.time_cond_proj_dim or 0
+
+    def family(self, is_guided: bool, is_xl: bool) -> StableDiffusion | StableDiffusionXL:
+        """Read everything, and return the family.
+
+        Args:
+            is_guided: every job has a row for its negative prompt.
+            is_xl: there are two text encoders.
+
+        Raises:
+            InvalidCheckpoint: a part is broken, or does not fit another.
+        """
+        return self._stable_diffusion_xl(is_guided) if is_xl else self._stable_diffusion(is_guided)
+
+    def _stable_diffusion(self, is_guided: bool) -> StableDiffusion:
+        text_encoder, tokenizer, config = self._text_encoder("text_encoder", "tokenizer", projection=False)
+        self._check_context(config.hidden_size)
+        return StableDiffusion(
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            width=config.hidden_size,
+            layers=config.num_hidden_layers,
+            **self._latent_unet(is_guided, force_upcast=False),
+        )
+
+    def _stable_diffusion_xl(self, is_guided: bool) -> StableDiffusionXL:
+        first, tokenizer, config = self._text_encoder("text_encoder", "tokenizer", projection=False)
+        second, tokenizer_2, config_2 = self._text_encoder("text_encoder_2", "tokenizer_2", projection=True)
+        width = config.hidden_size + config_2.hidden_size
+        self._check_context(width)
+        index = read_json(self.folder / "model_index.json", self.folder)
+        return StableDiffusionXL(
+            text_encoder=first,
+            text_encoder_2=second,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            width=width,
+            layers=min(config.num_hidden_layers, config_2.num_hidden_layers),
+            pooled_width=config_2.projection_dim,
+            zeroes_empty=bool(index.get("force_zeros_for_empty_prompt", True)),
+            **self._latent_unet(is_guided, force_upcast=True),
+        )
+
+    def _latent_unet(self, is_guided: bool, force_upcast: bool) -> dict[str, Any]:
+        """Return what both families have, for their constructors.
+
+        Args:
+            is_guided: every job has a row for its negative prompt.
+            force_upcast: whether the autoencoder's key of this name counts.
+        """
+        vae_config = self._config("vae", read_autoencoder_config)
+        unet_config = self._unet_config
+        if unet_config.in_channels != vae_config.latent_channels:
+            raise InvalidCheckpoint(
+                f"{self.folder}: the UNet takes {unet_config.in_channels} channels and the VAE has"
+                f" {vae_config.latent_channels}; inpainting and image-conditioned checkpoints are not supported"
+            )
+        in_float32 = force_upcast and bool(self._configs["vae"].get("force_upcast"))
+        decoder_dtype = jnp.float32 if in_float32 else self.dtype
+        unet = self._network("unet", lambda: networks.unet(unet_config), self.dtype)
+        decoder = self._decoder(vae_config, decoder_dtype)
+        factor = 2 ** (len(vae_config.block_out_channels) - 1)
+        height, width = _pair(unet_config.sample_size, self.folder)
+        return {
+            "unet": unet,
+            "decoder": decoder,
+            "default_size": (height * factor, width * factor),
+            "scale_factor": factor,
+            "size_multiple": factor * 2 ** (len(unet_config.block_out_channels) - 1),
+            "latent_channels": vae_config.latent_channels,
+            "scaling_factor": vae_config.scaling_factor,
+            "latent_mean": _numbers(vae_config.latents_mean),
+            "latent_std": _numbers(vae_config.latents_std),
+            "guidance_width": self.guidance_width,
+            "is_guided": is_guided,
+            "dtype": self.dtype,
+            "decoder_dtype": decoder_dtype,
+            "configs": self._configs,
+        }
+
+    def _decoder(self, config: Any, dtype: Any) -> Network:
+        """Return the half of the autoencoder that is used; all tensors of both halves must be there."""
+        decoder = self._make(lambda: networks.decoder(config), "vae")
+        encoder = self._make(lambda: networks.encoder(config), "vae")
+        tensors = read_weights(self.folder, "vae", {**decoder.shapes, **encoder.shapes}, dtype)
+        self.params["vae"] = {name: tensors[name] for name in decoder.shapes}
+        return decoder
+
+    def _text_encoder(self, part: str, tokenizer: str, projection: bool) -> tuple[Network, PromptTokenizer, Any]:
+        config = self._config(part, read_clip_text_config)
+        network = self._network(part, lambda: networks.text_encoder(config, projection), self.dtype)
+        return network, PromptTokenizer.from_folder(self.folder / tokenizer, config.max_position_embeddings), config
+
+    def _config(self, part: str, read: Callable[..., Any]) -> Any:
+        """Return a part's config, and keep its JSON."""
+        path = self.folder / part / "config.json"
+        self._configs[part] = dict(read_json(path, self.folder))
+        try:
+            return read(self._configs[part], str(path))
+        except InvalidCheckpoint:
+            raise
+        except Exception as exc:  # a config that makes no model fails in as many ways as there are fields
+            raise InvalidCheckpoint(f"{path}: this config cannot be used: {type(exc).__name__}: {exc}") from exc
+
+    def _network(self, part: str, make: Callable[[], Network], dtype: Any) -> Network:
+        """Return a network, and keep its parameters."""
+        network = self._make(make, part)
+        self.params[part] = read_weights(self.folder, part, network.shapes, dtype)
+        return network
+
+    def _make(self, make: Callable[[], Network], part: str) -> Network:
+        try:
+            return make()
+        except Exception as exc:  # as above, with as many ways as there are layers
+            raise InvalidCheckpoint(
+                f"{self.folder / part}: this config cannot be used: {type(exc).__name__}: {exc}"
+            ) from exc
+
+    def _check_context(self, width: int) -> None:
+        widths = self._unet_config.cross_attention_dim
+        if any(each != width for each in (widths if isinstance(widths, list | tuple) else [widths])):
+            raise InvalidCheckpoint(
+                f"{self.folder}: cross_attention_dim of the UNet must be {width}, what its text encoder makes,"
+                f" got {brief(widths)}"
+            )
+
+
+def _pair(value: Any, folder: Path) -> tuple[int, int]:
+    if value is None:
+        raise InvalidCheckpoint(f"{folder}: sample_size of the UNet must be an integer, or two of them, got none")
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    return None if values is None else tuple(map(float, values))

@@ -87,7 +87,7 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main")
         vae = FlaxAutoencoderKL.from_config(vae_config, dtype=dtype)
         text_encoder = FlaxCLIPTextModel(CLIPTextConfig.from_dict(text_config), dtype=dtype, _do_init=False)
         schedule, vae_scale_factor = (
-            NoiseSchedule.from_config(scheduler_config),
+            NoiseSchedule.from_config(scheduler_config, corrects_outdated=True),
             2 ** (len(vae.config.block_out_channels) - 1),
         )
         side = _pair(unet.config.sample_size)

@@ -18,8 +18,8 @@ from celery import Task
 from sdtpu_worker.client.task import GenerateTask
 from sdtpu_worker.config import read_setting
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.contract.samplers import SAMPLER_NAMES
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
+from sdtpu_worker.contract.samplers import SAMPLER_NAMES
 from sdtpu_worker.images.store import FileImageStore, make_image_store
 
 MODEL = "stand-in"

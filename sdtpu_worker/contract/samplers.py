@@ -87,9 +87,7 @@ def resolve_sampler(name: str) -> tuple[str, str | None]:
         stem = folded.removesuffix(spacing)
         if stem != folded and stem in _MEANING:
             return _MEANING[stem], spacing
-    near = difflib.get_close_matches(folded, _MEANING, n=1, cutoff=0.6)
-    hint = f"; did you mean {_MEANING[near[0]]}?" if near else ""
-    raise InvalidRequest(f"sampler must be one of {', '.join(SAMPLER_NAMES)}, got {brief(name)}{hint}")
+    raise InvalidRequest(f"sampler must be one of {', '.join(SAMPLER_NAMES)}, got {brief(name)}{_nearest(folded)}")
 
 
 def canonical_sampler(name: str) -> str:
@@ -100,6 +98,13 @@ def canonical_sampler(name: str) -> str:
     """
     sampler, sigmas = resolve_sampler(name)
     return sampler if sigmas is None else f"{sampler} {sigmas}"
+
+
+def _nearest(folded: str) -> str:
+    spaced = {f"{stem}{spacing}": f"{name} {spacing}" for stem, name in _MEANING.items() for spacing in SIGMA_SPACINGS}
+    known = {**_MEANING, **spaced}
+    near = difflib.get_close_matches(folded, known, n=1, cutoff=0.6)
+    return f"; did you mean {known[near[0]]}?" if near else ""
 
 
 def _fold(name: str) -> str:

@@ -50,7 +50,7 @@ BAD = [
     (("a",), {"height": 63}, "height must be a multiple of 8 up to 4096 pixels, got 63"),
     (("a",), {"width": 0}, "width must be a multiple of 8"),
     (("a",), {"width": 8192}, "got 8192"),
-    (("a",), {"sampler": "heun"}, "sampler must be one of pndm, ddim, euler, dpmsolver.*got 'heun'"),
+    (("a",), {"sampler": "nonesuch"}, "sampler must be one of pndm, ddim, ddpm, euler, .*got 'nonesuch'"),
     (("a",), {"sampler": ["pndm"]}, "sampler must be one of"),
     (("a",), {"image_format": "gif"}, "image_format must be one of png, jpeg, webp, got 'gif'"),
     (("a",), {"seed": -1}, r"seed must be an integer from 0 to 2\*\*63 - 1, or a string of .* digits, got -1"),

@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.contract.samplers import SAMPLER_NAMES
 from sdtpu_worker.demo.command import labelled_grid
 from tools.embedded_checkpoint.scenes import Scene, every_scene, judge
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from sdtpu_worker.diffusion.engine import Engine
 
 EVERY = 5  # one prompt in five is also generated with a second seed
+SAMPLERS = ("pndm", "ddim", "euler", "dpmsolver++")
 COLUMNS = ("colour", "background", "shape", "all three", "size", "position", "seeds differ")
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     scores: dict[str, dict[str, float]] = {}
     misses: list[str] = []
     sheet: list[Any] = []
-    for sampler in SAMPLER_NAMES:
+    for sampler in SAMPLERS:
         options = {"sampler": sampler, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
         pictures = generate(engine, scenes, 1_000, options)
         scores[sampler] = score(scenes, pictures, generate(engine, scenes[::EVERY], 9_000, options))

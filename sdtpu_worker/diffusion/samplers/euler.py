@@ -6,6 +6,7 @@ Source: arXiv 2206.00364; crowsonkb/k-diffusion names the samplers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -158,7 +159,7 @@ def _midpoint(options: Options, steps: int, with_noise: bool) -> Steps:
 
 
 def flow_match_euler(options: Options, steps: int, eta: float) -> Steps:
-    """Return Euler's rows for flow matching: `x = (1 - sigma) * x0 + sigma * noise`, the model predicts `noise - x0`."""
+    """Return Euler's rows for flow matching, where `x = (1 - sigma) * x0 + sigma * noise` and `m` is `noise - x0`."""
     total, shift = options["num_train_timesteps"], float(options["shift"])
 
     def shifted(sigma: np.ndarray) -> np.ndarray:
@@ -171,7 +172,7 @@ def flow_match_euler(options: Options, steps: int, eta: float) -> Steps:
         sigmas = respace(kind, float(sigmas[0]), float(sigmas[-1]), steps)
     sigmas = np.append(sigmas, 0.0)
     rows = []
-    for sigma, end in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, end in itertools.pairwise(sigmas):
         result = X + (end - sigma) * M
         if options["stochastic_sampling"]:
             result = (1 - end) * (X - sigma * M) + end * Z
@@ -210,7 +211,7 @@ def edm_euler(options: Options, steps: int, eta: float) -> Steps:
     """Return the rows of Euler's method for a preconditioned model (EDM)."""
     sigmas = edm_sigmas(options, steps)
     rows = []
-    for sigma, end in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, end in itertools.pairwise(sigmas):
         t, factor = edm_input(options, sigma)
         here = (X - edm_denoised(options, sigma)) / sigma
         rows.append(make_row(t, X + (end - sigma) * here, c_in=factor))

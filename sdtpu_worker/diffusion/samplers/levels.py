@@ -65,7 +65,7 @@ def level_path(
 
 
 def _rounds(options: Options) -> bool:
-    """Return whether timesteps of respaced sigmas are rounded; the multistep solver cuts those of the cosine schedule."""
+    """Return whether timesteps of respaced sigmas are rounded; multistep DPM-Solver cuts those of a cosine schedule."""
     cosine = options["beta_schedule"] == "squaredcos_cap_v2"
     if cosine and options["_class_name"] == "DPMSolverMultistepScheduler":
         return False

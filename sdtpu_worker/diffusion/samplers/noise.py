@@ -69,7 +69,7 @@ def _without_terminal_signal(signal: np.ndarray) -> np.ndarray:
 
 
 def spaced_integers(options: Options, steps: int) -> np.ndarray:
-    """Return `(steps,)` integer timesteps, last first, as DDIM, DDPM and PNDM visit them (arXiv 2305.08891, table 2)."""
+    """Return `(steps,)` integer timesteps, last first, as DDIM, DDPM, PNDM visit them (arXiv 2305.08891, table 2)."""
     total = options["num_train_timesteps"]
     if options["timestep_spacing"] == "linspace":
         return np.linspace(0, total - 1, steps).round()[::-1].astype(int)

@@ -302,7 +302,7 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
         "solver_type": choice(
             "logrho",
             "logrho",
-            means={name: "logrho" for name in ("midpoint", "heun", "bh1", "bh2")},
+            means=dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
         ),
         "lower_order_final": flag(True),
         "algorithm_type": choice("deis", "deis", means={"dpmsolver": "deis", "dpmsolver++": "deis"}),

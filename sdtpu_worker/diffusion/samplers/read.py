@@ -36,7 +36,7 @@ def class_of(config: Mapping[str, Any]) -> str:
     """
     named = config.get("_class_name")
     name = named.removeprefix("Flax") if isinstance(named, str) else None
-    if name not in OPTIONS:
+    if name is None or name not in OPTIONS:
         raise InvalidCheckpoint(
             f"_class_name in the scheduler config must be one of {', '.join(OPTIONS)},"
             f" got {brief(named) if named is not None else 'none'}; save the checkpoint with one of these schedulers"
@@ -69,23 +69,20 @@ def read_own(config: Mapping[str, Any]) -> Options:
     return _read(name, {**_flax_defaults(config), **config})
 
 
-def read_as(
-    config: Mapping[str, Any], name: str, changes: Mapping[str, Any], preferences: Mapping[str, Any] | None = None
-) -> Options:
+def read_as(config: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> Options:
     """Return the options of another class, made from a checkpoint's config as diffusers' `from_config` does.
 
     Keys that the class reads are kept, others get its defaults. Two defaults are ours, since they say what the class is
     used for here: PNDM skips its Runge-Kutta steps, and nothing is clipped unless the config asks for it.
 
     Args:
-        changes: options that the job sets.
-        preferences: options that the sampler's name sets.
+        changes: options that the sampler's name sets.
 
     Raises:
         InvalidCheckpoint: a value is not served.
     """
     ours = {"skip_prk_steps": True, "clip_sample": False}
-    return _read(name, {**ours, **config, **(preferences or {}), **changes})
+    return _read(name, {**ours, **config, **changes})
 
 
 def _flax_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

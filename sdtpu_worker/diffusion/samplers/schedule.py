@@ -73,13 +73,23 @@ class NoiseSchedule:
     options: Options
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+    def from_config(cls, config: Mapping[str, Any], corrects_outdated: bool = False) -> NoiseSchedule:
         """Read a diffusers scheduler config.
+
+        Args:
+            corrects_outdated: whether the checkpoint's pipeline in PyTorch sets `steps_offset` to 1 and `clip_sample`
+                to false whatever the config says, as StableDiffusionPipeline does and StableDiffusionXLPipeline does
+                not.
 
         Raises:
             InvalidCheckpoint: a class, a key or a value is not served; the text says what was got and what is allowed.
         """
-        return cls(config, read_own(config))
+        if not corrects_outdated:
+            return cls(config, read_own(config))
+        corrected = {"steps_offset": 1, "clip_sample": False}
+        # What another class takes over are the keys that the file has.
+        written = {**config, **{key: value for key, value in corrected.items() if key in config}}
+        return cls(written, read_own({**config, **corrected}))
 
     @property
     def default_sampler(self) -> str:
@@ -99,7 +109,7 @@ class NoiseSchedule:
     @cached_property
     def alphas_cumprod(self) -> np.ndarray:
         """`(num_train_timesteps,) float32`, the share of signal variance left at each timestep."""
-        if self._parameterisation != "noise":
+        if self.parameterisation != "noise":
             raise InvalidCheckpoint(f"{self.options['_class_name']} has no noise schedule over timesteps")
         return signal_levels(self.options)
 
@@ -132,24 +142,22 @@ class NoiseSchedule:
         if name == self.default_sampler and class_name == self.options["_class_name"]:
             return {**self.options, **self._spacing_options(name, self.options, spacing)}
         try:
-            chosen = read_as(self.config, class_name, {}, self._preferences(name))
+            chosen = read_as(self.config, class_name, _ALGORITHMS.get(name, {}))
             return {**chosen, **self._spacing_options(name, chosen, spacing)}
         except InvalidCheckpoint as exc:
             raise InvalidRequest(f"sampler {name} cannot be used with this checkpoint: {exc}") from exc
 
     @property
-    def _parameterisation(self) -> str:
+    def parameterisation(self) -> str:
+        """What the model predicts from: `noise` (a schedule over timesteps), `edm` or `flow`."""
         return PARAMETERISATIONS.get(str(self.options["_class_name"]), "noise")
 
     def _class_named(self, sampler: str) -> str | None:
         """Return the class of a sampler for models like this one."""
         classes = DIFFUSERS_CLASSES[sampler] or DIFFUSERS_CLASSES["dpmsolver++"]
-        if sampler in ("dpmsolver", "sde-dpmsolver") and self._parameterisation != "noise":
+        if sampler in ("dpmsolver", "sde-dpmsolver") and self.parameterisation != "noise":
             return None
-        return next((c for c in classes if PARAMETERISATIONS.get(c, "noise") == self._parameterisation), None)
-
-    def _preferences(self, name: str) -> Mapping[str, Any]:
-        return _ALGORITHMS.get(name, {})
+        return next((c for c in classes if PARAMETERISATIONS.get(c, "noise") == self.parameterisation), None)
 
     def _spacing_options(self, name: str, options: Options, spacing: str | None) -> dict[str, Any]:
         if spacing is None:
@@ -189,11 +197,11 @@ def make_table(
     """
     options = schedule.options_for(sampler, sigmas)
     class_name = str(options["_class_name"])
-    if eta is not None and not (isinstance(eta, int | float) and 0 <= eta <= 1):
+    if eta is not None and (isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1):
         raise InvalidRequest(f"eta must be a number from 0 to 1, got {brief(eta)}")
     if eta and class_name not in _CLASSES_WITH_ETA:
         raise InvalidRequest(
-            f"eta must be 0 or left out for the sampler {sampler_of(options)}: only ddim and tcd have it, got {brief(eta)}"
+            f"eta must be 0 or left out for the sampler {sampler_of(options)}, got {brief(eta)}; ddim and tcd have it"
         )
     _check_steps(schedule, options, num_inference_steps)
     try:
@@ -216,7 +224,7 @@ def _check_steps(schedule: NoiseSchedule, options: Options, num_inference_steps:
     if options.get("interpolation_type") == "log_linear" and options.get("timestep_type") == "continuous":
         extra = 1
     most, why = (MAX_STEPS - extra) // per_step, f"which asks the model at most {MAX_STEPS:,} times"
-    if schedule._parameterisation == "noise" and schedule.num_train_timesteps < most:
+    if schedule.parameterisation == "noise" and schedule.num_train_timesteps < most:
         most, why = schedule.num_train_timesteps, "as many timesteps as this checkpoint was trained on"
     if not 1 <= num_inference_steps <= most:
         raise InvalidRequest(

@@ -68,10 +68,8 @@ def _orders(options: Options, steps: int) -> list[int]:
     block = list(range(1, order + 1))
     if options["lower_order_final"] or zero or steps % order:
         whole, rest = divmod(steps, order)
-        if rest:
-            orders = block * whole + block[:rest]
-        else:  # the last block is cut into smaller ones
-            orders = block * (whole - 1) + [*block[:-1], 1][:order]
+        # Without a remainder the last block is cut into smaller ones.
+        orders = block * whole + block[:rest] if rest else block * (whole - 1) + [*block[:-1], 1]
     else:
         orders = block * (steps // order)
     return [*orders[:-1], 1] if zero else orders

@@ -14,8 +14,9 @@ from sdtpu_worker.diffusion.samplers.table import HISTORY, NOTHING, Form, Steps,
 
 
 def deis(options: Options, steps: int, eta: float) -> Steps:
-    """Return the rows of DEIS with log-rho polynomials (arXiv 2204.13902, equation 15): the noise is interpolated in
-    the logarithm of `rho = sigma / alpha`, and integrated over `rho`.
+    """Return the rows of DEIS with polynomials in log(rho) (arXiv 2204.13902, equation 15).
+
+    The predicted noise is interpolated in the logarithm of `rho = sigma / alpha`, and integrated over `rho`.
     """
     path = level_path(options, steps, lambda sigmas, smallest: float(sigmas[-1]))
     rho = [level.sigma / level.alpha for level in path.levels]
@@ -25,7 +26,7 @@ def deis(options: Options, steps: int, eta: float) -> Steps:
         start, end = path.levels[i], path.levels[i + 1]
         here = predicted_noise(options["prediction_type"], start.alpha, start.sigma)
         known = [math.log(rho[i - k]) for k in range(order_of_step(options, i, len(path.timesteps), False))]
-        # With s = log(rho) the integral over rho is one over exp(s) times a polynomial: 16 points are exact to rounding.
+        # With s = log(rho) the integral is one over exp(s) times a polynomial: 16 points are exact to rounding.
         low, high = math.log(rho[i]), math.log(rho[i + 1])
         points = (high - low) / 2 * nodes + (high + low) / 2
         result = end.alpha / start.alpha * X

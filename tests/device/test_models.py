@@ -18,6 +18,12 @@ GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-4
 
 
+def run(network: Network, params, *inputs, **named):
+    """Run a network as a program that is compiled quickly: it runs once."""
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(network, compiler_options=options)(params, *inputs, **named)
+
+
 def golden(kind: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f"models-{kind}.npz") as arrays:
         return dict(arrays)
@@ -45,7 +51,7 @@ def error(got, wanted: np.ndarray) -> float:
 def test_a_unet_gives_what_pytorchs_gives(name):
     network = networks.unet(configs.read_unet_config(variants.UNETS[name]))
     inputs = {key: jnp.asarray(value) for key, value in variants.unet_inputs(name).items()}
-    got = jax.jit(network)(draw_params(network), **inputs)
+    got = run(network, draw_params(network), **inputs)
     assert error(got, golden("unet")[name]) < TOLERANCE
 
 
@@ -54,7 +60,7 @@ def test_a_text_encoder_gives_what_pytorchs_gives(name):
     config = configs.read_clip_text_config(variants.CLIPS[name])
     network = networks.text_encoder(config, variants.has_projection(name))
     params, ids, wanted = draw_params(network), jnp.asarray(variants.clip_inputs(name)), golden("clip")
-    states = jax.jit(network)(params, ids)
+    states = run(network, params, ids)
     assert error(states.last_hidden_state, wanted[f"{name}/last_hidden_state"]) < TOLERANCE
     assert error(states.pooled, wanted[f"{name}/pooled"]) < TOLERANCE
     skipping = network(params, ids, skip=1)
@@ -67,8 +73,8 @@ def test_an_autoencoder_gives_what_pytorchs_gives(name):
     config = configs.read_autoencoder_config(variants.VAES[name])
     inputs, wanted = variants.vae_inputs(name), golden("vae")
     decoder, encoder = networks.decoder(config), networks.encoder(config)
-    image = jax.jit(decoder)(draw_params(decoder), inputs["latents"])
-    moments = jax.jit(encoder)(draw_params(encoder), inputs["image"])
+    image = run(decoder, draw_params(decoder), inputs["latents"])
+    moments = run(encoder, draw_params(encoder), inputs["image"])
     assert error(image, wanted[f"{name}/image"]) < TOLERANCE
     assert error(moments.mean, wanted[f"{name}/mean"]) < TOLERANCE
     assert error(moments.logvar, wanted[f"{name}/logvar"]) < TOLERANCE

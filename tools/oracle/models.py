@@ -36,7 +36,7 @@ def main() -> None:
 
 def _save(name: str, arrays: dict[str, np.ndarray]) -> None:
     path = GOLDEN / f"models-{name}.npz"
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
     print(f"{path.name}: {len(arrays)} arrays, {path.stat().st_size} bytes")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -186,14 +187,22 @@ def read_safety_checker_config(raw: Mapping[str, Any], what: str = "the safety c
         InvalidCheckpoint: a key or a value is not supported, or two of them do not fit.
     """
     known = check(raw, config_tables.SAFETY_CHECKER, what)
-    vision = {**(known.get("vision_config_dict") or {}), **known.get("vision_config", {})}
+    vision = dict(known.get("vision_config", {}))
+    for key, value in (known.get("vision_config_dict") or {}).items():  # transformers 4 wrote some keys twice
+        if vision.setdefault(key, value) != value:
+            raise InvalidCheckpoint(
+                f"{what}: vision_config_dict must say the same as vision_config, got {key} = {value!r} and"
+                f" {vision[key]!r}"
+            )
     config = CLIPVisionConfig(**_without_type(check(vision, config_tables.CLIP_VISION, f"{what}, vision_config")))
     _check_clip_heads(config, what)
     return SimpleNamespace(vision_config=config, projection_dim=known.get("projection_dim", 512))
 
 
 def _followed(kind: Any, known: Mapping[str, Any]) -> Any:
-    return kind(**{key: value for key, value in known.items() if not key.startswith("_")}).config
+    """Return the config of that class; a key that may have one value only is checked, and not an argument."""
+    arguments = inspect.signature(kind.__init__).parameters
+    return kind(**{key: value for key, value in known.items() if key in arguments}).config
 
 
 def _without_type(known: Mapping[str, Any]) -> dict[str, Any]:

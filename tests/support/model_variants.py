@@ -109,7 +109,7 @@ UNETS: dict[str, dict[str, Any]] = {
 UNET_SIZES: dict[str, tuple[int, int]] = {"sd1-odd-sizes": (7, 9), "sd1-inpainting": (8, 4)}
 
 
-def unet_inputs(name: str) -> dict[str, np.ndarray]:
+def unet_inputs(name: str) -> dict[str, Any]:
     """Return the inputs of a UNet in `UNETS`: float32, images NHWC."""
     config = UNETS[name]
     contexts = config["cross_attention_dim"]

@@ -19,6 +19,7 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextMode
 
 from tests.support import model_variants as variants
 from tests.support.random_weights import random_tensor
+from tools.oracle.names import name_in_files
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden"
 
@@ -45,16 +46,8 @@ def _fill(model: torch.nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("position_ids"):
             continue
-        tensor.copy_(torch.from_numpy(random_tensor(_old_name(name), tuple(tensor.shape))))
+        tensor.copy_(torch.from_numpy(random_tensor(name_in_files(name), tuple(tensor.shape))))
     model.eval()
-
-
-def _old_name(name: str) -> str:
-    if name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
-        return f"text_model.{name}"
-    if name.startswith("vision_model.") and not name.startswith("vision_model.vision_model."):
-        return f"vision_model.{name}"
-    return name
 
 
 def _nchw(image: np.ndarray) -> torch.Tensor:

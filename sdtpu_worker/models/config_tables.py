@@ -137,6 +137,27 @@ AUTOENCODER: Rules = {
     "use_quant_conv": flag(),
 }
 
+AUTOENCODER_TINY: Rules = {
+    **_DIFFUSERS,
+    "_class_name": one_of("AutoencoderTiny"),
+    "act_fn": _ACTIVATION,
+    "block_out_channels": irrelevant("repeats decoder_block_out_channels"),
+    "decoder_block_out_channels": list_of("whole numbers from 1", counts(depth=0).accepts),
+    "encoder_block_out_channels": list_of("whole numbers from 1", counts(depth=0).accepts),
+    "force_upcast": flag(),
+    "in_channels": only(3),
+    "latent_channels": count(),
+    "latent_magnitude": irrelevant("concerns latents that are stored as bytes"),
+    "latent_shift": irrelevant("concerns latents that are stored as bytes"),
+    "num_decoder_blocks": list_of("whole numbers from 0", count(least=0).accepts),
+    "num_encoder_blocks": list_of("whole numbers from 0", count(least=0).accepts),
+    "out_channels": only(3),
+    "scaling_factor": number("a number above 0", above=0),
+    "shift_factor": number("a number or null", null=True),
+    "upsample_fn": only("nearest"),
+    "upsampling_scaling_factor": only(2),
+}
+
 # What transformers writes, or wrote, into every file: how text is generated, heads of other models, records.
 _GENERATION = irrelevant("concerns models that write text")
 _OTHER_HEAD = irrelevant("concerns heads and outputs that are not used")

@@ -67,6 +67,23 @@ _VAE: dict[str, Any] = {
 VAES: dict[str, dict[str, Any]] = {
     "Stable Diffusion": _VAE,
     "XL": {**_VAE, "force_upcast": True, "sample_size": 1024, "scaling_factor": 0.13025},
+    "tiny": {
+        "_class_name": "AutoencoderTiny",
+        "act_fn": "relu",
+        "block_out_channels": [64, 64, 64, 64],
+        "decoder_block_out_channels": [64, 64, 64, 64],
+        "encoder_block_out_channels": [64, 64, 64, 64],
+        "force_upcast": False,
+        "in_channels": 3,
+        "latent_channels": 4,
+        "latent_magnitude": 3,
+        "latent_shift": 0.5,
+        "num_decoder_blocks": [3, 3, 3, 1],
+        "num_encoder_blocks": [1, 3, 3, 3],
+        "out_channels": 3,
+        "scaling_factor": 1.0,
+        "upsampling_scaling_factor": 2,
+    },
     "sixteen channels": {
         **_VAE,
         "force_upcast": True,

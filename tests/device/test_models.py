@@ -85,6 +85,17 @@ def test_an_autoencoder_gives_what_pytorchs_gives(name):
     assert error(moments.logvar, wanted[f"{name}/logvar"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", variants.TINY_VAES)
+def test_a_tiny_autoencoder_gives_what_pytorchs_gives(name):
+    config = configs.read_autoencoder_config(variants.TINY_VAES[name])
+    inputs, wanted = variants.vae_inputs(name), golden("tiny-vae")
+    decoder, encoder = networks.decoder(config), networks.encoder(config)
+    assert error(run(decoder, draw_params(decoder), inputs["latents"]), wanted[f"{name}/image"]) < TOLERANCE
+    moments = run(encoder, draw_params(encoder), inputs["image"])
+    assert error(moments.mean, wanted[f"{name}/latents"]) < TOLERANCE
+    assert (moments.logvar == -30).all()
+
+
 def test_the_safety_checker_flags_what_pytorchs_flags():
     network = networks.safety_checker(configs.read_safety_checker_config(variants.SAFETY_CHECKER))
     wanted = golden("safety")

@@ -177,10 +177,29 @@ VAES: dict[str, dict[str, Any]] = {
     "vae-without-attention": {**_VAE, "mid_block_add_attention": False, "act_fn": "gelu"},
 }
 
+TINY_VAES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "_class_name": "AutoencoderTiny",
+        "encoder_block_out_channels": [8, 8, 8],
+        "decoder_block_out_channels": [12, 12],
+        "num_encoder_blocks": [1, 0, 2],
+        "num_decoder_blocks": [2, 1],
+        "latent_channels": 5,
+    },
+    "tiny-gelu": {
+        "_class_name": "AutoencoderTiny",
+        "encoder_block_out_channels": [8, 8],
+        "decoder_block_out_channels": [8, 8],
+        "num_encoder_blocks": [1, 1],
+        "num_decoder_blocks": [1, 1],
+        "act_fn": "gelu",
+    },
+}
+
 
 def vae_inputs(name: str) -> dict[str, np.ndarray]:
-    """Return latents and an image for an autoencoder in `VAES`: float32, NHWC."""
-    channels = VAES[name].get("latent_channels", 4)
+    """Return latents and an image for an autoencoder in `VAES` or `TINY_VAES`: float32, NHWC."""
+    channels = {**VAES, **TINY_VAES}[name].get("latent_channels", 4)
     return {
         "latents": random_input(f"{name} latents", (1, 4, 6, channels)),
         "image": random_input(f"{name} image", (1, 16, 12, 3), 0.5),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -32,6 +32,8 @@ def main() -> None:
         _save("unet", {name: _run_unet(name) for name in variants.UNETS})
         _save("clip", {f"{name}/{key}": value for name in variants.CLIPS for key, value in _run_clip(name).items()})
         _save("vae", {f"{name}/{key}": value for name in variants.VAES for key, value in _run_vae(name).items()})
+        tiny = {f"{name}/{key}": value for name in variants.TINY_VAES for key, value in _run_tiny(name).items()}
+        _save("tiny-vae", tiny)
         _save("safety", _run_safety_checker())
 
 
@@ -96,6 +98,16 @@ def _run_vae(name: str) -> dict[str, np.ndarray]:
         "image": _nhwc(model.decode(_nchw(inputs["latents"])).sample),
         "mean": _nhwc(moments.mean),
         "logvar": _nhwc(moments.logvar),
+    }
+
+
+def _run_tiny(name: str) -> dict[str, np.ndarray]:
+    model = AutoencoderTiny(**{key: value for key, value in variants.TINY_VAES[name].items() if key[0] != "_"})
+    _fill(model)
+    inputs = variants.vae_inputs(name)
+    return {
+        "image": _nhwc(model.decode(_nchw(inputs["latents"])).sample),
+        "latents": _nhwc(model.encode(_nchw(inputs["image"])).latents),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -31,7 +31,7 @@ def main() -> None:
     with torch.device("meta"):
         parts = {name: _describe(_unet(config)) for name, config in known.UNETS.items()}
         parts |= {name: _describe(_text_encoder(config)) for name, config in known_parts.TEXT_ENCODERS.items()}
-        parts |= {name: _describe(AutoencoderKL(**_settings(config))) for name, config in known_parts.VAES.items()}
+        parts |= {name: _describe(_autoencoder(config)) for name, config in known_parts.VAES.items()}
         parts["safety checker"] = _describe(StableDiffusionSafetyChecker(CLIPConfig(**known_parts.SAFETY_CHECKER)))
     GOLDEN.write_text(json.dumps(parts, indent=1, sort_keys=True) + "\n")
     for name, part in parts.items():
@@ -44,6 +44,13 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def _unet(config: dict[str, Any]) -> torch.nn.Module:
     return UNet2DConditionModel(**_settings(config))
+
+
+def _autoencoder(config: dict[str, Any]) -> torch.nn.Module:
+    if config["_class_name"] == "AutoencoderKL":
+        return AutoencoderKL(**_settings(config))
+    settings = {key: value for key, value in _settings(config).items() if key != "block_out_channels"}
+    return AutoencoderTiny(**settings)
 
 
 def _text_encoder(config: dict[str, Any]) -> torch.nn.Module:

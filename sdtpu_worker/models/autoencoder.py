@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdtpu_worker.models.attention import Attention
-from sdtpu_worker.models.layers import ACTIVATIONS, Conv, GroupNorm
+from sdtpu_worker.models.layers import Conv, GroupNorm
 from sdtpu_worker.models.resnet import Downsample, ResnetBlock, Upsample
 
 _EPS = 1e-6
@@ -24,6 +24,10 @@ class Moments(NamedTuple):
 
 def _resnet(config: Any, in_channels: int, out_channels: int) -> ResnetBlock:
     return ResnetBlock(in_channels, out_channels, config.norm_num_groups, _EPS, config.act_fn)
+
+
+def _resnets(config: Any, in_channels: int, out_channels: int, count: int) -> nnx.List:
+    return nnx.List([_resnet(config, out_channels if i else in_channels, out_channels) for i in range(count)])
 
 
 class PixelAttention(Attention):
@@ -60,10 +64,7 @@ class DownBlock(nnx.Module):
     """Residual blocks, then half the resolution, except in the last block."""
 
     def __init__(self, config: Any, in_channels: int, out_channels: int, is_last: bool) -> None:
-        count = config.layers_per_block
-        self.resnets = nnx.List(
-            [_resnet(config, out_channels if i else in_channels, out_channels) for i in range(count)]
-        )
+        self.resnets = _resnets(config, in_channels, out_channels, config.layers_per_block)
         self.downsamplers = nnx.List([] if is_last else [Downsample(out_channels, padding=0)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -77,10 +78,7 @@ class UpBlock(nnx.Module):
     """Residual blocks, then twice the resolution, except in the last block."""
 
     def __init__(self, config: Any, in_channels: int, out_channels: int, is_last: bool) -> None:
-        count = config.layers_per_block + 1
-        self.resnets = nnx.List(
-            [_resnet(config, out_channels if i else in_channels, out_channels) for i in range(count)]
-        )
+        self.resnets = _resnets(config, in_channels, out_channels, config.layers_per_block + 1)
         self.upsamplers = nnx.List([] if is_last else [Upsample(out_channels)])
 
     def __call__(self, x: jax.Array) -> jax.Array:

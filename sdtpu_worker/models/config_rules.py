@@ -1,4 +1,4 @@
-"""What a model's config may say: every key is honoured, limited to some values, irrelevant with a reason, or refused."""
+"""Rules for a model's config: a key is honoured, held to some values, irrelevant with a reason, or refused."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +90,29 @@ class AutoencoderConfig(ConfigMixin):
         pass
 
 
+class AutoencoderTinyConfig(ConfigMixin):
+    """The keys of a tiny autoencoder that are followed, with diffusers' defaults, and what a large one has besides."""
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        encoder_block_out_channels: Sequence[int] = (64, 64, 64, 64),
+        decoder_block_out_channels: Sequence[int] = (64, 64, 64, 64),
+        act_fn: str = "relu",
+        latent_channels: int = 4,
+        num_encoder_blocks: Sequence[int] = (1, 3, 3, 3),
+        num_decoder_blocks: Sequence[int] = (3, 3, 3, 1),
+        force_upcast: bool = False,
+        scaling_factor: float = 1.0,
+        shift_factor: float | None = 0.0,
+    ) -> None:
+        self.register_to_config(block_out_channels=decoder_block_out_channels, latents_mean=None, latents_std=None)
+
+
 def read_unet_config(raw: Mapping[str, Any], what: str = "the UNet's config") -> Any:
     """Read the config of a `UNet2DConditionModel`.
 
@@ -127,18 +151,20 @@ def read_unet_config(raw: Mapping[str, Any], what: str = "the UNet's config") ->
 
 
 def read_autoencoder_config(raw: Mapping[str, Any], what: str = "the VAE's config") -> Any:
-    """Read the config of an `AutoencoderKL`.
+    """Read the config of an `AutoencoderKL`, or of an `AutoencoderTiny` if its `_class_name` says so.
 
     Args:
         raw: of its `config.json`.
         what: which config, for the error.
 
     Returns:
-        An object with an attribute for each argument of `AutoencoderConfig`.
+        An object with an attribute for each argument of `AutoencoderConfig`; a tiny one has no norms and layers.
 
     Raises:
         InvalidCheckpoint: a key or a value is not supported, or two of them do not fit.
     """
+    if raw.get("_class_name") == "AutoencoderTiny":
+        return _read_tiny_config(raw, what)
     config = _followed(AutoencoderConfig, check(raw, config_tables.AUTOENCODER, what))
     channels = config.block_out_channels
     for key, wanted in (
@@ -186,14 +212,34 @@ def read_safety_checker_config(raw: Mapping[str, Any], what: str = "the safety c
         InvalidCheckpoint: a key or a value is not supported, or two of them do not fit.
     """
     known = check(raw, config_tables.SAFETY_CHECKER, what)
-    vision = {**(known.get("vision_config_dict") or {}), **known.get("vision_config", {})}
+    vision = dict(known.get("vision_config", {}))
+    for key, value in (known.get("vision_config_dict") or {}).items():  # transformers 4 wrote some keys twice
+        if vision.setdefault(key, value) != value:
+            raise InvalidCheckpoint(
+                f"{what}: vision_config_dict must say the same as vision_config, got {key} = {value!r} and"
+                f" {vision[key]!r}"
+            )
     config = CLIPVisionConfig(**_without_type(check(vision, config_tables.CLIP_VISION, f"{what}, vision_config")))
     _check_clip_heads(config, what)
     return SimpleNamespace(vision_config=config, projection_dim=known.get("projection_dim", 512))
 
 
+def _read_tiny_config(raw: Mapping[str, Any], what: str) -> Any:
+    config = _followed(AutoencoderTinyConfig, check(raw, config_tables.AUTOENCODER_TINY, what))
+    for half in ("encoder", "decoder"):
+        widths, counts = getattr(config, f"{half}_block_out_channels"), getattr(config, f"num_{half}_blocks")
+        if len(set(widths)) != 1 or len(widths) != len(counts):
+            raise InvalidCheckpoint(
+                f"{what}: {half}_block_out_channels must be one number, as often as num_{half}_blocks has values"
+                f" ({len(counts)}), got {widths!r}"
+            )
+    return config
+
+
 def _followed(kind: Any, known: Mapping[str, Any]) -> Any:
-    return kind(**{key: value for key, value in known.items() if not key.startswith("_")}).config
+    """Return the config of that class; a key that may have one value only is checked, and not an argument."""
+    arguments = inspect.signature(kind.__init__).parameters
+    return kind(**{key: value for key, value in known.items() if key in arguments}).config
 
 
 def _without_type(known: Mapping[str, Any]) -> dict[str, Any]:

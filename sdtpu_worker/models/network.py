@@ -40,6 +40,14 @@ class Network:
         return {name: permutation for name, permutation in axes.items() if permutation is not None}
 
     @cached_property
+    def torch_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter in PyTorch's layout, by PyTorch's name."""
+        shapes = dict(self.shapes)
+        for name, axes in self.torch_axes.items():
+            shapes[name] = tuple(self.shapes[name][axes.index(axis)] for axis in range(len(axes)))
+        return shapes
+
+    @cached_property
     def num_parameters(self) -> int:
         """How many numbers the parameters hold."""
         return sum(int(variable.size) for variable in self._variables.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sdtpu_worker.models.autoencoder import AutoencoderDecoder, AutoencoderEncoder
+from sdtpu_worker.models.autoencoder_tiny import AutoencoderTinyDecoder, AutoencoderTinyEncoder
 from sdtpu_worker.models.clip_text import ClipTextEncoder
 from sdtpu_worker.models.network import Network
 from sdtpu_worker.models.safety_checker import SafetyChecker
@@ -23,14 +24,18 @@ def text_encoder(config: Any, projection: bool = False) -> Network:
 
 def decoder(config: Any) -> Network:
     """Return the decoding half of a config of `read_autoencoder_config`; called as `AutoencoderDecoder.__call__`."""
-    return Network(lambda: AutoencoderDecoder(config))
+    return Network(lambda: AutoencoderTinyDecoder(config) if _is_tiny(config) else AutoencoderDecoder(config))
 
 
 def encoder(config: Any) -> Network:
     """Return the encoding half of a config of `read_autoencoder_config`; called as `AutoencoderEncoder.__call__`."""
-    return Network(lambda: AutoencoderEncoder(config))
+    return Network(lambda: AutoencoderTinyEncoder(config) if _is_tiny(config) else AutoencoderEncoder(config))
 
 
 def safety_checker(config: Any) -> Network:
     """Return the checker of a config of `read_safety_checker_config`; called as `SafetyChecker.__call__`."""
     return Network(lambda: SafetyChecker(config))
+
+
+def _is_tiny(config: Any) -> bool:
+    return "num_decoder_blocks" in config

@@ -49,15 +49,15 @@ class ResnetBlock(nnx.Module):
     def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
         """Map `x (B, h, w, in)` and the embedding `time (B, time_features)` to `(B, h, w, out)`."""
         y = self.conv1(self.activation(self.norm1(x)))
-        shift = scale = None
-        if self.time_emb_proj is not None and time is not None:
-            shift = self.time_emb_proj(self.activation(time))[:, None, None]
+        if self.time_emb_proj is None:
+            y = self.norm2(y)
+        else:
+            shift = self.time_emb_proj(self.activation(time))[:, None, None]  # (B, 1, 1, C), or twice as many
             if self.scale_shift:
                 scale, shift = jnp.split(shift, 2, axis=-1)
-        if scale is not None:
-            y = self.norm2(y) * (1 + scale) + shift
-        else:
-            y = self.norm2(y if shift is None else y + shift)
+                y = self.norm2(y) * (1 + scale) + shift
+            else:
+                y = self.norm2(y + shift)
         y = self.conv2(self.activation(y))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return (shortcut + y) / self.output_scale

@@ -40,7 +40,15 @@ _THREE: dict[str, Any] = {
     "up_block_types": [_UP, _CROSS_UP, _CROSS_UP],
 }
 
-# By name: what the config adds to `_TINY` (or replaces it with), and the size of the latents if it is not 8 × 8.
+# Without transformers, which none of what is tried here concerns: a third of the time to compile.
+_PLAIN: dict[str, Any] = {
+    **_TINY,
+    "down_block_types": [_DOWN, _DOWN],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": [_UP, _UP],
+}
+
+# By name, as in a `config.json`.
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": _TINY,
     "sd2": {**_TINY, "attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True},
@@ -84,32 +92,32 @@ UNETS: dict[str, dict[str, Any]] = {
         "attention_head_dim": [1, 2, 3],
         "transformer_layers_per_block": [1, 2, 1],
     },
-    "scale-shift": {**_TINY, "resnet_time_scale_shift": "scale_shift"},
-    "downsample-padding": {**_TINY, "downsample_padding": 0},
-    "center-input": {**_TINY, "center_input_sample": True},
-    "sine-first": {**_TINY, "flip_sin_to_cos": False, "freq_shift": 1},
-    "gelu": {**_TINY, "act_fn": "gelu"},
-    "relu": {**_TINY, "act_fn": "relu"},
-    "mish": {**_TINY, "act_fn": "mish"},
-    "swish": {**_TINY, "act_fn": "swish"},
-    "post-act": {**_TINY, "timestep_post_act": "gelu", "time_embedding_act_fn": "silu", "time_embedding_dim": 20},
-    "mid-scale": {**_TINY, "mid_block_scale_factor": 1.4142},
+    "scale-shift": {**_PLAIN, "resnet_time_scale_shift": "scale_shift"},
+    "downsample-padding": {**_PLAIN, "downsample_padding": 0},
+    "center-input": {**_PLAIN, "center_input_sample": True},
+    "sine-first": {**_PLAIN, "flip_sin_to_cos": False, "freq_shift": 1},
+    "gelu": {**_PLAIN, "act_fn": "gelu"},
+    "relu": {**_PLAIN, "act_fn": "relu"},
+    "mish": {**_PLAIN, "act_fn": "mish"},
+    "swish": {**_PLAIN, "act_fn": "swish"},
+    "post-act": {**_PLAIN, "timestep_post_act": "gelu", "time_embedding_act_fn": "silu", "time_embedding_dim": 20},
+    "mid-scale": {**_PLAIN, "mid_block_scale_factor": 1.4142},
     "norms": {**_TINY, "norm_eps": 0.1, "norm_num_groups": 2},
-    "kernels": {**_TINY, "conv_in_kernel": 1, "conv_out_kernel": 5, "out_channels": 3},
+    "kernels": {**_PLAIN, "conv_in_kernel": 1, "conv_out_kernel": 5, "out_channels": 3},
 }
+# Of the latents, where it is not 8 × 8.
 UNET_SIZES: dict[str, tuple[int, int]] = {"sd1-odd-sizes": (7, 9), "sd1-inpainting": (8, 4)}
 
 
-def unet_inputs(name: str) -> dict[str, np.ndarray]:
+def unet_inputs(name: str) -> dict[str, Any]:
     """Return the inputs of a UNet in `UNETS`: float32, images NHWC."""
     config = UNETS[name]
     contexts = config["cross_attention_dim"]
+    features = contexts if isinstance(contexts, int) else contexts[0]
     inputs = {
         "sample": random_input(name, (BATCH, *UNET_SIZES.get(name, (8, 8)), config.get("in_channels", 4))),
         "timesteps": np.array([1.0, 501.0], np.float32),
-        "context": random_input(
-            f"{name} context", (BATCH, TOKENS, contexts if isinstance(contexts, int) else contexts[0])
-        ),
+        "context": random_input(f"{name} context", (BATCH, TOKENS, features)),
     }
     if "addition_embed_type" in config:
         count = 5 if name == "xl-refiner" else 6
@@ -169,10 +177,29 @@ VAES: dict[str, dict[str, Any]] = {
     "vae-without-attention": {**_VAE, "mid_block_add_attention": False, "act_fn": "gelu"},
 }
 
+TINY_VAES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "_class_name": "AutoencoderTiny",
+        "encoder_block_out_channels": [8, 8, 8],
+        "decoder_block_out_channels": [12, 12],
+        "num_encoder_blocks": [1, 0, 2],
+        "num_decoder_blocks": [2, 1],
+        "latent_channels": 5,
+    },
+    "tiny-gelu": {
+        "_class_name": "AutoencoderTiny",
+        "encoder_block_out_channels": [8, 8],
+        "decoder_block_out_channels": [8, 8],
+        "num_encoder_blocks": [1, 1],
+        "num_decoder_blocks": [1, 1],
+        "act_fn": "gelu",
+    },
+}
+
 
 def vae_inputs(name: str) -> dict[str, np.ndarray]:
-    """Return latents and an image for an autoencoder in `VAES`: float32, NHWC."""
-    channels = VAES[name].get("latent_channels", 4)
+    """Return latents and an image for an autoencoder in `VAES` or `TINY_VAES`: float32, NHWC."""
+    channels = {**VAES, **TINY_VAES}[name].get("latent_channels", 4)
     return {
         "latents": random_input(f"{name} latents", (1, 4, 6, channels)),
         "image": random_input(f"{name} image", (1, 16, 12, 3), 0.5),

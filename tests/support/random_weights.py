@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections.abc import Mapping
 
@@ -43,3 +45,9 @@ def random_input(name: str, shape: tuple[int, ...], scale: float = 1.0) -> np.nd
     """Return an input that stands for a name, float32."""
     noise = np.random.default_rng(zlib.crc32(f"input {name}".encode())).standard_normal(shape)
     return noise.astype(np.float32) * np.float32(scale)
+
+
+def digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return what tells one set of names and shapes from another."""
+    text = json.dumps(sorted((name, list(shape)) for name, shape in shapes.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

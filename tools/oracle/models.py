@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.support import model_variants as variants
 from tests.support.random_weights import random_tensor
+from tools.oracle.names import name_in_files
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden"
 
@@ -31,12 +32,14 @@ def main() -> None:
         _save("unet", {name: _run_unet(name) for name in variants.UNETS})
         _save("clip", {f"{name}/{key}": value for name in variants.CLIPS for key, value in _run_clip(name).items()})
         _save("vae", {f"{name}/{key}": value for name in variants.VAES for key, value in _run_vae(name).items()})
+        tiny = {f"{name}/{key}": value for name in variants.TINY_VAES for key, value in _run_tiny(name).items()}
+        _save("tiny-vae", tiny)
         _save("safety", _run_safety_checker())
 
 
 def _save(name: str, arrays: dict[str, np.ndarray]) -> None:
     path = GOLDEN / f"models-{name}.npz"
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
     print(f"{path.name}: {len(arrays)} arrays, {path.stat().st_size} bytes")
 
 
@@ -45,16 +48,8 @@ def _fill(model: torch.nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("position_ids"):
             continue
-        tensor.copy_(torch.from_numpy(random_tensor(_old_name(name), tuple(tensor.shape))))
+        tensor.copy_(torch.from_numpy(random_tensor(name_in_files(name), tuple(tensor.shape))))
     model.eval()
-
-
-def _old_name(name: str) -> str:
-    if name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
-        return f"text_model.{name}"
-    if name.startswith("vision_model.") and not name.startswith("vision_model.vision_model."):
-        return f"vision_model.{name}"
-    return name
 
 
 def _nchw(image: np.ndarray) -> torch.Tensor:
@@ -103,6 +98,16 @@ def _run_vae(name: str) -> dict[str, np.ndarray]:
         "image": _nhwc(model.decode(_nchw(inputs["latents"])).sample),
         "mean": _nhwc(moments.mean),
         "logvar": _nhwc(moments.logvar),
+    }
+
+
+def _run_tiny(name: str) -> dict[str, np.ndarray]:
+    model = AutoencoderTiny(**{key: value for key, value in variants.TINY_VAES[name].items() if key[0] != "_"})
+    _fill(model)
+    inputs = variants.vae_inputs(name)
+    return {
+        "image": _nhwc(model.decode(_nchw(inputs["latents"])).sample),
+        "latents": _nhwc(model.encode(_nchw(inputs["image"])).latents),
     }
 
 

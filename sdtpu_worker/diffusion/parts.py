@@ -127,8 +127,8 @@ class Parts:
 
     def _text_encoder(self, part: str, tokenizer: str, projection: bool) -> tuple[Network, PromptTokenizer, Any]:
         config = self._config(part, read_clip_text_config)
-        network = self._network(part, lambda: networks.text_encoder(config, projection), self.dtype)
-        return network, PromptTokenizer.from_folder(self.folder / tokenizer, config.max_position_embeddings), config
+        prompts = PromptTokenizer.from_folder(self.folder / tokenizer, config.max_position_embeddings)
+        return self._network(part, lambda: networks.text_encoder(config, projection), self.dtype), prompts, config
 
     def _config(self, part: str, read: Callable[..., Any]) -> Any:
         """Return a part's config, and keep its JSON."""

@@ -82,6 +82,7 @@ class JobSnapshot:
             self.lane == job.lane
             and state.num_steps[0] == num_steps
             and state.guidance_scale[0] == np.float32(job.guidance_scale)
+            and state.guidance_rescale[0] == np.float32(job.guidance_rescale)
             and np.array_equal(state.key_data[0], job.key_data)
             and np.array_equal(state.table[0], job.table)
         )

@@ -6,12 +6,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.engine_fixtures import compile_cache, devices, engine, random_checkpoint, shipped
+from tests.support.engine_fixtures import (
+    compile_cache,
+    devices,
+    engine,
+    random_checkpoint,
+    random_xl_checkpoint,
+    shipped,
+)
 
 if TYPE_CHECKING:
     import jax
 
-__all__ = ["compile_cache", "devices", "engine", "random_checkpoint", "shipped"]
+__all__ = ["compile_cache", "devices", "engine", "random_checkpoint", "random_xl_checkpoint", "shipped"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,68 +1,68 @@
-"""Flax parameters as PyTorch has them: the inverse of what the worker does, written from PyTorch's side."""
+"""A checkpoint's safetensors written anew: as a variant, in several files, in another type, under older names."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from sdtpu_worker.diffusion.checkpoint import load_checkpoint
-
-# Modules that are members of an `nn.ModuleList` or `nn.Sequential` in PyTorch, and one module in Flax.
-_LISTS = ("down_blocks", "up_blocks", "resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers",
-          "net", "to_out")  # fmt: skip
-_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 
 
-def to_pytorch(params: Mapping[str, Any], old_attention: bool = False) -> dict[str, np.ndarray]:
-    """Return the tensors under PyTorch's names and in PyTorch's layout."""
-    return {name: np.ascontiguousarray(value) for name, value in _walk(params, "", old_attention)}
-
-
-def _walk(params: Mapping[str, Any], prefix: str, old_attention: bool) -> Iterator[tuple[str, np.ndarray]]:
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            list_name, _, number = name.rpartition("_")
-            module = f"{list_name}.{number}" if list_name in _LISTS else name
-            module = module if old_attention else _RENAMED.get(module, module)
-            yield from _walk(value, f"{prefix}{module}.", old_attention)
-        elif name == "kernel" and value.ndim == 4:
-            yield f"{prefix}weight", np.einsum("hwio->oihw", value)
-        elif name == "kernel":
-            yield f"{prefix}weight", np.einsum("io->oi", value)
-        else:
-            yield prefix + ("weight" if name in ("scale", "embedding") else name), value
-
-
-def rewrite_as_pytorch(
+def rewrite(
     folder: Path,
-    params: Mapping[str, Any] | None = None,
     *,
     variant: str = "",
     old_attention: bool = False,
     shards: int = 1,
     dtype: Any = None,
+    without_prefix: bool = False,
 ) -> None:
-    """Replace a checkpoint's weights by safetensors in PyTorch's layout."""
-    for part, tree in (params or load_checkpoint(str(folder)).params).items():
-        for path in (folder / part).glob("*.msgpack"):
+    """Rewrite every part of a checkpoint.
+
+    Args:
+        folder: with one safetensors file in each part.
+        variant: a word in the files' names.
+        old_attention: the VAE's attention under the names, and as the convolutions, of before 2023.
+        shards: files of each part.
+        dtype: of the tensors.
+        without_prefix: text encoders as transformers 5 writes them.
+    """
+    for part in PARTS:
+        for path in (folder / part).glob("*.safetensors"):
+            tensors = load_file(path)
             path.unlink()
-        tensors = to_pytorch(tree, old_attention)
-        if dtype is not None:
-            tensors = {name: value.astype(dtype) for name, value in tensors.items()}
-        if part == "text_encoder":
-            tensors["text_model.embeddings.position_ids"] = np.arange(77)[None]
-        stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
-        if shards == 1:
-            name = ".".join(filter(None, (stem, variant, "safetensors")))
-            save_file(tensors, folder / part / name, {"format": "pt"})
-            continue
-        names = [f"{stem}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-        chosen = {name: names[i % shards] for i, name in enumerate(tensors)}
-        for file in names:
-            save_file({name: value for name, value in tensors.items() if chosen[name] == file}, folder / part / file)
-        (folder / part / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": chosen}))
+            if dtype is not None:
+                tensors = {name: value.astype(dtype) for name, value in tensors.items()}
+            if old_attention and part == "vae":
+                tensors = dict(_with_old_attention(name, value) for name, value in tensors.items())
+            if part.startswith("text_encoder"):
+                if without_prefix:
+                    tensors = {name.removeprefix("text_model."): value for name, value in tensors.items()}
+                else:
+                    tensors["text_model.embeddings.position_ids"] = np.arange(77)[None]
+            stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
+            _write(folder / part, stem, variant, shards, tensors)
+
+
+def _with_old_attention(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
+    for new, old in _OLD_ATTENTION.items():
+        if f".{new}." in name:
+            is_weight = name.endswith(".weight")
+            return name.replace(f".{new}.", f".{old}."), value[:, :, None, None] if is_weight else value
+    return name, value
+
+
+def _write(folder: Path, stem: str, variant: str, shards: int, tensors: dict[str, np.ndarray]) -> None:
+    if shards == 1:
+        save_file(tensors, folder / ".".join(filter(None, (stem, variant, "safetensors"))), {"format": "pt"})
+        return
+    names = [f"{stem}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    chosen = {name: names[i % shards] for i, name in enumerate(tensors)}
+    for file in names:
+        save_file({name: value for name, value in tensors.items() if chosen[name] == file}, folder / file)
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": chosen}))

@@ -7,7 +7,6 @@ import json
 import pickle
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.serialization import msgpack_serialize
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.weights import find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
-from tests.device.pytorch_layout import rewrite_as_pytorch, to_pytorch
+from tests.device.flax_layout import rewrite_as_flax, to_flax
+from tests.device.pytorch_layout import rewrite
 from tests.support.checkpoints import SHIPPED, make_random_checkpoint
 
 
@@ -31,13 +31,14 @@ def folder(random_checkpoint, tmp_path):
 
 def test_a_checkpoint_brings_its_own_size_sampler_and_prediction_type(random_checkpoint, tmp_path):
     own = load_checkpoint(str(random_checkpoint), jnp.bfloat16)
-    assert (own.default_size, own.default_sampler, own.schedule.prediction_type) == ((8, 8), "pndm", "epsilon")
-    assert own.params["unet"]["conv_in"]["kernel"].dtype == jnp.bfloat16
+    assert (own.family.default_size, own.defaults.sampler) == ((8, 8), "pndm")
+    assert own.schedule.prediction_type == "epsilon"
+    assert own.params["unet"]["conv_in.weight"].dtype == jnp.bfloat16
     other = make_random_checkpoint(
         tmp_path / "v", prediction_type="v_prediction", sampler_class="EulerDiscreteScheduler"
     )
     loaded = load_checkpoint(str(other))
-    assert (loaded.default_sampler, loaded.schedule.prediction_type) == ("euler", "v_prediction")
+    assert (loaded.defaults.sampler, loaded.schedule.prediction_type) == ("euler", "v_prediction")
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "nothing", "a/b/c"])
@@ -72,6 +73,7 @@ def fake_hub(monkeypatch, source: Path, target: Path) -> list[str]:
 
 
 def test_a_hub_checkpoint_with_flax_weights_is_downloaded_without_the_other_formats(monkeypatch, folder, tmp_path):
+    rewrite_as_flax(folder)
     for name in ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin", "tokenizer/a.bin"):
         (folder / name).write_bytes(b"")
     downloaded = fake_hub(monkeypatch, folder, tmp_path / "hub")
@@ -81,7 +83,7 @@ def test_a_hub_checkpoint_with_flax_weights_is_downloaded_without_the_other_form
 
 @pytest.mark.parametrize("variant", ["", "fp16"])
 def test_a_hub_checkpoint_without_flax_weights_is_downloaded_as_safetensors(monkeypatch, folder, tmp_path, variant):
-    rewrite_as_pytorch(folder, variant=variant)
+    rewrite(folder, variant=variant)
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"")
     (folder / "unet" / "diffusion_pytorch_model.non_ema.safetensors").write_bytes(b"")
     if not variant:
@@ -100,48 +102,68 @@ def assert_same_params(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_pytorch_safetensors_give_the_same_parameters(folder, dtype):
+def test_weights_of_flax_give_the_same_parameters(folder, dtype):
     own = load_checkpoint(str(folder), dtype)
-    rewrite_as_pytorch(folder)
+    rewrite_as_flax(folder)
     assert_same_params(load_checkpoint(str(folder), dtype).params, own.params)
 
 
-def test_the_shipped_checkpoint_as_pytorch_safetensors_of_the_old_attention_names(shipped, tmp_path):
-    folder = Path(shutil.copytree(SHIPPED, tmp_path / "shipped"))
-    rewrite_as_pytorch(folder, old_attention=True)
-    names = to_pytorch(shipped.params["vae"], old_attention=True)
-    assert "decoder.mid_block.attentions.0.query.weight" in names
-    assert_same_params(load_checkpoint(str(folder)).params, shipped.params)
+@pytest.mark.parametrize(
+    "change", [{"old_attention": True}, {"without_prefix": True}, {"shards": 3}, {"variant": "fp16"}], ids=str
+)
+@pytest.mark.parametrize("xl", [False, True])
+def test_every_way_to_write_safetensors_gives_the_same_parameters(
+    random_checkpoint, random_xl_checkpoint, tmp_path, change, xl
+):
+    folder = Path(shutil.copytree(random_xl_checkpoint if xl else random_checkpoint, tmp_path / "checkpoint"))
+    own = load_checkpoint(str(folder))
+    rewrite(folder, **change)
+    assert_same_params(load_checkpoint(str(folder)).params, own.params)
 
 
-def test_the_safety_checker_from_pytorch_safetensors(tmp_path):
+def test_the_safety_checker_from_weights_of_flax(tmp_path):
     folder = make_random_checkpoint(tmp_path / "checked", safety_checker=True)
     own = load_checkpoint(str(folder))
-    rewrite_as_pytorch(folder)
-    assert_same_params(load_checkpoint(str(folder)).params, own.params)
+    rewrite_as_flax(folder)
+    assert_same_params(load_checkpoint(str(folder)).safety_checker.params, own.safety_checker.params)
 
 
 def test_bfloat16_safetensors(folder):
-    rewrite_as_pytorch(folder)
     own = load_checkpoint(str(folder), jnp.bfloat16)
-    rewrite_as_pytorch(folder, own.params, dtype=jnp.bfloat16)
+    rewrite(folder, dtype=jnp.bfloat16)
     assert_same_params(load_checkpoint(str(folder), jnp.bfloat16).params, own.params)
-    assert load_checkpoint(str(folder)).params["unet"]["conv_in"]["kernel"].dtype == np.float32
+    assert load_checkpoint(str(folder)).params["unet"]["conv_in.weight"].dtype == np.float32
 
 
-def test_safetensors_in_several_files(folder):
-    own = load_checkpoint(str(folder))
-    rewrite_as_pytorch(folder, shards=3)
+def test_a_file_that_is_missing_of_several(folder):
+    rewrite(folder, shards=3)
     assert find_weights(folder, "unet").name == "diffusion_pytorch_model.safetensors.index.json"
-    assert_same_params(load_checkpoint(str(folder)).params, own.params)
     (folder / "unet" / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
     with pytest.raises(InvalidCheckpoint, match=r"00002-of-00003.safetensors is not a complete .* \(missing\)"):
         load_checkpoint(str(folder))
 
 
+def test_surplus_tensors_that_change_nothing_are_left_out(folder):
+    own = load_checkpoint(str(folder))
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    tensors |= {"logit_scale": np.zeros((), np.float32), "text_projection.weight": np.zeros((3, 32), np.float32)}
+    save_file(tensors, path)
+    assert_same_params(load_checkpoint(str(folder)).params, own.params)
+
+
+def test_a_value_that_is_not_finite_is_named(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.bias"][3] = np.nan
+    save_file(tensors, path)
+    with pytest.raises(InvalidCheckpoint, match=r"not finite: conv_in\.bias"):
+        load_checkpoint(str(folder))
+
+
 @pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "weights.bin"])
 def test_an_index_cannot_name_other_files(folder, name):
-    rewrite_as_pytorch(folder, shards=2)
+    rewrite(folder, shards=2)
     index = folder / "vae" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
     with pytest.raises(InvalidCheckpoint, match=r"may only name \.safetensors files beside it"):
@@ -150,27 +172,17 @@ def test_an_index_cannot_name_other_files(folder, name):
 
 def test_flax_weights_that_transformers_wrote_as_safetensors(folder):
     own = load_checkpoint(str(folder))
-    (path,) = (folder / "text_encoder").glob("*.msgpack")
-    path.unlink()
-    flat = {".".join(key.key for key in keys): leaf
-            for keys, leaf in jax.tree_util.tree_leaves_with_path(own.params["text_encoder"])}  # fmt: skip
-    save_file(flat, folder / "text_encoder" / "model.safetensors", {"format": "flax"})
+    (path,) = (folder / "text_encoder").glob("*.safetensors")
+    nested = to_flax(load_file(path))
+    flat = {
+        ".".join(key.key for key in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(nested)
+    }  # fmt: skip
+    save_file(flat, path, {"format": "flax"})
     assert_same_params(load_checkpoint(str(folder)).params, own.params)
 
 
-def test_an_attention_of_1_by_1_convolutions(shipped):
-    """Old conversions kept the convolutions of the original code where diffusers has linear layers."""
-    shapes = {"query": {"kernel": SimpleNamespace(shape=(2, 3)), "bias": SimpleNamespace(shape=(3,))}}
-    weight = np.arange(6, dtype=np.float32).reshape(3, 2, 1, 1)
-    from sdtpu_worker.diffusion import weights
-
-    found = weights._from_pytorch({"query.weight": weight, "query.bias": weight[:, 0, 0, 0]}, {
-        ("query", name): leaf.shape for name, leaf in shapes["query"].items()
-    })  # fmt: skip
-    np.testing.assert_array_equal(found["query", "kernel"], weight[:, :, 0, 0].T)
-
-
 def test_msgpack_is_preferred(folder):
+    rewrite_as_flax(folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not read")
     load_checkpoint(str(folder))
 
@@ -178,6 +190,7 @@ def test_msgpack_is_preferred(folder):
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("keep", [0.5, 0.0])
 def test_half_written_weights(folder, part, keep):
+    rewrite_as_flax(folder)
     (path,) = (folder / part).glob("*.msgpack")
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
@@ -237,7 +250,6 @@ def test_a_tokenizer_that_is_missing(folder):
 
 @pytest.mark.parametrize("keep", [0.5, 0.0])
 def test_half_written_safetensors(folder, keep):
-    rewrite_as_pytorch(folder)
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
@@ -257,7 +269,7 @@ class Bomb:
 
 @pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth", ".pkl"])
 def test_pickles_are_refused_with_the_remedy(folder, tmp_path, suffix):
-    (path,) = (folder / "unet").glob("*.msgpack")
+    (path,) = (folder / "unet").glob("*.safetensors")
     path.unlink()
     path.with_name(f"diffusion_pytorch_model{suffix}").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     with pytest.raises(InvalidCheckpoint, match=rf"unet has no weights .*\(found diffusion_pytorch_model{suffix}\)"
@@ -269,7 +281,7 @@ def test_pickles_are_refused_with_the_remedy(folder, tmp_path, suffix):
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("name", ["diffusion_flax_model.msgpack", "diffusion_pytorch_model.safetensors"])
 def test_a_pickle_under_another_name_is_refused_and_never_run(folder, tmp_path, name, protocol):
-    (path,) = (folder / "unet").glob("*.msgpack")
+    (path,) = (folder / "unet").glob("*.safetensors")
     path.unlink()
     path.with_name(name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol))
     with pytest.raises(InvalidCheckpoint, match="is a pickle, whatever its name says" if protocol >= 2 else name):
@@ -278,7 +290,7 @@ def test_a_pickle_under_another_name_is_refused_and_never_run(folder, tmp_path, 
 
 
 def test_a_zip_of_pytorch_under_another_name_is_refused(folder):
-    (path,) = (folder / "unet").glob("*.msgpack")
+    (path,) = (folder / "unet").glob("*.safetensors")
     path.write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(InvalidCheckpoint, match="is a pickle"):
         load_checkpoint(str(folder))
@@ -288,7 +300,9 @@ def test_msgpack_cannot_smuggle_in_objects(folder):
     from flax.serialization import _MsgpackExtType
     from msgpack import ExtType, packb
 
-    (path,) = (folder / "unet").glob("*.msgpack")
+    (path,) = (folder / "unet").glob("*.safetensors")
+    path.unlink()
+    path = path.with_name("diffusion_flax_model.msgpack")
     array = ExtType(_MsgpackExtType.ndarray, packb(((1,), "object", bytes(8))))
     path.write_bytes(packb({"conv_in": {"kernel": array}}))
     with pytest.raises(InvalidCheckpoint, match="not a complete weights file"):
@@ -302,24 +316,24 @@ def test_a_single_file_is_refused_with_the_remedy(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["flax", "pytorch"])
-def test_leaves_that_are_missing_or_unexpected_or_of_another_kind_are_named(tmp_path, layout):
-    shapes: dict[str, Any] = {name: SimpleNamespace(shape=(2, 3)) for name in ("kernel", "other", "counts")}
-    shapes = {"conv_in": shapes, "norm": {"scale": SimpleNamespace(shape=(4,))}}
+def test_tensors_that_are_missing_or_unexpected_or_of_another_kind_are_named(tmp_path, layout):
+    shapes = {"conv_in.weight": (2, 3), "conv_in.other": (2, 3), "conv_in.counts": (2, 3), "norm.weight": (4,)}
     found = {
-        "conv_in": {"kernel": np.zeros((3, 3), np.float32), "more": np.zeros(1), "counts": np.zeros((2, 3), np.int8)},
-        "norm": {"scale": np.zeros(4, np.float32)},
+        "conv_in.weight": np.zeros((3, 3), np.float32),
+        "conv_in.more": np.zeros(1, np.float32),
+        "conv_in.counts": np.zeros((2, 3), np.int8),
+        "norm.weight": np.zeros(4, np.float32),
     }
     (tmp_path / "unet").mkdir()
     if layout == "flax":
-        (tmp_path / "unet" / "diffusion_flax_model.msgpack").write_bytes(msgpack_serialize(found))
+        (tmp_path / "unet" / "diffusion_flax_model.msgpack").write_bytes(msgpack_serialize(to_flax(found)))
     else:
-        save_file(to_pytorch(found), tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
-    more = "conv_in/more" if layout == "flax" else "conv_in.more"
+        save_file(found, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(InvalidCheckpoint) as caught:
         read_weights(tmp_path, "unet", shapes, np.float32)
     assert (
-        f"(missing: conv_in/other; unexpected: {more}; of another shape: conv_in/kernel ((3, 3), the config makes it"
-        " (2, 3)); not floating point: conv_in/counts)"
+        "(missing: conv_in.other; unexpected: conv_in.more; of another shape: conv_in.weight ((3, 3), the config makes"
+        " it (2, 3)); not floating point: conv_in.counts)"
     ) in str(caught.value)
 
 
@@ -348,13 +362,14 @@ def test_weights_that_do_not_fit_the_config(folder):
 def test_a_config_that_makes_no_model(folder):
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, "block_out_channels": [30, 64]}))
-    with pytest.raises(InvalidCheckpoint, match="a config cannot be used"):
+    with pytest.raises(InvalidCheckpoint, match=r"norm_num_groups must divide each of block_out_channels"):
         load_checkpoint(str(folder))
 
 
 def test_the_shipped_checkpoint_is_small_and_whole():
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) < 12e6
     checkpoint = load_checkpoint("embedded")
-    assert checkpoint.default_size == (64, 64)
-    ids, truncated = checkpoint.tokenizer.encode(["a red circle on the left of a blue background"])
-    assert ((ids != checkpoint.tokenizer.pad_id).sum(), truncated) == (11, False), "the end is the padding too"
+    assert checkpoint.family.default_size == (64, 64)
+    tokenizer = checkpoint.family.tokenizer
+    ids, truncated = tokenizer.encode(["a red circle on the left of a blue background"])
+    assert ((ids != tokenizer.pad_id).sum(), truncated) == (11, False), "the end is the padding too"

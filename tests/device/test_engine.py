@@ -14,13 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusers import (
-    FlaxDDIMScheduler,
-    FlaxDPMSolverMultistepScheduler,
-    FlaxPNDMScheduler,
-    FlaxStableDiffusionPipeline,
-)
-from transformers import CLIPTokenizer
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.jobs import Terms
@@ -34,6 +27,7 @@ from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.engine_io import DecodedImage
 from sdtpu_worker.diffusion.reference_image import agree
+from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.sharding import SHARDED, put
 from sdtpu_worker.diffusion.start import make_warm_engine
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidRequest
@@ -51,7 +45,7 @@ PROMPTS = (
     "an orange star on a purple background",
     "a green circle on a yellow background",
 )
-SAMPLERS = ("pndm", "ddim", "euler", "dpmsolver++")
+SAMPLERS = ("pndm", "ddim", "euler", "dpmsolver++", "euler_ancestral", "heun", "unipc", "sde-dpmsolver++", "lcm")
 
 
 def mixed_requests(count: int, seed: int) -> list[GenerationRequest]:
@@ -70,11 +64,13 @@ def mixed_requests(count: int, seed: int) -> list[GenerationRequest]:
 
 
 @pytest.fixture(
-    scope="module", params=[(1, "float32"), (3, "float32"), (2, "bfloat16")], ids=lambda p: f"{p[0]}x{p[1]}"
+    scope="module",
+    params=[(1, "float32", False), (3, "float32", False), (2, "bfloat16", False), (2, "float32", True)],
+    ids=lambda p: f"{p[0]}x{p[1]}{'-xl' if p[2] else ''}",
 )
-def any_engine(request, random_checkpoint, devices, compile_cache):
-    slots, dtype = request.param
-    checkpoint = load_checkpoint(str(random_checkpoint), getattr(jnp, dtype))
+def any_engine(request, random_checkpoint, random_xl_checkpoint, devices, compile_cache):
+    slots, dtype, is_xl = request.param
+    checkpoint = load_checkpoint(str(random_xl_checkpoint if is_xl else random_checkpoint), getattr(jnp, dtype))
     return make_warm_engine(checkpoint, devices, slots, None, compile_cache)
 
 
@@ -194,43 +190,6 @@ def test_a_configured_size_that_the_model_cannot_make_is_refused(random_checkpoi
         Engine(load_checkpoint(str(random_checkpoint)), devices[:1], 1, ((8, 10),))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sampler", "scheduler_class"),
-    [("pndm", FlaxPNDMScheduler), ("ddim", FlaxDDIMScheduler), ("dpmsolver++", FlaxDPMSolverMultistepScheduler)],
-)
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
-def test_pixels_agree_with_the_flax_pipeline(
-    request, devices, compile_cache, tmp_path, sampler, scheduler_class, prediction_type
-):
-    if prediction_type == "v_prediction":
-        folder, engine = SHIPPED, request.getfixturevalue("engine")
-    else:
-        folder = make_random_checkpoint(tmp_path / "checkpoint")
-        engine = Engine(load_checkpoint(str(folder)), devices, 1, None, compile_cache)
-    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(
-        str(folder), safety_checker=None, feature_extractor=None, dtype=jnp.float32
-    )
-    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
-    params["scheduler"] = pipeline.scheduler.create_state()
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32) if leaf.dtype == np.float16 else leaf, params)
-    params = put(jax.tree.map(lambda leaf: np.stack([leaf] * 8), params), engine.mesh, SHARDED)
-    keys = jnp.stack([jax.random.PRNGKey(seed) for seed in range(8)])
-    prompt_ids = pipeline.prepare_inputs(list(PROMPTS)).reshape(8, 1, -1)
-    theirs = pipeline(prompt_ids, params, keys, num_inference_steps=20, guidance_scale=7.5, jit=True).images
-    theirs = np.asarray(theirs)[:, 0] * 255
-    ours = generate_all(
-        engine,
-        [
-            GenerationRequest(prompt, seed=seed, num_inference_steps=20, sampler=sampler)
-            for seed, prompt in enumerate(PROMPTS)
-        ],
-    )
-    difference = np.abs(np.stack([image.pixels for image in ours]) - np.round(theirs))
-    assert difference.max() <= 2
-    assert difference.mean() <= 0.02
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_guidance_scale_of_one_or_less_draws_the_prompt_alone_as_diffusers_does(engine, sampler):
     """A scale of 0 drew the negative prompt: two prompts gave one picture."""
@@ -266,13 +225,11 @@ def test_the_key_words_of_a_seed_are_jaxs_own_and_every_bit_counts(engine):
 
 
 def test_prompts_of_more_than_77_tokens_are_cut_and_reported(engine):
-    ids, truncated = engine.tokenise(["red " * 75])
+    tokenizer = engine.checkpoint.family.tokenizer
+    ids, truncated = tokenizer.encode(["red " * 75])
     assert (ids.shape, truncated) == ((1, 77), False)
-    ids, truncated = engine.tokenise(["red " * 76])
+    ids, truncated = tokenizer.encode(["red " * 76])
     assert (ids.shape, truncated) == ((1, 77), True)
-    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
-    theirs = tokenizer(["red " * 200], padding="max_length", max_length=77, truncation=True, return_tensors="np")
-    np.testing.assert_array_equal(engine.tokenise(["red " * 200])[0], theirs.input_ids)
     assert engine.prepare("x", GenerationRequest("red " * 200, seed=0)).truncated
 
 
@@ -280,7 +237,7 @@ def test_values_that_are_not_finite_are_reported_for_their_job_alone(engine):
     requests = [GenerationRequest(prompt, seed=i, num_inference_steps=2) for i, prompt in enumerate(PROMPTS)]
     good = generate_all(engine, requests)
     jobs = {str(i): engine.prepare(str(i), request) for i, request in enumerate(requests)}
-    jobs["3"].table[:, 4] = np.nan
+    jobs["3"].table[:, COLUMNS.index("a")] = np.nan
     phases = [(Phase(insert=(0, str(i)), steps=2), Phase(decode=(0, str(i)))) for i in range(8)]
     plan = Plan(engine.info.resolutions[0], tuple(phases))
     images = engine.execute(plan, jobs).wait()
@@ -295,13 +252,13 @@ def test_devices_that_work_recover_with_empty_slots_and_compile_nothing(engine):
     (before,) = generate_all(engine, [request])
     engine.execute(on_one_device(engine, job.lane, 5, Phase(insert=(0, "it"), steps=2)), {"it": job})
     traces = engine.traces_since_ready
-    for leaf in engine._slots[job.lane]:
+    for leaf in jax.tree.leaves(engine._slots[job.lane]):
         leaf.delete()  # as a program that failed takes them with it
     with pytest.raises(RuntimeError, match="deleted"):
         engine.execute(on_one_device(engine, job.lane, 5, Phase(steps=1)), {})
     engine.recover()
     assert engine.traces_since_ready == traces
-    assert not any(np.asarray(leaf).any() for leaf in engine._slots[job.lane])
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(engine._slots[job.lane]))
     (after,) = generate_all(engine, [request])
     np.testing.assert_array_equal(after.pixels, before.pixels)
 
@@ -455,7 +412,7 @@ def test_a_safety_checker_in_the_checkpoint_is_run_and_one_that_is_not_gives_non
     folder = make_random_checkpoint(tmp_path / "checkpoint", safety_checker=True)
     checkpoint = load_checkpoint(str(folder))
     assert Engine(checkpoint, devices[:2]).check_safety(np.zeros((8, 8, 3), np.uint8)) in (True, False)
-    weights = checkpoint.params["safety_checker"]
+    weights = checkpoint.safety_checker.params
     verdicts = []
     for threshold in (2.0, -2.0):
         weights["concept_embeds_weights"] = np.full(17, threshold, np.float32)

@@ -51,7 +51,12 @@ _: type[Family] = Colour
 @pytest.fixture(scope="module")
 def colour_engine(devices):
     schedule = NoiseSchedule.from_config(
-        {"_class_name": "DDIMScheduler", **STABLE_DIFFUSION_NOISE, "prediction_type": "sample"}
+        {
+            "_class_name": "DDIMScheduler",
+            **STABLE_DIFFUSION_NOISE,
+            "set_alpha_to_one": True,
+            "prediction_type": "sample",
+        }
     )
     checkpoint = Checkpoint("colours", jnp.float32, Colour(), {"brush": {"strength": np.ones(3, np.float32)}}, schedule,
                             Defaults("ddim", 50, 1.0), None)  # fmt: skip

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,14 +20,15 @@ from sdtpu_worker.aggregator.plan import Phase, Place, Plan
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
-from sdtpu_worker.diffusion.programs import SlotState
+from sdtpu_worker.diffusion.slots import Slots
 from sdtpu_worker.diffusion.snapshot import JobSnapshot
 from sdtpu_worker.errors import SnapshotMismatch
 from sdtpu_worker.testing import FakeSnapshot
 from tests.support.engines import on_one_device, run_alone
 from tests.support.paths import ROOT, XLA_CACHE
 
-REQUEST = GenerationRequest("a red circle", seed=2**40 + 7, num_inference_steps=9, sampler="dpmsolver++")
+# with noise at every step, which must be the same after a move
+REQUEST = GenerationRequest("a red circle", seed=2**40 + 7, num_inference_steps=9, sampler="sde-dpmsolver++")
 ELSEWHERE = """
 import sys
 from pathlib import Path
@@ -41,7 +43,7 @@ from tests.support.engines import on_one_device
 folder, cache, dtype, file = sys.argv[1:]
 devices = find_devices("cpu", 8)
 engine = Engine(load_checkpoint(folder, getattr(jnp, dtype)), devices, 2, None, CompileCache(cache))
-request = GenerationRequest("a red circle", seed=2**40 + 7, num_inference_steps=9, sampler="dpmsolver++")
+request = GenerationRequest("a red circle", seed=2**40 + 7, num_inference_steps=9, sampler="sde-dpmsolver++")
 lane, job = engine.info.resolutions[0], engine.prepare("it", request)
 snapshot = engine.read_snapshot(Path(file).read_bytes(), job)
 engine.restore(lane, 5, 0, snapshot)
@@ -50,10 +52,15 @@ np.save(file + ".npy", engine.execute(plan, {}).wait()[0].pixels)
 """
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def engine(request, random_checkpoint, devices, compile_cache):
-    checkpoint = load_checkpoint(str(random_checkpoint), getattr(jnp, request.param))
-    return Engine(checkpoint, devices, 2, None, compile_cache)
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "xl-float32"])
+def folder_and_dtype(request, random_checkpoint, random_xl_checkpoint):
+    return random_xl_checkpoint if "xl" in request.param else random_checkpoint, request.param.removeprefix("xl-")
+
+
+@pytest.fixture(scope="module")
+def engine(folder_and_dtype, devices, compile_cache):
+    folder, dtype = folder_and_dtype
+    return Engine(load_checkpoint(str(folder), getattr(jnp, dtype)), devices, 2, None, compile_cache)
 
 
 def start(engine, device: int, slot: int, steps: int):
@@ -95,14 +102,14 @@ def test_a_plan_parks_one_job_for_another_and_resumes_it_with_both_bit_for_bit(e
 
 
 @pytest.mark.slow
-def test_a_job_goes_on_bit_for_bit_in_another_process(engine, random_checkpoint, tmp_path):
+def test_a_job_goes_on_bit_for_bit_in_another_process(engine, folder_and_dtype, tmp_path):
     job = start(engine, 0, 0, 9)
     reference = run_alone(engine, job, 0, 0, [9]).pixels
     start(engine, 1, 1, 4)
     file = tmp_path / "snapshot"
     file.write_bytes(engine.snapshot(job.lane, 1, 1).to_bytes())
-    dtype = engine.checkpoint.dtype.__name__
-    command = [sys.executable, "-c", ELSEWHERE, str(random_checkpoint), XLA_CACHE, dtype, str(file)]
+    folder, dtype = folder_and_dtype
+    command = [sys.executable, "-c", ELSEWHERE, str(folder), XLA_CACHE, dtype, str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     np.testing.assert_array_equal(np.load(f"{file}.npy"), reference)
@@ -135,17 +142,17 @@ def genuine(engine):
 
 def forge(snapshot: JobSnapshot, **fields) -> bytes:
     """Return the bytes of a snapshot of the right shapes with other values."""
-    state = {name: np.array(leaf) for name, leaf in snapshot.state._asdict().items()}
+    state = jax.tree.map(np.array, snapshot.state)._asdict()
     for name, value in fields.items():
         state[name][...] = value
-    return JobSnapshot(snapshot.fingerprint, snapshot.lane, SlotState(**state)).to_bytes()
+    return JobSnapshot(snapshot.fingerprint, snapshot.lane, Slots(**state)).to_bytes()
 
 
 def test_a_snapshot_that_is_written_and_read_is_the_same_bit_for_bit(engine, genuine):
     job, snapshot = genuine
     copy = engine.read_snapshot(snapshot.to_bytes(), job)
     assert (copy.fingerprint, copy.lane, copy.step) == (snapshot.fingerprint, snapshot.lane, 4)
-    for got, wanted in zip(copy.state, snapshot.state, strict=True):
+    for got, wanted in zip(jax.tree.leaves(copy.state), jax.tree.leaves(snapshot.state), strict=True):
         assert (got.dtype, got.shape, got.tobytes()) == (wanted.dtype, wanted.shape, wanted.tobytes())
 
 
@@ -160,7 +167,7 @@ def test_a_snapshot_that_inflates_without_end_takes_no_memory(engine, genuine):
             engine.read_snapshot(data, job)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 4_000_000 + 2 * sum(leaf.nbytes for leaf in snapshot.state)
+    assert peak < 4_000_000 + 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(snapshot.state))
 
 
 OLD = '{"fingerprint": "0", "lane": [8, 8], "table_rows": 1000, "arrays": [["float32", [1]]]}\n'
@@ -202,7 +209,8 @@ def test_bytes_with_faults_in_them_are_a_mismatch_or_the_same_snapshot(engine, g
         copy = engine.read_snapshot(zlib.compress(raw, level=1) if is_inflated else bytes(raw), job)
     except SnapshotMismatch:
         return
-    assert all(np.array_equal(*pair) for pair in zip(copy.state, snapshot.state, strict=True))
+    pairs = zip(jax.tree.leaves(copy.state), jax.tree.leaves(snapshot.state), strict=True)
+    assert all(np.array_equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +225,8 @@ def test_bytes_with_faults_in_them_are_a_mismatch_or_the_same_snapshot(engine, g
         ({"guidance_scale": 1000}, "other parameters"),
         ({"guidance_scale": np.nan}, "other parameters"),
         ({"table": 1e30}, "other parameters"),
+        ({"guidance_rescale": 0.5}, "other parameters"),
+        ({"key_data": 7}, "other parameters"),
     ],
 )
 def test_a_forged_state_cannot_choose_how_the_devices_go_on(engine, genuine, fields, reason):
@@ -228,7 +238,7 @@ def test_a_forged_state_cannot_choose_how_the_devices_go_on(engine, genuine, fie
 
 def test_a_snapshot_of_another_job_is_a_mismatch(engine, genuine):
     _, snapshot = genuine
-    for change in ({"num_inference_steps": 8}, {"guidance_scale": 3.0}, {"sampler": "ddim"}):
+    for change in ({"num_inference_steps": 8}, {"guidance_scale": 3.0}, {"sampler": "ddim"}, {"seed": 8}):
         job = engine.prepare("other", dataclasses.replace(REQUEST, **change))
         with pytest.raises(SnapshotMismatch, match="other parameters"):
             engine.read_snapshot(snapshot.to_bytes(), job)
@@ -254,4 +264,4 @@ def test_the_fake_engines_snapshot_is_checked_as_well(change):
 def test_a_snapshot_is_small(engine):
     start(engine, 0, 0, 3)
     snapshot = engine.snapshot(engine.info.resolutions[0], 0, 0)
-    assert len(snapshot.to_bytes()) < sum(leaf.nbytes for leaf in snapshot.state) / 2
+    assert len(snapshot.to_bytes()) < sum(leaf.nbytes for leaf in jax.tree.leaves(snapshot.state)) / 2

@@ -77,3 +77,11 @@ def random_checkpoint(devices: list[jax.Device], tmp_path_factory: pytest.TempPa
     from tests.support.checkpoints import make_random_checkpoint
 
     return make_random_checkpoint(tmp_path_factory.mktemp("random") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def random_xl_checkpoint(devices: list[jax.Device], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder of a tiny XL checkpoint of random weights, 8 x 8 pixels."""
+    from tests.support.checkpoints import make_random_checkpoint
+
+    return make_random_checkpoint(tmp_path_factory.mktemp("random-xl") / "checkpoint", xl=True)

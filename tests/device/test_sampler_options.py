@@ -176,6 +176,9 @@ def test_a_class_that_is_not_served_is_refused_with_those_that_are(name):
         ("EDMEulerScheduler", {"sigma_min": 9.0, "sigma_max": 3.0}, "sigma_min .* below sigma_max"),
         ("LCMScheduler", {"original_inference_steps": 2000}, "original_inference_steps .* at most .* 1000, got 2000"),
         ("EulerDiscreteScheduler", {"predict_epsilon": False}, "'predict_epsilon'"),
+        ("DDIMScheduler", {"trained_betas": [0.1, 0.2]}, "trained_betas .* num_train_timesteps numbers, 1000, got 2"),
+        ("HeunDiscreteScheduler", {"beta_start": 0, "beta_end": 0}, "noise that grows with the timestep"),
+        ("HeunDiscreteScheduler", {"trained_betas": [0.0] * 1000}, "noise that grows with the timestep"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_the_reason(name, changes, message):

@@ -161,8 +161,8 @@ def test_sigmas_come_from_the_job_before_the_name_before_the_config():
     config = {**NOISE, "_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True}
     schedule = NoiseSchedule.from_config(config)
 
-    def rows(*args: str | None) -> np.ndarray:
-        return make_table(schedule, 10, *args).rows
+    def rows(sampler: str | None = None, sigmas: str | None = None) -> np.ndarray:
+        return make_table(schedule, 10, sampler, sigmas).rows
 
     np.testing.assert_array_equal(rows(), rows("euler", "exponential"))
     np.testing.assert_array_equal(rows("Euler Karras"), rows(None, "karras"))

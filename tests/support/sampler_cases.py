@@ -187,8 +187,8 @@ _EDM_OPTIONS = ({}, {"sigma_schedule": "exponential"}, {"final_sigmas_type": "si
 
 def _groups() -> Iterator[Group]:
     for scheduler, options in _OPTIONS.items():
-        spaced = (None,) if scheduler in (_SINGLE, "LCMScheduler", "TCDScheduler") else SPACINGS
-        yield Group(scheduler, {"skip_prk_steps": True}, spacings=spaced)
+        spacings: Sequence[str | None] = (None,) if scheduler in (_SINGLE, "LCMScheduler", "TCDScheduler") else SPACINGS
+        yield Group(scheduler, {"skip_prk_steps": True}, spacings=spacings)
         for changes in options:
             yield Group(scheduler, {"skip_prk_steps": True, **changes})
     for order in (2, 3):  # whole blocks, and remainders of each size

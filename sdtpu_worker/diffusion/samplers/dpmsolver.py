@@ -138,4 +138,4 @@ def solver_path(options: Options, steps: int) -> LevelPath:
         signal = signal_levels(options)
         total -= int(np.sum(0.5 * (np.log(signal) - np.log(1 - signal)) < clip))
     zero = options["final_sigmas_type"] == "zero"
-    return level_path(options, steps, lambda sigmas, smallest: 0.0 if zero else smallest, total)
+    return level_path(options, steps, lambda sigmas, smallest: 0.0 if zero else smallest, max(total, 1))

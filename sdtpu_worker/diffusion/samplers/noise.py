@@ -127,7 +127,9 @@ class SigmaSchedule:
         """Return the fractional timesteps of sigmas, by interpolating in their logarithm."""
         logs = self._log_sigmas
         log_sigma = np.log(np.maximum(sigma, 1e-10))
-        below = np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2)
+        # The last sigma may be below the one before it: zero terminal SNR gives it a value of its own.
+        below = np.searchsorted(logs[:-1], log_sigma, side="right") - 1
+        below = np.clip(np.where(log_sigma >= logs[-1], len(logs), below), 0, len(logs) - 2)
         low, high = logs[below], logs[below + 1]
         weight = np.clip((low - log_sigma) / (low - high), 0, 1)
         return (1 - weight) * below + weight * (below + 1)

@@ -59,14 +59,13 @@ def is_number(value: Any) -> bool:
     return abs(value) < 1e300 or value in (math.inf, -math.inf)
 
 
-def number(default: float | None, low: float, high: float = math.inf, optional: bool = False) -> Option:
-    """Return an option that is a number above or at `low`."""
+def number(default: float | None, low: float, high: float, optional: bool = False) -> Option:
+    """Return an option that is a number from `low` to `high`."""
 
     def serves(value: Any) -> bool:
         return (optional and value is None) or (is_number(value) and low <= value <= high)
 
-    upper = "" if high == math.inf else f" to {high:,g}"
-    text = f"a number from {low:,g}{upper}" if low > -math.inf else "a number"
+    text = f"a number up to {high:g}" if low == -math.inf else f"a number from {low:g} to {high:g}"
     return Option(default, serves, text + (", or null" if optional else ""))
 
 
@@ -95,7 +94,7 @@ FOR_FLOW = "it makes a flow-matching schedule of a noise schedule; set it to fal
 ONE_OUTPUT = "models that predict their variance are not served"
 
 NO_CLIPPING = choice(False, False, reason=NOT_LINEAR)
-TIMESTEPS = {"num_train_timesteps": integer(1000, 1, MAX_TRAIN_TIMESTEPS)}
+TIMESTEPS = {"num_train_timesteps": integer(1000, 2, MAX_TRAIN_TIMESTEPS)}
 BETAS = {
     **TIMESTEPS,
     "beta_start": number(0.0001, 0, 1),
@@ -132,8 +131,8 @@ SIGMAS = {
     "use_karras_sigmas": flag(False),
     "use_exponential_sigmas": flag(False),
     "use_beta_sigmas": flag(False),
-    "sigma_min": number(None, 0, optional=True),
-    "sigma_max": number(None, 0, optional=True),
+    "sigma_min": number(None, 1e-9, 1e9, optional=True),
+    "sigma_max": number(None, 1e-9, 1e9, optional=True),
 }
 ZERO_SNR = {"rescale_betas_zero_snr": flag(False)}
 CLIPPING = {"clip_sample": NO_CLIPPING.but(default=True), "thresholding": NO_CLIPPING}
@@ -147,7 +146,7 @@ VARIANCE = {
     "variance_type": choice(
         None, None, "fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log", reason=ONE_OUTPUT
     ),
-    "lambda_min_clipped": number(-math.inf, -math.inf),
+    "lambda_min_clipped": number(-math.inf, -math.inf, 0),
 }
 SOLVER = {
     "solver_order": integer(2, 1, 3, reason="PyTorch knows no higher order"),
@@ -163,11 +162,11 @@ EDM = {
     **TIMESTEPS,
     **NO_SAMPLE_PREDICTION,
     **FINAL_SIGMAS,
-    "sigma_min": number(0.002, 0),
-    "sigma_max": number(80.0, 0),
-    "sigma_data": number(0.5, 0),
+    "sigma_min": number(0.002, 1e-9, 1e9),
+    "sigma_max": number(80.0, 1e-9, 1e9),
+    "sigma_data": number(0.5, 1e-9, 1e9),
     "sigma_schedule": choice("karras", "karras", "exponential"),
-    "rho": number(7.0, 1e-3),
+    "rho": number(7.0, 1e-3, 1e3),
 }
 CONSISTENCY = {
     **STABLE_DIFFUSION_BETAS,
@@ -307,7 +306,7 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
         "lower_order_final": flag(True),
         "algorithm_type": choice("deis", "deis", means={"dpmsolver": "deis", "dpmsolver++": "deis"}),
     },
-    "LCMScheduler": {**CONSISTENCY, "timestep_scaling": number(10.0, 0)},
+    "LCMScheduler": {**CONSISTENCY, "timestep_scaling": number(10.0, 0, 1e9)},
     "TCDScheduler": CONSISTENCY,
     "EDMEulerScheduler": EDM,
     "EDMDPMSolverMultistepScheduler": {
@@ -319,7 +318,7 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
     },
     "FlowMatchEulerDiscreteScheduler": {
         **TIMESTEPS,
-        "shift": number(1.0, 1e-6),
+        "shift": number(1.0, 1e-6, 1e6),
         "use_dynamic_shifting": choice(
             False, False, reason="a shift that depends on the picture's size is not served yet; set a constant shift"
         ),

@@ -124,6 +124,17 @@ def _check_together(name: str, options: Options) -> None:
             f"original_inference_steps in the scheduler config must be at most num_train_timesteps,"
             f" {options['num_train_timesteps']}, got {brief(options['original_inference_steps'])}"
         )
+    betas = options.get("trained_betas")
+    if betas is not None and len(betas) != options["num_train_timesteps"]:
+        raise InvalidCheckpoint(
+            f"trained_betas in the scheduler config must be num_train_timesteps numbers,"
+            f" {options['num_train_timesteps']}, got {len(betas)}"
+        )
+    _check_solver(name, options)
+
+
+def _check_solver(name: str, options: Options) -> None:
+    """Refuse solver options that exclude each other."""
     algorithm = options.get("algorithm_type", "")
     if algorithm in ("dpmsolver", "sde-dpmsolver") and options["final_sigmas_type"] == "zero":
         raise InvalidCheckpoint(

@@ -85,11 +85,28 @@ class NoiseSchedule:
             InvalidCheckpoint: a class, a key or a value is not served; the text says what was got and what is allowed.
         """
         if not corrects_outdated:
-            return cls(config, read_own(config))
+            return cls(config, read_own(config))._with_noise()
         corrected = {"steps_offset": 1, "clip_sample": False}
         # What another class takes over are the keys that the file has.
         written = {**config, **{key: value for key, value in corrected.items() if key in config}}
-        return cls(written, read_own({**config, **corrected}))
+        return cls(written, read_own({**config, **corrected}))._with_noise()
+
+    def _with_noise(self) -> NoiseSchedule:
+        """Return the schedule if its noise grows with the timestep.
+
+        Raises:
+            InvalidCheckpoint: it does not.
+        """
+        if self.parameterisation == "noise":
+            with np.errstate(all="ignore"):
+                signal = self.alphas_cumprod
+                grows = signal[0] < 1 and signal[-1] >= 0 and bool((np.diff(signal[:-1]) <= 0).all())
+            if not grows:
+                raise InvalidCheckpoint(
+                    "the betas in the scheduler config (beta_schedule, beta_start, beta_end or trained_betas) must make"
+                    f" noise that grows with the timestep, got signals from {signal[0]} to {signal[-1]}"
+                )
+        return self
 
     @property
     def default_sampler(self) -> str:

@@ -66,9 +66,14 @@ def test_the_nearest_sampler_is_suggested():
         resolve_sampler("eulr")
 
 
-def test_a_request_keeps_a_samplers_canonical_name():
-    assert GenerationRequest("a fox", sampler="DPM++ 2M Karras").sampler == "dpmsolver++ karras"
-    assert GenerationRequest("a fox", sampler="Euler a").sampler == "euler_ancestral"
+def test_a_request_keeps_a_samplers_canonical_name_and_its_sigmas_beside_it():
+    for names in ({"sampler": "DPM++ 2M Karras"}, {"sampler": "dpmsolver++", "sigmas": "karras"}):
+        request = GenerationRequest("a fox", **names)
+        assert (request.sampler, request.sigmas) == ("dpmsolver++", "karras")
+    request = GenerationRequest("a fox", sampler="Euler a")
+    assert (request.sampler, request.sigmas) == ("euler_ancestral", None)
+    with pytest.raises(InvalidRequest, match="sigmas must be what the sampler 'DPM.. 2M Karras' says, got 'beta'"):
+        GenerationRequest("a fox", sampler="DPM++ 2M Karras", sigmas="beta")
 
 
 def test_the_names_need_no_arrays():

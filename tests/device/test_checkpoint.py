@@ -157,7 +157,7 @@ def test_a_value_that_is_not_finite_is_named(folder):
     tensors = load_file(path)
     tensors["conv_in.bias"][3] = np.nan
     save_file(tensors, path)
-    with pytest.raises(InvalidCheckpoint, match=r"not finite: conv_in\.bias"):
+    with pytest.raises(InvalidCheckpoint, match=r"not finite \(NaN or infinity\) in conv_in\.bias"):
         load_checkpoint(str(folder))
 
 

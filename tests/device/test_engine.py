@@ -28,10 +28,9 @@ from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.engine_io import DecodedImage
 from sdtpu_worker.diffusion.reference_image import agree
 from sdtpu_worker.diffusion.samplers import COLUMNS
-from sdtpu_worker.diffusion.sharding import SHARDED, put
 from sdtpu_worker.diffusion.start import make_warm_engine
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidRequest
-from tests.support.checkpoints import SHIPPED, make_random_checkpoint
+from tests.support.checkpoints import make_random_checkpoint
 from tests.support.engines import generate_all, on_one_device, run_alone
 from tests.support.waiting import wait_until
 
@@ -282,7 +281,7 @@ def test_devices_that_draw_something_else_than_at_the_start_are_lost_and_all_of_
         patch.setattr(engine, "params", break_device(engine, 5))
         assert engine.recover() == engine.check_devices([2]) == {5}
         assert engine.check_devices([5]) == frozenset()
-        assert not any(np.asarray(leaf).any() for leaf in engine._slots[lane])
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(engine._slots[lane]))
     monkeypatch.setitem(images, lane, 255 - images[lane])
     with pytest.raises(EngineUnavailable, match="no device draws the reference image"):
         engine.recover()

@@ -79,7 +79,9 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any
 
 def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredTensor:
     facts = entry if isinstance(entry, dict) else {}
-    kind, shape, offsets = facts.get("dtype"), facts.get("shape"), facts.get("data_offsets")
+    kind: Any = facts.get("dtype")
+    shape: Any = facts.get("shape")
+    offsets: Any = facts.get("data_offsets")
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise ValueError(f"the tensor {name[:100]!r} is of a type that is not read: {str(kind)[:20]!r}")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:

@@ -411,7 +411,7 @@ def test_a_safety_checker_in_the_checkpoint_is_run_and_one_that_is_not_gives_non
     folder = make_random_checkpoint(tmp_path / "checkpoint", safety_checker=True)
     checkpoint = load_checkpoint(str(folder))
     assert Engine(checkpoint, devices[:2]).check_safety(np.zeros((8, 8, 3), np.uint8)) in (True, False)
-    weights = checkpoint.safety_checker.params
+    weights: Any = checkpoint.safety_checker.params
     verdicts = []
     for threshold in (2.0, -2.0):
         weights["concept_embeds_weights"] = np.full(17, threshold, np.float32)

@@ -2,7 +2,9 @@
 
 PyTorch keeps its schedules in float32, and models were trained with them so. The first betas are near float32's
 resolution of one (a relative error of 7e-5 in the smallest sigma), and some classes round timesteps that they look up
-by sigma; so the schedule is rounded here where PyTorch rounds, and everything after it is float64.
+by sigma; so the schedule is rounded here where PyTorch rounds, and everything after it is float64. One difference
+stays: multistep solvers cut the timesteps of exponential and beta sigmas to integers, and the first one lies at the
+edge between two, where the last bit of PyTorch's square root decides, which is not the same on all machines.
 """
 
 from __future__ import annotations
@@ -51,9 +53,10 @@ def _linspace32(start: float, end: float, count: int) -> np.ndarray:
     """Return evenly spaced float32 numbers, rounded as PyTorch does: each half is counted from its own end."""
     if count == 1:
         return np.array([start], np.float32)
-    low, high, index = np.float32(start), np.float32(end), np.arange(count, dtype=np.float32)
-    step = (high - low) / np.float32(count - 1)
-    return np.where(index < count // 2, low + step * index, high - step * (np.float32(count - 1) - index))
+    low, high, index = np.float32(start), np.float32(end), np.arange(count)
+    step = float((high - low) / np.float32(count - 1))
+    # A fused product and sum is rounded once.
+    return np.where(index < count // 2, low + step * index, high - step * (count - 1 - index)).astype(np.float32)
 
 
 def _cumulative(alphas: np.ndarray) -> np.ndarray:
@@ -117,7 +120,9 @@ class SigmaSchedule:
         self.options = options
         self.signal = signal_levels(options)
         self.sigmas = np.sqrt((1 - self.signal) / self.signal)
-        self._log_sigmas = np.log(self.sigmas)
+        # Rounded from float64, since NumPy's float32 logarithm may differ between kinds of CPU, and with it the integer
+        # that a timestep is cut to.
+        self._log_sigmas = np.log(self.sigmas.astype(float)).astype(np.float32)
 
     def at(self, timesteps: np.ndarray) -> np.ndarray:
         """Return the sigmas of timesteps, which may be fractional."""

@@ -368,7 +368,7 @@ def test_lost_devices_and_memory_that_is_full_are_told_from_what_another_try_may
     assert engine.is_fatal(exc) is fatal
 
 
-@pytest.mark.parametrize("any_engine", [(3, "float32"), (2, "bfloat16")], indirect=True, ids=["3", "2"])
+@pytest.mark.parametrize("any_engine", [(3, "float32", False), (2, "bfloat16", False)], indirect=True, ids=["3", "2"])
 def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engine):
     costs = {lane: TickCosts(any_engine.info.num_devices, Cost(0.01)) for lane in any_engine.info.resolutions}
     requests = [

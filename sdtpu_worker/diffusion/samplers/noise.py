@@ -19,6 +19,8 @@ from scipy.special import betaincinv
 from sdtpu_worker.diffusion.samplers.table import Form, M, X
 
 Options = Mapping[str, Any]
+# These two take `sigma_min` and `sigma_max` for exponential and beta sigmas alone.
+_KARRAS_OF_WHOLE_RANGE = ("LMSDiscreteScheduler", "DPMSolverSDEScheduler")
 _LAST_OF_ZERO_SNR = 2.0**-24  # what classes that divide by the signal put in the place of its zero
 _CLASSES_WITH_ZERO_SIGNAL = ("DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler")
 
@@ -141,12 +143,18 @@ class SigmaSchedule:
 
     def respaced(self, first: float, last: float, steps: int) -> np.ndarray | None:
         """Return `(steps,)` sigmas between two, as the options ask for, or None where they ask for none."""
-        kind = respacing(self.options)
-        low, high = self.options.get("sigma_min"), self.options.get("sigma_max")
+        kind, ends = respacing(self.options), sigma_range(self.options, np.array([first, last]))
         if kind != "karras" and self.options.get("use_lu_lambdas"):  # with rho 1, as PyTorch has it, exponential
-            kind, low, high = "exponential", None, None
-        first, last = first if high is None else float(high), last if low is None else float(low)
-        return None if kind is None else respace(kind, first, last, steps)
+            kind, ends = "exponential", (first, last)
+        if kind == "karras" and self.options["_class_name"] in _KARRAS_OF_WHOLE_RANGE:
+            ends = first, last
+        return None if kind is None else respace(kind, *ends, steps)
+
+
+def sigma_range(options: Options, sigmas: np.ndarray) -> tuple[float, float]:
+    """Return the first and the last sigma of a path, where the options do not say them those of `sigmas`."""
+    low, high = options.get("sigma_min"), options.get("sigma_max")
+    return float(sigmas[0] if high is None else high), float(sigmas[-1] if low is None else low)
 
 
 def respacing(options: Options) -> str | None:

@@ -132,3 +132,12 @@ def test_values_that_are_followed_arrive():
 def test_a_config_file_can_be_read_by_diffusers_own_reader(tmp_path):
     (tmp_path / "config.json").write_text('{"norm_eps": 2e-5, "_class_name": "UNet2DConditionModel"}')
     assert configs.read_unet_config(configs.UNetConfig.load_config(tmp_path)).norm_eps == 2e-5
+
+
+def test_the_page_of_configs_names_every_key():
+    from docs import model_tables
+
+    page = model_tables.honoured() + model_tables.without_meaning()
+    for rules in model_tables.TABLES.values():
+        for key in rules:
+            assert f"| `{key}` |" in page, key

@@ -24,6 +24,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -114,7 +115,7 @@ def make_parts(family: str) -> dict[str, Any]:
     parts: dict[str, Any] = {
         "unet": _fill(UNet2DConditionModel(**pictures.FAMILIES[family])),
         "vae": _fill(AutoencoderKL(**VAE)),
-        "text_encoder": _fill(CLIPTextModel(CLIPTextConfig(**TEXT))),
+        "text_encoder": _as_diffusers_knows_it(_fill(CLIPTextModel(CLIPTextConfig(**TEXT)))),
         "tokenizer": tokenizer,
     }
     if family == "xl":
@@ -128,6 +129,14 @@ def _fill(model: torch.nn.Module) -> torch.nn.Module:
         if tensor.is_floating_point():
             tensor.copy_(torch.from_numpy(random_tensor(name_in_files(name), tuple(tensor.shape))))
     return model.eval()
+
+
+def _as_diffusers_knows_it(model: torch.nn.Module) -> torch.nn.Module:
+    """Give a text encoder the level that transformers 5 left out and that `clip_skip` of the pipelines still reads."""
+    if not hasattr(model, "text_model"):
+        # Not as a module: it would be one within itself.
+        object.__setattr__(model, "text_model", SimpleNamespace(final_layer_norm=model.final_layer_norm))
+    return model
 
 
 def draw(case: pictures.Case, parts: dict[str, Any], latents: np.ndarray, noise_of_rows: np.ndarray) -> np.ndarray:
@@ -145,10 +154,9 @@ def draw(case: pictures.Case, parts: dict[str, Any], latents: np.ndarray, noise_
     count_rows(pipeline.scheduler, Noise(lambda row: noise_of_rows[row][None]))
     request = dict(case.request)
     request["clip_skip"] = request.get("clip_skip") or None
-    # An empty negative prompt is none at all, to a job.
-    for name in ("negative_prompt", "negative_prompt_2"):
-        if not request.get(name):
-            request.pop(name, None)
+    # An empty negative prompt is none at all, to a job; but an XL pipeline forgets the second one if the first is None.
+    if not request.get("negative_prompt") and not request.get("negative_prompt_2"):
+        request.pop("negative_prompt", None)
     images = pipeline(**request, latents=torch.from_numpy(latents[None].copy()), output_type="np").images
     return np.asarray(images[0])
 

@@ -2,7 +2,7 @@
 
 MkDocs loads this file (`hooks` in mkdocs.yml). A line `{{ setting sdtpu_model }}` of a page becomes the setting's
 heading, default, name in the environment, allowed values and unit, from the table that the code reads. The lines of
-`SAMPLER_TABLES` become the tables of samplers. The files of `BORROWED` become pages and images of the site.
+`TABLES` become the tables of samplers and of configs. The files of `BORROWED` become pages and images of the site.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from docs import sampler_tables  # noqa: E402  the package need not be installed to build the pages
+from docs import model_tables, sampler_tables  # noqa: E402  the package need not be installed to build the pages
 from sdtpu_worker.config import SETTINGS, Setting  # noqa: E402  as above
 
 PLACEHOLDER = re.compile(r"^\{\{ setting (\w+) \}\}$", re.MULTILINE)
@@ -28,10 +28,12 @@ BORROWED = {
     "images/serving-constant-speed.png": "benchmarks/results/serving-constant-speed/serving.png",
 }
 """Files of the site by their place in docs/, and where in the repository they are."""
-SAMPLER_TABLES = {
+TABLES = {
     "{{ sampler names }}": sampler_tables.names,
     "{{ scheduler keys without effect }}": sampler_tables.without_effect,
     "{{ scheduler options }}": sampler_tables.options,
+    "{{ model keys }}": model_tables.honoured,
+    "{{ model keys without meaning }}": model_tables.without_meaning,
 }
 _UNITS = {"_s": "seconds", "_bytes": "bytes"}
 _MORE_UNITS = {"sdtpu_resolutions": "pixels", "sdtpu_preview_every": "denoising steps"}
@@ -69,7 +71,7 @@ def render(markdown: str, source: str) -> str:
     if wanted and (missing := set(settings) - set(wanted)):
         names = ", ".join(sorted(missing))
         raise ValueError(f"{source} leaves {names} out; add a line {{{{ setting NAME }}}} for each")
-    for placeholder, table in SAMPLER_TABLES.items():
+    for placeholder, table in TABLES.items():
         if placeholder in markdown:
             markdown = markdown.replace(placeholder, table())
     return PLACEHOLDER.sub(lambda match: describe(settings[match[1]]), markdown)

@@ -53,22 +53,22 @@ def main() -> None:
     count = len(devices)
     print(f"1. {count} devices of kind {devices[0].device_kind}")
 
-    # 2. A checkpoint in bfloat16. The modules have no state: the parameters are a tree of arrays beside them.
+    # 2. A checkpoint in bfloat16. Its family has no state: the parameters are arrays by name beside it.
     checkpoint = load_checkpoint(args.model, jnp.bfloat16)
     leaves = jax.tree.leaves(checkpoint.params)
-    print(f"2. {type(checkpoint.unet).__name__} and friends: {sum(leaf.size for leaf in leaves):,} parameters, "
+    print(f"2. {type(checkpoint.family).__name__}: {sum(leaf.size for leaf in leaves):,} parameters, "
           f"{leaves[0].dtype}, in {len(leaves)} arrays")  # fmt: skip
 
     # 3. The engine: parameters replicated on every device, one program compiled ahead of time, one slot per device.
     engine, compile_s = timed(lambda: Engine(checkpoint, devices))
-    kernel = engine.params["unet"]["conv_in"]["kernel"]
+    kernel = engine.params["unet"]["conv_in.weight"]
     print(f"3. engine ready in {compile_s:.1f} s, of which {engine.info.compile_s:.1f} s compiling; "
           f"conv_in {kernel.shape} is on {len(kernel.sharding.device_set)} devices, "
           f"{'whole on each' if kernel.is_fully_replicated else 'split'}")  # fmt: skip
 
-    # 4. Prompts become 77 token ids each.
-    ids, _ = engine.tokenise([PROMPT] * count)
-    print(f"4. token ids {ids.shape} {ids.dtype}, the first ones {ids[0, :8].tolist()}")
+    # 4. A prompt becomes 77 token ids, and so does its negative prompt, which comes first.
+    ids = engine.prepare("a job", GenerationRequest(PROMPT, seed=0)).inputs["prompt_ids"]
+    print(f"4. token ids {ids.shape} {ids.dtype}, the first ones of the prompt {ids[-1, :8].tolist()}")
 
     # 5. One prompt on all devices, with one key split as many ways as there are devices.
     keys = jax.random.split(jax.random.key(0), count)

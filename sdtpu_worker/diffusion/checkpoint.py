@@ -107,7 +107,10 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main",
     folder = find_folder(name, revision)
     classes = read_classes(folder)
     check_classes(folder, classes)
-    schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json", folder))
+    is_xl = "text_encoder_2" in classes
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", folder)
+    # PyTorch's pipelines for 1.x and 2.x mend outdated configs; the one for XL does not.
+    schedule = NoiseSchedule.from_config(scheduler_config, corrects_outdated=not is_xl)
     parts = Parts(folder, dtype)
     defaults = _defaults(schedule, parts.guidance_width)
     if guidance == "on" and parts.guidance_width:
@@ -119,7 +122,7 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main",
     return Checkpoint(
         name=name,
         dtype=dtype,
-        family=parts.family(is_guided, "text_encoder_2" in classes),
+        family=parts.family(is_guided, is_xl),
         params=parts.params,
         schedule=schedule,
         defaults=defaults,

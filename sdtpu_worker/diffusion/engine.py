@@ -23,6 +23,7 @@ from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs
 from sdtpu_worker.diffusion.engine_io import Calibration, Tick, by_device
 from sdtpu_worker.diffusion.families.family import Family
+from sdtpu_worker.diffusion.memory import bytes_per_device, check_fits
 from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
 from sdtpu_worker.diffusion.reference_image import find_lost_devices
 from sdtpu_worker.diffusion.safety import SafetyChecker
@@ -57,7 +58,7 @@ class Engine:
         fingerprints: by lane, what a snapshot's fingerprint must be to resume from it here.
 
     Raises:
-        ConfigurationError: a resolution does not fit the model.
+        ConfigurationError: a resolution does not fit the model, or the model does not fit the devices' memory.
         InvalidCheckpoint: the parameters do not fit the configs.
     """
 
@@ -78,12 +79,16 @@ class Engine:
         self._layouts = {lane: layout_of(geometry) for lane, geometry in self._geometries.items()}
         kind = devices[0].device_kind
         self.fingerprints = {lane: fingerprint_of(checkpoint, lane, slots_per_device, kind) for lane in lanes}
+        parameters = bytes_per_device(checkpoint.params)
+        check_fits(devices[0], parameters)  # before minutes of compiling
         self.params = put(checkpoint.params, self.mesh, REPLICATED)
         checker = checkpoint.safety_checker
         safety_params = None if checker is None else put(checker.params, self.mesh, REPLICATED)
         self._programs = compile_programs(
             checkpoint, self.params, safety_params, self._geometries, self.mesh, with_previews, compile_cache
         )
+        slots = sum(bytes_per_device(each.empty_slots(), len(devices)) for each in self._geometries.values())
+        check_fits(devices[0], parameters, slots, self._programs.ticks.values())
         self._safety = None
         if checker is not None and self._programs.safety_check is not None:
             self._safety = SafetyChecker(self._programs.safety_check, safety_params, checker.extractor, self.mesh)

@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  makes np.dtype("bfloat16") known
 import numpy as np
 from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
-from safetensors import safe_open
 
+from sdtpu_worker.diffusion.stored_tensors import StoredTensor, open_safetensors
 from sdtpu_worker.errors import InvalidCheckpoint
-from sdtpu_worker.models.layout import from_pytorch
+from sdtpu_worker.models.layout import axes_from_pytorch
 
-Tensors = dict[str, np.ndarray]
+Tensors = dict[str, StoredTensor]
 
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _FLAX_STEMS = {"unet": "diffusion_flax_model", "vae": "diffusion_flax_model"}
@@ -64,8 +63,10 @@ def find_weights(folder: Path, part: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read_weights(folder: Path, part: str, shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> Tensors:
+def read_weights(folder: Path, part: str, shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> dict[str, np.ndarray]:
     """Return a part's parameters as host arrays, by PyTorch's names, in the layout of `models/layout.py`.
+
+    One tensor after the other is read and cast, so that the memory of one is all that is needed beside the result.
 
     Args:
         folder: of the checkpoint.
@@ -82,14 +83,37 @@ def read_weights(folder: Path, part: str, shapes: Mapping[str, tuple[int, ...]],
     if path.suffix == ".msgpack":
         found = {flax_name(leaf): value for leaf, value in _read_msgpack(path).items()}
     else:
-        tensors, flax_layout = _read_safetensors(path)
+        tensors, flax_layout = _open_all(path)
         if flax_layout:
-            found = {flax_name(tuple(name.split("."))): value for name, value in tensors.items()}
+            found = {flax_name(tuple(name.split("."))): tensor for name, tensor in tensors.items()}
         else:
-            found = {name: from_pytorch(name, value) for name, value in _modern_names(tensors, shapes).items()}
-    found = {name: _without_pixels(value, shapes.get(name)) for name, value in found.items()}
+            found = {name: _in_our_layout(name, tensor) for name, tensor in _modern_names(tensors, shapes).items()}
+    found = {name: _without_pixels(tensor, shapes.get(name)) for name, tensor in found.items()}
     _check(path, found, shapes)
-    return {name: np.asarray(found[name], dtype) for name in shapes}
+    return _cast_all(path, found, shapes, dtype)
+
+
+def _cast_all(path: Path, found: Tensors, shapes: Iterable[str], dtype: Any) -> dict[str, np.ndarray]:
+    """Read the tensors, in the order of their names' list.
+
+    Raises:
+        InvalidCheckpoint: a value is not finite, or a file cannot be read any more.
+    """
+    arrays, bad = {}, []
+    for name in shapes:
+        try:
+            array = found[name].read()
+        except (OSError, ValueError) as exc:
+            raise _broken(path, exc) from exc
+        arrays[name] = np.ascontiguousarray(array.astype(dtype, copy=False))
+        if not np.isfinite(array.astype(np.float32, copy=False).sum(dtype=np.float64)):
+            bad.append(name)
+    if bad:
+        raise InvalidCheckpoint(
+            f"{path}: the parameters have values that are not finite (NaN or infinity) in {_some(bad)}; download or"
+            " convert it again"
+        )
+    return arrays
 
 
 def flax_name(leaf: tuple[str, ...]) -> str:
@@ -117,12 +141,17 @@ def _modern_names(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Te
     return named
 
 
-def _without_pixels(value: Any, shape: tuple[int, ...] | None) -> Any:
+def _in_our_layout(name: str, tensor: StoredTensor) -> StoredTensor:
+    axes = axes_from_pytorch(name, len(tensor.shape))
+    return tensor if axes is None else tensor.transposed(*axes)
+
+
+def _without_pixels(tensor: StoredTensor, shape: tuple[int, ...] | None) -> StoredTensor:
     """Return a linear weight of what old checkpoints keep as a convolution of 1 x 1, and the reverse."""
-    found = np.shape(value)
+    found = tensor.shape
     if shape is None or {len(found), len(shape)} != {2, 4} or found[-2:] != shape[-2:]:
-        return value
-    return value.reshape(shape) if np.size(value) == math.prod(shape) else value
+        return tensor
+    return tensor.reshaped(tuple(shape)) if math.prod(found) == math.prod(shape) else tensor
 
 
 def _describe_missing(folder: Path, part: str) -> str:
@@ -134,27 +163,28 @@ def _describe_missing(folder: Path, part: str) -> str:
     )
 
 
-def _read_msgpack(path: Path) -> dict[tuple[str, ...], Any]:
+def _read_msgpack(path: Path) -> dict[tuple[str, ...], StoredTensor]:
     try:
         params = msgpack_restore(path.read_bytes())
     except Exception as exc:  # msgpack raises a different error for each way in which a file can be broken
         raise _broken(path, exc) from exc
     if not isinstance(params, dict) or not params:
         raise InvalidCheckpoint(f"{path} holds no parameters")
-    return {tuple(map(str, leaf)): value for leaf, value in flatten_dict(params).items()}
+    leaves = flatten_dict(params).items()
+    return {tuple(map(str, leaf)): StoredTensor.of(np.asarray(value)) for leaf, value in leaves}
 
 
-def _read_safetensors(path: Path) -> tuple[Tensors, bool]:
+def _open_all(path: Path) -> tuple[Tensors, bool]:
     """Return the tensors of a file, or of those that an index names, and whether they are in Flax's layout."""
     tensors: Tensors = {}
     formats = set()
     for file in [path] if path.suffix == ".safetensors" else _shards(path):
         try:
-            with safe_open(file, framework="np") as opened:
-                formats.add((opened.metadata() or {}).get("format"))
-                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118  a safe_open has keys() and cannot be iterated
-        except Exception as exc:  # the reader's own errors, OS errors, unknown types of numbers
+            more, metadata = open_safetensors(file)
+        except (OSError, ValueError) as exc:
             raise _broken(file, exc) from exc
+        formats.add(metadata.get("format"))
+        tensors.update(more)
     if not tensors:
         raise InvalidCheckpoint(f"{path} holds no parameters")
     return tensors, formats == {"flax"}
@@ -170,36 +200,28 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(names)]
 
 
-def _check(path: Path, found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check(path: Path, found: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Compare tensor by tensor.
 
     Raises:
-        InvalidCheckpoint: the text names the tensors that are missing, unexpected, of another shape or type, or have a
-            value that is not finite.
+        InvalidCheckpoint: the text names the tensors that are missing, unexpected, or of another shape or type.
     """
     both = [name for name in shapes if name in found]
-    fitting = [name for name in both if np.shape(found[name]) == tuple(shapes[name])]
-    floating = [name for name in both if jnp.issubdtype(np.asarray(found[name]).dtype, jnp.floating)]
     faults = {
         "missing": [name for name in shapes if name not in found],
         "unexpected": [name for name in found if name not in shapes],
         "of another shape": [
-            f"{name} ({np.shape(found[name])}, the config makes it {tuple(shapes[name])})"
+            f"{name} ({found[name].shape}, the config makes it {tuple(shapes[name])})"
             for name in both
-            if name not in fitting
+            if found[name].shape != tuple(shapes[name])
         ],
-        "not floating point": [name for name in both if name not in floating],
-        "not finite": [name for name in fitting if name in floating and not _is_finite(found[name])],
+        "not floating point": [name for name in both if not jnp.issubdtype(found[name].dtype, jnp.floating)],
     }
     if any(faults.values()):
         text = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
         raise InvalidCheckpoint(
             f"{path}: the parameters do not fit the config beside them ({text}); take both from one checkpoint"
         )
-
-
-def _is_finite(value: Any) -> bool:
-    return bool(np.isfinite(np.asarray(value, np.float32).sum(dtype=np.float64)))
 
 
 def _broken(path: Path, exc: Exception) -> InvalidCheckpoint:

@@ -14,7 +14,7 @@ from sdtpu_worker.errors import InvalidCheckpoint
 from sdtpu_worker.models import config_tables
 from sdtpu_worker.models.config_rules import check
 
-_ATTENDING = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+_ATTENDING = {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn"}
 
 
 class UNetConfig(ConfigMixin):
@@ -193,9 +193,7 @@ def read_clip_text_config(raw: Mapping[str, Any], what: str = "the text encoder'
     Raises:
         InvalidCheckpoint: a key or a value is not supported, or two of them do not fit.
     """
-    config = CLIPTextConfig(**_without_type(check(raw, config_tables.CLIP_TEXT, what)))
-    _check_clip_heads(config, what)
-    return config
+    return _clip(CLIPTextConfig, check(raw, config_tables.CLIP_TEXT, what), what)
 
 
 def read_safety_checker_config(raw: Mapping[str, Any], what: str = "the safety checker's config") -> Any:
@@ -219,8 +217,8 @@ def read_safety_checker_config(raw: Mapping[str, Any], what: str = "the safety c
                 f"{what}: vision_config_dict must say the same as vision_config, got {key} = {value!r} and"
                 f" {vision[key]!r}"
             )
-    config = CLIPVisionConfig(**_without_type(check(vision, config_tables.CLIP_VISION, f"{what}, vision_config")))
-    _check_clip_heads(config, what)
+    what = f"{what}, vision_config"
+    config = _clip(CLIPVisionConfig, check(vision, config_tables.CLIP_VISION, what), what)
     return SimpleNamespace(vision_config=config, projection_dim=known.get("projection_dim", 512))
 
 
@@ -242,9 +240,16 @@ def _followed(kind: Any, known: Mapping[str, Any]) -> Any:
     return kind(**{key: value for key, value in known.items() if key in arguments}).config
 
 
-def _without_type(known: Mapping[str, Any]) -> dict[str, Any]:
+def _clip(kind: Any, known: Mapping[str, Any], what: str) -> Any:
+    """Return transformers' config of that class."""
     ours = {"model_type", "add_cross_attention", "is_decoder", "pruned_heads"}  # checked; of no further use
-    return {key: value for key, value in known.items() if key not in ours}
+    settings = {key: value for key, value in known.items() if key not in ours}
+    defaults = kind()
+    hidden_size = settings.get("hidden_size", defaults.hidden_size)
+    heads = settings.get("num_attention_heads", defaults.num_attention_heads)
+    if hidden_size % heads:  # before transformers 5 finds it, whose error names no key
+        raise InvalidCheckpoint(f"{what}: num_attention_heads must divide hidden_size {hidden_size}, got {heads}")
+    return kind(**settings)
 
 
 def _check_groups(channels: Sequence[int], groups: int, what: str) -> None:
@@ -258,9 +263,10 @@ def _check_groups(channels: Sequence[int], groups: int, what: str) -> None:
 def _check_heads(config: Any, what: str) -> None:
     channels, heads = config.block_out_channels, config.attention_head_dim
     each = heads if isinstance(heads, list | tuple) else (heads,) * len(channels)
-    kinds = zip(config.down_block_types, reversed(config.up_block_types), channels, each, strict=True)
-    for down, up, value, number in kinds:
-        if (down in _ATTENDING or up in _ATTENDING) and value % number:
+    kinds = [{down, up} for down, up in zip(config.down_block_types, reversed(config.up_block_types), strict=True)]
+    kinds[-1].add(config.mid_block_type)
+    for kind, value, number in zip(kinds, channels, each, strict=True):
+        if kind & _ATTENDING and value % number:
             raise InvalidCheckpoint(
                 f"{what}: attention_head_dim (the number of heads) must divide each of block_out_channels"
                 f" {list(channels)}, got {heads!r}"
@@ -274,11 +280,12 @@ def _check_transformer_layers(config: Any, what: str) -> None:
             f"{what}: reverse_transformer_layers_per_block must be given where transformer_layers_per_block has lists"
             f" in it, got {depths!r}"
         )
-
-
-def _check_clip_heads(config: Any, what: str) -> None:
-    if config.hidden_size % config.num_attention_heads:
-        raise InvalidCheckpoint(
-            f"{what}: num_attention_heads must divide hidden_size {config.hidden_size},"
-            f" got {config.num_attention_heads}"
-        )
+    layers = config.layers_per_block
+    counts = list(layers) if isinstance(layers, list | tuple) else [layers] * len(config.block_out_channels)
+    for key, value, wanted in (
+        ("transformer_layers_per_block", depths, counts),
+        ("reverse_transformer_layers_per_block", back, [count + 1 for count in reversed(counts)]),
+    ):
+        for depth, number in zip(value if isinstance(value, list | tuple) else (), wanted, strict=False):
+            if isinstance(depth, list | tuple) and len(depth) < number:
+                raise InvalidCheckpoint(f"{what}: a list in {key} must have {number} values, got {depth!r}")

@@ -9,26 +9,27 @@ from __future__ import annotations
 import numpy as np
 
 
-def _is_linear(name: str, rank: int) -> bool:
-    return rank == 2 and name.endswith("weight") and not name.endswith("_embedding.weight")
+def axes_from_pytorch(name: str, rank: int) -> tuple[int, ...] | None:
+    """Return the order of PyTorch's axes in this package's layout, for `transpose`; None where it is the same."""
+    if rank == 4:
+        return (2, 3, 1, 0)
+    is_linear = rank == 2 and name.endswith("weight") and not name.endswith("_embedding.weight")
+    return (1, 0) if is_linear else None
 
 
 def from_pytorch(name: str, tensor: np.ndarray) -> np.ndarray:
     """Return a view of a tensor in this package's layout."""
-    if tensor.ndim == 4:
-        return tensor.transpose(2, 3, 1, 0)
-    return tensor.T if _is_linear(name, tensor.ndim) else tensor
+    axes = axes_from_pytorch(name, tensor.ndim)
+    return tensor if axes is None else tensor.transpose(axes)
 
 
 def to_pytorch(name: str, tensor: np.ndarray) -> np.ndarray:
     """Return a view of a tensor in PyTorch's layout."""
-    if tensor.ndim == 4:
-        return tensor.transpose(3, 2, 0, 1)
-    return tensor.T if _is_linear(name, tensor.ndim) else tensor
+    axes = axes_from_pytorch(name, tensor.ndim)
+    return tensor if axes is None else tensor.transpose(np.argsort(axes))
 
 
 def pytorch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape that a tensor of this package's layout has in PyTorch's."""
-    if len(shape) == 4:
-        return (shape[3], shape[2], shape[0], shape[1])
-    return shape[::-1] if _is_linear(name, len(shape)) else shape
+    axes = axes_from_pytorch(name, len(shape))
+    return shape if axes is None else tuple(shape[axes.index(i)] for i in range(len(shape)))

@@ -184,6 +184,6 @@ def per_block(value: Any, config: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,) * len(config.block_out_channels)
 
 
-def per_layer(value: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Return a block's value for each layer, from one for all or one for each."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,) * num_layers  # type: ignore[return-value]
+def per_layer(value: Any, num_layers: int) -> tuple[int, ...]:
+    """Return a block's value for each layer, from one for all or one for each; more than there are layers are cut."""
+    return tuple(value)[:num_layers] if isinstance(value, list | tuple) else (value,) * num_layers

@@ -28,10 +28,9 @@ from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.engine_io import DecodedImage
 from sdtpu_worker.diffusion.reference_image import agree
 from sdtpu_worker.diffusion.samplers import COLUMNS
-from sdtpu_worker.diffusion.sharding import SHARDED, put
 from sdtpu_worker.diffusion.start import make_warm_engine
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable, InvalidRequest
-from tests.support.checkpoints import SHIPPED, make_random_checkpoint
+from tests.support.checkpoints import make_random_checkpoint
 from tests.support.engines import generate_all, on_one_device, run_alone
 from tests.support.waiting import wait_until
 
@@ -282,7 +281,7 @@ def test_devices_that_draw_something_else_than_at_the_start_are_lost_and_all_of_
         patch.setattr(engine, "params", break_device(engine, 5))
         assert engine.recover() == engine.check_devices([2]) == {5}
         assert engine.check_devices([5]) == frozenset()
-        assert not any(np.asarray(leaf).any() for leaf in engine._slots[lane])
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(engine._slots[lane]))
     monkeypatch.setitem(images, lane, 255 - images[lane])
     with pytest.raises(EngineUnavailable, match="no device draws the reference image"):
         engine.recover()
@@ -369,7 +368,7 @@ def test_lost_devices_and_memory_that_is_full_are_told_from_what_another_try_may
     assert engine.is_fatal(exc) is fatal
 
 
-@pytest.mark.parametrize("any_engine", [(3, "float32"), (2, "bfloat16")], indirect=True, ids=["3", "2"])
+@pytest.mark.parametrize("any_engine", [(3, "float32", False), (2, "bfloat16", False)], indirect=True, ids=["3", "2"])
 def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engine):
     costs = {lane: TickCosts(any_engine.info.num_devices, Cost(0.01)) for lane in any_engine.info.resolutions}
     requests = [
@@ -412,7 +411,7 @@ def test_a_safety_checker_in_the_checkpoint_is_run_and_one_that_is_not_gives_non
     folder = make_random_checkpoint(tmp_path / "checkpoint", safety_checker=True)
     checkpoint = load_checkpoint(str(folder))
     assert Engine(checkpoint, devices[:2]).check_safety(np.zeros((8, 8, 3), np.uint8)) in (True, False)
-    weights = checkpoint.safety_checker.params
+    weights: Any = checkpoint.safety_checker.params
     verdicts = []
     for threshold in (2.0, -2.0):
         weights["concept_embeds_weights"] = np.full(17, threshold, np.float32)

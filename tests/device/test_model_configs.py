@@ -88,6 +88,10 @@ def test_what_is_honoured_is_what_a_config_holds(kind, config_class):
         ("unet", {"downsample_padding": True}, "downsample_padding must be 0 or 1, got True"),
         ("unet", {"addition_embed_type": "text_time"}, "addition_time_embed_dim must be a whole number where"),
         ("unet", {"transformer_layers_per_block": [1, [1, 2], 1, 1]}, "reverse_transformer_layers_per_block must be"),
+        ("unet", {"transformer_layers_per_block": [1, [1], 1, 1], "reverse_transformer_layers_per_block": [1, 1, 1, 1]},
+         "a list in transformer_layers_per_block must have 2 values"),
+        ("unet", {"reverse_transformer_layers_per_block": [1, [1, 1], 1, 1]}, "must have 3 values"),
+        ("unet", {"attention_head_dim": [8, 8, 8, 7]}, "attention_head_dim .* must divide"),
         ("unet", {"_class_name": "UNet3DConditionModel"}, "_class_name must be 'UNet2DConditionModel' or"),
         ("autoencoder", {"in_channels": 4}, "in_channels must be 3, got 4"),
         ("autoencoder", {"_class_name": "AsymmetricAutoencoderKL"}, "_class_name must be"),
@@ -128,3 +132,12 @@ def test_values_that_are_followed_arrive():
 def test_a_config_file_can_be_read_by_diffusers_own_reader(tmp_path):
     (tmp_path / "config.json").write_text('{"norm_eps": 2e-5, "_class_name": "UNet2DConditionModel"}')
     assert configs.read_unet_config(configs.UNetConfig.load_config(tmp_path)).norm_eps == 2e-5
+
+
+def test_the_page_of_configs_names_every_key():
+    from docs import model_tables
+
+    page = model_tables.honoured() + model_tables.without_meaning()
+    for rules in model_tables.TABLES.values():
+        for key in rules:
+            assert f"| `{key}` |" in page, key

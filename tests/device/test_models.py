@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sdtpu_worker.models import configs, networks
+from sdtpu_worker.models.layout import axes_from_pytorch
 from sdtpu_worker.models.network import Network
 from tests.support import model_variants as variants
 from tests.support.random_weights import random_weights
@@ -50,6 +51,13 @@ def error(got, wanted: np.ndarray) -> float:
 def mean_error(got, wanted: np.ndarray) -> float:
     """Return the mean deviation, relative to the standard deviation of what is wanted."""
     return float(np.abs(np.asarray(got, np.float64) - wanted).mean() / wanted.std())
+
+
+@pytest.mark.parametrize("name", variants.UNETS)
+def test_the_rule_of_the_layout_is_what_the_layers_say(name):
+    network = networks.unet(configs.read_unet_config(variants.UNETS[name]))
+    for tensor, shape in network.shapes.items():
+        assert axes_from_pytorch(tensor, len(shape)) == network.torch_axes.get(tensor), tensor
 
 
 @pytest.mark.parametrize("name", variants.UNETS)

@@ -13,8 +13,11 @@ from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.diffusion import slot_count
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
+from sdtpu_worker.diffusion.failures import is_out_of_memory
+from sdtpu_worker.diffusion.memory import bytes_per_device
 from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, saved_choice_file
 from sdtpu_worker.diffusion.start import make_warm_engine
+from sdtpu_worker.errors import ConfigurationError
 
 
 class Bench:
@@ -138,3 +141,19 @@ def test_real_engines_are_measured_and_the_choice_is_found_again(
     made.clear()
     assert choose_slots_per_device(make, saved_choice).info.slots_per_device == first.info.slots_per_device
     assert made == [first.info.slots_per_device]
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_numbers_before_and_after_compiling(
+    random_checkpoint, devices, monkeypatch
+):
+    checkpoint = load_checkpoint(str(random_checkpoint))
+    needed = bytes_per_device(checkpoint.params)
+    for limit, parts in ((needed - 1, r"\(parameters 0\.00\)"), (needed + 1, r"parameters .*, slots .*working memory")):
+        monkeypatch.setattr("sdtpu_worker.diffusion.memory.device_memory", lambda device, limit=limit: limit)
+        with pytest.raises(
+            ConfigurationError, match=rf"out of memory.* GiB .*{parts}.*sdtpu_slots_per_device"
+        ) as caught:
+            Engine(checkpoint, devices[:1])
+        assert is_out_of_memory(caught.value), "so that `auto` takes fewer slots"
+    monkeypatch.setattr("sdtpu_worker.diffusion.memory.device_memory", lambda device: 2**30)
+    Engine(checkpoint, devices[:1])

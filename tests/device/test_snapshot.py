@@ -89,7 +89,7 @@ def test_a_plan_parks_one_job_for_another_and_resumes_it_with_both_bit_for_bit(e
     references = [run_alone(engine, j, 0, 0, [j.num_steps]).pixels for j in (job, other)]
     lane, idle = job.lane, ((),) * 7
     engine.execute(Plan(lane, ((Phase(insert=(0, "it"), steps=5),), *idle)), {"it": job})
-    parking = Plan(lane, ((Phase(insert=(0, "other"), steps=50),), *idle), parked=(Place("it", 0, 0),))
+    parking = Plan(lane, ((Phase(insert=(0, "other"), steps=other.num_steps),), *idle), parked=(Place("it", 0, 0),))
     tick = engine.execute(parking, {"other": other})
     resuming = Plan(
         lane,

@@ -1,8 +1,8 @@
-"""Prompts become the ids of transformers' CLIPTokenizer, in bounded time and memory whatever the text is."""
+"""Prompts become the ids of transformers' slow CLIPTokenizer, in bounded time and memory whatever the text is."""
 
 from __future__ import annotations
 
-import itertools
+import gzip
 import json
 import random
 import resource
@@ -16,108 +16,38 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
-from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 from sdtpu_worker.contract.request import MAX_PROMPT_CHARACTERS
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.errors import InvalidCheckpoint
 from tests.support.checkpoints import SHIPPED
-
-START, END = "<|startoftext|>", "<|endoftext|>"
-PROMPTS = [
-    "",
-    " ",
-    "a fox in the snow",
-    "  A   Fox\tin\r\nthe \n\n snow ",
-    "highly detailed, (masterpiece:1.3), [art|photo], 8k, trending on #artstation, by @someone --ar 16:9",
-    "it's don't we'll I'd they're I've I'm THEY'RE 'S 's'T rock'n'roll O'Neil's",
-    "“curly” ‘quotes’ it’s don’t – dashes — and … dots",
-    "2024 3.14 1,000,000 ½ ² Ⅷ １２３ ٣٤٥ 1st 4K",
-    "naïve café Ångström Zürich straße STRAẞE ǆ ĳ ŉ İstanbul ılık ſ 'ſ",
-    "cafe\u0301 A\u030angstro\u0308m o\u0323\u0302 \u0301alone",
-    "рыжая лиса в снегу, Ёлка, Їжак",
-    "ΟΔΥΣΣΕΥΣ Ὀδυσσεύς ΣΑΣ σας Σ",
-    "ثعلب في الثلج، مُحَمَّد ﷺ ﻻ",
-    "שועל בשלג שָׁלוֹם",
-    "बर्फ़ में लोमड़ी क्षत्रिय",
-    "สุนัขจิ้งจอกในหิมะ กำ",
-    "雪の中の狐 カタカナ ｶﾀｶﾅ ﾊﾟ 雪中的狐狸，一只",
-    "눈 속의 여우 \u1112\u1161\u11ab",
-    "👩‍👩‍👧‍👦 🏴󠁧󠁢󠁥󠁮󠁧󠁿 🇩🇪 😀👍🏽 ❤️ 1️⃣",
-    "ＦＵＬＬ　ＷＩＤＴＨ！ ﬁre ﬂuﬀy oﬃce",
-    "Ã©tÃ© donâ€™t â€œquotedâ€\x9d voilÃ  le travail Ð¿Ñ€Ð¸Ð²ÐµÑ‚ ж Ã©",
-    "Ã\ufffd Ã lossy",
-    "&lt;b&gt; &amp;amp; &eacute;t&EACUTE; &#233; &#x1F600; &nbsp; &nothing; &#99999999999;",
-    "a < b &amp; c\nsecond line &amp; more",
-    "first line &amp;\nsecond < line &amp;\nthird &amp;",
-    "zero\u200bwidth joi\u200dner soft\u00adhyphen \ufeffmark \u2060word \u200eleft \u202eright",
-    "line\u2028para\u2029nbsp\u00a0thin\u2009ideographic\u3000ogham\u1680x\x0bv\x0cf\x1cs\x1fu\x85n",
-    "\x80\x9f \x1b[31mred\x1b[0m \x00\x07\x7f",
-    f"a fox{END}in the snow {START} twice {END}{END}",
-    "<|ENDOFTEXT|> <|StartOfText|> ＜｜endoftext｜＞ <|endoftext <|end|> &lt;|endoftext|&gt;",
-    "!!! ... ??? -- === *** ###!a!b! ___ http://example.net/?q=1&r=2 C:\\temp\\x a_b",
-    "𝕳𝖊𝖑𝖑𝖔 Ａ\u0301 \u212b K \u2126 ﾞ",
-    "x" * 300,
-    "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft",
-    "fox " * 75,
-    "fox " * 76,
-    "fox " * 500,
-    "1" * 75,
-    "1" * 76,
-    "雪" * 500,
-    "." * 400 + "-" * 400,
-    "word, " * 400 + "Ã©",
-    ("a long line of words " * 20 + "\n") * 20,
-    "\n".join("abcdefghij") + "\n" * 50,
-    " " * 5000 + "fox" + " " * 4000 + "snow",
-]
+from tests.support.prompt_cases import (
+    END,
+    MORE_PROMPTS,
+    PROMPTS,
+    SAYS,
+    START,
+    mixtures,
+    write_config,
+    write_files,
+    write_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Give a tokenizer of CLIP's kind with thousands of merges, as long words take long with many."""
+def golden() -> dict[str, Any]:
+    """Give what `tools/oracle/tokens.py` wrote: a tokenizer with thousands of merges, and ids of the slow tokenizer."""
+    return json.loads(gzip.decompress((Path(__file__).parent / "golden" / "tokens.json.gz").read_bytes()))
+
+
+@pytest.fixture(scope="module")
+def folder(golden, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    words = pre_tokenizers.Split(
-        Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True
-    )
-    learner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    draw = random.Random(0)
-    syllables = ["".join(pair) for pair in itertools.product("bcdfghklmnprst", "aeiou")]
-    texts = [" ".join(draw.choice(syllables) * draw.randint(1, 2) + draw.choice(syllables) for _ in range(20_000))]
-    texts += [(SHIPPED.parents[1] / "README.md").read_text(encoding="utf-8").lower(), *(p.lower() for p in PROMPTS * 5)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=6000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
-    learner.train_from_iterator(texts, trainer)
-    merges = json.loads(learner.to_str())["model"]["merges"]
-    tokens = [*sorted(alphabet), *(f"{letter}</w>" for letter in sorted(alphabet)), *map("".join, merges), START, END]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_config(folder)
-    assert len(merges) > 3000
+    write_tokenizer(folder, golden["merges"], golden["alphabet"])
+    assert len(golden["merges"]) > 3000
     return folder
-
-
-def write_config(folder: Path, **changes) -> None:
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special, **changes}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def in_transformers_words(tokenizer: CLIPTokenizer, prompt: str, length: int = 77) -> tuple[list[int], bool]:
-    """Return what the engine made of a prompt with the slow tokenizer."""
-    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-    truncated = len(ids) > length
-    if truncated:
-        ids = [*ids[: length - 1], ids[-1]]
-    return ids + [tokenizer.pad_token_id] * (length - len(ids)), truncated
 
 
 def encode(tokenizer: PromptTokenizer, prompt: str) -> tuple[list[int], bool]:
@@ -125,39 +55,30 @@ def encode(tokenizer: PromptTokenizer, prompt: str) -> tuple[list[int], bool]:
     return row.tolist(), truncated
 
 
+def padded(tokenizer: PromptTokenizer, wanted: list[Any]) -> tuple[list[int], bool]:
+    ids, truncated = wanted
+    return [*ids, *[tokenizer.pad_id] * (77 - len(ids))], truncated
+
+
 @pytest.fixture(scope="module")
 def ours(folder) -> PromptTokenizer:
     return PromptTokenizer.from_folder(folder, 77)
 
 
-@pytest.fixture(scope="module")
-def theirs(folder) -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def shipped_pair() -> tuple[PromptTokenizer, CLIPTokenizer]:
-    return PromptTokenizer.from_folder(SHIPPED / "tokenizer", 77), CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
-
-
 # --- the same ids ---
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: ascii(prompt[:20]))
-def test_a_prompt_has_the_ids_of_the_slow_tokenizer(ours, theirs, shipped_pair, prompt):
-    assert encode(ours, prompt) == in_transformers_words(theirs, prompt)
-    assert encode(shipped_pair[0], prompt) == in_transformers_words(shipped_pair[1], prompt)
+@pytest.mark.parametrize("i", range(len(PROMPTS)), ids=[ascii(prompt[:20]) for prompt in PROMPTS])
+def test_a_prompt_has_the_ids_of_the_slow_tokenizer(ours, golden, i):
+    assert encode(ours, PROMPTS[i]) == padded(ours, golden["prompts"][i])
+    shipped = PromptTokenizer.from_folder(SHIPPED / "tokenizer", 77)
+    assert encode(shipped, PROMPTS[i]) == padded(shipped, golden["shipped"][i])
 
 
-PARTS = sorted({part for prompt in PROMPTS[:33] for part in (prompt, *prompt.split(" "), *prompt[:40])})
-
-
-@given(st.lists(st.sampled_from(PARTS) | st.text(max_size=8), max_size=40).map("".join) | st.text(max_size=200))
-@example("\u0390" * 60)
-@example("e" + "\u0316\u0301" * 30)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_mixture_has_the_ids_of_the_slow_tokenizer(ours, theirs, prompt):
-    assert encode(ours, prompt) == in_transformers_words(theirs, prompt)
+def test_any_mixture_has_the_ids_of_the_slow_tokenizer(ours, golden):
+    wanted = golden["mixtures"]
+    for prompt, ids in zip(mixtures(len(wanted)), wanted, strict=True):
+        assert encode(ours, prompt) == padded(ours, ids), ascii(prompt)
 
 
 def test_many_prompts_make_one_array(ours):
@@ -178,69 +99,28 @@ def copy_of(folder: Path, tmp_path: Path, **config) -> Path:
     return copy
 
 
-def added(content: str, **attributes) -> dict:
-    fixed = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-    return {**fixed, "content": content, **attributes}
-
-
-SAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "other padding": ({"pad_token": "!"}, {}),
-    "special tokens with attributes": ({"bos_token": added(START), "pad_token": added("!", normalized=False)}, {}),
-    "a special tokens map": ({}, {"special_tokens_map.json": {"pad_token": "!", "bos_token": {"content": START}}}),
-    "added tokens": ({}, {"added_tokens.json": {"<my-cat>": 7000, "zz": 7001}}),
-    "a decoder of added tokens": (
-        {
-            "added_tokens_decoder": {
-                "0": added("!"), "7000": added("<my-cat>"), "7001": added("fox", single_word=True),
-                "6001": added(END, special=True), "6000": added(START, special=True),
-            },
-            "pad_token": "!",
-        },
-        {"special_tokens_map.json": {"pad_token": END}},
-    ),
-    "additional special tokens": ({"additional_special_tokens": ["@", added("#")]}, {}),
-    "no special tokens": ({"bos_token": None, "pad_token": None, "unk_token": None, "eos_token": None}, {}),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("says", SAYS)
-def test_the_configs_of_a_checkpoint_are_followed(folder, tmp_path, says):
-    config, files = SAYS[says]
-    ids = json.loads((folder / "vocab.json").read_text())
-    if "added_tokens_decoder" in config:
-        decoder = config["added_tokens_decoder"]
-        by_name = {facts["content"]: facts for facts in decoder.values()}
-        decoder = {str(ids.get(name, 6500 + i)): facts for i, (name, facts) in enumerate(by_name.items())}
-        config = {**config, "added_tokens_decoder": decoder}
-    if says == "no special tokens":
-        copy = copy_of(folder, tmp_path)
-        (copy / "tokenizer_config.json").write_text("{}")
-        theirs = CLIPTokenizer.from_pretrained(folder)
-    else:
-        copy = copy_of(folder, tmp_path, **config)
-        for name, content in files.items():
-            (copy / name).write_text(json.dumps(content))
-        theirs = CLIPTokenizer.from_pretrained(copy)
+def test_the_configs_of_a_checkpoint_are_followed(folder, golden, tmp_path, says):
+    copy, wanted = copy_of(folder, tmp_path), golden["configs"][says]
+    write_files(copy, says)
     ours = PromptTokenizer.from_folder(copy, 77)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
-    for prompt in (*PROMPTS, "a <my-cat> and<my-cat>zz <MY-CAT> ! fox (fox) foxes fox #1 a@b", "!", "fox"):
-        assert encode(ours, prompt) == in_transformers_words(theirs, prompt)
+    assert [ours.bos_id, ours.eos_id, ours.pad_id] == wanted["special"]
+    for prompt, ids in zip(MORE_PROMPTS, wanted["prompts"], strict=True):
+        assert encode(ours, prompt) == padded(ours, ids), ascii(prompt)
 
 
-def test_a_folder_with_tokenizer_json_alone_gives_the_same_ids(folder, theirs, tmp_path):
-    CLIPTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
-    for name in ("vocab.json", "merges.txt"):
-        (tmp_path / name).unlink()
-    ours = PromptTokenizer.from_folder(tmp_path, 77)
-    for prompt in PROMPTS:
-        assert encode(ours, prompt) == in_transformers_words(theirs, prompt)
-    text = (tmp_path / "tokenizer.json").read_text()
-    merges = json.loads(text)["model"]["merges"]
-    as_text = [" ".join(pair) if isinstance(pair, list) else pair for pair in merges]
-    whole = json.loads(text)
-    whole["model"]["merges"] = as_text  # as older versions write them
+@pytest.mark.parametrize("merges_are_text", [False, True])
+def test_a_folder_with_tokenizer_json_alone_gives_the_same_ids(folder, golden, tmp_path, merges_are_text):
+    """Fast tokenizers are saved so; older versions wrote each merge as one text."""
+    merges = [" ".join(pair) for pair in golden["merges"]] if merges_are_text else golden["merges"]
+    vocab = json.loads((folder / "vocab.json").read_text())
+    special = [{"id": vocab[token], "content": token, "special": True} for token in (START, END)]
+    whole = {"added_tokens": special, "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    assert encode(PromptTokenizer.from_folder(tmp_path, 77), PROMPTS[4]) == in_transformers_words(theirs, PROMPTS[4])
+    shutil.copy(folder / "tokenizer_config.json", tmp_path)
+    ours = PromptTokenizer.from_folder(tmp_path, 77)
+    for prompt, ids in zip(PROMPTS, golden["prompts"], strict=True):
+        assert encode(ours, prompt) == padded(ours, ids), ascii(prompt)
 
 
 @pytest.mark.parametrize(

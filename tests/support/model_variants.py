@@ -81,6 +81,11 @@ UNETS: dict[str, dict[str, Any]] = {
         "transformer_layers_per_block": [1, [2, 1], [1, 2]],
         "reverse_transformer_layers_per_block": [[2, 1, 1], [1, 2, 1], 1],
     },
+    "xl-lists-by-layer": {
+        **_XL,
+        "transformer_layers_per_block": [1, [2, 3]],
+        "reverse_transformer_layers_per_block": [[1, 2], 1],
+    },
     "only-cross-attention": {**_THREE, "only_cross_attention": [True, False, True]},
     "only-cross-attention-everywhere": {**_TINY, "only_cross_attention": True},
     "lists-by-block": {

@@ -96,7 +96,8 @@ def model(x: np.ndarray, t: float) -> np.ndarray:
 
 
 _KARRAS, _EXPONENTIAL, _BETA = ({f"use_{kind}_sigmas": True} for kind in ("karras", "exponential", "beta"))
-_RESPACED: tuple[dict[str, Any], ...] = (_KARRAS, _EXPONENTIAL, _BETA)
+_RANGE = {"sigma_min": 0.1, "sigma_max": 10.0}
+_RESPACED: tuple[dict[str, Any], ...] = (_KARRAS, _EXPONENTIAL, _BETA, {**_KARRAS, **_RANGE}, {**_BETA, **_RANGE})
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 _DPM = "DPMSolverMultistepScheduler"
 _SINGLE = "DPMSolverSinglestepScheduler"
@@ -120,7 +121,6 @@ _OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
         {"final_sigmas_type": "sigma_min"},
         {"timestep_type": "continuous"},
         {"timestep_type": "continuous", "interpolation_type": "log_linear"},
-        {**_KARRAS, "sigma_min": 0.1, "sigma_max": 10.0},
     ),
     "EulerAncestralDiscreteScheduler": (_ZERO_SNR, {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}),
     "HeunDiscreteScheduler": _RESPACED,

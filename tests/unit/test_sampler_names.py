@@ -67,12 +67,12 @@ def test_the_nearest_sampler_is_suggested():
 
 
 def test_a_request_keeps_a_samplers_canonical_name_and_its_sigmas_beside_it():
-    for names in ({"sampler": "DPM++ 2M Karras"}, {"sampler": "dpmsolver++", "sigmas": "karras"}):
-        request = GenerationRequest("a fox", **names)
+    for sampler, sigmas in (("DPM++ 2M Karras", None), ("dpmsolver++", "karras")):
+        request = GenerationRequest("a fox", sampler=sampler, sigmas=sigmas)
         assert (request.sampler, request.sigmas) == ("dpmsolver++", "karras")
     request = GenerationRequest("a fox", sampler="Euler a")
     assert (request.sampler, request.sigmas) == ("euler_ancestral", None)
-    with pytest.raises(InvalidRequest, match="sigmas must be what the sampler 'DPM.. 2M Karras' says, got 'beta'"):
+    with pytest.raises(InvalidRequest, match=r"sigmas must be what the sampler 'DPM\+\+ 2M Karras' says, got 'beta'"):
         GenerationRequest("a fox", sampler="DPM++ 2M Karras", sigmas="beta")
 
 

@@ -74,6 +74,7 @@ def test_a_prompt_comes_back_as_the_picture_that_the_engine_makes_of_it(app, wor
         "nsfw_content_detected": None,
         "timings": 0,
         "batch": 0,
+        "options": {},
     }
     parsed = GenerationResult.from_json(result)
     assert (parsed.image.format, parsed.image.width, parsed.image.height) == ("png", 64, 64)

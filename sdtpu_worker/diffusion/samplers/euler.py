@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdtpu_worker.diffusion.samplers.noise import Options, SigmaSchedule, denoised, respace, respacing, spaced_floats
+from sdtpu_worker.diffusion.samplers.noise import (
+    Options,
+    SigmaSchedule,
+    denoised,
+    respace,
+    respacing,
+    sigma_range,
+    spaced_floats,
+)
 from sdtpu_worker.diffusion.samplers.table import H1, HISTORY, Form, M, Steps, X, Z, make_row
 
 
@@ -169,7 +177,7 @@ def flow_match_euler(options: Options, steps: int, eta: float) -> Steps:
     sigmas = shifted(np.linspace(ends[0], ends[1], steps))
     kind = respacing(options)
     if kind is not None:
-        sigmas = respace(kind, float(sigmas[0]), float(sigmas[-1]), steps)
+        sigmas = respace(kind, *sigma_range(options, sigmas), steps)
     sigmas = np.append(sigmas, 0.0)
     rows = []
     for sigma, end in itertools.pairwise(sigmas):

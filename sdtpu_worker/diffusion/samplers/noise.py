@@ -2,7 +2,9 @@
 
 PyTorch keeps its schedules in float32, and models were trained with them so. The first betas are near float32's
 resolution of one (a relative error of 7e-5 in the smallest sigma), and some classes round timesteps that they look up
-by sigma; so the schedule is rounded here where PyTorch rounds, and everything after it is float64.
+by sigma; so the schedule is rounded here where PyTorch rounds, and everything after it is float64. One difference
+stays: multistep solvers cut the timesteps of exponential and beta sigmas to integers, and the first one lies at the
+edge between two, where the last bit of PyTorch's square root decides, which is not the same on all machines.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from scipy.special import betaincinv
 from sdtpu_worker.diffusion.samplers.table import Form, M, X
 
 Options = Mapping[str, Any]
+# These two take `sigma_min` and `sigma_max` for exponential and beta sigmas alone.
+_KARRAS_OF_WHOLE_RANGE = ("LMSDiscreteScheduler", "DPMSolverSDEScheduler")
 _LAST_OF_ZERO_SNR = 2.0**-24  # what classes that divide by the signal put in the place of its zero
 _CLASSES_WITH_ZERO_SIGNAL = ("DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler")
 
@@ -51,9 +55,10 @@ def _linspace32(start: float, end: float, count: int) -> np.ndarray:
     """Return evenly spaced float32 numbers, rounded as PyTorch does: each half is counted from its own end."""
     if count == 1:
         return np.array([start], np.float32)
-    low, high, index = np.float32(start), np.float32(end), np.arange(count, dtype=np.float32)
-    step = (high - low) / np.float32(count - 1)
-    return np.where(index < count // 2, low + step * index, high - step * (np.float32(count - 1) - index))
+    low, high, index = np.float32(start), np.float32(end), np.arange(count)
+    step = float((high - low) / np.float32(count - 1))
+    # A fused product and sum is rounded once.
+    return np.where(index < count // 2, low + step * index, high - step * (count - 1 - index)).astype(np.float32)
 
 
 def _cumulative(alphas: np.ndarray) -> np.ndarray:
@@ -117,7 +122,9 @@ class SigmaSchedule:
         self.options = options
         self.signal = signal_levels(options)
         self.sigmas = np.sqrt((1 - self.signal) / self.signal)
-        self._log_sigmas = np.log(self.sigmas)
+        # Rounded from float64, since NumPy's float32 logarithm may differ between kinds of CPU, and with it the integer
+        # that a timestep is cut to.
+        self._log_sigmas = np.log(self.sigmas.astype(float)).astype(np.float32)
 
     def at(self, timesteps: np.ndarray) -> np.ndarray:
         """Return the sigmas of timesteps, which may be fractional."""
@@ -136,12 +143,18 @@ class SigmaSchedule:
 
     def respaced(self, first: float, last: float, steps: int) -> np.ndarray | None:
         """Return `(steps,)` sigmas between two, as the options ask for, or None where they ask for none."""
-        kind = respacing(self.options)
-        low, high = self.options.get("sigma_min"), self.options.get("sigma_max")
+        kind, ends = respacing(self.options), sigma_range(self.options, np.array([first, last]))
         if kind != "karras" and self.options.get("use_lu_lambdas"):  # with rho 1, as PyTorch has it, exponential
-            kind, low, high = "exponential", None, None
-        first, last = first if high is None else float(high), last if low is None else float(low)
-        return None if kind is None else respace(kind, first, last, steps)
+            kind, ends = "exponential", (first, last)
+        if kind == "karras" and self.options["_class_name"] in _KARRAS_OF_WHOLE_RANGE:
+            ends = first, last
+        return None if kind is None else respace(kind, *ends, steps)
+
+
+def sigma_range(options: Options, sigmas: np.ndarray) -> tuple[float, float]:
+    """Return the first and the last sigma of a path, where the options do not say them those of `sigmas`."""
+    low, high = options.get("sigma_min"), options.get("sigma_max")
+    return float(sigmas[0] if high is None else high), float(sigmas[-1] if low is None else low)
 
 
 def respacing(options: Options) -> str | None:

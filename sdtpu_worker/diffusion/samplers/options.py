@@ -325,7 +325,7 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
         "invert_sigmas": choice(False, False, reason="no text-to-image model is known to use it"),
         "shift_terminal": choice(None, None, reason="no text-to-image model is known to use it"),
         "stochastic_sampling": flag(False),
-        **{key: SIGMAS[key] for key in SIGMAS if key.startswith("use_")},
+        **SIGMAS,
     },
 }
 

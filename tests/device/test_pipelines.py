@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
@@ -22,6 +23,7 @@ from sdtpu_worker.diffusion.samplers import NoiseSchedule
 from sdtpu_worker.errors import InvalidCheckpoint, InvalidRequest
 from tests.support import pipeline_cases as pictures
 from tests.support.checkpoints import make_random_checkpoint
+from tests.support.engines import generate_all
 from tools.oracle.noise import draw_all
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -86,6 +88,27 @@ def test_a_case_that_pytorch_does_not_run_is_refused_or_makes_a_picture(engine_o
             assert np.isfinite(prepare(engine, i).table).all()
         except (InvalidRequest, InvalidCheckpoint) as exc:
             assert "must be" in str(exc) or "makes no picture" in str(exc), CASES[i]
+
+
+@pytest.mark.parametrize("sampler", pictures.SHIPPED_SAMPLERS)
+def test_the_shipped_checkpoint_draws_what_pytorchs_pipeline_draws(engine, sampler):
+    theirs = np.asarray(Image.open(GOLDEN / f"shipped-{sampler}.png")).reshape(-1, 64, 64, 3)
+    images = generate_all(
+        engine,
+        [
+            GenerationRequest(
+                prompt,
+                seed=seed,
+                num_inference_steps=pictures.SHIPPED_STEPS,
+                guidance_scale=pictures.SHIPPED_GUIDANCE_SCALE,
+                sampler=sampler,
+            )
+            for seed, prompt in enumerate(pictures.SHIPPED_PROMPTS)
+        ],
+    )
+    ours = np.stack([image.pixels for image in images])
+    assert np.abs(ours.astype(int) - theirs).max() <= 2
+    assert decibels(ours, theirs) >= 55
 
 
 def test_the_recorded_noise_is_what_jax_draws():

@@ -53,7 +53,8 @@ class GenerationRequest:
         sigmas: how the sampler spaces its noise levels: karras, exponential or beta; None as the checkpoint says.
         eta: how much noise DDIM and TCD add at every step, 0 to 1; None for the sampler's own.
         guidance_rescale: 0 to 1, how far the contrast that guidance adds is taken back (arXiv 2305.08891).
-        clip_skip: how many of the last layers of the text encoders are left out, 0 to 11.
+        clip_skip: how many of the last layers of the text encoders are left out for the prompt, 0 to 11; a negative
+            prompt gets all of them, as in diffusers.
         prompt_2, negative_prompt_2: for the second text encoder of a checkpoint that has two; None for the same text.
         original_size, target_size: `(height, width)` that a Stable Diffusion XL checkpoint is told, in pixels; None for
             the image's own.

@@ -57,7 +57,7 @@ class TextTransformer(nnx.Module):
         is_end = input_ids if self.eos_token_id == _LEGACY_EOS else (input_ids == self.eos_token_id).astype(jnp.int32)
         last = self.final_layer_norm(states[-1])
         pooled = last[jnp.arange(len(input_ids)), jnp.argmax(is_end, axis=-1)]
-        chosen = jax.lax.dynamic_index_in_dim(jnp.stack(states), len(states) - 1 - skip, keepdims=False)
+        chosen = jnp.stack(states)[len(states) - 1 - skip, jnp.arange(len(input_ids))]
         return TextStates(self.final_layer_norm(chosen), chosen, pooled)
 
 
@@ -78,7 +78,8 @@ class ClipTextEncoder(nnx.Module):
 
         Args:
             input_ids: `(B, L) int32`.
-            skip: `() int32`, how many of the last layers are left out of the hidden states; it may be traced.
+            skip: `() int32` or `(B,) int32`, how many of the last layers are left out of the hidden states; it may be
+                traced.
 
         Returns:
             States in the dtype of the parameters.

@@ -18,44 +18,10 @@ from sdtpu_worker.models.configs import (
     read_unet_config,
 )
 from sdtpu_worker.models.layout import pytorch_shape
-from tests.support.paths import ROOT
 from tests.support.random_weights import random_tensor
+from tests.support.tiny_configs import SHIPPED, STABLE_DIFFUSION_NOISE, TEXT, TEXT_2, UNET, VAE, XL_UNET
 
-SHIPPED = ROOT / "sdtpu_worker" / "checkpoint"
-STABLE_DIFFUSION_NOISE = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "clip_sample": False,
-}
-_UNET: dict[str, Any] = {
-    "sample_size": 4,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "block_out_channels": [32, 64],
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-    "cross_attention_dim": 32,
-}
-_XL_UNET: dict[str, Any] = {
-    **_UNET,
-    "cross_attention_dim": 32 + 16,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 24 + 6 * 8,
-}
-_VAE: dict[str, Any] = {
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "block_out_channels": [8, 8],
-    "norm_num_groups": 4,
-    "sample_size": 8,
-}
+__all__ = ["SHIPPED", "STABLE_DIFFUSION_NOISE", "make_random_checkpoint", "write_part"]
 
 
 def make_random_checkpoint(
@@ -90,16 +56,15 @@ def make_random_checkpoint(
         "feature_extractor": [None, None],
     }
     shutil.copytree(SHIPPED / "tokenizer", folder / "tokenizer")
-    unet_config = {**(_XL_UNET if xl else _UNET), **(unet or {})}
+    unet_config = {**(XL_UNET if xl else UNET), **(unet or {})}
     write_part(folder / "unet", "UNet2DConditionModel", unet_config)
-    write_part(folder / "vae", "AutoencoderKL", _VAE)
-    write_part(folder / "text_encoder", "CLIPTextModel", _text_config(folder, 32))
+    write_part(folder / "vae", "AutoencoderKL", VAE)
+    write_part(folder / "text_encoder", "CLIPTextModel", TEXT)
     if xl:
         index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
         index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
         shutil.copytree(SHIPPED / "tokenizer", folder / "tokenizer_2")
-        second = {**_text_config(folder, 16), "projection_dim": 24, "hidden_act": "gelu"}
-        write_part(folder / "text_encoder_2", "CLIPTextModelWithProjection", second)
+        write_part(folder / "text_encoder_2", "CLIPTextModelWithProjection", TEXT_2)
     config = {"_class_name": sampler_class, **STABLE_DIFFUSION_NOISE, "prediction_type": prediction_type}
     if sampler_class != "PNDMScheduler":
         config = {name: value for name, value in config.items() if name not in ("skip_prk_steps", "clip_sample")}
@@ -137,20 +102,6 @@ def write_part(folder: Path, class_name: str, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps({**kind, **config}))
     name = "model.safetensors" if is_text else "diffusion_pytorch_model.safetensors"
     save_file(tensors, folder / name, {"format": "pt"})
-
-
-def _text_config(folder: Path, width: int) -> dict[str, Any]:
-    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
-    return {
-        "model_type": "clip_text_model",
-        "vocab_size": len(vocabulary),
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 77,
-        "eos_token_id": vocabulary["<|endoftext|>"],
-    }
 
 
 def _write_safety_checker(folder: Path) -> None:

@@ -21,6 +21,7 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,18 @@ _DOES_NOT_RUN = (ValueError, NotImplementedError, RuntimeError, IndexError, Unbo
 
 
 class Noise:
-    """The noise of the row that runs, in the places where schedulers draw theirs."""
+    """The noise of the row that runs, in the places where schedulers draw theirs.
 
-    row = 0
+    Args:
+        of_row: returns the noise of a row, `(1, C, h, w) float32`.
+    """
+
+    def __init__(self, of_row: Callable[[int], np.ndarray] = noise_of_row) -> None:
+        self.of_row, self.row = of_row, 0
 
     def randn_tensor(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Stand for `diffusers.utils.torch_utils.randn_tensor`."""
-        return torch.from_numpy(noise_of_row(self.row))
+        return torch.from_numpy(self.of_row(self.row))
 
     def make_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """Stand for `BrownianTreeNoiseSampler`: the second half's path continues the first half's."""
@@ -49,12 +55,12 @@ class Noise:
 
         def sample(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
             nonlocal middle
-            noise = noise_of_row(self.row)
+            noise = self.of_row(self.row)
             if self.row % 2 == 0:
                 middle = float(sigma_next)
             else:
                 share = math.sqrt((float(sigma) - middle) / (float(sigma) - float(sigma_next)))
-                noise = share * noise_of_row(self.row - 1) + math.sqrt(1 - share**2) * noise
+                noise = share * self.of_row(self.row - 1) + math.sqrt(1 - share**2) * noise
             return torch.from_numpy(noise.astype(np.float32))
 
         return sample

@@ -73,7 +73,9 @@ class LatentUNet:
         return {"family": type(self).__name__, "is_guided": self.is_guided, **self.configs}
 
     def _skip(self, request: GenerationRequest, layers: int) -> np.ndarray:
-        """Return how many layers of a text encoder a request leaves out, `() int32`.
+        """Return how many layers of a text encoder a request leaves out, `(rows,) int32`.
+
+        It concerns the prompt alone: PyTorch's pipelines encode negative prompts with all layers.
 
         Raises:
             InvalidRequest: more than there are.
@@ -83,7 +85,7 @@ class LatentUNet:
                 f"clip_skip must be 0 to {layers - 1}: the text encoder of this checkpoint has {layers} layers,"
                 f" got {request.clip_skip}"
             )
-        return np.array(request.clip_skip, np.int32)
+        return np.array([0, request.clip_skip][-self.rows :], np.int32)
 
     def _check_guidance(self, request: GenerationRequest) -> None:
         """Make sure that the model can follow the guidance scale.

@@ -40,7 +40,7 @@ class StableDiffusion(LatentUNet):
         """See `Family.input_shapes`."""
         return {
             "prompt_ids": jax.ShapeDtypeStruct((self.rows, self.tokenizer.length), jnp.int32),
-            "clip_skip": jax.ShapeDtypeStruct((), jnp.int32),
+            "clip_skip": jax.ShapeDtypeStruct((self.rows,), jnp.int32),
             **self._guidance_shapes(),
         }
 

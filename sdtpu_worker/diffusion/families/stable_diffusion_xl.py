@@ -45,7 +45,7 @@ class StableDiffusionXL(LatentUNet):
         return {
             "prompt_ids": jax.ShapeDtypeStruct((self.rows, self.tokenizer.length), jnp.int32),
             "prompt_ids_2": jax.ShapeDtypeStruct((self.rows, self.tokenizer_2.length), jnp.int32),
-            "clip_skip": jax.ShapeDtypeStruct((), jnp.int32),
+            "clip_skip": jax.ShapeDtypeStruct((self.rows,), jnp.int32),
             "counts": jax.ShapeDtypeStruct((self.rows,), jnp.bool_),
             "time_ids": jax.ShapeDtypeStruct((6,), jnp.float32),
             **self._guidance_shapes(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sdtpu_worker.models import config_tables
 from sdtpu_worker.models.config_rules import Rules
 
@@ -37,6 +39,6 @@ def _honoured(rules: Rules) -> str:
     return _table(("key", "honoured; any other value is refused"), followed)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     escaped = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *escaped))

@@ -54,6 +54,8 @@ _FIXES = ftfy.TextFixerConfig(unescape_html=False, normalization=None, explain=F
 _VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _BYTES = {byte: 256 + i for i, byte in enumerate(byte for byte in range(256) if byte not in _VISIBLE)}
 """The characters that stand for bytes which Latin-1 does not show; all other bytes stand for themselves."""
+ALPHABET = (*map(chr, sorted(_VISIBLE)), *(chr(_BYTES[byte]) for byte in sorted(_BYTES)))
+"""The characters of all bytes, in the order of CLIP's vocabulary."""
 
 
 @dataclass(frozen=True)

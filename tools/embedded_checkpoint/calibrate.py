@@ -26,16 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
-from sdtpu_worker.diffusion.checkpoint import Checkpoint, load_checkpoint
-from tools.embedded_checkpoint.train_diffusion import (
-    CAPTIONS_PER_SCENE,
-    MAX_LENGTH,
-    encode_all,
-    make_step,
-    save,
-)
+from sdtpu_worker.diffusion.checkpoint import load_checkpoint
+from sdtpu_worker.diffusion.families.stable_diffusion import StableDiffusion
+from tools.embedded_checkpoint.parts import encode_all, make_step, on_both_cores, stratified_timesteps
+from tools.embedded_checkpoint.train_diffusion import CAPTIONS_PER_SCENE, MAX_LENGTH, save
 from tools.embedded_checkpoint.train_vae import draw_training_set
 
 GUIDANCE_SCALE = 7.5
@@ -52,25 +47,28 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=12_000, help="drawn training scenes")
     parser.add_argument("--steps", type=int, default=900, help="optimiser steps of 32 scenes")
     args = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", 2)
-    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    mesh = on_both_cores()
     uncalibrated = args.work / "uncalibrated"
     if not uncalibrated.exists():
         shutil.copytree(args.work / "checkpoint", uncalibrated)
     teacher = load_checkpoint(str(uncalibrated))
+    family = teacher.family
+    assert isinstance(family, StableDiffusion)
 
     images, scenes = draw_training_set(args.scenes, seed=4)
-    latents = encode_all(args.work / "vae", json.loads((args.work / "vae" / "config.json").read_text()), images)
+    latents = encode_all(args.work, images)
     del images
     rng = random.Random(5)
     captions = [scene.varied_caption(rng) for scene in scenes for _ in range(CAPTIONS_PER_SCENE)]
-    ids = teacher.tokenizer.encode(captions)[0].reshape(len(scenes), CAPTIONS_PER_SCENE, MAX_LENGTH)
-    empty_ids = teacher.tokenizer.encode([""])[0]
+    ids = family.tokenizer.encode(captions)[0].reshape(len(scenes), CAPTIONS_PER_SCENE, MAX_LENGTH)
+    empty_ids = family.tokenizer.encode([""])[0]
 
     schedule = optax.warmup_cosine_decay_schedule(1e-5, 6e-4, 50, args.steps, 1e-6)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
-    step = make_step(make_loss(teacher, empty_ids, args.strength), optimiser, mesh, EMA_DECAY)
+    signal = jnp.asarray(teacher.schedule.alphas_cumprod, jnp.float32)
+    text = json.loads((args.work / "checkpoint" / "text_encoder" / "config.json").read_text())
+    step = make_step(make_loss(family, signal, empty_ids, args.strength), optimiser, mesh, EMA_DECAY)
 
     fixed = {name: jax.tree.map(jnp.asarray, teacher.params[name]) for name in ("text_encoder", "unet")}
     student = load_checkpoint(str(args.work / "checkpoint")).params
@@ -89,32 +87,30 @@ def main() -> None:
             mean = float(jnp.mean(jnp.stack(losses[-25:])))
             print(f"{i + 1}/{args.steps} guided error {mean:.5f} {time.monotonic() - started:.0f} s", flush=True)
         if (i + 1) % 150 == 0 or i + 1 == args.steps:
-            save(average, teacher.text_encoder, args.work, args.work / "checkpoint")
+            save(average, text, args.work, args.work / "checkpoint")
 
 
-def make_loss(teacher: Checkpoint, empty_ids: np.ndarray, strength: float) -> Any:
+def make_loss(family: StableDiffusion, signal: jax.Array, empty_ids: np.ndarray, strength: float) -> Any:
     """Return the loss for `make_step`: how far the copy at `GUIDANCE_SCALE` is from the teacher at `strength`.
 
     Args:
-        teacher: the trained checkpoint.
+        family: of the trained checkpoint.
+        signal: `(1000,) float32`, the share of signal variance left at each timestep.
         empty_ids: the token ids of an empty caption, `(1, 77) int32`.
         strength: the guidance scale of the teacher to reproduce.
     """
-    signal = jnp.asarray(teacher.schedule.alphas_cumprod, jnp.float32)
 
     def outputs(params, x, t, ids):
         """Return the unconditional and the conditional output, each like x."""
-        text = teacher.text_encoder(jnp.concatenate([empty_ids, ids]), params=params["text_encoder"])[0]
+        text = family.text_encoder(params["text_encoder"], jnp.concatenate([empty_ids, ids])).last_hidden_state
         text = jnp.concatenate([jnp.broadcast_to(text[:1], text[1:].shape), text[1:]])
-        both = teacher.unet.apply(
-            {"params": params["unet"]}, jnp.concatenate([x, x]), jnp.concatenate([t, t]), text
-        ).sample
-        return jnp.split(both, 2)
+        times = jnp.concatenate([t, t]).astype(jnp.float32)
+        return jnp.split(family.unet(params["unet"], jnp.concatenate([x, x]), times, text), 2)
 
     def loss_fn(params, fixed, x0, ids, key):
         count = x0.shape[0]
         key_t, key_noise = jax.random.split(key)
-        t = ((jnp.arange(count) + jax.random.uniform(key_t, (count,))) / count * len(signal)).astype(jnp.int32)
+        t = stratified_timesteps(key_t, count, len(signal))
         alpha, sigma = (jnp.sqrt(v)[:, None, None, None] for v in (signal[t], 1 - signal[t]))
         x = alpha * x0 + sigma * jax.random.normal(key_noise, x0.shape)
         free, steered = outputs(fixed, x, t, ids)

@@ -10,8 +10,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
-
+from sdtpu_worker.diffusion.tokens import ALPHABET
 from tools.embedded_checkpoint.scenes import COLOURS, SHAPES
 
 WORDS = (
@@ -25,9 +24,9 @@ MAX_LENGTH = 77
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write `vocab.json`, `merges.txt` and the configs that `CLIPTokenizer.from_pretrained` reads."""
+    """Write `vocab.json`, `merges.txt` and the configs that transformers' `CLIPTokenizer` reads, as ours does."""
     folder.mkdir(parents=True, exist_ok=True)
-    alphabet = list(bytes_to_unicode().values())
+    alphabet = ALPHABET
     merges = _learn_merges()
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges), START, END]
     vocab = {token: i for i, token in enumerate(tokens)}

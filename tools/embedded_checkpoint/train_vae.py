@@ -2,8 +2,8 @@
 
     python -m tools.embedded_checkpoint.train_vae --work DIR
 
-Takes about 25 minutes on two cores and logs a line every 50 steps. Writes `DIR/vae/`: the config and the weights in the
-diffusers Flax layout, in float32, and `reconstructions.png`, which shows held-out scenes above their reconstructions.
+Takes about 25 minutes on two cores and logs a line every 50 steps. Writes `DIR/vae/`: the config and the weights under
+PyTorch's names, in float32, and `reconstructions.png`, which shows held-out scenes above their reconstructions.
 
 The training has two phases. The first trains encoder and decoder together, on squared and absolute errors with more
 weight near edges, and a small KL term. The second trains the decoder alone, on latents with a little noise, so that
@@ -13,10 +13,8 @@ small errors of the UNet do little harm.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from diffusers import FlaxAutoencoderKL
-from flax.serialization import to_bytes
-from jax.sharding import Mesh, PartitionSpec
 from PIL import Image
 
+from sdtpu_worker.models.network import Network
+from tools.embedded_checkpoint.parts import Params, autoencoder, init_params, make_step, on_both_cores, save_part
 from tools.embedded_checkpoint.scenes import IMAGE_SIZE, every_scene
 
 CONFIG = {
     "in_channels": 3,
     "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (16, 32, 64, 64),
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [16, 32, 64, 64],
     "layers_per_block": 1,
     "latent_channels": 4,
     "norm_num_groups": 4,
@@ -46,26 +43,24 @@ BATCH = 16
 KL_WEIGHT = 1e-3
 EDGE_WEIGHT = 4.0
 LATENT_NOISE = 0.12
-_REPLICATED = PartitionSpec()
-_SPLIT = PartitionSpec("batch")
 
 
 def draw_training_set(count: int, seed: int = 0) -> tuple[np.ndarray, list]:
-    """Return pictures of `count` training scenes, `(count, 3, 64, 64) uint8`, and their `Scene`s; none is held out."""
+    """Return pictures of `count` training scenes, `(count, 64, 64, 3) uint8`, and their `Scene`s; none is held out."""
     rng = random.Random(seed)
     scenes = [scene for scene in every_scene() if not scene.held_out]
     rng.shuffle(scenes)
     chosen = [scenes[i % len(scenes)] for i in range(count)]
-    pixels = np.stack([np.asarray(scene.draw(rng)).transpose(2, 0, 1) for scene in chosen])
+    pixels = np.stack([np.asarray(scene.draw(rng)) for scene in chosen])
     return pixels, chosen
 
 
 def edge_weights(x: jax.Array) -> jax.Array:
-    """Return loss weights for each pixel, `(n, 1, h, w)`: 1 on plain areas, up to 1 + EDGE_WEIGHT near an edge."""
-    dx = jnp.abs(jnp.diff(x, axis=3, append=x[..., -1:])).max(1, keepdims=True)
-    dy = jnp.abs(jnp.diff(x, axis=2, append=x[..., -1:, :])).max(1, keepdims=True)
+    """Return loss weights for each pixel, `(n, h, w, 1)`: 1 on plain areas, up to 1 + EDGE_WEIGHT near an edge."""
+    dx = jnp.abs(jnp.diff(x, axis=2, append=x[:, :, -1:])).max(-1, keepdims=True)
+    dy = jnp.abs(jnp.diff(x, axis=1, append=x[:, -1:])).max(-1, keepdims=True)
     edges = jnp.clip(dx + dy, 0, 1)
-    edges = jax.lax.reduce_window(edges, 0.0, jax.lax.max, (1, 1, 5, 5), (1, 1, 1, 1), "SAME")
+    edges = jax.lax.reduce_window(edges, 0.0, jax.lax.max, (1, 5, 5, 1), (1, 1, 1, 1), "SAME")
     return 1 + EDGE_WEIGHT * edges
 
 
@@ -83,82 +78,67 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_900, help="steps of encoder and decoder together")
     parser.add_argument("--decoder-steps", type=int, default=1_000, help="further steps of the decoder alone")
     args = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", 2)
-    mesh = Mesh(np.array(jax.devices()), ("batch",))
-    out = args.work / "vae"
-    out.mkdir(parents=True, exist_ok=True)
+    mesh = on_both_cores()
     images, _ = draw_training_set(args.scenes)
-    vae = FlaxAutoencoderKL(**CONFIG)
-    params = vae.init_weights(jax.random.key(0))
+    encoder, decoder, shapes = autoencoder(CONFIG)
+    params = init_params(shapes, jax.random.key(0))
 
-    joint_loss, decoder_loss = make_losses(vae)
+    joint_loss, decoder_loss = make_losses(encoder, decoder)
     for name, loss_fn, steps, peak in (
         ("joint", joint_loss, args.steps, 2e-3),
         ("decoder", decoder_loss, args.decoder_steps, 1e-3),
     ):
         schedule = optax.warmup_cosine_decay_schedule(1e-4, peak, 100, steps, peak / 20)
         optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-        state = optimiser.init(params)
-
-        @partial(jax.jit, donate_argnums=(0, 1))
-        def step(params, state, x, key, loss_fn=loss_fn, optimiser=optimiser):
-            def local(params, x, key):
-                key = jax.random.fold_in(key, jax.lax.axis_index("batch"))
-                x = x.astype(jnp.float32) / 127.5 - 1
-                return jax.lax.pmean(jax.value_and_grad(loss_fn)(params, x, key), "batch")
-
-            specs = (_REPLICATED, _SPLIT, _REPLICATED)
-            loss, grads = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_REPLICATED, check_vma=False)(
-                params, x, key
-            )
-            updates, state = optimiser.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
-
+        state, step = optimiser.init(params), make_step(loss_fn, optimiser, mesh, ema_decay=0.0)
         rng, started, losses = np.random.default_rng(len(name)), time.monotonic(), []
+        average = jax.tree.map(jnp.copy, params)
         for i in range(steps):
             batch = images[rng.integers(len(images), size=BATCH)]
-            params, state, loss = step(params, state, batch, jax.random.key(i))
+            params, average, state, loss = step(params, average, state, None, (batch,), jax.random.key(i))
             losses.append(loss)
             if (i + 1) % 50 == 0:
                 mean = float(jnp.mean(jnp.stack(losses[-50:])))
                 print(f"{name} {i + 1}/{steps} loss {mean:.5f} {time.monotonic() - started:.0f} s", flush=True)
             if (i + 1) % 400 == 0 or i + 1 == steps:
-                save(vae, params, images, out)
+                save(encoder, decoder, params, images, args.work)
 
 
-def make_losses(vae: FlaxAutoencoderKL) -> tuple[Any, Any]:
-    """Return the losses of the two phases, each `loss_fn(params, x, key)` of a batch in [-1, 1]."""
+def make_losses(encoder: Network, decoder: Network) -> tuple[Any, Any]:
+    """Return the losses of the two phases for `make_step`; a batch is pictures, `(n, 64, 64, 3) uint8`."""
 
-    def joint_loss(params, x, key):
-        posterior = vae.apply({"params": params}, x, method=vae.encode).latent_dist
-        z = posterior.sample(key).transpose(0, 3, 1, 2)
-        y = vae.apply({"params": params}, z, method=vae.decode).sample
-        return reconstruction_loss(x, y) + KL_WEIGHT * jnp.mean(posterior.kl()) / posterior.mean[0].size
+    def joint_loss(params, _, pixels, key):
+        x = pixels.astype(jnp.float32) / 127.5 - 1
+        moments = encoder(params, x)
+        z = moments.mean + jnp.exp(moments.logvar / 2) * jax.random.normal(key, moments.mean.shape)
+        divergence = (moments.mean**2 + jnp.exp(moments.logvar) - 1 - moments.logvar) / 2
+        loss = reconstruction_loss(x, decoder(params, z)) + KL_WEIGHT * jnp.mean(divergence)
+        return loss, loss
 
-    def decoder_loss(params, x, key):
-        z = vae.apply({"params": params}, x, method=vae.encode).latent_dist.mean
-        z = jax.lax.stop_gradient(z)
+    def decoder_loss(params, _, pixels, key):
+        x = pixels.astype(jnp.float32) / 127.5 - 1
+        z = jax.lax.stop_gradient(encoder(params, x).mean)
         z = z + LATENT_NOISE * jnp.std(z) * jax.random.normal(key, z.shape)
-        y = vae.apply({"params": params}, z.transpose(0, 3, 1, 2), method=vae.decode).sample
-        return reconstruction_loss(x, y)
+        loss = reconstruction_loss(x, decoder(params, z))
+        return loss, loss
 
     return joint_loss, decoder_loss
 
 
-def save(vae: FlaxAutoencoderKL, params: dict, images: np.ndarray, out: Path) -> None:
+def save(encoder: Network, decoder: Network, params: Params, images: np.ndarray, work: Path) -> None:
     """Write the config, the weights and a picture of reconstructions; the scaling factor is measured on `images`."""
-    encode = jax.jit(lambda x: vae.apply({"params": params}, x / 127.5 - 1, method=vae.encode).latent_dist.mean)
-    decode = jax.jit(lambda z: vae.apply({"params": params}, z.transpose(0, 3, 1, 2), method=vae.decode).sample)
-    scaling_factor = 1 / float(jnp.std(jnp.concatenate([encode(images[i : i + 64]) for i in range(0, 1024, 64)])))
-    config = {"_class_name": "FlaxAutoencoderKL", **CONFIG, "act_fn": "silu", "scaling_factor": scaling_factor}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "diffusion_flax_model.msgpack").write_bytes(to_bytes(jax.device_get(params)))
+    encode = jax.jit(lambda x: encoder(params, x / 127.5 - 1).mean)
+    decode = jax.jit(lambda z: decoder(params, z))
+    parts = [encode(images[i : i + 64].astype(np.float32)) for i in range(0, 1024, 64)]
+    scaling_factor = 1 / float(jnp.std(jnp.concatenate(parts)))
+    config = {"_class_name": "AutoencoderKL", **CONFIG, "act_fn": "silu", "scaling_factor": scaling_factor}
+    save_part(work, "vae", config, params, np.float32)
     rng = random.Random(1)
     held_out = rng.sample([scene for scene in every_scene() if scene.held_out], 32)
-    x = np.stack([np.asarray(scene.draw(rng)).transpose(2, 0, 1) for scene in held_out])
-    y = np.clip((np.asarray(decode(encode(x))) + 1) * 127.5, 0, 255).astype(np.uint8)
-    rows = [np.concatenate(list(row.transpose(0, 2, 3, 1)), axis=1) for row in (x[:16], y[:16], x[16:], y[16:])]
-    Image.fromarray(np.concatenate(rows)).save(out / "reconstructions.png")
+    x = np.stack([np.asarray(scene.draw(rng)) for scene in held_out])
+    y = np.clip((np.asarray(decode(encode(x.astype(np.float32)))) + 1) * 127.5, 0, 255).astype(np.uint8)
+    rows = [np.concatenate(list(row), axis=1) for row in (x[:16], y[:16], x[16:], y[16:])]
+    Image.fromarray(np.concatenate(rows)).save(work / "vae" / "reconstructions.png")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,7 @@ class GenerationResult:
         timings: how long the job took.
         batch: the device and the slot that made the image.
         options: the other parameters that were given, such as `sigmas` and `clip_skip`.
+        loras: `{"name", "weight"}` of each LoRA that is merged into the worker's checkpoint.
     """
 
     task_id: str
@@ -89,6 +90,7 @@ class GenerationResult:
     timings: Timings
     batch: BatchPlace
     options: Mapping[str, Any] = field(default_factory=dict)
+    loras: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a JSON-compatible dict, with the seed also as text: JavaScript rounds large integers."""

@@ -193,6 +193,7 @@ class EngineInfo:
         trace_s, compile_s: seconds that tracing and compiling the programs took.
         cache_hits, cache_misses: programs that came from the persistent compilation cache, and that did not.
         default_steps: denoising steps of a request that names none.
+        loras: `(name, weight)` of those that are merged into the model.
     """
 
     model: str
@@ -209,6 +210,7 @@ class EngineInfo:
     cache_hits: int = 0
     cache_misses: int = 0
     default_steps: int = DEFAULT_STEPS
+    loras: tuple[tuple[str, float], ...] = ()
 
     @property
     def num_slots(self) -> int:

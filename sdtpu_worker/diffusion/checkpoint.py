@@ -14,11 +14,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from sdtpu_worker.contract.request import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, GenerationRequest
-from sdtpu_worker.diffusion.checkpoint_folder import check_classes, find_folder, read_classes, read_json
+from sdtpu_worker.diffusion.checkpoint_folder import Folder, find_folder
 from sdtpu_worker.diffusion.families.family import Family, Params
+from sdtpu_worker.diffusion.lora import Loras, MergedLora
 from sdtpu_worker.diffusion.parts import Parts
 from sdtpu_worker.diffusion.samplers import NoiseSchedule
-from sdtpu_worker.diffusion.weights import read_weights
+from sdtpu_worker.diffusion.single_file import SingleFile
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 from sdtpu_worker.models import networks
 from sdtpu_worker.models.configs import read_safety_checker_config
@@ -79,6 +80,7 @@ class Checkpoint:
         schedule: the noise schedule with the whole scheduler config.
         defaults: what a request gets that asks for nothing else.
         safety_checker: None for a checkpoint without one.
+        loras: what was merged into the parameters.
     """
 
     name: str
@@ -88,46 +90,86 @@ class Checkpoint:
     schedule: NoiseSchedule
     defaults: Defaults
     safety_checker: LoadedSafetyChecker | None
+    loras: tuple[MergedLora, ...] = ()
 
 
-def load_checkpoint(name: str, dtype: Any = jnp.float32, revision: str = "main", guidance: str = "auto") -> Checkpoint:
+@dataclass(frozen=True)
+class LoadOptions:
+    """What the settings say about loading besides the checkpoint's name.
+
+    Attributes:
+        revision: of a hub checkpoint.
+        guidance: `on`: every job has a row for its negative prompt; `off`: none has; `auto`: as the checkpoint needs.
+        tokenizer: folder with CLIP's vocabulary, for a checkpoint in one file.
+        prediction_type: `epsilon` or `v_prediction`, for a checkpoint in one file; `auto` for what is known of it.
+        loras_merged: `(file, weight)` of LoRAs to merge.
+    """
+
+    revision: str = "main"
+    guidance: str = "auto"
+    tokenizer: str | None = None
+    prediction_type: str = "auto"
+    loras_merged: tuple[tuple[str, float], ...] = ()
+
+
+def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | None = None) -> Checkpoint:
     """Load a checkpoint.
 
     Args:
-        name: a folder, a hub name like `owner/name`, or `embedded` for the shipped one.
+        name: a folder or a `.safetensors` file, a hub name like `owner/name`, or `embedded` for the shipped one.
         dtype: of the parameters and the computation, `jnp.float32` or `jnp.bfloat16`.
-        revision: of a hub checkpoint.
-        guidance: `on`: every job has a row for its negative prompt; `off`: none has; `auto`: as the checkpoint needs.
+        options: what else the settings say.
 
     Raises:
         InvalidCheckpoint: the checkpoint is missing, half-written, not of a family that is served, has a config that is
-            not honoured in every key, or weights in another format than msgpack or safetensors.
-        ConfigurationError: `guidance` is `on` for a checkpoint that is told the guidance scale instead.
+            not honoured in every key, or weights in another format than msgpack or safetensors; or a LoRA does not fit.
+        ConfigurationError: a setting does not fit the checkpoint.
     """
-    folder = find_folder(name, revision)
-    classes = read_classes(folder)
-    check_classes(folder, classes)
-    is_xl = "text_encoder_2" in classes
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", folder)
+    options = options or LoadOptions()
+    source = _open(find_folder(name, options.revision), options)
     # PyTorch's pipelines for 1.x and 2.x mend outdated configs; the one for XL does not.
-    schedule = NoiseSchedule.from_config(scheduler_config, corrects_outdated=not is_xl)
-    parts = Parts(folder, dtype)
+    schedule = NoiseSchedule.from_config(source.scheduler_config, corrects_outdated=not source.is_xl)
+    loras = Loras(options.loras_merged)
+    parts = Parts(source, dtype, loras)
     defaults = _defaults(schedule, parts.guidance_width)
-    if guidance == "on" and parts.guidance_width:
+    if options.guidance == "on" and parts.guidance_width:
         raise ConfigurationError(
             f"sdtpu_guidance must be auto or off for {name}: its UNet is told the guidance scale (time_cond_proj_dim),"
             " and makes one prediction of it, got on"
         )
-    is_guided = guidance == "on" or (guidance == "auto" and not parts.guidance_width and defaults.guidance_scale > 1)
+    needs_guidance = not parts.guidance_width and defaults.guidance_scale > 1
     return Checkpoint(
         name=name,
         dtype=dtype,
-        family=parts.family(is_guided, is_xl),
+        family=parts.family(is_guided=needs_guidance if options.guidance == "auto" else options.guidance == "on"),
         params=parts.params,
         schedule=schedule,
         defaults=defaults,
-        safety_checker=_load_safety_checker(folder) if "safety_checker" in classes else None,
+        safety_checker=_load_safety_checker(source) if source.has_safety_checker else None,
+        loras=loras.merged,
     )
+
+
+def _open(path: Path, options: LoadOptions) -> Folder | SingleFile:
+    """Return a folder or a file.
+
+    Raises:
+        ConfigurationError: a setting for files is set, and this is a folder.
+    """
+    prediction_type = None if options.prediction_type == "auto" else options.prediction_type
+    if path.is_file():
+        return SingleFile(path, options.tokenizer, prediction_type)
+    if prediction_type is not None:
+        raise ConfigurationError(
+            f"sdtpu_prediction_type must be auto for {path}: it is a folder, whose scheduler_config.json says it; it is"
+            " for checkpoints in one file"
+        )
+    if options.tokenizer is not None:
+        raise ConfigurationError(
+            f"sdtpu_tokenizer must not be set for {path}: it is a folder, which has its own; the setting is for"
+            " checkpoints in one file"
+        )
+    return Folder(path)
 
 
 def _defaults(schedule: NoiseSchedule, guidance_width: int) -> Defaults:
@@ -146,15 +188,17 @@ def _defaults(schedule: NoiseSchedule, guidance_width: int) -> Defaults:
     return Defaults(sampler, DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE)
 
 
-def _load_safety_checker(folder: Path) -> LoadedSafetyChecker:
+def _load_safety_checker(source: Folder | SingleFile) -> LoadedSafetyChecker:
     from transformers import CLIPImageProcessor
 
     try:
-        path = folder / "safety_checker" / "config.json"
-        network = networks.safety_checker(read_safety_checker_config(read_json(path, folder), str(path)))
-        extractor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
+        config = read_safety_checker_config(source.config("safety_checker"), source.label("safety_checker"))
+        network = networks.safety_checker(config)
+        extractor = CLIPImageProcessor.from_pretrained(Path(source.name) / "feature_extractor", local_files_only=True)
     except InvalidCheckpoint:
         raise
     except Exception as exc:  # a config that makes no model fails in as many ways as there are fields
-        raise InvalidCheckpoint(f"{folder}: the safety checker cannot be used: {type(exc).__name__}: {exc}") from exc
-    return LoadedSafetyChecker(network, read_weights(folder, "safety_checker", network.shapes, jnp.float32), extractor)
+        raise InvalidCheckpoint(
+            f"{source.name}: the safety checker cannot be used: {type(exc).__name__}: {exc}"
+        ) from exc
+    return LoadedSafetyChecker(network, source.weights("safety_checker", network.shapes, jnp.float32), extractor)

@@ -8,7 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sdtpu_worker.diffusion.weights import find_weights
+import numpy as np
+
+from sdtpu_worker.diffusion.tokens import PromptTokenizer
+from sdtpu_worker.diffusion.weights import Deltas, find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
 
 EMBEDDED = "embedded"
@@ -23,7 +26,7 @@ _SERVED = "this worker runs Stable Diffusion 1.x, 2.x and XL checkpoints, and wh
 
 
 def find_folder(name: str, revision: str) -> Path:
-    """Return the folder of a checkpoint; one from a hub is downloaded.
+    """Return the folder of a checkpoint, or its file; one from a hub is downloaded.
 
     Raises:
         InvalidCheckpoint: there is none of this name.
@@ -31,16 +34,18 @@ def find_folder(name: str, revision: str) -> Path:
     if name == EMBEDDED:
         return _EMBEDDED_FOLDER
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
         return folder
     if folder.is_file():
         raise InvalidCheckpoint(
-            f"sdtpu_model must be a folder in the diffusers layout, got the file {name!r}; convert it where it is"
-            " trusted, with diffusers' `from_single_file` and `save_pretrained(safe_serialization=True)`"
+            f"sdtpu_model must be a folder in the diffusers layout or a .safetensors file, got the file {name!r};"
+            " convert it where it is trusted, with diffusers' `from_single_file` and"
+            " `save_pretrained(safe_serialization=True)`"
         )
     if name.startswith(("/", ".", "~")) or name.count("/") != 1 or folder.exists():
         raise InvalidCheckpoint(
-            f"sdtpu_model must be a folder, a hub name like 'owner/name', or '{EMBEDDED}'; there is no folder {name!r}"
+            f"sdtpu_model must be a folder, a .safetensors file, a hub name like 'owner/name', or '{EMBEDDED}';"
+            f" there is no folder {name!r}"
         )
     try:
         return _download(name, revision)
@@ -51,6 +56,54 @@ def find_folder(name: str, revision: str) -> Path:
             f"no folder {name!r} here, and the hub did not give a checkpoint of that name at revision"
             f" {revision!r} ({type(exc).__name__}: {exc}); check sdtpu_model and sdtpu_revision"
         ) from exc
+
+
+class Folder:
+    """A checkpoint in the diffusers layout; `single_file.SingleFile` gives the same of one file.
+
+    Args:
+        path: of the folder.
+
+    Attributes:
+        name: for errors.
+        is_xl: it has two text encoders.
+        has_safety_checker: it has one.
+        scheduler_config: the scheduler's.
+        zeroes_empty: an XL checkpoint takes zeros for an empty negative prompt.
+
+    Raises:
+        InvalidCheckpoint: it is no checkpoint that this worker runs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path = str(path), path
+        classes = read_classes(path)
+        check_classes(path, classes)
+        self.is_xl, self.has_safety_checker = "text_encoder_2" in classes, "safety_checker" in classes
+        self.scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", path)
+        index = read_json(path / "model_index.json", path)
+        self.zeroes_empty = bool(index.get("force_zeros_for_empty_prompt", True))
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        """Return a part's config."""
+        return read_json(self.path / part / "config.json", self.path)
+
+    def label(self, part: str) -> str:
+        """Return what an error calls a part's config."""
+        return str(self.path / part / "config.json")
+
+    def tokenizer(self, name: str, most: int) -> PromptTokenizer:
+        """Return the tokenizer in a folder of this name."""
+        return PromptTokenizer.from_folder(self.path / name, most)
+
+    def weights(
+        self, part: str, shapes: Mapping[str, tuple[int, ...]], dtype: Any, deltas: Deltas | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return a part's parameters; see `weights.read_weights`."""
+        return read_weights(self.path, part, shapes, dtype, deltas)
+
+    def check_all_used(self) -> None:
+        """Do nothing: every file of a folder is checked when it is read."""
 
 
 def _download(name: str, revision: str) -> Path:

@@ -337,6 +337,7 @@ def _describe(
         cache_hits=programs.cache_hits,
         cache_misses=programs.cache_misses,
         default_steps=checkpoint.defaults.num_inference_steps,
+        loras=tuple((lora.name, lora.weight) for lora in checkpoint.loras),
     )
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from sdtpu_worker.diffusion.checkpoint_folder import read_json
+from sdtpu_worker.diffusion.checkpoint_folder import Folder
 from sdtpu_worker.diffusion.families.stable_diffusion import StableDiffusion
 from sdtpu_worker.diffusion.families.stable_diffusion_xl import StableDiffusionXL
+from sdtpu_worker.diffusion.lora import Loras
+from sdtpu_worker.diffusion.single_file import SingleFile
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
-from sdtpu_worker.diffusion.weights import read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
 from sdtpu_worker.models import networks
 from sdtpu_worker.models.configs import read_autoencoder_config, read_clip_text_config, read_unet_config
@@ -24,12 +24,13 @@ class Parts:
     """Reads the parts of one checkpoint, and keeps the parameters.
 
     Args:
-        folder: of the checkpoint.
+        source: the folder or the file.
         dtype: of parameters and computation.
+        loras: what is merged into the parameters.
     """
 
-    def __init__(self, folder: Path, dtype: Any) -> None:
-        self.folder, self.dtype = folder, dtype
+    def __init__(self, source: Folder | SingleFile, dtype: Any, loras: Loras) -> None:
+        self.source, self.dtype, self._loras = source, dtype, loras
         self.params: dict[str, dict[str, Any]] = {}
         self._configs: dict[str, Any] = {}
         self._unet_config = self._config("unet", read_unet_config)
@@ -39,17 +40,19 @@ class Parts:
         """Width of the embedding by which a distilled UNet is told the guidance scale; 0 for other UNets."""
         return self._unet_config.time_cond_proj_dim or 0
 
-    def family(self, is_guided: bool, is_xl: bool) -> StableDiffusion | StableDiffusionXL:
+    def family(self, is_guided: bool) -> StableDiffusion | StableDiffusionXL:
         """Read everything, and return the family.
 
         Args:
             is_guided: every job has a row for its negative prompt.
-            is_xl: there are two text encoders.
 
         Raises:
             InvalidCheckpoint: a part is broken, or does not fit another.
         """
-        return self._stable_diffusion_xl(is_guided) if is_xl else self._stable_diffusion(is_guided)
+        family = self._stable_diffusion_xl(is_guided) if self.source.is_xl else self._stable_diffusion(is_guided)
+        self.source.check_all_used()
+        self._loras.check_all_used()
+        return family
 
     def _stable_diffusion(self, is_guided: bool) -> StableDiffusion:
         text_encoder, tokenizer, config = self._text_encoder("text_encoder", "tokenizer", projection=False)
@@ -67,7 +70,6 @@ class Parts:
         second, tokenizer_2, config_2 = self._text_encoder("text_encoder_2", "tokenizer_2", projection=True)
         width = config.hidden_size + config_2.hidden_size
         self._check_context(width)
-        index = read_json(self.folder / "model_index.json", self.folder)
         return StableDiffusionXL(
             text_encoder=first,
             text_encoder_2=second,
@@ -76,7 +78,7 @@ class Parts:
             width=width,
             layers=min(config.num_hidden_layers, config_2.num_hidden_layers),
             pooled_width=config_2.projection_dim,
-            zeroes_empty=bool(index.get("force_zeros_for_empty_prompt", True)),
+            zeroes_empty=self.source.zeroes_empty,
             **self._latent_unet(is_guided, force_upcast=True),
         )
 
@@ -91,7 +93,7 @@ class Parts:
         unet_config = self._unet_config
         if unet_config.in_channels != vae_config.latent_channels:
             raise InvalidCheckpoint(
-                f"{self.folder}: the UNet takes {unet_config.in_channels} channels and the VAE has"
+                f"{self.source.name}: the UNet takes {unet_config.in_channels} channels and the VAE has"
                 f" {vae_config.latent_channels}; inpainting and image-conditioned checkpoints are not supported"
             )
         in_float32 = force_upcast and bool(self._configs["vae"].get("force_upcast"))
@@ -99,7 +101,7 @@ class Parts:
         unet = self._network("unet", lambda: networks.unet(unet_config), self.dtype)
         decoder = self._decoder(vae_config, decoder_dtype)
         factor = 2 ** (len(vae_config.block_out_channels) - 1)
-        height, width = _pair(unet_config.sample_size, self.folder)
+        height, width = _pair(unet_config.sample_size, self.source.name)
         return {
             "unet": unet,
             "decoder": decoder,
@@ -121,30 +123,30 @@ class Parts:
         """Return the half of the autoencoder that is used; all tensors of both halves must be there."""
         decoder = self._make(lambda: networks.decoder(config), "vae")
         encoder = self._make(lambda: networks.encoder(config), "vae")
-        tensors = read_weights(self.folder, "vae", {**decoder.shapes, **encoder.shapes}, dtype)
+        tensors = self.source.weights("vae", {**decoder.shapes, **encoder.shapes}, dtype)
         self.params["vae"] = {name: tensors[name] for name in decoder.shapes}
         return decoder
 
     def _text_encoder(self, part: str, tokenizer: str, projection: bool) -> tuple[Network, PromptTokenizer, Any]:
         config = self._config(part, read_clip_text_config)
-        prompts = PromptTokenizer.from_folder(self.folder / tokenizer, config.max_position_embeddings)
+        prompts = self.source.tokenizer(tokenizer, config.max_position_embeddings)
         return self._network(part, lambda: networks.text_encoder(config, projection), self.dtype), prompts, config
 
     def _config(self, part: str, read: Callable[..., Any]) -> Any:
         """Return a part's config, and keep its JSON."""
-        path = self.folder / part / "config.json"
-        self._configs[part] = dict(read_json(path, self.folder))
+        label, self._configs[part] = self.source.label(part), dict(self.source.config(part))
         try:
-            return read(self._configs[part], str(path))
+            return read(self._configs[part], label)
         except InvalidCheckpoint:
             raise
         except Exception as exc:  # a config that makes no model fails in as many ways as there are fields
-            raise InvalidCheckpoint(f"{path}: this config cannot be used: {type(exc).__name__}: {exc}") from exc
+            raise InvalidCheckpoint(f"{label}: this config cannot be used: {type(exc).__name__}: {exc}") from exc
 
     def _network(self, part: str, make: Callable[[], Network], dtype: Any) -> Network:
         """Return a network, and keep its parameters."""
         network = self._make(make, part)
-        self.params[part] = read_weights(self.folder, part, network.shapes, dtype)
+        deltas = self._loras.deltas(part, network.shapes)
+        self.params[part] = self.source.weights(part, network.shapes, dtype, deltas)
         return network
 
     def _make(self, make: Callable[[], Network], part: str) -> Network:
@@ -152,21 +154,21 @@ class Parts:
             return make()
         except Exception as exc:  # as above, with as many ways as there are layers
             raise InvalidCheckpoint(
-                f"{self.folder / part}: this config cannot be used: {type(exc).__name__}: {exc}"
+                f"{self.source.label(part)}: this config cannot be used: {type(exc).__name__}: {exc}"
             ) from exc
 
     def _check_context(self, width: int) -> None:
         widths = self._unet_config.cross_attention_dim
         if any(each != width for each in (widths if isinstance(widths, list | tuple) else [widths])):
             raise InvalidCheckpoint(
-                f"{self.folder}: cross_attention_dim of the UNet must be {width}, what its text encoder makes,"
+                f"{self.source.name}: cross_attention_dim of the UNet must be {width}, what its text encoder makes,"
                 f" got {brief(widths)}"
             )
 
 
-def _pair(value: Any, folder: Path) -> tuple[int, int]:
+def _pair(value: Any, name: str) -> tuple[int, int]:
     if value is None:
-        raise InvalidCheckpoint(f"{folder}: sample_size of the UNet must be an integer, or two of them, got none")
+        raise InvalidCheckpoint(f"{name}: sample_size of the UNet must be an integer, or two of them, got none")
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 

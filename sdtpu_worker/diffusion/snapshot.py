@@ -144,7 +144,7 @@ def fingerprint_of(checkpoint: Checkpoint, lane: Lane, slots_per_device: int, de
     digest = hashlib.blake2b(digest_size=16)
     facts: list[Any] = [jax.__version__, jaxlib.__version__, device_kind, jax.local_device_count()]
     facts += [str(checkpoint.dtype), lane, slots_per_device]
-    facts += [_plain(checkpoint.schedule.config), _plain(checkpoint.family.facts())]
+    facts += [_plain(checkpoint.schedule.config), _plain(checkpoint.family.facts()), checkpoint.loras]
     digest.update(repr(facts).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):
         array = np.asarray(leaf).reshape(-1)

@@ -14,7 +14,7 @@ from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.config import Config
 from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.calibration import calibrate
-from sdtpu_worker.diffusion.checkpoint import Checkpoint, load_checkpoint
+from sdtpu_worker.diffusion.checkpoint import Checkpoint, LoadOptions, load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import find_devices
 from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, saved_choice_file
@@ -42,7 +42,12 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
     with CompileCache(config.compile_cache) as cache:
         dtype = choose_dtype(config.dtype, devices[0].platform)
         on_phase(f"loading the checkpoint {config.model}")
-        checkpoint = load_checkpoint(config.model, dtype, config.revision, config.guidance)
+        options = LoadOptions(
+            config.revision, config.guidance, config.tokenizer, config.prediction_type, config.loras_merged
+        )
+        checkpoint = load_checkpoint(config.model, dtype, options)
+        for lora in checkpoint.loras:
+            logger.info("merged the LoRA %s with the weight %g into %d tensors", lora.name, lora.weight, lora.count)
         logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
 
         def make(slots_per_device: int) -> Engine:

@@ -49,6 +49,12 @@ class StoredTensor:
         shape = tuple(self.shape[axis] for axis in axes)
         return replace(self, shape=shape, read=lambda: self.read().transpose(axes))
 
+    def third(self, number: int) -> StoredTensor:
+        """Return one of three parts of equal size along the first axis, the first being number 0."""
+        size = self.shape[0] // 3
+        part = slice(number * size, (number + 1) * size)
+        return replace(self, shape=(size, *self.shape[1:]), read=lambda: self.read()[part])
+
     def reshaped(self, shape: tuple[int, ...]) -> StoredTensor:
         """Return the tensor with another shape of the same size."""
         return replace(self, shape=shape, read=lambda: self.read().reshape(shape))

@@ -77,7 +77,7 @@ class Vocabulary:
     length: int | None
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Vocabulary:
+    def from_folder(cls, folder: Path, pad_token: str | None = None) -> Vocabulary:
         """Read `vocab.json` and `merges.txt`, else `tokenizer.json`, with the configs beside them.
 
         Raises:
@@ -103,6 +103,8 @@ class Vocabulary:
             config |= _read_json(folder / "special_tokens_map.json")
             for token, index in _read_json(folder / "added_tokens.json").items():
                 _add(added, lone, index, {"content": token})
+        if pad_token is not None:
+            config["pad_token"] = pad_token
         special = {name: _text(config.get(name) or default) for name, default in _DEFAULTS.items()}
         for token in (*special.values(), *map(_text, config.get("additional_special_tokens") or ())):
             if token not in added and token not in ids:
@@ -151,14 +153,19 @@ class PromptTokenizer:
         )
 
     @classmethod
-    def from_folder(cls, folder: Path, most: int) -> PromptTokenizer:
+    def from_folder(cls, folder: Path, most: int, pad_token: str | None = None) -> PromptTokenizer:
         """Read a checkpoint's folder `tokenizer`.
+
+        Args:
+            folder: with the vocabulary and its configs.
+            most: how many positions the text encoder has.
+            pad_token: what prompts are filled up with, instead of what the configs say.
 
         Raises:
             InvalidCheckpoint: a file is missing or cannot be used.
         """
         try:
-            return cls(Vocabulary.from_folder(folder), most)
+            return cls(Vocabulary.from_folder(folder, pad_token), most)
         except Exception as exc:  # `tokenizers` raises bare ones
             raise InvalidCheckpoint(f"{folder}: the tokenizer cannot be used: {type(exc).__name__}: {exc}") from exc
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from sdtpu_worker.diffusion.stored_tensors import StoredTensor, open_safetensors
 from sdtpu_worker.errors import InvalidCheckpoint
 from sdtpu_worker.models.layout import axes_from_pytorch
 
-Tensors = dict[str, StoredTensor]
+Tensors = Mapping[str, StoredTensor]
+Deltas = Mapping[str, Callable[[], np.ndarray]]
+"""By name, what computes a float32 array to add to a parameter, in this package's layout."""
 
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _FLAX_STEMS = {"unet": "diffusion_flax_model", "vae": "diffusion_flax_model"}
@@ -35,7 +37,8 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _BUFFERS = ("position_ids",)  # PyTorch stores these constants, the networks compute them
 _HARMLESS = ("logit_scale", "text_projection.weight", "text_model.text_projection.weight")
 """What text encoders are saved with that Stable Diffusion does not use."""
-_TEXT_PREFIX = "text_model."
+_PREFIXES = ("text_model.", "vision_model.")
+"""Of CLIP's encoders, which transformers 5 leaves out."""
 _REMEDY = (
     "convert it where it is trusted: load it with diffusers' `from_pretrained` and write it with"
     " `save_pretrained(safe_serialization=True)`"
@@ -63,7 +66,9 @@ def find_weights(folder: Path, part: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read_weights(folder: Path, part: str, shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> dict[str, np.ndarray]:
+def read_weights(
+    folder: Path, part: str, shapes: Mapping[str, tuple[int, ...]], dtype: Any, deltas: Deltas | None = None
+) -> dict[str, np.ndarray]:
     """Return a part's parameters as host arrays, by PyTorch's names, in the layout of `models/layout.py`.
 
     One tensor after the other is read and cast, so that the memory of one is all that is needed beside the result.
@@ -73,6 +78,7 @@ def read_weights(folder: Path, part: str, shapes: Mapping[str, tuple[int, ...]],
         part: `unet`, `vae`, `text_encoder`, `text_encoder_2` or `safety_checker`.
         shapes: of the network's parameters.
         dtype: of the parameters that are returned.
+        deltas: by name, what is added to a parameter before it is cast.
 
     Raises:
         InvalidCheckpoint: the part has no weights of an allowed format, or they are broken, or do not fit the shapes.
@@ -82,19 +88,47 @@ def read_weights(folder: Path, part: str, shapes: Mapping[str, tuple[int, ...]],
         raise InvalidCheckpoint(_describe_missing(folder, part))
     if path.suffix == ".msgpack":
         found = {flax_name(leaf): value for leaf, value in _read_msgpack(path).items()}
-    else:
-        tensors, flax_layout = _open_all(path)
-        if flax_layout:
-            found = {flax_name(tuple(name.split("."))): tensor for name, tensor in tensors.items()}
-        else:
-            found = {name: _in_our_layout(name, tensor) for name, tensor in _modern_names(tensors, shapes).items()}
+        return _fit(path, found, shapes, dtype, deltas)
+    tensors, flax_layout = _open_all(path)
+    if flax_layout:
+        found = {flax_name(tuple(name.split("."))): tensor for name, tensor in tensors.items()}
+        return _fit(path, found, shapes, dtype, deltas)
+    return fit(path, tensors, shapes, dtype, deltas)
+
+
+def fit(
+    path: Path,
+    tensors: Tensors,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: Any,
+    deltas: Deltas | None = None,
+) -> dict[str, np.ndarray]:
+    """Return parameters of tensors in PyTorch's layout, under the names of any release of its libraries.
+
+    Args:
+        path: the file, for errors.
+        tensors: by name.
+        shapes: of the network's parameters.
+        dtype: of the parameters that are returned.
+        deltas: by name, what is added to a parameter before it is cast.
+
+    Raises:
+        InvalidCheckpoint: the tensors do not fit the shapes.
+    """
+    found = {name: _in_our_layout(name, tensor) for name, tensor in _modern_names(tensors, shapes).items()}
+    return _fit(path, found, shapes, dtype, deltas)
+
+
+def _fit(
+    path: Path, found: Tensors, shapes: Mapping[str, tuple[int, ...]], dtype: Any, deltas: Deltas | None
+) -> dict[str, np.ndarray]:
     found = {name: _without_pixels(tensor, shapes.get(name)) for name, tensor in found.items()}
     _check(path, found, shapes)
-    return _cast_all(path, found, shapes, dtype)
+    return _cast_all(path, found, shapes, dtype, deltas or {})
 
 
-def _cast_all(path: Path, found: Tensors, shapes: Iterable[str], dtype: Any) -> dict[str, np.ndarray]:
-    """Read the tensors, in the order of their names' list.
+def _cast_all(path: Path, found: Tensors, shapes: Iterable[str], dtype: Any, deltas: Deltas) -> dict[str, np.ndarray]:
+    """Read the tensors, in the order of the names.
 
     Raises:
         InvalidCheckpoint: a value is not finite, or a file cannot be read any more.
@@ -104,13 +138,15 @@ def _cast_all(path: Path, found: Tensors, shapes: Iterable[str], dtype: Any) -> 
         try:
             array = found[name].read()
         except (OSError, ValueError) as exc:
-            raise _broken(path, exc) from exc
+            raise broken(path, exc) from exc
+        if name in deltas:
+            array = array.astype(np.float32) + deltas[name]()
         arrays[name] = np.ascontiguousarray(array.astype(dtype, copy=False))
         if not np.isfinite(array.astype(np.float32, copy=False).sum(dtype=np.float64)):
             bad.append(name)
     if bad:
         raise InvalidCheckpoint(
-            f"{path}: the parameters have values that are not finite (NaN or infinity) in {_some(bad)}; download or"
+            f"{path}: the parameters have values that are not finite (NaN or infinity) in {some(bad)}; download or"
             " convert it again"
         )
     return arrays
@@ -123,19 +159,18 @@ def flax_name(leaf: tuple[str, ...]) -> str:
     return ".".join([*names, _FLAX_LEAVES.get(kind, kind)])
 
 
-def _modern_names(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """Return tensors under the names of today's PyTorch models, without what the networks compute or do not use."""
-    with_prefix = any(name.startswith(_TEXT_PREFIX) for name in shapes)
-    lacks_prefix = with_prefix and not any(name.startswith(_TEXT_PREFIX) for name in tensors)
-    named: Tensors = {}
+def _modern_names(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
+    """Return tensors under the names of the networks, without what these compute or do not use."""
+    is_text = any(name.startswith("text_model.") for name in shapes)
+    named: dict[str, StoredTensor] = {}
     for name, value in tensors.items():
         parts = name.split(".")
         if len(parts) > 1 and parts[-2] in _OLD_ATTENTION:
             parts[-2] = _OLD_ATTENTION[parts[-2]]
         new = ".".join(parts)
-        if lacks_prefix and new not in shapes:
-            new = _TEXT_PREFIX + new
-        is_surplus = new.endswith(_BUFFERS) or (with_prefix and name in _HARMLESS and new not in shapes)
+        if new not in shapes:
+            new = next((prefix + new for prefix in _PREFIXES if prefix + new in shapes), new)
+        is_surplus = new.endswith(_BUFFERS) or (is_text and name in _HARMLESS and new not in shapes)
         if not is_surplus:
             named[new] = value
     return named
@@ -167,7 +202,7 @@ def _read_msgpack(path: Path) -> dict[tuple[str, ...], StoredTensor]:
     try:
         params = msgpack_restore(path.read_bytes())
     except Exception as exc:  # msgpack raises a different error for each way in which a file can be broken
-        raise _broken(path, exc) from exc
+        raise broken(path, exc) from exc
     if not isinstance(params, dict) or not params:
         raise InvalidCheckpoint(f"{path} holds no parameters")
     leaves = flatten_dict(params).items()
@@ -176,13 +211,13 @@ def _read_msgpack(path: Path) -> dict[tuple[str, ...], StoredTensor]:
 
 def _open_all(path: Path) -> tuple[Tensors, bool]:
     """Return the tensors of a file, or of those that an index names, and whether they are in Flax's layout."""
-    tensors: Tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     formats = set()
     for file in [path] if path.suffix == ".safetensors" else _shards(path):
         try:
             more, metadata = open_safetensors(file)
         except (OSError, ValueError) as exc:
-            raise _broken(file, exc) from exc
+            raise broken(file, exc) from exc
         formats.add(metadata.get("format"))
         tensors.update(more)
     if not tensors:
@@ -194,9 +229,9 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
-        raise _broken(index, exc) from exc
+        raise broken(index, exc) from exc
     if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-        raise InvalidCheckpoint(f"{index} may only name .safetensors files beside it, got {_some(outside)}")
+        raise InvalidCheckpoint(f"{index} may only name .safetensors files beside it, got {some(outside)}")
     return [index.parent / name for name in sorted(names)]
 
 
@@ -218,13 +253,13 @@ def _check(path: Path, found: Tensors, shapes: Mapping[str, tuple[int, ...]]) ->
         "not floating point": [name for name in both if not jnp.issubdtype(found[name].dtype, jnp.floating)],
     }
     if any(faults.values()):
-        text = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
+        text = "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
         raise InvalidCheckpoint(
             f"{path}: the parameters do not fit the config beside them ({text}); take both from one checkpoint"
         )
 
 
-def _broken(path: Path, exc: Exception) -> InvalidCheckpoint:
+def broken(path: Path, exc: Exception) -> InvalidCheckpoint:
     """Return the error that says why a file could not be read: often it is a pickle under another name."""
     size, start = "missing", b""
     if path.is_file():
@@ -240,6 +275,7 @@ def _broken(path: Path, exc: Exception) -> InvalidCheckpoint:
     )
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def some(names: list[str], limit: int = 5) -> str:
+    """Return the first of the names, and how many more there are."""
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(sorted(names)[:limit]) + more

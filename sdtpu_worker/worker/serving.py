@@ -170,6 +170,7 @@ class Serving:
             ),
             batch=BatchPlace(finished.device, finished.slot, finished.occupied, num_slots),
             options=request.options(),
+            loras=[{"name": name, "weight": weight} for name, weight in self.engine.info.loras],
         )
 
     def _denoise(self, job: ServableJob, control: JobControl) -> Finished:

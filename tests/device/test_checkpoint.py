@@ -16,7 +16,7 @@ import pytest
 from flax.serialization import msgpack_serialize
 from safetensors.numpy import load_file, save_file
 
-from sdtpu_worker.diffusion.checkpoint import load_checkpoint
+from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
 from sdtpu_worker.diffusion.weights import find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
 from tests.device.flax_layout import rewrite_as_flax, to_flax
@@ -77,7 +77,7 @@ def test_a_hub_checkpoint_with_flax_weights_is_downloaded_without_the_other_form
     for name in ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin", "tokenizer/a.bin"):
         (folder / name).write_bytes(b"")
     downloaded = fake_hub(monkeypatch, folder, tmp_path / "hub")
-    assert load_checkpoint("owner/name", revision="bf16").name == "owner/name"
+    assert load_checkpoint("owner/name", options=LoadOptions(revision="bf16")).name == "owner/name"
     assert [name for name in downloaded if name.endswith((".bin", ".safetensors"))] == []
 
 
@@ -89,7 +89,7 @@ def test_a_hub_checkpoint_without_flax_weights_is_downloaded_as_safetensors(monk
     if not variant:
         shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", folder / "vae" / "other.fp16.safetensors")
     downloaded = fake_hub(monkeypatch, folder, tmp_path / "hub")
-    load_checkpoint("owner/name", revision="bf16")
+    load_checkpoint("owner/name", options=LoadOptions(revision="bf16"))
     weights = sorted({name for name in downloaded if name.endswith((".bin", ".safetensors", ".msgpack"))})
     dot = f".{variant}" if variant else ""
     assert weights == [f"diffusion_pytorch_model{dot}.safetensors", f"model{dot}.safetensors"]

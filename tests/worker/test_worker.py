@@ -75,6 +75,7 @@ def test_a_prompt_comes_back_as_the_picture_that_the_engine_makes_of_it(app, wor
         "timings": 0,
         "batch": 0,
         "options": {},
+        "loras": [],
     }
     parsed = GenerationResult.from_json(result)
     assert (parsed.image.format, parsed.image.width, parsed.image.height) == ("png", 64, 64)

@@ -1,0 +1,153 @@
+"""Parsers of settings: the value of a text from the environment, or of an object from the app's configuration.
+
+Each raises ValueError with the words for what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sdtpu_worker.contract.request import MAX_SIDE, SIDE_MULTIPLE
+
+
+def parse_text(value: Any) -> str:
+    """Return a text without white space around it."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("a non-empty string")
+    return value.strip()
+
+
+def parse_queue(value: Any) -> str:
+    """Return the name of a queue."""
+    name = parse_text(value)
+    if not name.isprintable():
+        raise ValueError("a name of printable characters")
+    return name
+
+
+def parse_choice(*choices: str) -> Callable[[Any], str]:
+    """Return a parser that takes one of these."""
+
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return value
+
+    return parse
+
+
+def parse_integer(low: int, high: int) -> Callable[[Any], int]:
+    """Return a parser of an integer within bounds."""
+
+    def parse(value: Any) -> int:
+        number = _whole(value)
+        if number is None or not low <= number <= high:
+            raise ValueError(f"an integer from {low} to {high}")
+        return number
+
+    return parse
+
+
+def _whole(value: Any) -> int | None:
+    """Return an integer: `value` itself, or the number in a short text of digits; None for anything else."""
+    if isinstance(value, str):
+        digits = value.strip()
+        is_one = len(digits) <= 20 and digits.isascii() and digits.removeprefix("-").isdigit()
+        return int(digits) if is_one else None
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def parse_slots(value: Any) -> int | str:
+    """Return a number of slots, or `auto`."""
+    try:
+        return "auto" if value == "auto" else parse_integer(1, 64)(value)
+    except ValueError as exc:
+        raise ValueError(f"auto, or {exc}") from None
+
+
+def parse_switch(value: Any) -> bool:
+    """Return a bool: one from the app's configuration, or a word from the environment."""
+    words = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise ValueError("on or off")
+
+
+def parse_seconds(low: float, high: float) -> Callable[[Any], float]:
+    """Return a parser of seconds within bounds."""
+
+    def parse(value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = -1.0
+        if not low <= number <= high:
+            raise ValueError(f"seconds from {low} to {high}")
+        return number
+
+    return parse
+
+
+def parse_optional_text(value: Any) -> str | None:
+    """Return a text, None where it is empty."""
+    return None if value is None or value == "" else parse_text(value)
+
+
+def parse_loras(value: Any) -> tuple[tuple[str, float], ...]:
+    """Return the files and weights of "a.safetensors=0.8,b.safetensors" or of a sequence of pairs or names."""
+    wanted = "files with weights, like 'a.safetensors=0.8,b.safetensors' or [('a.safetensors', 0.8)]"
+    entries = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if not isinstance(entries, list | tuple):
+        raise ValueError(wanted)
+    loras = []
+    for entry in entries:
+        if isinstance(entry, str):
+            name, separator, weight = entry.strip().rpartition("=")
+            name, weight = (name, weight) if separator else (entry.strip(), "1")
+        elif isinstance(entry, list | tuple) and len(entry) == 2:
+            name, weight = entry
+        else:
+            raise ValueError(wanted)
+        try:
+            number = float(weight)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(wanted) from None
+        if not isinstance(name, str) or not name or not -100 <= number <= 100:
+            raise ValueError(wanted)
+        loras.append((name, number))
+    return tuple(loras)
+
+
+def parse_address(value: Any) -> tuple[str, int]:
+    """Return host and port of "127.0.0.1:8080", ":8080" (every interface) or "[::1]:8080"."""
+    host, separator, text = value.strip().rpartition(":") if isinstance(value, str) else ("", "", "")
+    port = _whole(text)
+    if not separator or port is None or not 0 <= port <= 65_535:
+        raise ValueError("host:port, like 127.0.0.1:8080")
+    return host.strip("[]"), port
+
+
+def parse_resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
+    """Return the sizes of "512x512,768x512" (height x width) or of a sequence of pairs; None where it is empty."""
+    wanted = f"heights x widths in multiples of {SIDE_MULTIPLE}, like '512x512,768x512' or [(512, 512)]"
+    if value is None or value == "":
+        return None
+    try:
+        pairs = [part.lower().split("x") for part in value.split(",")] if isinstance(value, str) else value
+        sizes = tuple((int(height), int(width)) for height, width in pairs)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(wanted) from None
+    if not sizes or any(not 0 < side <= MAX_SIDE or side % SIDE_MULTIPLE for size in sizes for side in size):
+        raise ValueError(wanted)
+    return sizes
+
+
+def parse_urls(value: Any) -> tuple[str, ...]:
+    """Return the URLs in "redis,file:///srv/old" or in a list, each once; none for an empty one."""
+    urls = value.split(",") if isinstance(value, str) else value
+    if not isinstance(urls, list | tuple) or not all(isinstance(url, str) for url in urls):
+        raise ValueError("a list of `redis`, redis:// URLs and fsspec URLs, or one string with commas between them")
+    return tuple(dict.fromkeys(url.strip() for url in urls if url.strip()))

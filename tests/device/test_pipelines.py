@@ -65,6 +65,7 @@ def decibels(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_pytorchs_pipelines(engine_of_family, golden):
     family, engine = engine_of_family
     pixels, runs = golden

@@ -1,7 +1,7 @@
 """The samplers' names, as jobs may write them: our own, diffusers' classes, and those of other programs.
 
-A client checks a name without a device side, so nothing heavy is imported here. `resolve_sampler` understands a name,
-`canonical_sampler` writes it in its one form, which says the same.
+A client checks a name without a device side, so nothing heavy is imported here. `resolve_sampler` understands a
+name.
 """
 
 from __future__ import annotations
@@ -88,16 +88,6 @@ def resolve_sampler(name: str) -> tuple[str, str | None]:
         if stem != folded and stem in _MEANING:
             return _MEANING[stem], spacing
     raise InvalidRequest(f"sampler must be one of {', '.join(SAMPLER_NAMES)}, got {brief(name)}{_nearest(folded)}")
-
-
-def canonical_sampler(name: str) -> str:
-    """Return the one form of a sampler's name, `sampler` or `sampler spacing`, which `resolve_sampler` reads alike.
-
-    Raises:
-        InvalidRequest: no sampler has the name.
-    """
-    sampler, sigmas = resolve_sampler(name)
-    return sampler if sigmas is None else f"{sampler} {sigmas}"
 
 
 def _nearest(folded: str) -> str:

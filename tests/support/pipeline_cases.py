@@ -56,8 +56,8 @@ UNSPACED = ("DPMSolverSinglestepScheduler", "LCMScheduler", "TCDScheduler")
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 WITH_SIGMAS = ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler")
 NEARLY_UNGUIDED = 1.2
-"""For models that predict the sample: a random one is asked for its own answer again and again, and a higher scale would
-let rounding grow from step to step until nothing is left to compare."""
+"""For models that predict the sample: a random one is asked for its own answer again and again, and a higher scale
+would let rounding grow from step to step until nothing is left to compare."""
 PROMPTS = ("a red circle on a blue background", "a small yellow star", "A green heart, on the left!")
 NEGATIVE_PROMPTS = ("", "a red square", "a black background")
 

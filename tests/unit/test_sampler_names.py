@@ -12,7 +12,6 @@ from sdtpu_worker.contract.samplers import (
     DIFFUSERS_CLASSES,
     OTHER_NAMES,
     SAMPLER_NAMES,
-    canonical_sampler,
     resolve_sampler,
 )
 from sdtpu_worker.errors import InvalidRequest
@@ -42,7 +41,6 @@ from sdtpu_worker.errors import InvalidRequest
 def test_the_names_that_people_write_are_understood(name, meaning):
     assert resolve_sampler(name) == meaning
     assert resolve_sampler(name.upper()) == meaning
-    assert resolve_sampler(canonical_sampler(name)) == meaning
 
 
 def test_every_name_of_the_tables_means_its_sampler_and_no_other():

@@ -5,7 +5,7 @@ core and writes into `tests/device/golden`, 330 KB together:
 
     python -m tools.oracle.pipelines
 
-* `pipelines.npz`: `pixels` (cases, 8, 8, 3) uint8, `runs` (cases,) bool, whether the pipeline makes a picture to compare with.
+* `pipelines.npz`: `pixels` (cases, 8, 8, 3) uint8, `runs` (cases,) bool, whether there is a picture to compare with.
 * `pipelines.json`: the versions, and why cases do not run, or are no measure because rounding decides what they show.
 * `shipped-*.png`: the shipped checkpoint's pictures with each sampler, one prompt above the other.
 
@@ -79,7 +79,11 @@ def _draw_cases(noise: dict[str, np.ndarray]) -> None:
             image, errors[i] = None, f"{type(exc).__name__}: {str(exc)[:60]}"
         if image is not None and not np.isfinite(image).all():
             image, errors[i] = None, "not finite"
-        if image is not None and case.scheduler.get("prediction_type") == "sample" and not is_stable(case, image, seeded):
+        if (
+            image is not None
+            and case.scheduler.get("prediction_type") == "sample"
+            and not is_stable(case, image, seeded)
+        ):
             image, errors[i] = None, "rounding decides"
         runs.append(image is not None)
         pixels.append(np.zeros((8, 8, 3), np.uint8) if image is None else to_uint8(image))

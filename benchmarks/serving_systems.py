@@ -27,7 +27,7 @@ START_TIMEOUT_S = 300.0
 ROOT = Path(__file__).parent.parent
 PEERS = Path(__file__).parent / "peers"
 CHECKPOINT = Path(sdtpu_worker.__file__).parent / "checkpoint"
-SAME_VERSIONS = ("jax", "jaxlib", "flax", "diffusers", "transformers", "numpy", "pillow", "redis")
+SAME_VERSIONS = ("jax", "jaxlib", "flax", "numpy", "pillow", "redis")
 """What the peers' environment has in the versions of this one."""
 
 _HELD = "benchmarks.serving_constant_speed"
@@ -197,17 +197,27 @@ class Worker:
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(cache / "peers"),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
-            "PEERS_CHECKPOINT": str(CHECKPOINT),
+            "PEERS_CHECKPOINT": str(self._flax_checkpoint()),
             "PEERS_FLUSH_INTERVAL_S": str(self.environment.flush_interval_s),
             "PEERS_STEP_S": step_s,
             "PEERS_EXTRA_STEPS": str(INSERT_STEPS + DECODE_STEPS),
         }
 
+    def _flax_checkpoint(self) -> Path:
+        """Return the folder of the shipped checkpoint as the peers read it, which is made once."""
+        folder = self.environment.compile_cache / "flax-checkpoint"
+        if not folder.exists():
+            from benchmarks.peers.flax_checkpoint import write_flax_copy
+
+            write_flax_copy(CHECKPOINT, folder)
+        return folder
+
 
 def make_peers_python(folder: Path) -> Path:
     """Make or complete the peers' virtual environment; return its Python.
 
-    celery-batches wants an older Celery than ours; JAX, diffusers and the like come in the versions of this one.
+    celery-batches wants an older Celery than ours, and the Flax pipeline older diffusers and transformers; JAX and the
+    like come in the versions of this one.
     """
     python = folder / "bin" / "python"
     if not python.exists():

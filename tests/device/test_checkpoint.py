@@ -16,10 +16,10 @@ import pytest
 from flax.serialization import msgpack_serialize
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.peers.flax_checkpoint import rewrite_as_flax, to_flax, write_flax_copy
 from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
 from sdtpu_worker.diffusion.weights import find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
-from tests.device.flax_layout import rewrite_as_flax, to_flax
 from tests.device.pytorch_layout import rewrite
 from tests.support.checkpoints import SHIPPED, make_random_checkpoint
 
@@ -119,6 +119,14 @@ def test_every_way_to_write_safetensors_gives_the_same_parameters(
     own = load_checkpoint(str(folder))
     rewrite(folder, **change)
     assert_same_params(load_checkpoint(str(folder)).params, own.params)
+
+
+def test_the_copy_of_the_shipped_checkpoint_that_diffusers_flax_pipeline_reads_is_the_same(tmp_path):
+    """The benchmark's peers run on it."""
+    write_flax_copy(SHIPPED, tmp_path / "flax")
+    assert json.loads((tmp_path / "flax" / "unet" / "config.json").read_text())["_class_name"].startswith("Flax")
+    assert not list((tmp_path / "flax").rglob("*.safetensors"))
+    assert_same_params(load_checkpoint(str(tmp_path / "flax")).params, load_checkpoint("embedded").params)
 
 
 def test_the_safety_checker_from_weights_of_flax(tmp_path):

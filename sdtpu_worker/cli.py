@@ -31,16 +31,20 @@ def sdtpu() -> None:
 @click.option(
     "--prompt", "prompts", multiple=True, help="A prompt of yours; repeat the option for more. Default: 24 prompts."
 )
-@click.option("--steps", type=click.IntRange(1, 1000), default=30, show_default=True, help="Denoising steps.")
+@click.option("--model", default="embedded", show_default=True, help="The checkpoint, as sdtpu_model.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps. Default: 30 with `embedded`, else the"
+              " checkpoint's own.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first image.")
 @click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="Simulated CPU devices.")
 @click.option("--slots-per-device", type=click.IntRange(1, 64), default=1, show_default=True, help="Slots per device.")
-def demo(out: Path, prompts: tuple[str, ...], steps: int, seed: int, devices: int, slots_per_device: int) -> None:
+def demo(
+    out: Path, prompts: tuple[str, ...], model: str, steps: int | None, seed: int, devices: int, slots_per_device: int
+) -> None:
     """Run everything on this machine: a private Redis, a worker on simulated devices, 24 prompts."""
     from sdtpu_worker.demo.command import DemoFailed, run_demo
 
     try:
-        run_demo(out, list(prompts), steps, seed, devices, slots_per_device)
+        run_demo(out, list(prompts), model, steps, seed, devices, slots_per_device)
     except DemoFailed as exc:
         raise click.ClickException(str(exc)) from exc
     except KeyboardInterrupt:

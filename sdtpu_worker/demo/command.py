@@ -48,6 +48,7 @@ PROMPTS = (
     "a large red star on a yellow background",
     "a black ring on the left of a green background",
 )
+EMBEDDED, EMBEDDED_STEPS = "embedded", 30
 START_TIMEOUT_S = 180.0
 """Seconds for the worker to start and compile."""
 JOB_TIMEOUT_S = 600.0
@@ -58,13 +59,16 @@ class DemoFailed(Exception):
     """The demo could not finish; the text says why."""
 
 
-def run_demo(out: Path, prompts: list[str], steps: int, seed: int, devices: int, slots_per_device: int) -> None:
+def run_demo(
+    out: Path, prompts: list[str], model: str, steps: int | None, seed: int, devices: int, slots_per_device: int
+) -> None:
     """Run the demo and print what it measured. Redis and the worker have stopped when it returns or raises.
 
     Args:
         out: the folder for the images and the worker's log; made if it does not exist.
         prompts: one for each job; none for the 24 prompts of the demo.
-        steps: denoising steps of each job.
+        model: the checkpoint that the worker serves.
+        steps: denoising steps of each job; None for 30 with the shipped checkpoint, else the checkpoint's own.
         seed: the seed of the first job; each further job has the next number.
         devices: how many CPU devices the worker simulates.
         slots_per_device: jobs that one device denoises at the same time.
@@ -74,7 +78,7 @@ def run_demo(out: Path, prompts: list[str], steps: int, seed: int, devices: int,
     """
     started = time.monotonic()
     prompts = prompts or list(PROMPTS)
-    _check(prompts, steps, seed)
+    parameters = _parameters(prompts, EMBEDDED_STEPS if steps is None and model == EMBEDDED else steps, seed)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "worker.log"
     log.unlink(missing_ok=True)
@@ -83,31 +87,41 @@ def run_demo(out: Path, prompts: list[str], steps: int, seed: int, devices: int,
             click.echo("starting a private Redis …")
             redis_url = stack.enter_context(private_redis())
             click.echo(f"starting a worker on {devices} simulated devices (log: {log}) …")
-            process = stack.enter_context(_worker(redis_url, log, devices, slots_per_device))
+            process = stack.enter_context(_worker(redis_url, log, model, devices, slots_per_device))
             click.echo(re.sub(r"^.*(?=ready:)", "", wait_for_line(process, log, "ready: ", START_TIMEOUT_S)))
             wait_for_line(process, log, " ready.", START_TIMEOUT_S)
-            report = _produce(redis_url, prompts, steps, seed, out)
+            report = _produce(redis_url, parameters, out)
     except StartFailed as exc:
         raise DemoFailed(str(exc)) from exc
     compiled = re.search(r"traced \d+ programs .*", log.read_text(errors="replace"))
     _print_report(report, compiled.group() if compiled else "", time.monotonic() - started, out)
 
 
-def _check(prompts: Sequence[str], steps: int, seed: int) -> None:
-    """Raise `DemoFailed` for a parameter that is not allowed, before any process is started."""
+def _parameters(prompts: Sequence[str], steps: int | None, seed: int) -> list[dict[str, Any]]:
+    """Return the parameters of every job.
+
+    Raises:
+        DemoFailed: one is not allowed; no process was started.
+    """
     from sdtpu_worker import GenerationRequest, InvalidRequest
 
+    more = {} if steps is None else {"num_inference_steps": steps}
+    parameters: list[dict[str, Any]] = [
+        {"prompt": prompt, "seed": seed + i, **more} for i, prompt in enumerate(prompts)
+    ]
     try:
-        for i, prompt in enumerate(prompts):
-            GenerationRequest(prompt, seed=seed + i, num_inference_steps=steps)
+        for each in parameters:
+            GenerationRequest(**each)
     except InvalidRequest as exc:
         raise DemoFailed(f"InvalidRequest: {exc}") from exc
+    return parameters
 
 
 @contextlib.contextmanager
-def _worker(redis_url: str, log: Path, devices: int, slots_per_device: int) -> Iterator[Any]:
+def _worker(redis_url: str, log: Path, model: str, devices: int, slots_per_device: int) -> Iterator[Any]:
     env = worker_env(
         redis_url,
+        SDTPU_MODEL=str(Path(model).resolve()) if Path(model).exists() else model,
         SDTPU_PLATFORM="cpu",
         SDTPU_CPU_DEVICES=str(devices),
         SDTPU_SLOTS_PER_DEVICE=str(slots_per_device),
@@ -118,7 +132,7 @@ def _worker(redis_url: str, log: Path, devices: int, slots_per_device: int) -> I
             yield process
 
 
-def _produce(redis_url: str, prompts: Sequence[str], steps: int, seed: int, out: Path) -> dict[str, Any]:
+def _produce(redis_url: str, parameters: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
     """Do what a web app does: enqueue every prompt as a task, wait for the results, save the pictures.
 
     Returns:
@@ -133,7 +147,8 @@ def _produce(redis_url: str, prompts: Sequence[str], steps: int, seed: int, out:
     app.set_default()
     before = _worker_stats(app)
     began = time.monotonic()
-    jobs = [generate.delay(prompt, seed=seed + i, num_inference_steps=steps) for i, prompt in enumerate(prompts)]
+    prompts = [each["prompt"] for each in parameters]
+    jobs = [generate.delay(**each) for each in parameters]
     results: dict[int, dict[str, Any]] = {}
     with click.progressbar(length=len(jobs), label=f"{len(jobs)} tasks", show_pos=True) as bar:
         while len(results) < len(jobs):

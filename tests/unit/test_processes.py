@@ -44,7 +44,7 @@ def test_the_demo_ends_with_that_line(tmp_path):
     from sdtpu_worker.demo.command import DemoFailed, run_demo
 
     with pytest.raises(DemoFailed, match="no redis-server on the PATH: install the system package"):
-        run_demo(tmp_path / "out", [], steps=1, seed=0, devices=1, slots_per_device=1)
+        run_demo(tmp_path / "out", [], model="embedded", steps=1, seed=0, devices=1, slots_per_device=1)
 
 
 def test_a_redis_server_on_the_path_comes_before_the_bundled_one(monkeypatch, tmp_path):

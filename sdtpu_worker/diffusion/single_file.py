@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sdtpu_worker.diffusion.original_names import autoencoder_name, open_clip_name, unet_names
+from sdtpu_worker.diffusion.recognise import describe_family
 from sdtpu_worker.diffusion.single_file_configs import CONFIGS, Architecture
 from sdtpu_worker.diffusion.stored_tensors import StoredTensor, open_safetensors
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
@@ -183,17 +184,10 @@ def _recognise(path: Path, tensors: Mapping[str, StoredTensor]) -> Architecture:
 
 def _describe(tensors: Mapping[str, StoredTensor]) -> str:
     """Return what a file looks like, from names and shapes."""
-    conv_in = tensors.get(f"{_UNET}input_blocks.0.0.weight")
-    if conv_in is not None and len(conv_in.shape) == 4 and conv_in.shape[1] != 4:
-        return f"its UNet takes {conv_in.shape[1]} channels: it looks like a model for inpainting or for editing images"
-    if conv_in is not None:
-        return "its UNet is of a size that is not known: it looks like a refiner or a model with another text encoder"
-    signs = {
-        "lora_": "a LoRA", "control_model.": "a ControlNet", "double_blocks.": "a Flux model",
-        "joint_blocks.": "a Stable Diffusion 3 model", "down_blocks.": "a part of a checkpoint in the diffusers layout",
-        "text_model.": "a text encoder", "first_stage_model.": "a VAE", "encoder.": "a VAE",
-    }  # fmt: skip
-    for sign, what in signs.items():
-        if any(sign in name for name in tensors):
-            return f"it looks like {what}"
-    return f"it has no UNet (its first tensors are {some(list(tensors))})"
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    looks_like = describe_family(shapes)
+    if any(name.startswith(("unet.", "down_blocks.", "vae.")) for name in shapes):
+        return f"it looks like {looks_like} in the diffusers layout"
+    if f"{_UNET}input_blocks.0.0.weight" not in shapes:
+        return f"it has no UNet, it looks like {looks_like}"
+    return f"it looks like {looks_like}, of a size that is not known"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any
         raise ValueError("its header is not a JSON object")
     metadata = header.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    _check_no_overlap(header)
     return tensors, metadata if isinstance(metadata, dict) else {}
 
 
@@ -103,6 +104,15 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
         return np.fromfile(path, dtype, count, offset=start + begin).reshape(shape)
 
     return StoredTensor(tuple(shape), dtype, read)
+
+
+def _check_no_overlap(header: Mapping[str, Any]) -> None:
+    """Make sure that no two tensors share bytes: a small file must not stand for a huge model."""
+    end = 0
+    for first, last in sorted(entry["data_offsets"] for entry in header.values()):
+        if first < end:
+            raise ValueError("the data of two tensors overlaps")
+        end = last
 
 
 def _are_counts(value: Any) -> bool:

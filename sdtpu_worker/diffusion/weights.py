@@ -18,6 +18,7 @@ import numpy as np
 from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
 
+from sdtpu_worker.diffusion.recognise import describe_family
 from sdtpu_worker.diffusion.stored_tensors import StoredTensor, open_safetensors
 from sdtpu_worker.errors import InvalidCheckpoint
 from sdtpu_worker.models.layout import axes_from_pytorch
@@ -29,6 +30,7 @@ Deltas = Mapping[str, Callable[[], np.ndarray]]
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _FLAX_STEMS = {"unet": "diffusion_flax_model", "vae": "diffusion_flax_model"}
 _PICKLE_MAGIC = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")  # of protocols 2 to 5, and of torch.save's zip
+_LFS_POINTER = b"version https://git-lfs"
 _FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 _FLAX_LISTS = re.compile(
     r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|net|to_out)_(\d+)$"
@@ -116,14 +118,20 @@ def fit(
         InvalidCheckpoint: the tensors do not fit the shapes.
     """
     found = {name: _in_our_layout(name, tensor) for name, tensor in _modern_names(tensors, shapes).items()}
-    return _fit(path, found, shapes, dtype, deltas)
+    looks_like = describe_family({name: tensor.shape for name, tensor in tensors.items()})
+    return _fit(path, found, shapes, dtype, deltas, looks_like)
 
 
 def _fit(
-    path: Path, found: Tensors, shapes: Mapping[str, tuple[int, ...]], dtype: Any, deltas: Deltas | None
+    path: Path,
+    found: Tensors,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: Any,
+    deltas: Deltas | None,
+    looks_like: str = "",
 ) -> dict[str, np.ndarray]:
     found = {name: _without_pixels(tensor, shapes.get(name)) for name, tensor in found.items()}
-    _check(path, found, shapes)
+    _check(path, found, shapes, looks_like)
     return _cast_all(path, found, shapes, dtype, deltas or {})
 
 
@@ -235,7 +243,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(names)]
 
 
-def _check(path: Path, found: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check(path: Path, found: Tensors, shapes: Mapping[str, tuple[int, ...]], looks_like: str) -> None:
     """Compare tensor by tensor.
 
     Raises:
@@ -254,8 +262,10 @@ def _check(path: Path, found: Tensors, shapes: Mapping[str, tuple[int, ...]]) ->
     }
     if any(faults.values()):
         text = "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
+        looks_like = f"; the file looks like {looks_like}" if looks_like else ""
         raise InvalidCheckpoint(
-            f"{path}: the parameters do not fit the config beside them ({text}); take both from one checkpoint"
+            f"{path}: the parameters do not fit the config beside them ({text}){looks_like}; take both from one"
+            " checkpoint"
         )
 
 
@@ -265,7 +275,11 @@ def broken(path: Path, exc: Exception) -> InvalidCheckpoint:
     if path.is_file():
         size = f"{path.stat().st_size:,} bytes"
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        return InvalidCheckpoint(
+            f"{path} is a pointer of Git LFS, not the weights themselves; fetch them (`git lfs pull`)"
+        )
     if _PICKLE_MAGIC.match(start):
         return InvalidCheckpoint(
             f"{path} is a pickle, whatever its name says, and can run code when it is opened; {_REMEDY}"

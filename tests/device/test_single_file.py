@@ -173,12 +173,12 @@ def test_padding_is_the_text_encoders_own(case):
         (
             "model.diffusion_model.input_blocks.0.0.weight",
             (320, 9, 3, 3),
-            "takes 9 channels: it looks like a model for",
+            "of a size that is not known",
         ),
-        ("model.diffusion_model.input_blocks.0.0.weight", (384, 4, 3, 3), "it looks like a refiner"),
+        ("model.diffusion_model.input_blocks.0.0.weight", (384, 4, 3, 3), "of a size that is not known"),
         ("lora_unet_x.lora_down.weight", (4, 4), "it looks like a LoRA"),
-        ("double_blocks.0.img_attn.qkv.weight", (4, 4), "it looks like a Flux model"),
-        ("anything", (4,), "it has no UNet .its first tensors are anything"),
+        ("double_blocks.0.img_attn.qkv.weight", (4, 4), "it looks like Flux"),
+        ("anything", (4,), "it has no UNet, it looks like nothing known"),
     ],
 )
 def test_a_file_of_another_kind_is_told_by_what_it_looks_like(tmp_path, name, shape, text):
@@ -200,6 +200,20 @@ def test_a_file_of_another_kind_is_told_by_what_it_looks_like(tmp_path, name, sh
 def test_a_broken_file_is_one_clear_error(tmp_path, data):
     (tmp_path / "x.safetensors").write_bytes(data)
     with pytest.raises(InvalidCheckpoint, match="is not a complete weights file"):
+        load_checkpoint(str(tmp_path / "x.safetensors"), options=OPTIONS)
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"a": entry, "b": {**entry, "data_offsets": [4, 12]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    with pytest.raises(InvalidCheckpoint, match="the data of two tensors overlaps"):
+        load_checkpoint(str(tmp_path / "x.safetensors"), options=OPTIONS)
+
+
+def test_a_pointer_of_git_lfs_is_told(tmp_path):
+    (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(InvalidCheckpoint, match=r"is a pointer of Git LFS, .*git lfs pull"):
         load_checkpoint(str(tmp_path / "x.safetensors"), options=OPTIONS)
 
 

@@ -6,7 +6,7 @@ core and writes into `tests/device/golden`, 330 KB together:
     python -m tools.oracle.pipelines
 
 * `pipelines.npz`: `pixels` (cases, 8, 8, 3) uint8, `runs` (cases,) bool, whether there is a picture to compare with.
-* `pipelines.json`: the versions, and why cases do not run, or are no measure because rounding decides what they show.
+* `pipelines.json`: the versions, and why there is none: the scheduler does not run, or rounding decides what it shows.
 * `shipped-*.png`: the shipped checkpoint's pictures with each sampler, one prompt above the other.
 
 The tiny models are built from their configs and get the weights that stand for the names of their tensors
@@ -50,6 +50,8 @@ from tools.oracle.names import name_in_files
 from tools.oracle.samplers import Noise
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden"
+Seeded = tuple[dict[str, Any], np.ndarray, np.ndarray]
+"""The parts of a pipeline, the initial latents, and the noise of each row."""
 _ROUNDING = 1e-5
 """How far, relatively, the models of two libraries may differ in float32."""
 _DOES_NOT_RUN = (ValueError, NotImplementedError, RuntimeError, IndexError, UnboundLocalError, AssertionError)
@@ -72,25 +74,28 @@ def _draw_cases(noise: dict[str, np.ndarray]) -> None:
     pixels, runs, errors = [], [], {}
     for i, case in enumerate(pictures.cases()):
         seed = pictures.SEEDS[case.family]
-        seeded = parts[case.family], noise[f"initial {seed}"], noise[f"rows {seed}"]
-        try:
-            image = draw(case, *seeded)
-        except _DOES_NOT_RUN as exc:
-            image, errors[i] = None, f"{type(exc).__name__}: {str(exc)[:60]}"
-        if image is not None and not np.isfinite(image).all():
-            image, errors[i] = None, "not finite"
-        if (
-            image is not None
-            and case.scheduler.get("prediction_type") == "sample"
-            and not is_stable(case, image, seeded)
-        ):
-            image, errors[i] = None, "rounding decides"
-        runs.append(image is not None)
-        pixels.append(np.zeros((8, 8, 3), np.uint8) if image is None else to_uint8(image))
+        image, why_not = _try(case, (parts[case.family], noise[f"initial {seed}"], noise[f"rows {seed}"]))
+        if why_not:
+            errors[i] = why_not
+        runs.append(not why_not)
+        pixels.append(np.zeros((8, 8, 3), np.uint8) if why_not else to_uint8(image))
     np.savez_compressed(GOLDEN / "pipelines.npz", allow_pickle=False, pixels=np.stack(pixels), runs=np.array(runs))
     versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
     (GOLDEN / "pipelines.json").write_text(json.dumps({**versions, "no picture": errors}, indent=1) + "\n")
     print(f"{len(pixels)} cases, {len(errors)} of them without a picture")
+
+
+def _try(case: pictures.Case, seeded: Seeded) -> tuple[np.ndarray, str]:
+    """Return the picture of a case, and why it is none to compare with, or nothing."""
+    try:
+        image = draw(case, *seeded)
+    except _DOES_NOT_RUN as exc:
+        return np.zeros(()), f"{type(exc).__name__}: {str(exc)[:60]}"
+    if not np.isfinite(image).all():
+        return image, "not finite"
+    if case.scheduler.get("prediction_type") == "sample" and not is_stable(case, image, seeded):
+        return image, "rounding decides"
+    return image, ""
 
 
 def _draw_shipped(latents: np.ndarray) -> None:
@@ -169,7 +174,7 @@ def draw(case: pictures.Case, parts: dict[str, Any], latents: np.ndarray, noise_
     return np.asarray(images[0])
 
 
-def is_stable(case: pictures.Case, image: np.ndarray, seeded: tuple[dict[str, Any], np.ndarray, np.ndarray]) -> bool:
+def is_stable(case: pictures.Case, image: np.ndarray, seeded: Seeded) -> bool:
     """Return whether the picture stays what it is when the noise changes by as much as rounding does.
 
     A random model that predicts the sample, asked 50 times for its own answer, leads PyTorch itself elsewhere.

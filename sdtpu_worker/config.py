@@ -52,7 +52,8 @@ SETTINGS = (
     Setting(
         "sdtpu_model", "embedded", parse_text,
         "The checkpoint to serve: a folder, or a repository on the Hugging Face hub, in the diffusers layout with"
-        " weights in msgpack or safetensors. `embedded` is the small checkpoint that the package brings",
+        " weights in msgpack or safetensors, or one `.safetensors` file in the original layout. `embedded` is the small"
+        " checkpoint that the package brings",
     ),
     Setting(
         "sdtpu_revision", "main", parse_text,

@@ -7,7 +7,7 @@ a checkpoint is of, its parts say; every key of its configs is honoured or refus
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,13 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
             " and makes one prediction of it, got on"
         )
     needs_guidance = not parts.guidance_width and defaults.guidance_scale > 1
+    is_guided = needs_guidance if options.guidance == "auto" else options.guidance == "on"
+    if needs_guidance and not is_guided:
+        defaults = replace(defaults, guidance_scale=1.0)
     return Checkpoint(
         name=name,
         dtype=dtype,
-        family=parts.family(is_guided=needs_guidance if options.guidance == "auto" else options.guidance == "on"),
+        family=parts.family(is_guided),
         params=parts.params,
         schedule=schedule,
         defaults=defaults,

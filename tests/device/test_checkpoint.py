@@ -17,9 +17,10 @@ from flax.serialization import msgpack_serialize
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.peers.flax_checkpoint import rewrite_as_flax, to_flax, write_flax_copy
+from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
 from sdtpu_worker.diffusion.weights import find_weights, read_weights
-from sdtpu_worker.errors import InvalidCheckpoint
+from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint, InvalidRequest
 from tests.device.pytorch_layout import rewrite
 from tests.support.checkpoints import SHIPPED, make_random_checkpoint
 
@@ -39,6 +40,39 @@ def test_a_checkpoint_brings_its_own_size_sampler_and_prediction_type(random_che
     )
     loaded = load_checkpoint(str(other))
     assert (loaded.defaults.sampler, loaded.schedule.prediction_type) == ("euler", "v_prediction")
+
+
+FEW = {"timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted"),
+    [
+        ({}, ("pndm", 50, 7.5, True)),
+        ({"sampler_class": "LCMScheduler"}, ("lcm", 4, 1.0, False)),
+        ({"sampler_class": "LCMScheduler", "unet": {"time_cond_proj_dim": 8}}, ("lcm", 4, 8.5, False)),
+        ({"sampler_class": "EulerAncestralDiscreteScheduler", "scheduler": FEW}, ("euler_ancestral", 4, 1.0, False)),
+        ({"sampler_class": "EulerDiscreteScheduler"}, ("euler", 50, 7.5, True)),
+    ],
+)
+def test_a_distilled_checkpoint_has_its_own_steps_and_guidance(tmp_path, made, wanted):
+    loaded = load_checkpoint(str(make_random_checkpoint(tmp_path / "c", **made)))
+    defaults = loaded.defaults
+    found = (defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale, loaded.family.is_guided)
+    assert found == wanted
+
+
+def test_guidance_can_be_left_out_or_asked_for(random_checkpoint, tmp_path):
+    off = load_checkpoint(str(random_checkpoint), options=LoadOptions(guidance="off"))
+    assert (off.family.is_guided, off.defaults.guidance_scale) == (False, 1.0)
+    with pytest.raises(InvalidRequest, match=r"guidance_scale must be 1 or less: .* \(sdtpu_guidance\), got 7"):
+        off.family.make_inputs(off.defaults.fill(GenerationRequest("a", guidance_scale=7)), (8, 8))
+    off.family.make_inputs(off.defaults.fill(GenerationRequest("a")), (8, 8))
+    lcm = make_random_checkpoint(tmp_path / "lcm", sampler_class="LCMScheduler")
+    assert load_checkpoint(str(lcm), options=LoadOptions(guidance="on")).family.is_guided
+    told = make_random_checkpoint(tmp_path / "told", sampler_class="LCMScheduler", unet={"time_cond_proj_dim": 8})
+    with pytest.raises(ConfigurationError, match="sdtpu_guidance must be auto or off"):
+        load_checkpoint(str(told), options=LoadOptions(guidance="on"))
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "nothing", "a/b/c"])

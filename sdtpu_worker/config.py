@@ -99,8 +99,15 @@ SETTINGS = (
     ),
     Setting(
         "sdtpu_resolutions", None, parse_resolutions,
-        "The image sizes to serve, height x width in pixels. Not set, only the checkpoint's own size is served; a job"
-        " of a size that is not served fails with `InvalidRequest`",
+        "The image sizes to serve, height x width in pixels. `sdxl` stands for nine of those that Stable Diffusion XL"
+        " was trained on. Every size is compiled and has slots of its own. Not set, only the checkpoint's own size"
+        " is served; a job of a size that is not served fails with `InvalidRequest`",
+    ),
+    Setting(
+        "sdtpu_vae_tiling", "auto", parse_choice("auto", "on", "off"),
+        "Whether the autoencoder decodes an image in overlapping tiles, one after the other, which takes less memory,"
+        " more time, and changes pixels a little. `auto`: only if the programs do not fit the devices' memory"
+        " otherwise",
     ),
     Setting(
         "sdtpu_tick_s", 0.1, parse_seconds(0.001, 60),
@@ -207,6 +214,7 @@ class Config:
     dtype: str
     slots_per_device: int | str
     resolutions: tuple[tuple[int, int], ...] | None
+    vae_tiling: str
     tick_s: float
     preemption: bool
     progress_s: float

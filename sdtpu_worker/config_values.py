@@ -10,6 +10,14 @@ from typing import Any
 
 from sdtpu_worker.contract.request import MAX_SIDE, SIDE_MULTIPLE
 
+SIZE_LISTS = {
+    "sdxl": (
+        (1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344), (1344, 768), (640, 1536),
+        (1536, 640),
+    ),
+}  # fmt: skip
+"""Names for sizes, `(height, width)` in pixels. Source of `sdxl`: arXiv 2307.01952, appendix I."""
+
 
 def parse_text(value: Any) -> str:
     """Return a text without white space around it."""
@@ -131,18 +139,34 @@ def parse_address(value: Any) -> tuple[str, int]:
 
 
 def parse_resolutions(value: Any) -> tuple[tuple[int, int], ...] | None:
-    """Return the sizes of "512x512,768x512" (height x width) or of a sequence of pairs; None where it is empty."""
-    wanted = f"heights x widths in multiples of {SIDE_MULTIPLE}, like '512x512,768x512' or [(512, 512)]"
+    """Return the sizes of "512x512,768x512" (height x width) or of a sequence of pairs or such texts.
+
+    A text may also be a name of `SIZE_LISTS`. None where the value is empty.
+    """
+    wanted = (
+        f"heights x widths in multiples of {SIDE_MULTIPLE}, like '512x512,768x512' or [(512, 512)], or"
+        f" {', '.join(SIZE_LISTS)}"
+    )
     if value is None or value == "":
         return None
     try:
-        pairs = [part.lower().split("x") for part in value.split(",")] if isinstance(value, str) else value
-        sizes = tuple((int(height), int(width)) for height, width in pairs)
+        entries = value.split(",") if isinstance(value, str) else value
+        sizes = tuple(dict.fromkeys(size for entry in entries for size in _sizes(entry)))
     except (TypeError, ValueError, OverflowError):
         raise ValueError(wanted) from None
     if not sizes or any(not 0 < side <= MAX_SIDE or side % SIDE_MULTIPLE for size in sizes for side in size):
         raise ValueError(wanted)
     return sizes
+
+
+def _sizes(entry: Any) -> tuple[tuple[int, int], ...]:
+    if isinstance(entry, str):
+        text = entry.strip().lower()
+        if text in SIZE_LISTS:
+            return SIZE_LISTS[text]
+        entry = text.split("x")
+    height, width = entry
+    return ((int(height), int(width)),)
 
 
 def parse_urls(value: Any) -> tuple[str, ...]:

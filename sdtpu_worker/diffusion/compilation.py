@@ -14,10 +14,12 @@ from jax.sharding import Mesh
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
+from sdtpu_worker.diffusion.failures import is_out_of_memory
+from sdtpu_worker.diffusion.memory import WHAT_MAKES_IT_SMALLER
 from sdtpu_worker.diffusion.programs import lower_preview, lower_restore, lower_snapshot, lower_tick
 from sdtpu_worker.diffusion.safety import lower_safety_check
 from sdtpu_worker.diffusion.slots import Geometry
-from sdtpu_worker.errors import InvalidCheckpoint
+from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 
 _TICK, _SNAPSHOT, _RESTORE, _PREVIEW, _SAFETY = "tick", "snapshot", "restore", "preview", "safety check"
 
@@ -66,6 +68,7 @@ def compile_programs(
 
     Raises:
         InvalidCheckpoint: the parameters do not fit the configs.
+        ConfigurationError: the compiler finds no room for a program in the devices' memory.
     """
     started = time.monotonic()
     lowered = _lower_lanes(checkpoint, params, geometries, mesh, with_previews)
@@ -75,7 +78,7 @@ def compile_programs(
     traced = time.monotonic()
     counts = cache.counts() if cache else (0, 0)
     with ThreadPoolExecutor(len(lowered)) as threads:
-        compiled = dict(zip(lowered, threads.map(lambda program: program.compile(), lowered.values()), strict=True))
+        compiled = dict(zip(lowered, threads.map(_compile, lowered.values()), strict=True))
     hits, misses = cache.since(counts) if cache else (0, 0)
 
     def by_lane(kind: str) -> dict[Lane, jax.stages.Compiled]:
@@ -92,6 +95,16 @@ def compile_programs(
         cache_hits=hits,
         cache_misses=misses,
     )
+
+
+def _compile(program: jax.stages.Lowered) -> jax.stages.Compiled:
+    try:
+        return program.compile()
+    except RuntimeError as exc:
+        if not is_out_of_memory(exc):
+            raise
+        first_line = str(exc).strip().split("\n", 1)[0]
+        raise ConfigurationError(f"the model does not fit: {first_line}; {WHAT_MAKES_IT_SMALLER}") from exc
 
 
 def _lower_lanes(

@@ -5,6 +5,7 @@ These functions are traced into the tick of `programs.py`. Shapes are as in `slo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from sdtpu_worker.contract.request import MAX_STEPS
 from sdtpu_worker.diffusion.families.family import Family, rows_per_job
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.slots import Decoded, Geometry, Phases, Slots
+from sdtpu_worker.diffusion.tiled_decoding import decode_in_tiles
 
 
 def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: Phases) -> Slots:
@@ -122,7 +124,11 @@ def decode(family: Family, geometry: Geometry, params: Any, slots: Slots, slot: 
 
     def run() -> Decoded:
         latents = jax.lax.dynamic_index_in_dim(slots.latents, slot, keepdims=False)
-        image = family.decode(params, latents)
+        if geometry.decode_tile:
+            to_pixels = partial(family.decode, params)
+            image = decode_in_tiles(to_pixels, latents, geometry.decode_tile, family.scale_factor)
+        else:
+            image = family.decode(params, latents)
         finite = jnp.isfinite(latents).all() & jnp.isfinite(image).all()
         unit = jnp.clip(image / 2 + 0.5, 0, 1)
         return Decoded(jnp.round(unit * 255).astype(jnp.uint8), finite)

@@ -6,8 +6,9 @@ take, and which job's state leaves its slot or comes back. The engine knows noth
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -23,7 +24,7 @@ from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs
 from sdtpu_worker.diffusion.engine_io import Calibration, Tick, by_device
 from sdtpu_worker.diffusion.families.family import Family
-from sdtpu_worker.diffusion.memory import bytes_per_device, check_fits
+from sdtpu_worker.diffusion.memory import bytes_per_device, check_fits, memory_needs
 from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
 from sdtpu_worker.diffusion.reference_image import find_lost_devices
 from sdtpu_worker.diffusion.safety import SafetyChecker
@@ -31,6 +32,8 @@ from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
 from sdtpu_worker.diffusion.slots import NOTHING, Geometry, Instructions, Slots
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of, layout_of
 from sdtpu_worker.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -50,6 +53,7 @@ class Engine:
         resolutions: `(height, width)` pairs in pixels; default: the checkpoint's own.
         compile_cache: the persistent compilation cache, for its counts.
         with_previews: compile the programs that plans with previews need.
+        vae_tiling: `on` decodes images in tiles, `off` does not, `auto` does if the programs do not fit without.
 
     Attributes:
         info: what the worker reads of the engine.
@@ -70,25 +74,33 @@ class Engine:
         resolutions: tuple[Lane, ...] | None = None,
         compile_cache: CompileCache | None = None,
         with_previews: bool = False,
+        vae_tiling: str = "auto",
     ) -> None:
         self.checkpoint, self.has_previews, self.mesh = checkpoint, with_previews, make_mesh(devices)
         family = checkpoint.family
         lanes = tuple(dict.fromkeys(resolutions or (family.default_size,)))
         _check_sizes(family, lanes)
-        self._geometries = {lane: Geometry.of(family, len(devices), slots_per_device, *lane) for lane in lanes}
-        self._layouts = {lane: layout_of(geometry) for lane, geometry in self._geometries.items()}
-        kind = devices[0].device_kind
-        self.fingerprints = {lane: fingerprint_of(checkpoint, lane, slots_per_device, kind) for lane in lanes}
         parameters = bytes_per_device(checkpoint.params)
-        check_fits(devices[0], parameters)  # before minutes of compiling
+        check_fits(devices[0], memory_needs(parameters))  # before minutes of compiling
         self.params = put(checkpoint.params, self.mesh, REPLICATED)
         checker = checkpoint.safety_checker
         safety_params = None if checker is None else put(checker.params, self.mesh, REPLICATED)
-        self._programs = compile_programs(
-            checkpoint, self.params, safety_params, self._geometries, self.mesh, with_previews, compile_cache
-        )
-        slots = sum(bytes_per_device(each.empty_slots(), len(devices)) for each in self._geometries.values())
-        check_fits(devices[0], parameters, slots, self._programs.ticks.values())
+
+        def compile_all(in_tiles: bool) -> tuple[dict[Lane, Geometry], CompiledPrograms]:
+            geometries = {lane: Geometry.of(family, len(devices), slots_per_device, lane, in_tiles) for lane in lanes}
+            programs = compile_programs(
+                checkpoint, self.params, safety_params, geometries, self.mesh, with_previews, compile_cache
+            )
+            slots = sum(bytes_per_device(each.empty_slots(), len(devices)) for each in geometries.values())
+            check_fits(devices[0], memory_needs(parameters, slots, programs.ticks.values()))
+            return geometries, programs
+
+        self._geometries, self._programs = _in_tiles_if_needed(compile_all, vae_tiling)
+        self._layouts = {lane: layout_of(geometry) for lane, geometry in self._geometries.items()}
+        kind = devices[0].device_kind
+        self.fingerprints = {
+            lane: fingerprint_of(checkpoint, lane, geometry, kind) for lane, geometry in self._geometries.items()
+        }
         self._safety = None
         if checker is not None and self._programs.safety_check is not None:
             self._safety = SafetyChecker(self._programs.safety_check, safety_params, checker.extractor, self.mesh)
@@ -313,6 +325,24 @@ def _check_sizes(family: Family, lanes: Iterable[Lane]) -> None:
                 f"sdtpu_resolutions must be multiples of {family.size_multiple} pixels for this checkpoint,"
                 f" got {format_size(lane)}"
             )
+
+
+def _in_tiles_if_needed(
+    compile_all: Callable[[bool], tuple[dict[Lane, Geometry], CompiledPrograms]], vae_tiling: str
+) -> tuple[dict[Lane, Geometry], CompiledPrograms]:
+    """Return what `compile_all(in_tiles)` makes: with `auto` in tiles only if it does not fit otherwise.
+
+    Raises:
+        ConfigurationError: it does not fit.
+    """
+    if vae_tiling == "auto":
+        try:
+            return compile_all(False)
+        except ConfigurationError as exc:
+            if not failures.is_out_of_memory(exc):
+                raise
+            logger.warning("%s; compiling again, to decode images in tiles (sdtpu_vae_tiling)", exc)
+    return compile_all(vae_tiling != "off")
 
 
 def _describe(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
 from sdtpu_worker.errors import ConfigurationError
 
+WHAT_MAKES_IT_SMALLER = (
+    "lower sdtpu_slots_per_device, name fewer or smaller sdtpu_resolutions, or set sdtpu_dtype to bfloat16"
+)
 _GIB = 2**30
 
 
@@ -28,34 +31,41 @@ def bytes_per_device(tree: Any, num_devices: int = 1) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // num_devices
 
 
-def check_fits(
-    device: jax.Device, parameters: int, slots: int = 0, programs: Iterable[jax.stages.Compiled] = ()
-) -> None:
+def memory_needs(parameters: int, slots: int = 0, programs: Iterable[jax.stages.Compiled] = ()) -> dict[str, int]:
+    """Return what a device must hold at a time, in bytes by kind.
+
+    Args:
+        parameters: bytes.
+        slots: bytes of the slots of all resolutions.
+        programs: the compiled programs; only one runs at a time, but all are loaded.
+    """
+    analyses = [program.memory_analysis() for program in programs]
+    return {
+        "parameters": parameters,
+        "slots": slots,
+        "programs": sum(each.generated_code_size_in_bytes for each in analyses),
+        # What a program gets and gives back in place are the parameters and the slots.
+        "working memory": max(
+            (a.temp_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes for a in analyses), default=0
+        ),
+    }
+
+
+def check_fits(device: jax.Device, needs: Mapping[str, int]) -> None:
     """Make sure that everything that a device must hold at a time fits into its memory.
 
     Args:
         device: one of equal devices.
-        parameters: bytes.
-        slots: bytes of the slots of all resolutions.
-        programs: the compiled programs; only one runs at a time, but all are loaded.
+        needs: of `memory_needs`.
 
     Raises:
         ConfigurationError: it does not; the text has the numbers and what makes them smaller.
     """
-    limit = device_memory(device)
-    if limit is None:
+    limit, needed = device_memory(device), sum(needs.values())
+    if limit is None or needed <= limit:
         return
-    analyses = [program.memory_analysis() for program in programs]
-    code = sum(each.generated_code_size_in_bytes for each in analyses)
-    # What a program gets and gives back in place are the parameters and the slots.
-    work = max((a.temp_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes for a in analyses), default=0)
-    needed = parameters + slots + code + work
-    if needed <= limit:
-        return
-    parts = {"parameters": parameters, "slots": slots, "programs": code, "working memory": work}
-    listed = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items() if size)
+    listed = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in needs.items() if size)
     raise ConfigurationError(
         f"the model does not fit: a device would be out of memory. It needs {needed / _GIB:.2f} GiB ({listed}) and the"
-        f" {device.device_kind} has {limit / _GIB:.2f}; lower sdtpu_slots_per_device, name fewer or smaller"
-        " sdtpu_resolutions, or set sdtpu_dtype to bfloat16"
+        f" {device.device_kind} has {limit / _GIB:.2f}; {WHAT_MAKES_IT_SMALLER}"
     )

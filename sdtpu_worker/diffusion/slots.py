@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sdtpu_worker.aggregator.plan import phases_per_tick
+from sdtpu_worker.aggregator.plan import Lane, phases_per_tick
 from sdtpu_worker.contract.request import MAX_STEPS
 from sdtpu_worker.diffusion.families.family import Family, Shapes, rows_per_job
 from sdtpu_worker.diffusion.samplers import COLUMNS
+from sdtpu_worker.diffusion.tiled_decoding import tile_side
 
 NOTHING = -1
 
@@ -79,6 +80,7 @@ class Geometry:
         latent_shape: `(C, h, w)`.
         inputs: shapes and dtypes of what the family makes of a request.
         conditioning: by name `(H, …)`, shapes and dtypes of what a slot keeps for the family.
+        decode_tile: side in latents of the tiles that an image is decoded in; 0 for all of it at once.
     """
 
     num_devices: int
@@ -89,11 +91,22 @@ class Geometry:
     latent_shape: tuple[int, int, int]
     inputs: Shapes
     conditioning: Shapes
+    decode_tile: int = 0
 
     @classmethod
-    def of(cls, family: Family, num_devices: int, slots_per_device: int, height: int, width: int) -> Geometry:
-        """Return the sizes for a model and a resolution in pixels."""
-        factor, rows = family.scale_factor, rows_per_job(family)
+    def of(
+        cls, family: Family, num_devices: int, slots_per_device: int, size: Lane, in_tiles: bool = False
+    ) -> Geometry:
+        """Return the sizes for a model and a resolution.
+
+        Args:
+            family: the model.
+            num_devices: D.
+            slots_per_device: S.
+            size: `(height, width)` of an image in pixels.
+            in_tiles: images are decoded in tiles.
+        """
+        factor, rows, (height, width) = family.scale_factor, rows_per_job(family), size
         return cls(
             num_devices=num_devices,
             slots_per_device=slots_per_device,
@@ -106,6 +119,7 @@ class Geometry:
                 name: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype)
                 for name, leaf in family.conditioning_shapes().items()
             },
+            decode_tile=tile_side(height // factor, width // factor) if in_tiles else 0,
         )
 
     def empty_slots(self) -> Slots:

@@ -135,7 +135,7 @@ def layout_of(geometry: Geometry) -> Slots:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), geometry.empty_states())
 
 
-def fingerprint_of(checkpoint: Checkpoint, lane: Lane, slots_per_device: int, device_kind: str) -> str:
+def fingerprint_of(checkpoint: Checkpoint, lane: Lane, geometry: Geometry, device_kind: str) -> str:
     """Return a digest of what two engines must share to draw the same pixels: model, dtype, sizes, devices, versions.
 
     XLA compiles the same program for simulated devices otherwise when the process has more of them, so their number
@@ -143,7 +143,7 @@ def fingerprint_of(checkpoint: Checkpoint, lane: Lane, slots_per_device: int, de
     """
     digest = hashlib.blake2b(digest_size=16)
     facts: list[Any] = [jax.__version__, jaxlib.__version__, device_kind, jax.local_device_count()]
-    facts += [str(checkpoint.dtype), lane, slots_per_device]
+    facts += [str(checkpoint.dtype), lane, geometry.slots_per_device, geometry.decode_tile]
     facts += [_plain(checkpoint.schedule.config), _plain(checkpoint.family.facts()), checkpoint.loras]
     digest.update(repr(facts).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):

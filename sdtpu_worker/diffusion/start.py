@@ -53,7 +53,9 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
         def make(slots_per_device: int) -> Engine:
             on_phase(f"compiling and running every program with {slots_per_device} slots per device")
             has_previews = config.preview_every > 0
-            return make_warm_engine(checkpoint, devices, slots_per_device, config.resolutions, cache, has_previews)
+            return make_warm_engine(
+                checkpoint, devices, slots_per_device, config.resolutions, cache, has_previews, config.vae_tiling
+            )
 
         if isinstance(config.slots_per_device, int):
             engine = make(config.slots_per_device)
@@ -75,9 +77,10 @@ def make_warm_engine(
     resolutions: tuple[Lane, ...] | None = None,
     compile_cache: CompileCache | None = None,
     with_previews: bool = False,
+    vae_tiling: str = "auto",
 ) -> Engine:
     """Return an engine that is compiled and calibrated; see `Engine` for the arguments and what it raises."""
-    engine = Engine(checkpoint, devices, slots_per_device, resolutions, compile_cache, with_previews)
+    engine = Engine(checkpoint, devices, slots_per_device, resolutions, compile_cache, with_previews, vae_tiling)
     engine.adopt(calibrate(engine))
     return engine
 

@@ -40,6 +40,14 @@ def test_settings_come_from_the_environment_first_then_the_app_then_the_default(
     assert read_setting("sdtpu_slots_per_device", app.conf) == 2
     monkeypatch.setenv("SDTPU_RESOLUTIONS", "512x512, 768x512")
     assert read_config(app.conf).resolutions == ((512, 512), (768, 512))
+    monkeypatch.setenv("SDTPU_RESOLUTIONS", "512x512,SDXL,1024x1024")
+    sizes = read_config(app.conf).resolutions
+    assert len(sizes) == len(set(sizes)) == 10
+    assert sizes[:2] == ((512, 512), (1024, 1024))
+    assert all(0.9 < height * width / 1024**2 < 1.01 for height, width in sizes[1:])
+    monkeypatch.delenv("SDTPU_RESOLUTIONS")
+    app.conf.sdtpu_resolutions = ["sdxl", (512, 768)]
+    assert read_config(app.conf).resolutions[-1] == (512, 768)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +58,8 @@ def test_settings_come_from_the_environment_first_then_the_app_then_the_default(
         ("sdtpu_platform", "quantum"),
         ("sdtpu_resolutions", "512"),
         ("sdtpu_resolutions", "511x512"),
+        ("sdtpu_resolutions", "sd3"),
+        ("sdtpu_resolutions", [None]),
         ("sdtpu_tick_s", "fast"),
         ("sdtpu_model", ""),
         ("sdtpu_dtype", "float16"),

@@ -77,7 +77,7 @@ def main() -> None:
     if not file.exists():
         split = NamedSharding(mesh, PartitionSpec("batch"))
         paths = draw_paths(family, fixed, signal, teacher_folder, args.paths, split)
-        np.savez(file, **paths)
+        np.savez(file, **paths)  # type: ignore[arg-type]  # no array is named `allow_pickle`
     with np.load(file) as stored:
         points, levels, owners, ends, ids = (stored[name] for name in ("points", "levels", "owners", "ends", "ids"))
     print(f"{len(points):,} points of {len(ends):,} paths", flush=True)
@@ -152,11 +152,15 @@ def draw_paths(
 
     @jax.jit
     def encode(ids: jax.Array) -> jax.Array:
-        free, steered = (family.text_encoder(fixed["text_encoder"], part).last_hidden_state for part in (empty_ids, ids))
+        states = family.text_encoder(fixed["text_encoder"], jnp.concatenate([empty_ids, ids])).last_hidden_state
+        free, steered = states[:1], states[1:]
         return jnp.concatenate([jnp.broadcast_to(free, steered.shape), steered])
 
     draw, started = np.random.default_rng(10), time.monotonic()
-    points, levels, owners, ends = [], [], [], []
+    points: list[np.ndarray] = []
+    levels: list[np.ndarray] = []
+    owners: list[np.ndarray] = []
+    ends: list[np.ndarray] = []
     for first in range(0, count - PATHS_AT_ONCE + 1, PATHS_AT_ONCE):
         rows = np.arange(first, first + PATHS_AT_ONCE, dtype=np.int32)
         noise_alone = draw.random() < FROM_NOISE
@@ -174,14 +178,16 @@ def draw_paths(
         ends.append(np.asarray(x, np.float16))
         if (first // PATHS_AT_ONCE) % 20 == 19:
             print(f"{first + PATHS_AT_ONCE}/{count} paths {time.monotonic() - started:.0f} s", flush=True)
-    found = {"points": points, "levels": levels, "owners": owners, "ends": ends}
+    found: dict[str, list[np.ndarray]] = {"points": points, "levels": levels, "owners": owners, "ends": ends}
     return {**{name: np.concatenate(parts) for name, parts in found.items()}, "ids": ids}
 
 
 def make_loss(family: StableDiffusion, signal: jax.Array) -> Any:
     """Return the loss for `make_step`; a batch is points, their levels, the ends of their paths and token ids."""
 
-    def loss_fn(params: Any, fixed: Any, x: jax.Array, level: jax.Array, end: jax.Array, ids: jax.Array, _: jax.Array):
+    def loss_fn(
+        params: Any, fixed: Any, x: jax.Array, level: jax.Array, end: jax.Array, ids: jax.Array, _: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         text = family.text_encoder(fixed["text_encoder"], ids).last_hidden_state
         timestep = (level * (len(signal) // LEVELS) - 1).astype(jnp.float32)
         v = family.unet(params, x, timestep, text)

@@ -80,6 +80,11 @@ SETTINGS = (
         " refused and a step costs half. `auto`: as the checkpoint needs; distilled ones need none",
     ),
     Setting(
+        "sdtpu_image_inputs", True, parse_switch,
+        "Whether jobs may start from a picture (image to image, inpainting). When it is off, the worker keeps no"
+        " encoder for pictures on the devices, compiles faster, and refuses such jobs",
+    ),
+    Setting(
         "sdtpu_platform", "auto", parse_choice("auto", "tpu", "gpu", "cpu"),
         "The devices to run on. With `tpu`, `gpu` or `cpu` the worker does not start without such devices; `auto` takes"
         " the devices that JAX finds, and logs them",
@@ -209,6 +214,7 @@ class Config:
     prediction_type: str
     loras_merged: tuple[tuple[str, float], ...]
     guidance: str
+    image_inputs: bool
     platform: str
     cpu_devices: int
     dtype: str

@@ -103,6 +103,7 @@ class LoadOptions:
         tokenizer: folder with CLIP's vocabulary, for a checkpoint in one file.
         prediction_type: `epsilon` or `v_prediction`, for a checkpoint in one file; `auto` for what is known of it.
         loras_merged: `(file, weight)` of LoRAs to merge.
+        image_inputs: jobs may start from a picture.
     """
 
     revision: str = "main"
@@ -110,6 +111,7 @@ class LoadOptions:
     tokenizer: str | None = None
     prediction_type: str = "auto"
     loras_merged: tuple[tuple[str, float], ...] = ()
+    image_inputs: bool = True
 
 
 def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | None = None) -> Checkpoint:
@@ -130,7 +132,7 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
     # PyTorch's pipelines for 1.x and 2.x mend outdated configs; the one for XL does not.
     schedule = NoiseSchedule.from_config(source.scheduler_config, corrects_outdated=not source.is_xl)
     loras = Loras(options.loras_merged)
-    parts = Parts(source, dtype, loras)
+    parts = Parts(source, dtype, loras, options.image_inputs)
     defaults = _defaults(schedule, parts.guidance_width)
     if options.guidance == "on" and parts.guidance_width:
         raise ConfigurationError(

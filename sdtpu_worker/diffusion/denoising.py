@@ -5,6 +5,7 @@ These functions are traced into the tick of `programs.py`. Shapes are as in `slo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from sdtpu_worker.contract.request import MAX_STEPS
-from sdtpu_worker.diffusion.families.family import Family, rows_per_job
+from sdtpu_worker.diffusion.families.family import Family, Pictures, rows_per_job
 from sdtpu_worker.diffusion.samplers import COLUMNS
-from sdtpu_worker.diffusion.slots import Decoded, Geometry, Phases, Slots
+from sdtpu_worker.diffusion.slots import Decoded, Geometry, Phases, Picture, Slots
 from sdtpu_worker.diffusion.tiled_decoding import decode_in_tiles
+
+_NOISE_OF_PICTURES = 2**32 - 1
+"""What the noise of encoded pictures is drawn with; the noise of steps is with their numbers."""
 
 
 def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: Phases) -> Slots:
@@ -23,10 +27,14 @@ def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: 
     slot = todo.insert_slot
 
     def start(slots: Slots) -> Slots:
-        noise = jax.random.normal(jax.random.wrap_key_data(todo.key_data), geometry.latent_shape, jnp.float32)
-        conditioning = family.encode(params, todo.inputs)
+        pictures = _pictures(geometry, todo) if geometry.takes_pictures else None
+        conditioning = family.encode(params, todo.inputs, pictures)
+        latents, picture = _initial_noise(todo.key_data, geometry.latent_shape) * todo.first_level[1], None
+        if pictures is not None:
+            picture = _picture_of(family, geometry, params, todo, pictures)
+            latents = jnp.where(todo.has_image, picture.latents * todo.first_level[0] + latents, latents)
         started = Slots(
-            latents=noise * todo.init_noise_sigma,
+            latents=latents,
             history=jnp.zeros((3, *geometry.latent_shape)),
             step=jnp.zeros((), jnp.int32),
             num_steps=todo.num_steps,
@@ -35,10 +43,34 @@ def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: 
             key_data=todo.key_data,
             conditioning={name: conditioning[name].astype(leaf.dtype) for name, leaf in geometry.conditioning.items()},
             table=todo.table,
+            picture=picture,
         )
         return jax.tree.map(lambda leaf, row: leaf.at[slot].set(row), slots, started)
 
     return jax.lax.cond(slot >= 0, start, lambda slots: slots, slots)
+
+
+def _initial_noise(key_data: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return the noise that a job starts from, of this shape; `(2,) uint32` words of its key."""
+    return jax.random.normal(jax.random.wrap_key_data(key_data), shape, jnp.float32)
+
+
+def _pictures(geometry: Geometry, todo: Phases) -> Pictures:
+    """Return a job's pictures as its family takes them."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(todo.key_data), _NOISE_OF_PICTURES)
+    noise = jax.random.normal(key, (2, *geometry.latent_shape), jnp.float32)
+    return Pictures(todo.image.astype(jnp.float32) / 127.5 - 1, todo.mask, noise)
+
+
+def _picture_of(family: Family, geometry: Geometry, params: Any, todo: Phases, pictures: Pictures) -> Picture:
+    """Return what a slot keeps of a job's image."""
+    latents = jax.lax.cond(
+        todo.has_image,
+        lambda: family.encode_image(params, pictures.image, pictures.noise[0]),
+        lambda: jnp.zeros(geometry.latent_shape, jnp.float32),
+    )
+    drawn = todo.mask[:: family.scale_factor, :: family.scale_factor] | ~todo.has_image
+    return Picture(latents, drawn if family.blends_masks else jnp.ones_like(drawn))
 
 
 def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps: jax.Array) -> Slots:
@@ -50,6 +82,8 @@ def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps
         name: leaf.swapaxes(0, 1).reshape(halves * num_slots, *leaf.shape[2:])
         for name, leaf in slots.conditioning.items()
     }
+
+    blend = _make_blend(slots, geometry.latent_shape)
 
     def denoise(_: Any, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, history, step = carry
@@ -67,6 +101,7 @@ def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps
             + column["e"] * history[:, 2]
             + column["n"] * noise
         )
+        x_next = blend(x_next, column["s"], column["u"])
         h = column["p"] * x + column["q"] * m + column["r"] * noise
         pushed = jnp.concatenate([h[:, None], history[:, :2]], axis=1)
         running = (step < slots.num_steps)[:, None, None, None]
@@ -79,6 +114,19 @@ def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps
 
     x, history, step = jax.lax.fori_loop(0, steps, denoise, (slots.latents, slots.history, slots.step))
     return slots._replace(latents=x, history=history, step=step)
+
+
+def _make_blend(slots: Slots, latent_shape: tuple[int, ...]) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Return what keeps an image where it is not drawn again: its latents with noise, at the sample's own level."""
+    if slots.picture is None:
+        return lambda x, signal, noise: x
+    latents, drawn = slots.picture.latents, slots.picture.drawn[:, None]
+    unit = jax.lax.cond(
+        drawn.all(),
+        lambda: jnp.zeros_like(latents),
+        lambda: jax.vmap(lambda words: _initial_noise(words, latent_shape))(slots.key_data),
+    )
+    return lambda x, signal, noise: jnp.where(drawn, x, signal * latents + noise * unit)
 
 
 def _guide(out: jax.Array, slots: Slots) -> jax.Array:

@@ -13,7 +13,7 @@ from sdtpu_worker.diffusion.families.stable_diffusion_xl import StableDiffusionX
 from sdtpu_worker.diffusion.lora import Loras
 from sdtpu_worker.diffusion.single_file import SingleFile
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
-from sdtpu_worker.errors import InvalidCheckpoint
+from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 from sdtpu_worker.models import networks
 from sdtpu_worker.models.configs import read_autoencoder_config, read_clip_text_config, read_unet_config
 from sdtpu_worker.models.network import Network
@@ -27,10 +27,11 @@ class Parts:
         source: the folder or the file.
         dtype: of parameters and computation.
         loras: what is merged into the parameters.
+        takes_pictures: keep the half of the autoencoder that makes latents of pictures.
     """
 
-    def __init__(self, source: Folder | SingleFile, dtype: Any, loras: Loras) -> None:
-        self.source, self.dtype, self._loras = source, dtype, loras
+    def __init__(self, source: Folder | SingleFile, dtype: Any, loras: Loras, takes_pictures: bool) -> None:
+        self.source, self.dtype, self._loras, self._takes_pictures = source, dtype, loras, takes_pictures
         self.params: dict[str, dict[str, Any]] = {}
         self._configs: dict[str, Any] = {}
         self._unet_config = self._config("unet", read_unet_config)
@@ -91,24 +92,33 @@ class Parts:
         """
         vae_config = self._config("vae", read_autoencoder_config)
         unet_config = self._unet_config
-        if unet_config.in_channels != vae_config.latent_channels:
+        picture_channels = unet_config.in_channels - vae_config.latent_channels
+        if picture_channels not in (0, vae_config.latent_channels + 1):
             raise InvalidCheckpoint(
                 f"{self.source.name}: the UNet takes {unet_config.in_channels} channels and the VAE has"
-                f" {vae_config.latent_channels}; inpainting and image-conditioned checkpoints are not supported"
+                f" {vae_config.latent_channels}; the UNet's must be as many, or twice as many and one for an inpainting"
+                " checkpoint"
+            )
+        if picture_channels and not self._takes_pictures:
+            raise ConfigurationError(
+                f"sdtpu_image_inputs must be on for {self.source.name}: it is for inpainting, and draws nothing without"
+                " a picture"
             )
         in_float32 = force_upcast and bool(self._configs["vae"].get("force_upcast"))
         decoder_dtype = jnp.float32 if in_float32 else self.dtype
         unet = self._network("unet", lambda: networks.unet(unet_config), self.dtype)
-        decoder = self._decoder(vae_config, decoder_dtype)
+        decoder, encoder = self._autoencoder(vae_config, decoder_dtype)
         factor = 2 ** (len(vae_config.block_out_channels) - 1)
         height, width = _pair(unet_config.sample_size, self.source.name)
         return {
             "unet": unet,
             "decoder": decoder,
+            "encoder": encoder,
             "default_size": (height * factor, width * factor),
             "scale_factor": factor,
             "size_multiple": factor * 2 ** (len(unet_config.block_out_channels) - 1),
             "latent_channels": vae_config.latent_channels,
+            "picture_channels": picture_channels,
             "scaling_factor": vae_config.scaling_factor,
             "latent_mean": _numbers(vae_config.latents_mean),
             "latent_std": _numbers(vae_config.latents_std),
@@ -119,13 +129,14 @@ class Parts:
             "configs": self._configs,
         }
 
-    def _decoder(self, config: Any, dtype: Any) -> Network:
-        """Return the half of the autoencoder that is used; all tensors of both halves must be there."""
+    def _autoencoder(self, config: Any, dtype: Any) -> tuple[Network, Network | None]:
+        """Return the decoder, and the encoder if it is used; all tensors of both halves must be there."""
         decoder = self._make(lambda: networks.decoder(config), "vae")
         encoder = self._make(lambda: networks.encoder(config), "vae")
         tensors = self.source.weights("vae", {**decoder.shapes, **encoder.shapes}, dtype)
-        self.params["vae"] = {name: tensors[name] for name in decoder.shapes}
-        return decoder
+        used = [*decoder.shapes, *(encoder.shapes if self._takes_pictures else ())]
+        self.params["vae"] = {name: tensors[name] for name in used}
+        return decoder, encoder if self._takes_pictures else None
 
     def _text_encoder(self, part: str, tokenizer: str, projection: bool) -> tuple[Network, PromptTokenizer, Any]:
         config = self._config(part, read_clip_text_config)

@@ -85,11 +85,22 @@ class JobSnapshot:
             and state.guidance_rescale[0] == np.float32(job.guidance_rescale)
             and np.array_equal(state.key_data[0], job.key_data)
             and np.array_equal(state.table[0], job.table)
+            and self._has_mask_of(job)
         )
         if not is_of_job:
             raise SnapshotMismatch("the snapshot is of a job with other parameters: start the job anew")
         if not 0 <= self.step <= num_steps:
             raise SnapshotMismatch(f"the snapshot is at step {self.step} of {num_steps}: start the job anew")
+
+    def _has_mask_of(self, job: PreparedJob) -> bool:
+        """Return whether a slot that keeps a part of an image keeps the part that the job's mask leaves alone."""
+        picture = self.state.picture
+        if picture is None or picture.drawn.all():
+            return True
+        if job.mask is None:
+            return False
+        factor = job.mask.shape[0] // picture.drawn.shape[1]
+        return np.array_equal(picture.drawn[0], job.mask[::factor, ::factor])
 
     def to_bytes(self) -> bytes:
         """Return the snapshot compressed: a line with fingerprint and lane, then the leaves of `Slots` in order."""

@@ -10,7 +10,7 @@ Shapes below: C latent channels, h x w latents, R rows of a device's batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -22,6 +22,21 @@ Params = Mapping[str, Mapping[str, Any]]
 """The parameters of a checkpoint: by part, then by the name of the tensor."""
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Arrays = Mapping[str, Any]
+
+
+class Pictures(NamedTuple):
+    """What a job brings besides words, on the job's own device.
+
+    Attributes:
+        image: `(height, width, 3) float32`, colours from -1 to 1.
+        mask: `(height, width) bool`, True where the image is to be drawn again.
+        noise: `(2, C, h, w) float32`, standard normal, for what is encoded: the image, and the image without what the
+            mask covers.
+    """
+
+    image: jax.Array
+    mask: jax.Array
+    noise: jax.Array
 
 
 class Family(Protocol):
@@ -50,6 +65,17 @@ class Family(Protocol):
     def default_size(self) -> Lane:
         """`(height, width)` in pixels."""
 
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether a job may start from an image; `encode_image` makes latents of it."""
+
+    @property
+    def blends_masks(self) -> bool:
+        """Whether the programs keep what a mask does not cover, in the latents, after every step.
+
+        A model that sees the mask keeps it by itself.
+        """
+
     def input_shapes(self) -> Shapes:
         """Return shapes and dtypes of what `make_inputs` makes of one request."""
 
@@ -64,18 +90,35 @@ class Family(Protocol):
             InvalidRequest: the model cannot do what the request asks for.
         """
 
-    def conditioning_shapes(self) -> Shapes:
-        """Return shapes and dtypes of what a slot keeps for one row: what `encode` returns, without its first axis."""
+    def conditioning_shapes(self, size: Lane) -> Shapes:
+        """Return shapes and dtypes of what a slot keeps for one row: what `encode` returns, without its first axis.
 
-    def encode(self, params: Params, inputs: Arrays) -> Arrays:
+        Args:
+            size: `(height, width)` of the image in pixels.
+        """
+
+    def encode(self, params: Params, inputs: Arrays, pictures: Pictures | None) -> Arrays:
         """Return what a slot keeps of a job besides its latents.
 
         Args:
             params: the parameters on the job's own device.
             inputs: of one job, as `make_inputs` made them.
+            pictures: of the job, zeros where it has none; None for a family that takes no pictures.
 
         Returns:
             By name `(2, …)`, the negative prompt's first; `(1, …)` where the family is not guided.
+        """
+
+    def encode_image(self, params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
+        """Return an image's latents; called only for a family that takes pictures.
+
+        Args:
+            params: the parameters on the job's own device.
+            image: `(height, width, 3) float32`, colours from -1 to 1.
+            noise: `(C, h, w) float32`, standard normal, for an encoder that gives a distribution.
+
+        Returns:
+            `(C, h, w) float32`, scaled as `decode` takes them.
         """
 
     def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.diffusion.families.family import Arrays, Params
+from sdtpu_worker.diffusion.families.family import Arrays, Params, Pictures
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.models.network import Network
 from sdtpu_worker.redaction import brief
@@ -26,10 +26,12 @@ class LatentUNet:
     Attributes:
         unet: the network, whose parameters are the part `unet`.
         decoder: of the autoencoder; the part `vae`.
+        encoder: of the autoencoder, also the part `vae`; None for a worker that takes no pictures.
         default_size: `(height, width)` in pixels.
         scale_factor: pixels per latent, along one side.
         size_multiple: what the sides of an image must be a multiple of, in pixels.
         latent_channels: of a latent.
+        picture_channels: what the UNet sees of a picture beside the latents: 0, or C + 1 for an inpainting model.
         scaling_factor: what latents were multiplied by before the UNet was trained on them.
         latent_mean, latent_std: by channel, what latents were brought to before that; None for latents as they are.
         guidance_width: of the embedding by which a distilled UNet is told the guidance scale; 0 for other UNets.
@@ -41,10 +43,12 @@ class LatentUNet:
 
     unet: Network
     decoder: Network
+    encoder: Network | None
     default_size: Lane
     scale_factor: int
     size_multiple: int
     latent_channels: int
+    picture_channels: int
     scaling_factor: float
     latent_mean: tuple[float, ...] | None
     latent_std: tuple[float, ...] | None
@@ -58,6 +62,28 @@ class LatentUNet:
     def rows(self) -> int:
         """Rows of the batch for each job."""
         return 2 if self.is_guided else 1
+
+    @property
+    def takes_pictures(self) -> bool:
+        """See `Family.takes_pictures`."""
+        return self.encoder is not None
+
+    @property
+    def blends_masks(self) -> bool:
+        """See `Family.blends_masks`."""
+        return not self.picture_channels
+
+    def encode_image(self, params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
+        """See `Family.encode_image`."""
+        assert self.encoder is not None
+        moments = self.encoder(params["vae"], image[None].astype(self.decoder_dtype))
+        mean, logvar = (part[0].astype(jnp.float32) for part in (moments.mean, moments.logvar))
+        latents = mean + jnp.exp(0.5 * logvar) * noise.transpose(1, 2, 0)
+        if self.latent_mean is not None and self.latent_std is not None:
+            latents = (latents - jnp.asarray(self.latent_mean)) * self.scaling_factor / jnp.asarray(self.latent_std)
+        else:
+            latents = latents * self.scaling_factor
+        return latents.transpose(2, 0, 1)
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """See `Family.decode`."""
@@ -108,6 +134,40 @@ class LatentUNet:
         """Return the prompts of a job's rows."""
         return [negative_prompt, prompt] if self.is_guided else [prompt]
 
+    def _check_pictures(self, request: GenerationRequest) -> None:
+        """Make sure that the model gets the pictures that it needs.
+
+        Raises:
+            InvalidRequest: it gets others.
+        """
+        if request.image is not None and not self.takes_pictures:
+            raise InvalidRequest(
+                "image must be left out: this worker takes no pictures (sdtpu_image_inputs is off, or its model has no"
+                " encoder for them)"
+            )
+        if self.picture_channels and request.mask_image is None:
+            raise InvalidRequest(
+                "image and mask_image must be given: this worker's checkpoint is for inpainting, and draws what the"
+                " mask covers"
+            )
+
+    def _picture_shapes(self, size: Lane) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return what the conditioning has besides, for a UNet that sees a picture."""
+        if not self.picture_channels:
+            return {}
+        height, width = (side // self.scale_factor for side in size)
+        return {"picture": jax.ShapeDtypeStruct((height, width, self.picture_channels), self.dtype)}
+
+    def _picture_of(self, params: Params, pictures: Pictures | None) -> dict[str, Any]:
+        """Return what the conditioning has of it: the mask, and the latents of what it does not cover."""
+        if not self.picture_channels:
+            return {}
+        assert pictures is not None
+        uncovered = pictures.image * ~pictures.mask[..., None]
+        latents = self.encode_image(params, uncovered, pictures.noise[1]).transpose(1, 2, 0)
+        mask = pictures.mask[:: self.scale_factor, :: self.scale_factor, None].astype(jnp.float32)
+        return {"picture": jnp.stack([jnp.concatenate([mask, latents], axis=-1)] * self.rows)}
+
     def _guidance_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return what inputs and conditioning have besides, for a UNet that is told the guidance scale."""
         if not self.guidance_width:
@@ -137,5 +197,7 @@ class LatentUNet:
         if self.guidance_width:
             more["timestep_cond"] = conditioning["guidance_embedding"]
         sample = latents.transpose(0, 2, 3, 1).astype(self.dtype)
+        if self.picture_channels:
+            sample = jnp.concatenate([sample, conditioning["picture"].astype(self.dtype)], axis=-1)
         out = self.unet(params["unet"], sample, timesteps, conditioning["context"], **more)
         return out.transpose(0, 3, 1, 2).astype(jnp.float32)

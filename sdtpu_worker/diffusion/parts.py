@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 
+from sdtpu_worker.diffusion.checkpoint_file import CheckpointFile
 from sdtpu_worker.diffusion.checkpoint_folder import Folder
 from sdtpu_worker.diffusion.families.stable_diffusion import StableDiffusion
 from sdtpu_worker.diffusion.families.stable_diffusion_xl import StableDiffusionXL
-from sdtpu_worker.diffusion.lora import Loras
-from sdtpu_worker.diffusion.single_file import SingleFile
+from sdtpu_worker.diffusion.loading.load import iterate_weights
+from sdtpu_worker.diffusion.loading.lora import MergedLora, merge_loras
+from sdtpu_worker.diffusion.loading.tensors import Shapes
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.errors import InvalidCheckpoint
 from sdtpu_worker.models import networks
@@ -20,19 +23,42 @@ from sdtpu_worker.models.network import Network
 from sdtpu_worker.redaction import brief
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a part is loaded for.
+
+    Attributes:
+        shapes: of all parameters that the part must have.
+        dtype: of the parameters.
+        kept: the names of those that are used.
+        takes_loras: LoRAs may change it.
+    """
+
+    shapes: Shapes
+    dtype: Any
+    kept: Collection[str]
+    takes_loras: bool
+
+
 class Parts:
     """Reads the parts of one checkpoint, and keeps the parameters.
 
     Args:
         source: the folder or the file.
         dtype: of parameters and computation.
-        loras: what is merged into the parameters.
+        loras: `(name, weight)` of what is merged into the parameters.
+
+    Attributes:
+        params: by part, then by tensor name; empty until `family` has read them.
+        loras: what was merged; likewise.
     """
 
-    def __init__(self, source: Folder | SingleFile, dtype: Any, loras: Loras) -> None:
-        self.source, self.dtype, self._loras = source, dtype, loras
+    def __init__(self, source: Folder | CheckpointFile, dtype: Any, loras: Sequence[tuple[str, float]] = ()) -> None:
+        self.source, self.dtype, self._loras_wanted = source, dtype, loras
         self.params: dict[str, dict[str, Any]] = {}
+        self.loras: tuple[MergedLora, ...] = ()
         self._configs: dict[str, Any] = {}
+        self._wanted: dict[str, _Wanted] = {}
         self._unet_config = self._config("unet", read_unet_config)
 
     @property
@@ -50,9 +76,18 @@ class Parts:
             InvalidCheckpoint: a part is broken, or does not fit another.
         """
         family = self._stable_diffusion_xl(is_guided) if self.source.is_xl else self._stable_diffusion(is_guided)
-        self.source.check_all_used()
-        self._loras.check_all_used()
+        self._load()
         return family
+
+    def _load(self) -> None:
+        """Read every part's parameters, when all configs are known to be good and LoRAs to fit."""
+        shapes = {part: wanted.shapes for part, wanted in self._wanted.items() if wanted.takes_loras}
+        merge = merge_loras(self._loras_wanted, shapes)
+        for part, wanted in self._wanted.items():
+            tensors = self.source.open(part, wanted.shapes)
+            weights = iterate_weights(tensors, wanted.shapes, wanted.dtype, merge.changes.get(part))
+            self.params[part] = {name: array for name, array in weights if name in wanted.kept}
+        self.loras = merge.merged
 
     def _stable_diffusion(self, is_guided: bool) -> StableDiffusion:
         text_encoder, tokenizer, config = self._text_encoder("text_encoder", "tokenizer", projection=False)
@@ -123,8 +158,8 @@ class Parts:
         """Return the half of the autoencoder that is used; all tensors of both halves must be there."""
         decoder = self._make(lambda: networks.decoder(config), "vae")
         encoder = self._make(lambda: networks.encoder(config), "vae")
-        tensors = self.source.weights("vae", {**decoder.shapes, **encoder.shapes}, dtype)
-        self.params["vae"] = {name: tensors[name] for name in decoder.shapes}
+        shapes = {**decoder.shapes, **encoder.shapes}
+        self._wanted["vae"] = _Wanted(shapes, dtype, decoder.shapes.keys(), takes_loras=False)
         return decoder
 
     def _text_encoder(self, part: str, tokenizer: str, projection: bool) -> tuple[Network, PromptTokenizer, Any]:
@@ -143,10 +178,9 @@ class Parts:
             raise InvalidCheckpoint(f"{label}: this config cannot be used: {type(exc).__name__}: {exc}") from exc
 
     def _network(self, part: str, make: Callable[[], Network], dtype: Any) -> Network:
-        """Return a network, and keep its parameters."""
+        """Return a network; its parameters are loaded later."""
         network = self._make(make, part)
-        deltas = self._loras.deltas(part, network.shapes)
-        self.params[part] = self.source.weights(part, network.shapes, dtype, deltas)
+        self._wanted[part] = _Wanted(network.shapes, dtype, network.shapes.keys(), takes_loras=True)
         return network
 
     def _make(self, make: Callable[[], Network], part: str) -> Network:

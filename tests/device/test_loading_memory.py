@@ -25,17 +25,17 @@ LOAD = """
 import json, sys, time
 from pathlib import Path
 import ml_dtypes
-from sdtpu_worker.diffusion.loading import iterate_weights, open_weights
-from sdtpu_worker.diffusion.loading.fit import is_transposed
+from sdtpu_worker.diffusion.loading.load import iterate_weights
+from sdtpu_worker.diffusion.loading.part_files import open_weights
+from sdtpu_worker.models.layout import axes_from_pytorch
 
 def status(name):
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(name))) * 1024
 
 path, keep = Path(sys.argv[1]), sys.argv[2] == "keep"
 source = open_weights(path)
-axes = {2: (1, 0), 4: (2, 3, 1, 0)}
-shapes = {name: tuple(shape[axis] for axis in axes[len(shape)]) if is_transposed(name, len(shape)) else shape
-          for name, shape in source.shapes.items()}
+axes = {name: axes_from_pytorch(name, len(shape)) or range(len(shape)) for name, shape in source.shapes.items()}
+shapes = {name: tuple(shape[axis] for axis in axes[name]) for name, shape in source.shapes.items()}
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before, start, kept = status("VmRSS"), time.monotonic(), []
 for name, array in iterate_weights(source, shapes, ml_dtypes.bfloat16):

@@ -209,6 +209,30 @@ def test_a_text_encoder_with_and_without_its_prefix_and_with_surplus(tmp_path, s
     assert read["text_projection.weight"].shape == (2, 3), "it is read where the model has it"
 
 
+def test_a_moving_average_beside_the_weights_is_left_out(tmp_path, params):
+    average = {f"model_ema.{name}": value + 1 for name, value in as_stored(params).items()}
+    save_file(as_stored(params) | average, tmp_path / "a.safetensors")
+    assert_same(read_weights(open_weights(tmp_path / "a.safetensors"), SHAPES, np.float32), params, np.float32)
+
+
+@pytest.mark.parametrize(
+    "name", ["vision_model.encoder.layers.24.mlp.fc1.bias", "visual_projection.weight", "logit_scale", "more.weight"]
+)
+def test_only_a_text_encoder_may_have_the_rest_of_a_clip_beside_it(tmp_path, name):
+    value = np.ones((2,), np.float32)
+    for shapes, fits in (
+        ({"text_model.embeddings.token_embedding.weight": (2,)}, name != "more.weight"),
+        ({"vision_model.vision_model.post_layernorm.bias": (2,)}, False),
+    ):
+        save_file({**dict.fromkeys(shapes, value), name: value}, tmp_path / "a.safetensors")
+        source = open_weights(tmp_path / "a.safetensors")
+        if fits:
+            assert list(read_weights(source, shapes, np.float32)) == list(shapes)
+            continue
+        with pytest.raises(InvalidCheckpoint, match=rf"unexpected: {name}"):
+            read_weights(source, shapes, np.float32)
+
+
 def test_buffers_of_the_safety_checker_keep_their_layout(tmp_path):
     shapes = {"concept_embeds": (17, 4), "visual_projection.weight": (6, 4)}
     stored = {"concept_embeds": np.zeros((17, 4), np.float32), "visual_projection.weight": np.zeros((4, 6), np.float32)}

@@ -1,7 +1,8 @@
 """The host's memory while weights are loaded: the model in its serving type and about one tensor, never the file.
 
 `--long` loads whole UNets of random float16 weights instead: Stable Diffusion 1.x (860 million parameters, 1.7 GB of
-temporary files) and XL (2.6 billion, 5.1 GB; as much free memory is needed again).
+temporary files) and XL (2.6 billion, 5.1 GB; as much free memory is needed again). On two cores this takes 80 s, with
+peaks of 1.04 and 1.05 times the model; 0.17 GB where each tensor is dropped at once.
 """
 
 from __future__ import annotations

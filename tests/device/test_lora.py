@@ -122,6 +122,8 @@ ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
         ("unet", OUT, f"{ATTENTION}.processor.to_out_lora.down.weight", f"{ATTENTION}.processor.to_out_lora.up.weight"),
         ("unet", OUT, f"base_model.model.{ATTENTION}.to_out.0.lora_A.weight",
          f"base_model.model.{ATTENTION}.to_out.0.lora_B.weight"),
+        ("unet", OUT, "unet.middle_block.1.transformer_blocks.0.attn1.to_out.0.lora_A.weight",
+         "unet.middle_block.1.transformer_blocks.0.attn1.to_out.0.lora_B.weight"),
         ("text_encoder", Q, f"text_encoder.{Q[:-7]}.lora_A.weight", f"text_encoder.{Q[:-7]}.lora_B.weight"),
         ("text_encoder", Q, "text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight",
          "text_encoder.encoder.layers.0.self_attn.q_proj.lora_B.weight"),

@@ -63,7 +63,7 @@ def open_msgpack(path: Path) -> dict[str, StoredTensor]:
     except Exception as exc:  # msgpack raises a different error for each way in which a file can be broken
         raise broken_file(path, exc) from exc
     if leaves is None:
-        raise InvalidCheckpoint(f"{path} holds no parameters, but {type(params).__name__}")
+        raise InvalidCheckpoint(f"{path} holds no parameters, but {type(params).__name__}; download it again")
     return to_pytorch(leaves)
 
 

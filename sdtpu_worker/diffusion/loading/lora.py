@@ -182,7 +182,9 @@ def _scale(path: Path, module: str, of: Mapping[str, StoredTensor], alphas: Peft
     if "alpha" not in of:
         return alphas.scale(module, rank)
     if math.prod(of["alpha"].shape) != 1:
-        raise InvalidCheckpoint(f"{path}: the alpha of {module} must be one number, got the shape {of['alpha'].shape}")
+        raise InvalidCheckpoint(
+            f"{path}: the alpha of {module} must be one number, got the shape {of['alpha'].shape}; take another file"
+        )
     return float(of["alpha"].read().reshape(())) / rank
 
 

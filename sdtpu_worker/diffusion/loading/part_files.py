@@ -101,7 +101,7 @@ def open_weights(path: Path) -> TensorSource:
             f" are opened, and are never read; {REMEDY}"
         )
     if not tensors:
-        raise InvalidCheckpoint(f"{path} holds no parameters")
+        raise InvalidCheckpoint(f"{path} holds no parameters; download or convert it again")
     return TensorSource(str(path), tensors)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sdtpu_worker.contract.request import MAX_SIDE, SIDE_MULTIPLE
+from sdtpu_worker.contract.parameter_checks import MAX_SIDE, SIDE_MULTIPLE
 
 SIZE_LISTS = {
     "sdxl": (

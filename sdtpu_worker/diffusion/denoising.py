@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sdtpu_worker.contract.request import MAX_STEPS
-from sdtpu_worker.diffusion.families.family import Family, Pictures, rows_per_job
+from sdtpu_worker.diffusion.families.family import Family, Pictures
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.slots import Decoded, Geometry, Phases, Picture, Slots
 from sdtpu_worker.diffusion.tiled_decoding import decode_in_tiles
@@ -40,6 +40,7 @@ def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: 
             num_steps=todo.num_steps,
             guidance_scale=todo.guidance_scale,
             guidance_rescale=todo.guidance_rescale,
+            image_guidance_scale=todo.image_guidance_scale,
             key_data=todo.key_data,
             conditioning={name: conditioning[name].astype(leaf.dtype) for name, leaf in geometry.conditioning.items()},
             table=todo.table,
@@ -63,19 +64,19 @@ def _pictures(geometry: Geometry, todo: Phases) -> Pictures:
 
 
 def _picture_of(family: Family, geometry: Geometry, params: Any, todo: Phases, pictures: Pictures) -> Picture:
-    """Return what a slot keeps of a job's image."""
+    """Return what a slot keeps of a job's image; its latents only if the job starts from them, or keeps some."""
+    kept = ~todo.mask[:: family.scale_factor, :: family.scale_factor] & todo.has_image & family.blends_masks
     latents = jax.lax.cond(
-        todo.has_image,
+        todo.has_image & ((todo.first_level[0] > 0) | kept.any()),
         lambda: family.encode_image(params, pictures.image, pictures.noise[0]),
         lambda: jnp.zeros(geometry.latent_shape, jnp.float32),
     )
-    drawn = todo.mask[:: family.scale_factor, :: family.scale_factor] | ~todo.has_image
-    return Picture(latents, drawn if family.blends_masks else jnp.ones_like(drawn))
+    return Picture(latents, kept)
 
 
 def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps: jax.Array) -> Slots:
     """Take `steps` denoising steps in all slots of the device; a slot keeps its values after its job's last step."""
-    num_slots, halves = geometry.slots_per_device, rows_per_job(family)
+    num_slots, halves = geometry.slots_per_device, family.rows
     rows = jnp.arange(num_slots)
     # All negative prompts first, then the prompts: (H * S, …).
     conditioning = {
@@ -120,34 +121,40 @@ def _make_blend(slots: Slots, latent_shape: tuple[int, ...]) -> Callable[[jax.Ar
     """Return what keeps an image where it is not drawn again: its latents with noise, at the sample's own level."""
     if slots.picture is None:
         return lambda x, signal, noise: x
-    latents, drawn = slots.picture.latents, slots.picture.drawn[:, None]
+    latents, kept = slots.picture.latents, slots.picture.kept[:, None]
     unit = jax.lax.cond(
-        drawn.all(),
-        lambda: jnp.zeros_like(latents),
+        kept.any(),
         lambda: jax.vmap(lambda words: _initial_noise(words, latent_shape))(slots.key_data),
+        lambda: jnp.zeros_like(latents),
     )
-    return lambda x, signal, noise: jnp.where(drawn, x, signal * latents + noise * unit)
+    return lambda x, signal, noise: jnp.where(kept, signal * latents + noise * unit, x)
 
 
 def _guide(out: jax.Array, slots: Slots) -> jax.Array:
     """Return the guided outputs, `(S, C, h, w)`, of the model's, `(H * S, C, h, w)`.
 
-    A scale of 1 or less is no guidance, as in diffusers: the prompt alone. A rescale above 0 brings the guided output's
-    standard deviation nearer to the conditional one's (arXiv 2305.08891, section 3.4).
+    A scale of 1 or less is no guidance, as in diffusers: the prompt alone; so is an image's scale below 1. A rescale
+    above 0 brings the guided output's standard deviation nearer to the conditional one's (arXiv 2305.08891, section
+    3.4).
     """
-    num_slots = slots.step.shape[0]
-    if out.shape[0] == num_slots:
+    rows = out.shape[0] // slots.step.shape[0]
+    if rows == 1:
         return out
     scale, rescale = slots.guidance_scale[:, None, None, None], slots.guidance_rescale[:, None, None, None]
-    unconditional, conditional = jnp.split(out, 2)
+    unconditional, *of_image, conditional = jnp.split(out, rows)
+    is_guided = scale > 1
     guided = unconditional + scale * (conditional - unconditional)
+    if of_image:
+        image_scale = slots.image_guidance_scale[:, None, None, None]
+        guided = unconditional + scale * (conditional - of_image[0]) + image_scale * (of_image[0] - unconditional)
+        is_guided &= image_scale >= 1
 
     def deviation(leaf: jax.Array) -> jax.Array:
         return jnp.std(leaf, axis=(1, 2, 3), keepdims=True)
 
     rescaled = guided * (deviation(conditional) / deviation(guided))
     guided = jnp.where(rescale > 0, rescale * rescaled + (1 - rescale) * guided, guided)
-    return jnp.where(scale > 1, guided, conditional)
+    return jnp.where(is_guided, guided, conditional)
 
 
 def _noise(key_data: jax.Array, step: jax.Array, amount: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -285,6 +285,7 @@ class Engine:
                         row.inputs[name][i, p] = array
                     row.key_data[i, p], row.table[i, p] = job.key_data, job.table
                     row.num_steps[i, p], row.first_level[i, p] = job.num_steps, job.first_level
+                    row.image_guidance_scale[i, p] = job.image_guidance_scale
                     row.has_image[i, p] = job.image is not None
                     row.guidance_scale[i, p], row.guidance_rescale[i, p] = job.guidance_scale, job.guidance_rescale
         return todo

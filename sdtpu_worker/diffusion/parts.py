@@ -138,7 +138,7 @@ class Parts:
         decoder_dtype = jnp.float32 if in_float32 else self.dtype
         unet = self._network("unet", lambda: networks.unet(unet_config), self.dtype)
         decoder, encoder = self._autoencoder(vae_config, decoder_dtype)
-        factor = networks.pixels_per_latent(vae_config)
+        factor = 2 ** (len(vae_config.block_out_channels) - 1)
         height, width = _pair(unet_config.sample_size, self.source.name)
         return {
             "unet": unet,
@@ -150,8 +150,8 @@ class Parts:
             "latent_channels": vae_config.latent_channels,
             "picture_channels": picture_channels,
             "scaling_factor": vae_config.scaling_factor,
-            "latent_mean": _numbers(vae_config.get("latents_mean")),
-            "latent_std": _numbers(vae_config.get("latents_std")),
+            "latent_mean": _numbers(vae_config.latents_mean),
+            "latent_std": _numbers(vae_config.latents_std),
             "guidance_width": self.guidance_width,
             "is_guided": is_guided,
             "dtype": self.dtype,
@@ -167,15 +167,16 @@ class Parts:
             ConfigurationError: they are, but the worker takes no pictures.
         """
         more = unet_channels - latent_channels
-        if more not in (0, latent_channels + 1):
+        if more not in (0, latent_channels + 1, *(() if self.source.is_xl else (latent_channels,))):
+            of_edits = "" if self.source.is_xl else f", {2 * latent_channels} for one that follows edit instructions,"
             raise InvalidCheckpoint(
                 f"{self.source.name}: in_channels of the UNet must be {latent_channels}, as many as the VAE's latents"
-                f" have, or {2 * latent_channels + 1} for an inpainting checkpoint, got {unet_channels}"
+                f" have{of_edits} or {2 * latent_channels + 1} for an inpainting checkpoint, got {unet_channels}"
             )
         if more and not self._takes_pictures:
             raise ConfigurationError(
-                f"sdtpu_image_inputs must be on for {self.source.name}: it is for inpainting, and draws nothing without"
-                " a picture"
+                f"sdtpu_image_inputs must be on for {self.source.name}: its UNet sees a picture, and draws nothing"
+                " without one"
             )
         return more
 

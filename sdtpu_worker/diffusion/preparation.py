@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
-from sdtpu_worker.contract.request import DEFAULT_STRENGTH, GenerationRequest
+from sdtpu_worker.contract.request import DEFAULT_IMAGE_GUIDANCE_SCALE, DEFAULT_STRENGTH, GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.errors import InvalidRequest
@@ -24,7 +24,7 @@ class PreparedJob:
         num_steps: denoising steps of the devices: the rows of the table that count.
         inputs: by name, what the family encodes when the job gets its slot.
         key_data: `(2,) uint32`, high and low word of the key.
-        guidance_scale, guidance_rescale: as in the request.
+        guidance_scale, guidance_rescale, image_guidance_scale: as in the request.
         first_level: how much of the image's latents and of the noise the job starts with.
         table: `(MAX_STEPS, columns) float32` coefficients.
         truncated: a prompt had more tokens than the text encoder takes.
@@ -41,6 +41,7 @@ class PreparedJob:
     key_data: np.ndarray
     guidance_scale: float
     guidance_rescale: float
+    image_guidance_scale: float
     first_level: tuple[float, float]
     table: np.ndarray
     truncated: bool
@@ -86,11 +87,12 @@ def prepare_job(
             f"height x width must be one of {', '.join(map(format_size, lanes))} (sdtpu_resolutions),"
             f" got {format_size(lane)}"
         )
-    skipped = _skipped_steps(request, request.num_inference_steps)
+    begins_at_image = request.image is not None and not checkpoint.family.follows_image
+    skipped = _skipped_steps(request, request.num_inference_steps) if begins_at_image else 0
     table = make_table(
         checkpoint.schedule, request.num_inference_steps, request.sampler, request.sigmas, request.eta, skipped
     )
-    is_noise_alone = request.image is None or (request.mask_image is not None and not skipped)
+    is_noise_alone = not begins_at_image or (request.mask_image is not None and not skipped)
     if key_data is None:
         if request.seed is None:
             raise InvalidRequest("seed is missing: pass one, or the key's words")
@@ -105,6 +107,7 @@ def prepare_job(
         key_data=np.asarray(key_data, np.uint32),
         guidance_scale=request.guidance_scale,
         guidance_rescale=request.guidance_rescale,
+        image_guidance_scale=_or(request.image_guidance_scale, DEFAULT_IMAGE_GUIDANCE_SCALE),
         first_level=(0.0, table.init_noise_sigma) if is_noise_alone else table.first_level,
         table=table.rows,
         truncated=truncated,
@@ -112,6 +115,10 @@ def prepare_job(
         mask=pictures.get("mask_image"),
         preserve_unmasked=request.preserve_unmasked,
     )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _find_lane(default: Lane, request: GenerationRequest, pictures: Mapping[str, np.ndarray]) -> Lane:
@@ -137,11 +144,7 @@ def _skipped_steps(request: GenerationRequest, steps: int) -> int:
     Raises:
         InvalidRequest: all of them.
     """
-    if request.image is None:
-        return 0
-    strength = request.strength
-    if strength is None:
-        strength = DEFAULT_STRENGTH if request.mask_image is None else 1.0
+    strength = _or(request.strength, DEFAULT_STRENGTH if request.mask_image is None else 1.0)
     taken = min(int(steps * strength), steps)
     if taken < 1:
         raise InvalidRequest(

@@ -1,7 +1,7 @@
 """What is on the devices while they serve: the state of every slot, and what a tick tells every device to do.
 
 Shapes: D devices, S slots per device, N = D * S slots, P phases per tick, C latent channels, h x w latents, H rows of
-the batch per job (the negative prompt's and the prompt's with guidance, else the prompt's alone). Everything with a
+the batch per job (see `Family.rows`). Everything with a
 leading N or D is sharded over the mesh's one axis.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane, phases_per_tick
 from sdtpu_worker.contract.request import MAX_STEPS
-from sdtpu_worker.diffusion.families.family import Family, Shapes, rows_per_job
+from sdtpu_worker.diffusion.families.family import Family, Shapes
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.tiled_decoding import tile_side
 
@@ -35,6 +35,7 @@ class Slots(NamedTuple):
     num_steps: Any  # (N,) int32, rows of the table that count; 0 for a slot that was never used
     guidance_scale: Any  # (N,) float32
     guidance_rescale: Any  # (N,) float32
+    image_guidance_scale: Any  # (N,) float32
     key_data: Any  # (N, 2) uint32, the job's key
     conditioning: dict[str, Any]  # by name (N, H, …), what the family keeps; the negative prompt first
     table: Any  # (N, MAX_STEPS, len(COLUMNS)) float32
@@ -45,7 +46,7 @@ class Picture(NamedTuple):
     """What a slot keeps of the image that its job started from."""
 
     latents: Any  # (N, C, h, w) float32, of the image; zeros without one
-    drawn: Any  # (N, h, w) bool, False where the image stays as it is
+    kept: Any  # (N, h, w) bool, True where the image stays as it is
 
 
 class Phases(NamedTuple):
@@ -58,6 +59,7 @@ class Phases(NamedTuple):
     num_steps: Any  # (D, P) int32
     guidance_scale: Any  # (D, P) float32
     guidance_rescale: Any  # (D, P) float32
+    image_guidance_scale: Any  # (D, P) float32
     first_level: Any  # (D, P, 2) float32, how much of the image's latents and of the noise a job starts with
     table: Any  # (D, P, MAX_STEPS, len(COLUMNS)) float32
     steps: Any  # (D, P) int32, denoising steps to take
@@ -120,7 +122,7 @@ class Geometry:
             size: `(height, width)` of an image in pixels.
             in_tiles: images are decoded in tiles.
         """
-        factor, rows, (height, width) = family.scale_factor, rows_per_job(family), size
+        factor, rows, (height, width) = family.scale_factor, family.rows, size
         return cls(
             num_devices=num_devices,
             slots_per_device=slots_per_device,
@@ -161,6 +163,7 @@ class Geometry:
             num_steps=np.zeros(dp, np.int32),
             guidance_scale=np.zeros(dp, np.float32),
             guidance_rescale=np.zeros(dp, np.float32),
+            image_guidance_scale=np.zeros(dp, np.float32),
             first_level=np.zeros((*dp, 2), np.float32),
             table=np.zeros((*dp, MAX_STEPS, len(COLUMNS)), np.float32),
             steps=np.zeros(dp, np.int32),
@@ -184,6 +187,7 @@ class Geometry:
             num_steps=np.zeros(n, np.int32),
             guidance_scale=np.zeros(n, np.float32),
             guidance_rescale=np.zeros(n, np.float32),
+            image_guidance_scale=np.zeros(n, np.float32),
             key_data=np.zeros((n, 2), np.uint32),
             conditioning=_zeros((n,), self.conditioning),
             table=np.zeros((n, MAX_STEPS, len(COLUMNS)), np.float32),
@@ -191,7 +195,7 @@ class Geometry:
         )
 
     def _no_picture(self, n: int) -> Picture:
-        return Picture(np.zeros((n, *self.latent_shape), np.float32), np.ones((n, *self.latent_shape[1:]), bool))
+        return Picture(np.zeros((n, *self.latent_shape), np.float32), np.zeros((n, *self.latent_shape[1:]), bool))
 
 
 def _zeros(leading: tuple[int, ...], shapes: Shapes) -> dict[str, Any]:

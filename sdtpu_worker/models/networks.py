@@ -32,12 +32,6 @@ def encoder(config: Any) -> Network:
     return Network(lambda: AutoencoderTinyEncoder(config) if _is_tiny(config) else AutoencoderEncoder(config))
 
 
-def pixels_per_latent(config: Any) -> int:
-    """Return how many pixels a latent of an autoencoder stands for, along one side."""
-    widths = config.encoder_block_out_channels if _is_tiny(config) else config.block_out_channels
-    return 2 ** (len(widths) - 1)
-
-
 def safety_checker(config: Any) -> Network:
     """Return the checker of a config of `read_safety_checker_config`; called as `SafetyChecker.__call__`."""
     return Network(lambda: SafetyChecker(config))

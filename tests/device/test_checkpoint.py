@@ -49,28 +49,28 @@ FEW = {"timestep_spacing": "trailing"}
 @pytest.mark.parametrize(
     ("made", "wanted"),
     [
-        ({}, ("pndm", 50, 7.5, True)),
-        ({"sampler_class": "LCMScheduler"}, ("lcm", 4, 1.0, False)),
-        ({"sampler_class": "LCMScheduler", "unet": {"time_cond_proj_dim": 8}}, ("lcm", 4, 8.5, False)),
-        ({"sampler_class": "EulerAncestralDiscreteScheduler", "scheduler": FEW}, ("euler_ancestral", 4, 1.0, False)),
-        ({"sampler_class": "EulerDiscreteScheduler"}, ("euler", 50, 7.5, True)),
+        ({}, ("pndm", 50, 7.5, 2)),
+        ({"sampler_class": "LCMScheduler"}, ("lcm", 4, 1.0, 1)),
+        ({"sampler_class": "LCMScheduler", "unet": {"time_cond_proj_dim": 8}}, ("lcm", 4, 8.5, 1)),
+        ({"sampler_class": "EulerAncestralDiscreteScheduler", "scheduler": FEW}, ("euler_ancestral", 4, 1.0, 1)),
+        ({"sampler_class": "EulerDiscreteScheduler"}, ("euler", 50, 7.5, 2)),
     ],
 )
 def test_a_distilled_checkpoint_has_its_own_steps_and_guidance(tmp_path, made, wanted):
     loaded = load_checkpoint(str(make_random_checkpoint(tmp_path / "c", **made)))
     defaults = loaded.defaults
-    found = (defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale, loaded.family.is_guided)
+    found = (defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale, loaded.family.rows)
     assert found == wanted
 
 
 def test_guidance_can_be_left_out_or_asked_for(random_checkpoint, tmp_path):
     off = load_checkpoint(str(random_checkpoint), options=LoadOptions(guidance="off"))
-    assert (off.family.is_guided, off.defaults.guidance_scale) == (False, 1.0)
+    assert (off.family.rows, off.defaults.guidance_scale) == (1, 1.0)
     with pytest.raises(InvalidRequest, match=r"guidance_scale must be 1 or less: .* \(sdtpu_guidance\), got 7"):
         off.family.make_inputs(off.defaults.fill(GenerationRequest("a", guidance_scale=7)), (8, 8))
     off.family.make_inputs(off.defaults.fill(GenerationRequest("a")), (8, 8))
     lcm = make_random_checkpoint(tmp_path / "lcm", sampler_class="LCMScheduler")
-    assert load_checkpoint(str(lcm), options=LoadOptions(guidance="on")).family.is_guided
+    assert load_checkpoint(str(lcm), options=LoadOptions(guidance="on")).family.rows == 2
     told = make_random_checkpoint(tmp_path / "told", sampler_class="LCMScheduler", unet={"time_cond_proj_dim": 8})
     with pytest.raises(ConfigurationError, match="sdtpu_guidance must be auto or off"):
         load_checkpoint(str(told), options=LoadOptions(guidance="on"))
@@ -400,7 +400,12 @@ def test_a_checkpoint_of_another_kind(folder):
 def test_an_inpainting_unet(folder):
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
-    with pytest.raises(InvalidCheckpoint, match="takes 9 channels and the VAE has 4; inpainting"):
+    with pytest.raises(InvalidCheckpoint, match=r"conv_in.weight \(\(32, 4, 3, 3\), the config makes it \(32, 9, 3, 3"):
+        load_checkpoint(str(folder))
+    with pytest.raises(ConfigurationError, match=r"sdtpu_image_inputs must be on .*its UNet sees a picture"):
+        load_checkpoint(str(folder), options=LoadOptions(image_inputs=False))
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 7}))
+    with pytest.raises(InvalidCheckpoint, match=r"in_channels .* must be 4, .* 8 .* or 9 .*, got 7"):
         load_checkpoint(str(folder))
 
 

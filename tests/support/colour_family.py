@@ -17,7 +17,7 @@ COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, 
 class Colour:
     """A model that knows what every noisy latent is: the colour of the prompt; it has no network at all."""
 
-    is_guided, takes_pictures, blends_masks = True, False, True
+    rows, takes_pictures, follows_image, blends_masks = 2, False, False, True
     latent_channels, scale_factor, size_multiple, default_size = 3, 1, 1, (4, 6)
 
     def input_shapes(self):

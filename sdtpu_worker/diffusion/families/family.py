@@ -43,10 +43,12 @@ class Family(Protocol):
     """What a model is to the programs. Methods with `params` are traced; the others run on the host, in any thread."""
 
     @property
-    def is_guided(self) -> bool:
-        """Whether every job has two rows in the batch, the negative prompt's first (classifier-free guidance).
+    def rows(self) -> int:
+        """Rows of the batch for each job.
 
-        Otherwise it has one, and a guidance scale does nothing in the programs.
+        1: the prompt's alone; a guidance scale then does nothing in the programs. 2: the negative prompt's, then the
+        prompt's (classifier-free guidance). 3: the negative prompt's, then the same with the image, then the prompt's
+        with the image (two guidances, arXiv 2211.09800).
         """
 
     @property
@@ -68,6 +70,10 @@ class Family(Protocol):
     @property
     def takes_pictures(self) -> bool:
         """Whether a job may start from an image; `encode_image` makes latents of it."""
+
+    @property
+    def follows_image(self) -> bool:
+        """Whether an image is what the model changes as the prompt says, and no sample starts from it."""
 
     @property
     def blends_masks(self) -> bool:
@@ -106,7 +112,7 @@ class Family(Protocol):
             pictures: of the job, zeros where it has none; None for a family that takes no pictures.
 
         Returns:
-            By name `(2, …)`, the negative prompt's first; `(1, …)` where the family is not guided.
+            By name `(rows, …)`.
         """
 
     def encode_image(self, params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
@@ -147,8 +153,3 @@ class Family(Protocol):
 
     def facts(self) -> Mapping[str, Any]:
         """Return the JSON-compatible configs that pixels depend on, for the fingerprint of snapshots."""
-
-
-def rows_per_job(family: Family) -> int:
-    """Return how many rows of the batch a job has: 2 with guidance, else 1."""
-    return 2 if family.is_guided else 1

@@ -31,11 +31,12 @@ class LatentUNet:
         scale_factor: pixels per latent, along one side.
         size_multiple: what the sides of an image must be a multiple of, in pixels.
         latent_channels: of a latent.
-        picture_channels: what the UNet sees of a picture beside the latents: 0, or C + 1 for an inpainting model.
+        picture_channels: what the UNet sees of a picture beside the latents: 0; C for a model that follows edit
+            instructions (InstructPix2Pix); C + 1 for an inpainting model.
         scaling_factor: what latents were multiplied by before the UNet was trained on them.
         latent_mean, latent_std: by channel, what latents were brought to before that; None for latents as they are.
         guidance_width: of the embedding by which a distilled UNet is told the guidance scale; 0 for other UNets.
-        is_guided: every job has two rows in the batch.
+        is_guided: every job has a row in the batch for its negative prompt.
         dtype: of the computation in the UNet and the text encoders.
         decoder_dtype: of the computation in the decoder.
         configs: by part, the configs as JSON, for `facts`.
@@ -60,8 +61,15 @@ class LatentUNet:
 
     @property
     def rows(self) -> int:
-        """Rows of the batch for each job."""
-        return 2 if self.is_guided else 1
+        """See `Family.rows`."""
+        if not self.is_guided:
+            return 1
+        return 3 if self.follows_image else 2
+
+    @property
+    def follows_image(self) -> bool:
+        """See `Family.follows_image`."""
+        return self.picture_channels == self.latent_channels
 
     @property
     def takes_pictures(self) -> bool:
@@ -75,15 +83,19 @@ class LatentUNet:
 
     def encode_image(self, params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
         """See `Family.encode_image`."""
-        assert self.encoder is not None
-        moments = self.encoder(params["vae"], image[None].astype(self.decoder_dtype))
-        mean, logvar = (part[0].astype(jnp.float32) for part in (moments.mean, moments.logvar))
+        mean, logvar = self._moments(params, image)
         latents = mean + jnp.exp(0.5 * logvar) * noise.transpose(1, 2, 0)
         if self.latent_mean is not None and self.latent_std is not None:
             latents = (latents - jnp.asarray(self.latent_mean)) * self.scaling_factor / jnp.asarray(self.latent_std)
         else:
             latents = latents * self.scaling_factor
         return latents.transpose(2, 0, 1)
+
+    def _moments(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return mean and logarithm of the variance of an image's latents, `(h, w, C) float32`."""
+        assert self.encoder is not None
+        moments = self.encoder(params["vae"], image[None].astype(self.decoder_dtype))
+        return moments.mean[0].astype(jnp.float32), moments.logvar[0].astype(jnp.float32)
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """See `Family.decode`."""
@@ -111,7 +123,7 @@ class LatentUNet:
                 f"clip_skip must be 0 to {layers - 1}: the text encoder of this checkpoint has {layers} layers,"
                 f" got {request.clip_skip}"
             )
-        return np.array([0, request.clip_skip][-self.rows :], np.int32)
+        return np.array([0, 0, request.clip_skip][-self.rows :], np.int32)
 
     def _check_guidance(self, request: GenerationRequest) -> None:
         """Make sure that the model can follow the guidance scale.
@@ -132,7 +144,7 @@ class LatentUNet:
 
     def _prompts(self, prompt: str, negative_prompt: str) -> list[str]:
         """Return the prompts of a job's rows."""
-        return [negative_prompt, prompt] if self.is_guided else [prompt]
+        return [negative_prompt] * (self.rows - 1) + [prompt]
 
     def _check_pictures(self, request: GenerationRequest) -> None:
         """Make sure that the model gets the pictures that it needs.
@@ -145,10 +157,25 @@ class LatentUNet:
                 "image must be left out: this worker takes no pictures (sdtpu_image_inputs is off, or its model has no"
                 " encoder for them)"
             )
+        if self.follows_image:
+            if request.image is None:
+                raise InvalidRequest("image must be given: this worker's checkpoint changes one as the prompt says")
+            for name in ("strength", "mask_image"):
+                if getattr(request, name) is not None:
+                    raise InvalidRequest(
+                        f"{name} must be left out: this worker's checkpoint changes an image as the prompt says, with"
+                        " image_guidance_scale"
+                    )
+            return
         if self.picture_channels and request.mask_image is None:
             raise InvalidRequest(
                 "image and mask_image must be given: this worker's checkpoint is for inpainting, and draws what the"
                 " mask covers"
+            )
+        if request.image_guidance_scale is not None:
+            raise InvalidRequest(
+                "image_guidance_scale must be left out: only a checkpoint that follows edit instructions"
+                f" (InstructPix2Pix) can follow it, got {brief(request.image_guidance_scale)}"
             )
 
     def _picture_shapes(self, size: Lane) -> dict[str, jax.ShapeDtypeStruct]:
@@ -159,10 +186,17 @@ class LatentUNet:
         return {"picture": jax.ShapeDtypeStruct((height, width, self.picture_channels), self.dtype)}
 
     def _picture_of(self, params: Params, pictures: Pictures | None) -> dict[str, Any]:
-        """Return what the conditioning has of it: the mask, and the latents of what it does not cover."""
+        """Return what the conditioning has of it.
+
+        For an inpainting model that is the mask, and the latents of what it does not cover. A model that follows edit
+        instructions sees the image's latents, not scaled, in all rows but the first.
+        """
         if not self.picture_channels:
             return {}
         assert pictures is not None
+        if self.follows_image:
+            mean, _ = self._moments(params, pictures.image)
+            return {"picture": jnp.stack([jnp.zeros_like(mean), mean, mean][-self.rows :])}
         uncovered = pictures.image * ~pictures.mask[..., None]
         latents = self.encode_image(params, uncovered, pictures.noise[1]).transpose(1, 2, 0)
         mask = pictures.mask[:: self.scale_factor, :: self.scale_factor, None].astype(jnp.float32)

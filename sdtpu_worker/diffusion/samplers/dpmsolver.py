@@ -129,7 +129,7 @@ def edm_multistep(options: Options, steps: int, eta: float, begin: int = 0) -> S
         (t, factor), here = edm_input(options, sigma), edm_denoised(options, sigma)
         order = order_of_step(options, i, steps, first_at_end, i - begin + 1)
         rows.append(make_row(t, multistep_result(options, levels, i, order, here), keep=here, c_in=factor))
-    return Steps(rows, levels_of(sigmas[begin:-1]), math.sqrt(float(options["sigma_max"]) ** 2 + 1))
+    return Steps(rows, levels_of(sigmas[begin:-1].tolist()), math.sqrt(float(options["sigma_max"]) ** 2 + 1))
 
 
 def solver_path(options: Options, steps: int) -> LevelPath:

@@ -248,4 +248,4 @@ def edm_euler(options: Options, steps: int, eta: float, begin: int = 0) -> Steps
         t, factor = edm_input(options, sigma)
         here = (X - edm_denoised(options, sigma)) / sigma
         rows.append(make_row(t, X + (end - sigma) * here, c_in=factor))
-    return Steps(rows, levels_of(sigmas[:-1]), math.sqrt(float(options["sigma_max"]) ** 2 + 1))
+    return Steps(rows, levels_of(sigmas[:-1].tolist()), math.sqrt(float(options["sigma_max"]) ** 2 + 1))

@@ -52,8 +52,8 @@ SETTINGS = (
     Setting(
         "sdtpu_model", "embedded", parse_text,
         "The checkpoint to serve: a folder, or a repository on the Hugging Face hub, in the diffusers layout with"
-        " weights in safetensors or msgpack, or one `.safetensors` file in the original layout. `embedded` is the small"
-        " checkpoint that the package brings",
+        " weights in safetensors or msgpack, or one `.safetensors` file in the original layout. `embedded` and the"
+        " distilled `embedded-turbo` are small checkpoints that the package brings",
     ),
     Setting(
         "sdtpu_revision", "main", parse_text,

@@ -13,8 +13,8 @@ from sdtpu_worker.diffusion.loading.tensors import Shapes, TensorSource
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.errors import InvalidCheckpoint
 
-EMBEDDED = "embedded"
-_EMBEDDED_FOLDER = Path(str(resources.files("sdtpu_worker"))) / "checkpoint"
+EMBEDDED = {"embedded": "checkpoint", "embedded-turbo": "checkpoint_turbo"}
+"""The checkpoints that the package brings, by name, with their folders in it."""
 _FILES = ["*.json", "*/*.json", "tokenizer*/*.txt"]
 # One after the other, until every part has its weights: a hub often has the same weights in several variants and
 # formats. The order is that of `find_weights`.
@@ -37,8 +37,8 @@ def find_folder(name: str, revision: str) -> Path:
     Raises:
         InvalidCheckpoint: there is none of this name.
     """
-    if name == EMBEDDED:
-        return _EMBEDDED_FOLDER
+    if name in EMBEDDED:
+        return Path(str(resources.files("sdtpu_worker"))) / EMBEDDED[name]
     folder = Path(name).expanduser()
     if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
         return folder
@@ -50,8 +50,8 @@ def find_folder(name: str, revision: str) -> Path:
         )
     if name.startswith(("/", ".", "~")) or name.count("/") != 1 or folder.exists():
         raise InvalidCheckpoint(
-            f"sdtpu_model must be a folder, a .safetensors file, a hub name like 'owner/name', or '{EMBEDDED}';"
-            f" there is no folder {name!r}"
+            f"sdtpu_model must be a folder, a .safetensors file, a hub name like 'owner/name', or one of"
+            f" {', '.join(EMBEDDED)}; there is no folder {name!r}"
         )
     try:
         return _download(name, revision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def prepare_case(engine: Engine, number: int) -> PreparedJob:
     defaults = dataclasses.replace(engine.checkpoint.defaults, sampler=schedule.default_sampler)
     checkpoint = dataclasses.replace(engine.checkpoint, schedule=schedule, defaults=defaults)
     pictures = {"image": make_image(case.image)}
-    names = {"image": NAMED}
+    names: dict[str, Any] = {"image": NAMED}
     if case.mask is not None:
         pictures["mask_image"], names["mask_image"] = make_mask(case.mask), NAMED
     request = GenerationRequest(**case.request, **names, seed=picture_cases.SEED, preserve_unmasked=False)
@@ -75,14 +76,13 @@ def ask(engine: Engine, task_id: str, image: int | None = None, mask: int | None
     given = {} if image is None else {"image": make_image(image)}
     if mask is not None:
         given["mask_image"] = make_mask(mask)
-    request = GenerationRequest(
-        "a red circle", **{"num_inference_steps": 6, "seed": 5, **parameters}, **dict.fromkeys(given, NAMED)
-    )
+    asked: dict[str, Any] = {"num_inference_steps": 6, "seed": 5, **parameters, **dict.fromkeys(given, NAMED)}
+    request = GenerationRequest("a red circle", **asked)
     return engine.prepare(task_id, request, given)
 
 
 def test_every_kind_of_job_draws_the_same_pixels_alone_and_in_any_company(sd):
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {},
         {"image": 0, "strength": 0.5},
         {"image": 1, "strength": 0.5, "sampler": "euler_ancestral"},

@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tests.support.pipeline_cases import LATENT_SHAPE, MOST_ROWS, SEEDS, SHIPPED_LATENT_SHAPE, SHIPPED_PROMPTS
 from tests.support.picture_cases import SEED
+from tests.support.pipeline_cases import LATENT_SHAPE, MOST_ROWS, SEEDS, SHIPPED_LATENT_SHAPE, SHIPPED_PROMPTS
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden" / "noise.npz"
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of `tests/support/picture_cases.py` with PyTorch's pipelines: goldens of what starts from a picture.
+"""Draw the pictures of `tests/support/picture_cases.py` with PyTorch's pipelines: goldens of jobs with pictures.
 
 Run from the repository with the oracle's virtual environment (README.md beside this file); it takes a minute on one
 core and writes `tests/device/golden/pictures.npz`: `pixels` (cases, 8, 8, 3) uint8.

@@ -27,6 +27,7 @@ _WEIGHTS = (
 )
 _PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _XL_PARTS = {**_PARTS, "text_encoder_2": "CLIPTextModelWithProjection"}
+_ALSO = {"vae": ("AutoencoderTiny",)}
 _OTHERS = {"scheduler", "tokenizer", "tokenizer_2", "safety_checker", "feature_extractor"}
 _SERVED = "this worker runs Stable Diffusion 1.x, 2.x and XL checkpoints, and what is distilled from them"
 
@@ -137,9 +138,11 @@ def check_classes(folder: Path, classes: Mapping[str, str]) -> None:
     """
     wanted = _XL_PARTS if "text_encoder_2" in classes else _PARTS
     for part, name in wanted.items():
-        if classes.get(part) != name:
+        allowed = (name, *_ALSO.get(part, ()))
+        if classes.get(part) not in allowed:
             raise InvalidCheckpoint(
-                f"{folder}: model_index.json must name {name} as {part}, got {classes.get(part)}; {_SERVED}"
+                f"{folder}: model_index.json must name {' or '.join(allowed)} as {part}, got {classes.get(part)};"
+                f" {_SERVED}"
             )
     if more := sorted(set(classes) - set(wanted) - _OTHERS):
         raise InvalidCheckpoint(

@@ -36,7 +36,7 @@ def golden() -> np.ndarray:
 
 
 def make_engine(model, devices, compile_cache, folder, slots=4) -> Engine:
-    make_random_checkpoint(folder, xl=model.startswith("xl"), unet=dict(MODELS[model]))
+    make_random_checkpoint(folder, xl=model.startswith("xl"), tiny_vae=model == "tiny vae", unet=dict(MODELS[model]))
     return Engine(load_checkpoint(str(folder)), devices[:2], slots, None, compile_cache)
 
 

@@ -23,8 +23,9 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "inpainting": {**UNET, **_NARROW, "in_channels": 9},
     "xl inpainting": {**XL_UNET, **_NARROW, "in_channels": 9},
     "edit": {**UNET, **_NARROW, "in_channels": 8},
+    "tiny vae": {**UNET, **_NARROW},
 }
-"""The UNet of each tiny checkpoint."""
+"""The UNet of each tiny checkpoint; the last one has an `AutoencoderTiny`."""
 SEED = 11
 SIZE = 8
 _SAMPLERS = (
@@ -87,7 +88,7 @@ def make_mask(number: int) -> np.ndarray:
 
 def cases() -> list[Case]:
     """Return every case, in the order of the golden file."""
-    return [*_image_to_image(), *_masked("sd"), *_masked("xl"), *_inpainting(), *_edits()]
+    return [*_image_to_image(), *_masked("sd"), *_masked("xl"), *_inpainting(), *_edits(), *_tiny_vae()]
 
 
 def _asked(number: int, steps: int = 10, **more: Any) -> dict[str, Any]:
@@ -119,6 +120,11 @@ def _inpainting() -> Iterator[Case]:
     for model, name, strength in itertools.product(("inpainting", "xl inpainting"), _SAMPLERS, (0.5, 1.0)):
         i = next(number)
         yield Case(model, scheduler_config(name), _asked(i, 10, strength=strength), i % 3, i % 4)
+
+
+def _tiny_vae() -> Iterator[Case]:
+    for i, strength in enumerate((0.3, 0.8, 1.0)):
+        yield Case("tiny vae", scheduler_config("DDIMScheduler"), _asked(i, 10, strength=strength), image=i)
 
 
 def _edits() -> Iterator[Case]:

@@ -20,12 +20,12 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.support import picture_cases as pictures
-from tests.support.tiny_configs import SHIPPED, TEXT, TEXT_2, VAE
+from tests.support.tiny_configs import SHIPPED, TEXT, TEXT_2, TINY_VAE, VAE
 from tools.oracle.pipelines import as_diffusers_knows_it, count_rows, fill, to_uint8
 from tools.oracle.samplers import Noise
 
@@ -76,7 +76,7 @@ def make_parts(model: str) -> dict[str, Any]:
     tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
     parts: dict[str, Any] = {
         "unet": fill(UNet2DConditionModel(**pictures.MODELS[model])),
-        "vae": fill(AutoencoderKL(**VAE)),
+        "vae": fill(AutoencoderTiny(**TINY_VAE) if model == "tiny vae" else AutoencoderKL(**VAE)),
         "text_encoder": as_diffusers_knows_it(fill(CLIPTextModel(CLIPTextConfig(**TEXT)))),
         "tokenizer": tokenizer,
     }

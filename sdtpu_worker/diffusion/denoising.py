@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sdtpu_worker.contract.request import MAX_STEPS
-from sdtpu_worker.diffusion.families.family import Family, Pictures
+from sdtpu_worker.diffusion.families.family import Family, Pictures, PictureUse
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.slots import Decoded, Geometry, Phases, Picture, Slots
 from sdtpu_worker.diffusion.tiled_decoding import decode_in_tiles
@@ -65,7 +65,8 @@ def _pictures(geometry: Geometry, todo: Phases) -> Pictures:
 
 def _picture_of(family: Family, geometry: Geometry, params: Any, todo: Phases, pictures: Pictures) -> Picture:
     """Return what a slot keeps of a job's image; its latents only if the job starts from them, or keeps some."""
-    kept = ~todo.mask[:: family.scale_factor, :: family.scale_factor] & todo.has_image & family.blends_masks
+    blends = family.picture_use is PictureUse.START
+    kept = ~todo.mask[:: family.scale_factor, :: family.scale_factor] & todo.has_image & blends
     latents = jax.lax.cond(
         todo.has_image & ((todo.first_level[0] > 0) | kept.any()),
         lambda: family.encode_image(params, pictures.image, pictures.noise[0]),

@@ -11,6 +11,7 @@ import numpy as np
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import DEFAULT_IMAGE_GUIDANCE_SCALE, DEFAULT_STRENGTH, GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
+from sdtpu_worker.diffusion.families.family import Family, PictureUse
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.errors import InvalidRequest
 
@@ -87,7 +88,7 @@ def prepare_job(
             f"height x width must be one of {', '.join(map(format_size, lanes))} (sdtpu_resolutions),"
             f" got {format_size(lane)}"
         )
-    begins_at_image = request.image is not None and not checkpoint.family.follows_image
+    begins_at_image = request.image is not None and checkpoint.family.picture_use is not PictureUse.EDIT
     skipped = _skipped_steps(request, request.num_inference_steps) if begins_at_image else 0
     table = make_table(
         checkpoint.schedule, request.num_inference_steps, request.sampler, request.sigmas, request.eta, skipped
@@ -151,6 +152,23 @@ def _skipped_steps(request: GenerationRequest, steps: int) -> int:
             f"strength must be at least 1 / num_inference_steps, {1 / steps:g}, or no step is taken, got {strength}"
         )
     return steps - taken
+
+
+def plain_request(
+    family: Family, lane: Lane, prompt: str, seed: int, steps: int
+) -> tuple[GenerationRequest, dict[str, np.ndarray]]:
+    """Return a request that the model serves, and its pictures: grey ones, if there must be some.
+
+    Args:
+        family: the model.
+        lane: the size.
+        prompt, seed, steps: of the request.
+    """
+    needed: dict[str, Any] = dict.fromkeys(family.picture_use.needed, "grey:")
+    pictures = {"image": np.full((*lane, 3), 127, np.uint8), "mask_image": np.ones(lane, bool)}
+    height, width = lane
+    request = GenerationRequest(prompt, seed=seed, num_inference_steps=steps, height=height, width=width, **needed)
+    return request, {name: pictures[name] for name in needed}
 
 
 def format_size(lane: Lane) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane, phases_per_tick
 from sdtpu_worker.contract.request import MAX_STEPS
-from sdtpu_worker.diffusion.families.family import Family, Shapes
+from sdtpu_worker.diffusion.families.family import Family, PictureUse, Shapes
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.tiled_decoding import tile_side
 
@@ -135,7 +135,7 @@ class Geometry:
                 name: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype)
                 for name, leaf in family.conditioning_shapes(size).items()
             },
-            takes_pictures=family.takes_pictures,
+            takes_pictures=family.picture_use is not PictureUse.NONE,
             decode_tile=tile_side(height // factor, width // factor) if in_tiles else 0,
         )
 

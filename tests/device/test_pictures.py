@@ -13,6 +13,7 @@ from sdtpu_worker.aggregator.plan import Phase
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
+from sdtpu_worker.diffusion.families.family import PictureUse
 from sdtpu_worker.diffusion.offline import generate
 from sdtpu_worker.diffusion.preparation import PreparedJob, prepare_job
 from sdtpu_worker.diffusion.samplers import NoiseSchedule
@@ -166,7 +167,7 @@ def test_a_picture_of_another_size_is_refused_with_both_sizes(sd):
 
 def test_a_worker_without_an_encoder_says_so(random_checkpoint):
     family = load_checkpoint(str(random_checkpoint), options=LoadOptions(image_inputs=False)).family
-    assert not family.takes_pictures
+    assert family.picture_use is PictureUse.NONE
     with pytest.raises(InvalidRequest, match=r"image must be left out: .*sdtpu_image_inputs is off"):
         family.make_inputs(GenerationRequest("x", seed=1, image=NAMED), (SIZE, SIZE))
 
@@ -176,7 +177,7 @@ def test_a_worker_without_an_encoder_says_so(random_checkpoint):
     [
         ("inpainting", {}, "image and mask_image must be given: this worker's checkpoint is for inpainting"),
         ("inpainting", {"image": NAMED}, "image and mask_image must be given"),
-        ("edit", {}, "image must be given: this worker's checkpoint changes one"),
+        ("edit", {}, "image must be given: this worker's checkpoint changes an image"),
         ("edit", {"image": NAMED, "strength": 0.5}, "strength must be left out"),
         ("edit", {"image": NAMED, "mask_image": NAMED}, "mask_image must be left out"),
         ("sd", {"image": NAMED, "image_guidance_scale": 2.0}, "image_guidance_scale must be left out: only"),

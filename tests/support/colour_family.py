@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdtpu_worker.diffusion.checkpoint import Checkpoint, Defaults
-from sdtpu_worker.diffusion.families.family import Family
+from sdtpu_worker.diffusion.families.family import Family, PictureUse
 from sdtpu_worker.diffusion.samplers import NoiseSchedule
 from tests.support.checkpoints import STABLE_DIFFUSION_NOISE
 
@@ -17,7 +17,7 @@ COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, 
 class Colour:
     """A model that knows what every noisy latent is: the colour of the prompt; it has no network at all."""
 
-    rows, takes_pictures, follows_image, blends_masks = 2, False, False, True
+    rows, picture_use = 2, PictureUse.NONE
     latent_channels, scale_factor, size_multiple, default_size = 3, 1, 1, (4, 6)
 
     def input_shapes(self):

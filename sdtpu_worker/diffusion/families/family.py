@@ -10,6 +10,7 @@ Shapes below: C latent channels, h x w latents, R rows of a device's batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,6 +23,24 @@ Params = Mapping[str, Mapping[str, Any]]
 """The parameters of a checkpoint: by part, then by the name of the tensor."""
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Arrays = Mapping[str, Any]
+
+
+class PictureUse(Enum):
+    """What a model does with a job's pictures."""
+
+    NONE = "none"
+    """It takes none."""
+    START = "start"
+    """A job may start from an image with noise. The programs keep what a mask does not cover, after every step."""
+    INPAINT = "inpaint"
+    """It sees the mask, and what it does not cover, in every step; a sample may start from the image too."""
+    EDIT = "edit"
+    """It sees the image in every step, and changes it as the prompt says; no sample starts from it."""
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The parameters that every job must have."""
+        return {PictureUse.INPAINT: ("image", "mask_image"), PictureUse.EDIT: ("image",)}.get(self, ())
 
 
 class Pictures(NamedTuple):
@@ -68,19 +87,8 @@ class Family(Protocol):
         """`(height, width)` in pixels."""
 
     @property
-    def takes_pictures(self) -> bool:
-        """Whether a job may start from an image; `encode_image` makes latents of it."""
-
-    @property
-    def follows_image(self) -> bool:
-        """Whether an image is what the model changes as the prompt says, and no sample starts from it."""
-
-    @property
-    def blends_masks(self) -> bool:
-        """Whether the programs keep what a mask does not cover, in the latents, after every step.
-
-        A model that sees the mask keeps it by itself.
-        """
+    def picture_use(self) -> PictureUse:
+        """What the model does with pictures."""
 
     def input_shapes(self) -> Shapes:
         """Return shapes and dtypes of what `make_inputs` makes of one request."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.diffusion.families.family import Arrays, Params, Pictures
+from sdtpu_worker.diffusion.families.family import Arrays, Params, Pictures, PictureUse
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.models.network import Network
 from sdtpu_worker.redaction import brief
@@ -64,22 +64,14 @@ class LatentUNet:
         """See `Family.rows`."""
         if not self.is_guided:
             return 1
-        return 3 if self.follows_image else 2
+        return 3 if self.picture_use is PictureUse.EDIT else 2
 
     @property
-    def follows_image(self) -> bool:
-        """See `Family.follows_image`."""
-        return self.picture_channels == self.latent_channels
-
-    @property
-    def takes_pictures(self) -> bool:
-        """See `Family.takes_pictures`."""
-        return self.encoder is not None
-
-    @property
-    def blends_masks(self) -> bool:
-        """See `Family.blends_masks`."""
-        return not self.picture_channels
+    def picture_use(self) -> PictureUse:
+        """See `Family.picture_use`."""
+        if self.picture_channels:
+            return PictureUse.EDIT if self.picture_channels == self.latent_channels else PictureUse.INPAINT
+        return PictureUse.START if self.encoder is not None else PictureUse.NONE
 
     def encode_image(self, params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
         """See `Family.encode_image`."""
@@ -152,31 +144,23 @@ class LatentUNet:
         Raises:
             InvalidRequest: it gets others.
         """
-        if request.image is not None and not self.takes_pictures:
-            raise InvalidRequest(
-                "image must be left out: this worker takes no pictures (sdtpu_image_inputs is off, or its model has no"
-                " encoder for them)"
-            )
-        if self.follows_image:
-            if request.image is None:
-                raise InvalidRequest("image must be given: this worker's checkpoint changes one as the prompt says")
-            for name in ("strength", "mask_image"):
-                if getattr(request, name) is not None:
-                    raise InvalidRequest(
-                        f"{name} must be left out: this worker's checkpoint changes an image as the prompt says, with"
-                        " image_guidance_scale"
-                    )
-            return
-        if self.picture_channels and request.mask_image is None:
-            raise InvalidRequest(
-                "image and mask_image must be given: this worker's checkpoint is for inpainting, and draws what the"
-                " mask covers"
-            )
-        if request.image_guidance_scale is not None:
-            raise InvalidRequest(
-                "image_guidance_scale must be left out: only a checkpoint that follows edit instructions"
-                f" (InstructPix2Pix) can follow it, got {brief(request.image_guidance_scale)}"
-            )
+        use = self.picture_use
+        if request.image is not None and use is PictureUse.NONE:
+            raise InvalidRequest("image must be left out: this worker takes no pictures (sdtpu_image_inputs is off)")
+        if any(getattr(request, name) is None for name in use.needed):
+            what = {
+                PictureUse.INPAINT: "is for inpainting, and draws what the mask covers",
+                PictureUse.EDIT: "changes an image as the prompt says",
+            }[use]
+            raise InvalidRequest(f"{' and '.join(use.needed)} must be given: this worker's checkpoint {what}")
+        useless = ("strength", "mask_image") if use is PictureUse.EDIT else ("image_guidance_scale",)
+        for name in useless:
+            if getattr(request, name) is not None:
+                of_edits = "follows edit instructions (InstructPix2Pix)"
+                which = f"this worker's checkpoint {of_edits}, with image_guidance_scale"
+                if use is not PictureUse.EDIT:
+                    which = f"only a checkpoint that {of_edits} can use it"
+                raise InvalidRequest(f"{name} must be left out: {which}, got {brief(getattr(request, name))}")
 
     def _picture_shapes(self, size: Lane) -> dict[str, jax.ShapeDtypeStruct]:
         """Return what the conditioning has besides, for a UNet that sees a picture."""
@@ -194,7 +178,7 @@ class LatentUNet:
         if not self.picture_channels:
             return {}
         assert pictures is not None
-        if self.follows_image:
+        if self.picture_use is PictureUse.EDIT:
             mean, _ = self._moments(params, pictures.image)
             return {"picture": jnp.stack([jnp.zeros_like(mean), mean, mean][-self.rows :])}
         uncovered = pictures.image * ~pictures.mask[..., None]

@@ -9,7 +9,9 @@ import itertools
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def encoded(picture: Image.Image, kind: str = "png", **options) -> bytes:
     return buffer.getvalue()
 
 
-def waiting_messages(app) -> list[str]:
+def waiting_messages(app) -> list[dict[str, Any]]:
     with app.connection_for_read() as connection:
         client = connection.default_channel.client
         names = [key for key in client.keys("sdtpu*") if client.type(key) == b"list"]
@@ -199,19 +201,20 @@ def test_a_picture_is_turned_as_its_exif_says(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     turned = opened(encoded(RGB, "png", exif=exif))
-    steps = {1: [], 2: ["fliplr"], 3: ["rot180"], 4: ["flipud"], 5: ["transpose"], 6: ["rot270"], 7: ["anti"],
+    steps: list[str] = {1: [], 2: ["fliplr"], 3: ["rot180"], 4: ["flipud"], 5: ["transpose"], 6: ["rot270"], 7: ["anti"],
              8: ["rot90"]}[orientation]  # fmt: skip
+    turns: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "fliplr": lambda a: a[:, ::-1],
+        "flipud": lambda a: a[::-1],
+        "rot180": lambda a: a[::-1, ::-1],
+        "transpose": lambda a: a.transpose(1, 0, 2),
+        "anti": lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        "rot90": np.rot90,
+        "rot270": lambda a: np.rot90(a, 3),
+    }
     expected = PIXELS
     for step in steps:
-        expected = {
-            "fliplr": lambda a: a[:, ::-1],
-            "flipud": lambda a: a[::-1],
-            "rot180": lambda a: a[::-1, ::-1],
-            "transpose": lambda a: a.transpose(1, 0, 2),
-            "anti": lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-            "rot90": np.rot90,
-            "rot270": lambda a: np.rot90(a, 3),
-        }[step](expected)
+        expected = turns[step](expected)
     np.testing.assert_array_equal(turned, expected)
 
 

@@ -16,6 +16,7 @@ from sdtpu_worker.config_values import (
     parse_choice,
     parse_integer,
     parse_loras,
+    parse_named,
     parse_optional_text,
     parse_queue,
     parse_resolutions,
@@ -85,6 +86,12 @@ SETTINGS = (
         "sdtpu_image_inputs", True, parse_switch,
         "Whether jobs may start from a picture (image to image, inpainting). When it is off, the worker keeps no"
         " encoder for pictures on the devices, compiles faster, and refuses such jobs",
+    ),
+    Setting(
+        "sdtpu_controlnets", {}, parse_named,
+        "ControlNets for the checkpoint, by the name that jobs call them: `name=source` with commas between them, or a"
+        " dictionary. A source is a folder in the diffusers layout or a repository on the hub. Each adds to the"
+        " program that is compiled, and costs nothing while no job asks it",
     ),
     Setting(
         "sdtpu_platform", "auto", parse_choice("auto", "tpu", "gpu", "cpu"),
@@ -217,6 +224,7 @@ class Config:
     loras_merged: tuple[tuple[str, float], ...]
     guidance: str
     image_inputs: bool
+    controlnets: Mapping[str, str]
     platform: str
     cpu_devices: int
     dtype: str

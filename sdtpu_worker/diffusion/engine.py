@@ -287,6 +287,10 @@ class Engine:
                     row.num_steps[i, p], row.first_level[i, p] = job.num_steps, job.first_level
                     row.image_guidance_scale[i, p] = job.image_guidance_scale
                     row.has_image[i, p] = job.image is not None
+                    for control in job.controls:
+                        row.control_scale[i, p, control.number] = control.scale
+                        row.control_first[i, p, control.number] = control.first
+                        row.control_end[i, p, control.number] = control.end
                     row.guidance_scale[i, p], row.guidance_rescale[i, p] = job.guidance_scale, job.guidance_rescale
         return todo
 
@@ -297,22 +301,26 @@ class Engine:
             device: by_phase
             for device, phases in enumerate(plan.devices)
             if (by_phase := {p: jobs[phase.insert[1]] for p, phase in enumerate(phases) if phase.insert})
-            and any(job.image is not None for job in by_phase.values())
+            and any(job.image is not None or job.controls for job in by_phase.values())
         }
         if not brought:
             return none
-        shards = {name: by_device(array) for name, array in none.items()}
+        shards = {name: by_device(array) for name, array in none.items() if array is not None}
         for device, by_phase in brought.items():
             host = geometry.no_pictures(1)
             for p, job in by_phase.items():
                 if job.image is not None:
                     host["image"][0, p], host["mask"][0, p] = job.image, True if job.mask is None else job.mask
-            for name, array in host.items():
+                for control in job.controls:
+                    host["control_images"][0, p, control.number] = control.image
+            for name in shards:
+                array = host[name]
                 shards[name][device] = jax.device_put(array, self.mesh.devices[device])
-        return {
-            name: jax.make_array_from_single_device_arrays(array.shape, array.sharding, list(shards[name].values()))
-            for name, array in none.items()
+        brought_to = {
+            name: jax.make_array_from_single_device_arrays(none[name].shape, none[name].sharding, list(each.values()))
+            for name, each in shards.items()
         }
+        return {**none, **brought_to}
 
     def _take_off(self, lane: Lane, places: Sequence[Place]) -> dict[str, JobSnapshot]:
         """Start copying the states of slots to the host."""

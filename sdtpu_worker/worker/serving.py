@@ -184,7 +184,10 @@ class Serving:
             return {}
         import numpy as np
 
-        return {name: np.asarray(picture) for name, picture in opened.items()}
+        return {
+            name: [np.asarray(each) for each in picture] if isinstance(picture, list) else np.asarray(picture)
+            for name, picture in opened.items()
+        }
 
     def _denoise(self, job: ServableJob, control: JobControl) -> Finished:
         """Have the device loop run a prepared job, and wait for its pixels."""

@@ -159,7 +159,7 @@ class Engine:
         self,
         task_id: str,
         request: GenerationRequest,
-        pictures: Mapping[str, np.ndarray] | None = None,
+        pictures: Mapping[str, Any] | None = None,
         key_data: np.ndarray | None = None,
     ) -> PreparedJob:
         """Do the host's part of a job: tokenise, make the coefficient table and the key.
@@ -167,8 +167,8 @@ class Engine:
         Args:
             task_id: names the job in plans.
             request: with a seed, unless `key_data` is given.
-            pictures: the request's pictures, by parameter: `image`, `(height, width, 3) uint8`, and `mask_image`,
-                `(height, width) bool`, True where the image is drawn again.
+            pictures: the request's pictures, by parameter: `image`, `(height, width, 3) uint8`; `mask_image`,
+                `(height, width) bool`, True where the image is drawn again; `control_image`, a list of images.
             key_data: `(2,) uint32`, raw key words (for split keys), instead of the request's seed.
 
         Raises:

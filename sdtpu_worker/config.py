@@ -173,8 +173,8 @@ SETTINGS = (
     ),
     Setting(
         "sdtpu_health_address", None, parse_address,
-        "The address, `host:port`, at which the worker answers `/livez` and `/readyz`. An empty host means every"
-        " interface, port 0 any free port; not set, the worker does not listen",
+        "The address, `host:port`, at which the worker answers `/livez`, `/readyz` and `/metrics`. An empty host means"
+        " every interface, port 0 any free port; not set, the worker does not listen",
     ),
     Setting(
         "sdtpu_log_prompts", False, parse_switch,

@@ -24,6 +24,12 @@ LATEST_SENT_AT = 2**40
 """The latest time that this header may have; a worker ignores a later one."""
 
 
+def read_sent_at(header: Any) -> float | None:
+    """Return the time at which the client sent a job, in seconds since 1970; None where the header is no such time."""
+    is_number = isinstance(header, int | float) and not isinstance(header, bool)
+    return header if is_number and 0 <= header <= LATEST_SENT_AT else None
+
+
 def shard_queues(queue: str, shards: int) -> list[str]:
     """Return the queues that a worker consumes: its own, then `queue.t0`, `queue.t1`, …
 

@@ -47,6 +47,8 @@ class DeviceLoop:
         clock: monotonic seconds.
         on_start: told, in the loop's thread, which tasks are about to get their first slot here, and whether all other
             jobs have left the devices; the start of such another job is announced again when it resumes.
+        on_tick: told, in the loop's thread, of every tick that ended without a failure, and when it started and ended;
+            the devices wait for it, so it has to return at once.
         patience_s: how long after the deadline of `drain` the loop waits for devices that do not answer.
     """
 
@@ -58,10 +60,12 @@ class DeviceLoop:
         trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_start: Callable[[Sequence[str], bool], None] = lambda task_ids, alone: None,
+        on_tick: Callable[[Plan, float, float], None] = lambda plan, started_at, ended_at: None,
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self._engine, self._policy, self._clock = engine, policy, clock
-        self._on_death, self._on_start, self._trace = on_death, on_start, trace or NoTrace()
+        self._on_death, self._on_start, self._on_tick = on_death, on_start, on_tick
+        self._trace = trace or NoTrace()
         self._patience_s = patience_s
         self.lowest_priority_running: int | None = None
         self.stats = LoopStats(device_busy_s=[0.0] * policy.num_devices)
@@ -286,6 +290,10 @@ class DeviceLoop:
         self._policy.update(Outcome(plan, elapsed_s))
         self.stats.count(plan, elapsed_s, tick.count_steps())
         self._trace.tick(plan, tick.started_at, now)
+        try:
+            self._on_tick(plan, tick.started_at, now)
+        except Exception:
+            logger.exception("on_tick failed for a tick of %d jobs", len(plan.steps_done))
         for image in end:
             self._jobs.deliver(tick, image, now)
         self._jobs.check_parked(tick)

@@ -22,6 +22,8 @@ from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.images.store import make_image_store
 from sdtpu_worker.worker.celery_request import JOB, DeviceRequest, answer_directly
 from sdtpu_worker.worker.job import DeviceJob, JobLeft
+from sdtpu_worker.worker.job_ends import end_of
+from sdtpu_worker.worker.job_record import count_end, log_end
 from sdtpu_worker.worker.urgent import UrgentPrefetch
 
 if TYPE_CHECKING:
@@ -263,11 +265,15 @@ class DevicePool(TaskPool):
             """Let Celery store the result and acknowledge the message."""
             if self.urgent is not None:
                 self.urgent.on_job_end()
+            record.outcome, record.reason = end_of(result)
             if isinstance(result, JobLeft):
                 job.leave(result)
             elif callback is not None:
                 callback(result)
+            if job.request.is_requeued and record.outcome != "handed_over":  # its end could not be stored
+                record.outcome, record.reason = "handed_over", "storage"
 
+        record = job.record
         try:
             if left := job.find_early_end():
                 end(left)
@@ -275,8 +281,12 @@ class DevicePool(TaskPool):
                 apply_target(trace, args, kwargs, end, accept_callback, pid=threading.get_native_id())
         except Exception:
             logger.exception("task %s could not be brought to an end", job.task_id)
+            record.outcome, record.reason = "lost_hold", ""
         finally:
             job.release()
+            log_end(record)
+            if self.services is not None:
+                count_end(record, self.services.figures)
 
     def _get_info(self) -> dict[str, Any]:
         info = dict(super()._get_info())

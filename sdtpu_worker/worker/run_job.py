@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdtpu_worker.contract.queues import LATEST_SENT_AT, SENT_AT_HEADER
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.errors import EngineUnavailable
 from sdtpu_worker.worker.celery_request import JOB
@@ -42,7 +41,6 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
             "no engine runs in this process: sdtpu.generate runs only in a worker with the pool"
             " sdtpu_worker.pool:DevicePool (call sdtpu_worker.install(app), then `celery worker -Q sdtpu`)"
         )
-    sent_at = read_sent_at(task.request.get(SENT_AT_HEADER))
     with job.in_celerys_words():
         facts = job.recall(request)
         job.begin(task)
@@ -52,11 +50,6 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
             lambda progress: job.publish_progress(task, progress),
             facts.snapshot,
             alone=len(facts.died_on) >= CRASHES_TO_RUN_ALONE,
+            record=job.record,
         )
-        return job.serving.run(task.request.id, request, sent_at, control).to_json()
-
-
-def read_sent_at(header: Any) -> float | None:
-    """Return the time at which the client sent a job, in seconds since 1970; None where the header is no such time."""
-    is_number = isinstance(header, int | float) and not isinstance(header, bool)
-    return header if is_number and 0 <= header <= LATEST_SENT_AT else None
+        return job.serving.run(task.request.id, request, control=control).to_json()

@@ -38,13 +38,16 @@ from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations.connections import connections_warning
+from sdtpu_worker.operations.figures import Figures
 from sdtpu_worker.operations.health import WorkerHealth
-from sdtpu_worker.operations.health_http import HealthServer
+from sdtpu_worker.operations.health_http import HealthServer, Page
 from sdtpu_worker.operations.redis_checks import redis_warnings
 from sdtpu_worker.worker.process_changes import change_app, freeze_start_up, watch_failures_outside_tasks
 from sdtpu_worker.worker.result_patience import wait_for_results
 from sdtpu_worker.worker.serving import Hooks, Serving
 from sdtpu_worker.worker.start_recorder import StartRecorder
+from sdtpu_worker.worker.tick_meter import TickMeter
+from sdtpu_worker.worker.worker_figures import delivery_figures, health_figures, serving_figures
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -91,6 +94,7 @@ class DeviceServices:
 
     Attributes:
         health: what `/livez` and `/readyz` say.
+        figures: what `/metrics` says.
         deliveries: the messages that this worker holds; None when the broker is not Redis, whose own guarantees hold
             then.
         serving: the engine with its device loop and image store; None before `start`.
@@ -100,6 +104,8 @@ class DeviceServices:
     def __init__(self, app: Any, hostname: str, config: Config) -> None:
         self.config = config
         self.health = WorkerHealth(config.lease_s, config.stall_s)
+        self.figures = Figures()
+        self.figures.read_from(partial(health_figures, self.health))
         self.deliveries: Deliveries | None = None
         self.serving: Serving | None = None
         self.stopping = threading.Event()
@@ -122,7 +128,8 @@ class DeviceServices:
         started = time.monotonic()
         with ExitStack() as undo:
             if self.config.health_address is not None:  # first, so that probes are answered while programs compile
-                server = HealthServer(self.config.health_address, self.health.live, self.health.ready)
+                pages = {"/metrics": _metrics_page(self.figures)}
+                server = HealthServer(self.config.health_address, self.health.live, self.health.ready, pages)
                 undo.callback(server.close)
             undo.enter_context(watch_failures_outside_tasks())
             self.health.enter("looking at the broker")
@@ -132,9 +139,11 @@ class DeviceServices:
             engine = pool.make_engine(self.config, self.health.enter)
             undo.callback(engine.close)
             policy = pool.make_policy(engine, self.config)
-            hooks = Hooks(_end_process, self._make_start_recorder(undo), self.stopping.is_set)
+            meter = TickMeter(self.figures, engine.costs, engine.info.num_slots)
+            hooks = Hooks(_end_process, self._make_start_recorder(undo), meter, self.stopping.is_set)
             self.serving = serving = Serving(engine, store, policy, self.config, hooks)
             undo.callback(serving.close)
+            self.figures.read_from(partial(serving_figures, serving))
             if self._has_looked_at_redis:
                 self._warn_of_connections()
             loop = serving.loop
@@ -171,6 +180,7 @@ class DeviceServices:
         if self._lease is None:
             self._lease = Lease(self.deliveries, self.devices_make_progress, self._on_contact)
             self._lease.start()
+            self.figures.read_from(partial(delivery_figures, self.deliveries, self._lease))
 
     def _follow(self, connection: Any) -> None:
         """Lease and acknowledge on the server from which the consumer takes messages: kombu may have failed over."""
@@ -225,6 +235,7 @@ class DeviceServices:
         self.deliveries = deliveries = Deliveries(
             self._make_client, Keys(options.get("global_keyprefix", "")), config.lease_s, self._hostname
         )
+        deliveries.on_dead_letter = partial(self.figures.count, "sdtpu_requests_total", "refused")
         options = {
             "socket_keepalive": True,
             "socket_timeout": 2 * _BROKER_TIMEOUT_S,
@@ -325,6 +336,13 @@ class DeviceServices:
             publish_load(self.deliveries.client, self.config.queue, load, self.deliveries.keys.prefix)
         except RedisError as exc:  # no memory, no permission; clients then estimate without this worker
             logger.warning("the load report of this worker could not be published: %s", exc)
+
+
+def _metrics_page(figures: Figures) -> Page:
+    """Return what answers `/metrics`; imports `prometheus_client`, which a worker without an address does not need."""
+    from sdtpu_worker.operations.exposition import expose_worker
+
+    return partial(expose_worker, figures)
 
 
 def _client_of(connection: Any) -> Redis:

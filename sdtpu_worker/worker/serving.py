@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sdtpu_worker.aggregator.jobs import Terms
+from sdtpu_worker.aggregator.plan import Plan
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.load_report import WorkerLoad
 from sdtpu_worker.contract.request import GenerationRequest
@@ -22,6 +24,7 @@ from sdtpu_worker.device_loop.trace import NoTrace, Trace
 from sdtpu_worker.errors import ConfigurationError, SnapshotMismatch
 from sdtpu_worker.images.encode import encode_image
 from sdtpu_worker.images.store import ImageStore
+from sdtpu_worker.worker.job_record import JobRecord
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class JobControl:
         publish: called with the job's progress, in the caller's thread; None to publish none.
         snapshot: the bytes of a snapshot to continue from.
         alone: the job shares the devices with no other job.
+        record: where the job is measured; None for a record of its own.
     """
 
     terms: Terms = field(default_factory=Terms)
@@ -45,6 +49,7 @@ class JobControl:
     publish: Callable[[Progress], None] | None = None
     snapshot: bytes | None = None
     alone: bool = False
+    record: JobRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,13 @@ class Hooks:
         on_death: called when the device loop cannot continue.
         on_start: called in the device loop's thread with the jobs that are about to get a slot, and whether no other
             job has one.
+        on_tick: called in the device loop's thread with every tick that ended without a failure, and its start and end.
         give_up: asked while an image cannot be stored: whether to stop trying.
     """
 
     on_death: Callable[[], None] = lambda: None
     on_start: Callable[[Sequence[str], bool], None] = lambda task_ids, alone: None
+    on_tick: Callable[[Plan, float, float], None] = lambda plan, started_at, ended_at: None
     give_up: Callable[[], bool] = lambda: False
 
 
@@ -96,7 +103,9 @@ class Serving:
                 self.trace = Trace(Path(config.trace), costs, engine.info.num_devices)
             except (OSError, ValueError) as exc:
                 raise ConfigurationError(f"sdtpu_trace must be a file that can be written: {exc}") from exc
-        self.loop = DeviceLoop(engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start)
+        self.loop = DeviceLoop(
+            engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start, on_tick=hooks.on_tick
+        )
         self.loop.start()
 
     @property
@@ -143,20 +152,13 @@ class Serving:
             StorageError: the image could not be stored.
             JobCancelled, JobOverdue, JobHandedOver: see `DeviceLoop.submit`.
         """
-        received = time.monotonic()
-        waited_s = max(0.0, time.time() - sent_at) if sent_at is not None else 0.0
-        with self.trace.span("prepare", task_id):
+        control = control or JobControl()
+        record = control.record or JobRecord.of(task_id, sent_at)
+        with self._stage("prepare", record):
             job = self.engine.prepare(task_id, request)
-        finished = self._denoise(job, control or JobControl())
-        device_s = finished.finished_at - finished.started_at
-        image, parameters, is_unsafe = self._store(job, request, finished.pixels)
-        total_s = waited_s + time.monotonic() - received
-        num_slots = self.num_slots
-        logger.info(
-            "task %s: %d steps in %.2f s on device %d slot %d, %d of %d slots in use",
-            task_id, job.num_steps, device_s, finished.device, finished.slot, finished.occupied,
-            num_slots,
-        )  # fmt: skip
+        finished = self._denoise(job, control, record)
+        image, parameters, is_unsafe = self._store(job, request, finished.pixels, record)
+        stored_at = record.stored_at = time.monotonic()
         return GenerationResult(
             task_id=task_id,
             image=image,
@@ -164,29 +166,37 @@ class Serving:
             prompt_truncated=job.truncated,
             nsfw_content_detected=is_unsafe,
             timings=Timings(
-                queued_s=round(waited_s + finished.started_at - received, 4),
-                device_s=round(device_s, 4),
-                total_s=round(total_s, 4),
+                queued_s=round(record.queued_s(stored_at), 4),
+                device_s=round(record.device_s(stored_at), 4),
+                total_s=round(record.total_s(stored_at), 4),
             ),
-            batch=BatchPlace(finished.device, finished.slot, finished.occupied, num_slots),
+            batch=BatchPlace(finished.device, finished.slot, finished.occupied, record.num_slots),
             options=request.options(),
             loras=[{"name": name, "weight": weight} for name, weight in self.engine.info.loras],
         )
 
-    def _denoise(self, job: ServableJob, control: JobControl) -> Finished:
+    @contextlib.contextmanager
+    def _stage(self, name: str, record: JobRecord) -> Iterator[None]:
+        """Measure and draw what the calling thread does for a job in this block."""
+        with self.trace.span(name, record.task_id), record.stage(name):
+            yield
+
+    def _denoise(self, job: ServableJob, control: JobControl, record: JobRecord) -> Finished:
         """Have the device loop run a prepared job, and wait for its pixels."""
         snapshot = self._read_snapshot(job, control.snapshot)
         submission = self.loop.submit(job, control.terms, control.may_start, snapshot, control.alone)
+        record.submission = submission
         self._held[submission] = control.terms.priority
         try:
-            finished = self._wait(submission, control.publish)
+            finished = record.finished = self._wait(submission, control.publish)
         finally:
             del self._held[submission]
+            record.num_slots = self.num_slots
         self._learn(finished.finished_at - finished.started_at)
         return finished
 
     def _store(
-        self, job: ServableJob, request: GenerationRequest, pixels: Any
+        self, job: ServableJob, request: GenerationRequest, pixels: Any, record: JobRecord
     ) -> tuple[StoredImage, dict[str, Any], bool | None]:
         """Check, encode and store an image; return it, the parameters that made it, and the safety checker's verdict.
 
@@ -194,8 +204,9 @@ class Serving:
             job: the prepared job.
             request: its request.
             pixels: `(height, width, 3) uint8`; an unsafe image is stored black.
+            record: of the job.
         """
-        with self.trace.span("check safety", job.task_id):
+        with self._stage("check safety", record):
             is_unsafe = self.engine.check_safety(pixels)
         if is_unsafe:
             pixels = pixels * 0
@@ -206,12 +217,18 @@ class Serving:
             **job.parameters,
             "model": self.engine.info.model,
         }
-        with self.trace.span("encode", job.task_id):
+        with self._stage("encode", record):
             data = encode_image(pixels, request.image_format, {**parameters, **request.options()})
-        with self.trace.span("store", job.task_id):
+        with self._stage("store", record):
             uri = self.store.put(job.task_id, request.image_format, data, self._give_up)
         height, width = job.lane
         return StoredImage(uri, request.image_format, width, height, len(data)), parameters, is_unsafe
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many jobs have a slot, and how many wait in the device loop for one. Any thread."""
+        held = self._held.copy()
+        running = sum(submission.has_slot for submission in held)
+        return running, len(held) - running
 
     def load(self, host: str) -> WorkerLoad:
         """Return the load report of this worker, under the name that its host has for it. Any thread."""

@@ -15,18 +15,19 @@ from celery import Celery, signals
 from celery.worker import state
 from celery.worker.request import Request
 
+from sdtpu_worker.contract.queues import read_sent_at
 from sdtpu_worker.errors import EngineUnavailable
 from sdtpu_worker.worker.celery_request import JOB, DeviceRequest
 from sdtpu_worker.worker.job import DeviceJob
 from sdtpu_worker.worker.process_changes import watch_failures_outside_tasks
 from sdtpu_worker.worker.result_patience import wait_for_results
-from sdtpu_worker.worker.run_job import read_sent_at
 
 SERVING: Any = SimpleNamespace()
 
 
 def make_job(soft=None, hard=None, **stamps) -> DeviceJob:
-    request = SimpleNamespace(id="a-task", delivery_info={}, expires=None, stamps=stamps, had_its_slot=False)
+    request = SimpleNamespace(id="a-task", delivery_info={}, expires=None, stamps=stamps, had_its_slot=False,
+                              request_dict={})  # fmt: skip
     return DeviceJob(request, SERVING, soft, hard)
 
 

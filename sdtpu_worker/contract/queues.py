@@ -18,6 +18,8 @@ DEFAULT_PRIORITY = 6
 """The priority of a job whose client names none: in the middle, with room above and below. Lower is more urgent."""
 HELD_KEY, LEASES_KEY, DELAYED_KEY = "sdtpu:unacked", "sdtpu:unacked_index", "sdtpu:delayed"
 """The Redis keys of the messages that workers hold and of those that wait for their time; see `delivery/keys.py`."""
+DEAD_COUNTS_KEY = "sdtpu:dead:counts"
+"""The Redis key of how many messages no worker could run, by kind."""
 SENT_AT_HEADER = "sdtpu_sent_at"
 """The message header with the time at which the client sent the job, in seconds since 1970."""
 LATEST_SENT_AT = 2**40

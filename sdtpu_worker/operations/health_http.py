@@ -71,6 +71,7 @@ class HealthServer:
         live: returns the checks of `/livez`, without waiting. An exception counts as a failing check.
         ready: returns the checks of `/readyz` likewise.
         pages: further pages by path.
+        named_by: the setting or option that names the address, for errors.
 
     Attributes:
         address: the host and port that the server listens on.
@@ -80,15 +81,18 @@ class HealthServer:
     """
 
     def __init__(
-        self, address: tuple[str, int], live: Probe, ready: Probe, pages: Mapping[str, Page] | None = None
+        self,
+        address: tuple[str, int],
+        live: Probe,
+        ready: Probe,
+        pages: Mapping[str, Page] | None = None,
+        named_by: str = "sdtpu_health_address",
     ) -> None:
         try:
             self._server = _Server(address, {"/livez": live, "/readyz": ready}, pages or {})
         except OSError as exc:
             remedy = "another process listens there; choose another port" if exc.errno == errno.EADDRINUSE else exc
-            raise ConfigurationError(
-                f"sdtpu_health_address: cannot listen on {format_address(address)}: {remedy}"
-            ) from exc
+            raise ConfigurationError(f"{named_by}: cannot listen on {format_address(address)}: {remedy}") from exc
         self.address: tuple[str, int] = self._server.server_address[:2]  # type: ignore[assignment]  # typed for any socket
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, name="sdtpu-health", daemon=True

@@ -114,7 +114,7 @@ DEVICES = (
     _gauge("sdtpu_device_memory_bytes", "bytes", "Memory of a device: `used`, `peak` or `limit`",
            "device", "kind"),
     _gauge("sdtpu_programs", "programs", "Programs by where they came from: `cache` or `compiler`", "origin"),
-    _counter("sdtpu_programs_after_ready_total", "programs", "Programs traced or compiled while serving; has to stay 0"),
+    _counter("sdtpu_programs_after_ready_total", "programs", "Programs traced or compiled while serving: stays 0"),
 )  # fmt: skip
 WORKER = (
     _gauge("sdtpu_worker_info", "1", "What the worker is, in its labels",

@@ -20,7 +20,7 @@ from sdtpu_worker.config import Config
 from sdtpu_worker.device_loop.protocols import Policy, ServingEngine
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.images.store import make_image_store
-from sdtpu_worker.worker.celery_request import JOB, DeviceRequest, answer_directly
+from sdtpu_worker.worker.celery_request import DeviceRequest, answer_directly, current_job
 from sdtpu_worker.worker.job import DeviceJob, JobLeft
 from sdtpu_worker.worker.job_ends import end_of
 from sdtpu_worker.worker.job_record import count_end, log_end
@@ -144,8 +144,6 @@ class DevicePool(TaskPool):
             services.config.max_deliveries,
             lambda: self._stage is not PoolStage.SERVING,
         )
-        task_name, task_id, fields, *rest = args  # what Celery's tracer gets; `fields` become the task's own request
-        args = (task_name, task_id, {**fields, JOB: job}, *rest)
         future = self.executor.submit(self._run, job, target, args, kwargs, callback, accept_callback)
         self._results[job] = result = ApplyResult(future)
         future.add_done_callback(lambda _: self._results.pop(job, None))
@@ -274,6 +272,7 @@ class DevicePool(TaskPool):
                 record.outcome, record.reason = "handed_over", "storage"
 
         record = job.record
+        token = current_job.set(job)
         try:
             if left := job.find_early_end():
                 end(left)
@@ -284,6 +283,7 @@ class DevicePool(TaskPool):
             record.outcome, record.reason = "lost_hold", ""
         finally:
             job.release()
+            current_job.reset(token)
             log_end(record)
             if self.services is not None:
                 count_end(record, self.services.figures)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.errors import EngineUnavailable
-from sdtpu_worker.worker.celery_request import JOB
-from sdtpu_worker.worker.job import DeviceJob
+from sdtpu_worker.worker.celery_request import current_job
 from sdtpu_worker.worker.serving import JobControl
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
     """Generate and store the image of the job that a task's request carries.
 
     Args:
-        task: the bound task; the pool has put the job into its request.
+        task: the bound task; the pool runs it in the job's thread.
         args: of the task.
         kwargs: of the task.
 
@@ -35,8 +34,8 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
         Exception: whatever else ends the job; see `Serving.run` and `DeviceJob.in_celerys_words`.
     """
     request = GenerationRequest.parse(args, kwargs).with_seed(task.request.id)
-    job = task.request.get(JOB)
-    if not isinstance(job, DeviceJob):  # a message may say anything under this name
+    job = current_job.get()
+    if job is None or job.task_id != task.request.id:
         raise EngineUnavailable(
             "no engine runs in this process: sdtpu.generate runs only in a worker with the pool"
             " sdtpu_worker.pool:DevicePool (call sdtpu_worker.install(app), then `celery worker -Q sdtpu`)"

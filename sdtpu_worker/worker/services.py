@@ -43,6 +43,7 @@ from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer, Page
 from sdtpu_worker.operations.redis_checks import redis_warnings
 from sdtpu_worker.worker.process_changes import change_app, freeze_start_up, watch_failures_outside_tasks
+from sdtpu_worker.worker.queue_watch import QueueWatch
 from sdtpu_worker.worker.result_patience import wait_for_results
 from sdtpu_worker.worker.serving import Hooks, Serving
 from sdtpu_worker.worker.start_recorder import StartRecorder
@@ -114,6 +115,7 @@ class DeviceServices:
         self._server: str | None = None  # the URL of the Redis that the consumer is connected to
         self._has_looked_at_redis = False
         self._load_report_at = 0.0
+        self._queues = QueueWatch(most_stale_s=3 * _REPORT_EVERY_S)
         self._undo = ExitStack()
 
     def start(self, pool: PartMakers) -> None:
@@ -172,6 +174,7 @@ class DeviceServices:
         if self.deliveries is None:
             return
         hub = consumer.hub
+        self._queues.follow(consumer, self.deliveries.keys.prefix)
         self.deliveries.on_free = lambda: hub.call_soon(noop)
         self._follow(consumer.connection)
         if not self._has_looked_at_redis:
@@ -181,6 +184,7 @@ class DeviceServices:
             self._lease = Lease(self.deliveries, self.devices_make_progress, self._on_contact)
             self._lease.start()
             self.figures.read_from(partial(delivery_figures, self.deliveries, self._lease))
+            self.figures.read_from(self._queues.figures)
 
     def _follow(self, connection: Any) -> None:
         """Lease and acknowledge on the server from which the consumer takes messages: kombu may have failed over."""
@@ -336,6 +340,8 @@ class DeviceServices:
             publish_load(self.deliveries.client, self.config.queue, load, self.deliveries.keys.prefix)
         except RedisError as exc:  # no memory, no permission; clients then estimate without this worker
             logger.warning("the load report of this worker could not be published: %s", exc)
+        if self.config.health_address is not None:
+            self._queues.look(self.deliveries.client)
 
 
 def _metrics_page(figures: Figures) -> Page:

@@ -181,6 +181,11 @@ SETTINGS = (
         "Whether log lines may hold prompts. When it is off, only lines at level DEBUG may",
     ),
     Setting(
+        "sdtpu_log_format", "text", parse_choice("text", "json"),
+        "The form of the worker's log lines: `text` is Celery's own (`worker_log_format`), `json` is one JSON object a"
+        " line. In both, every line that a job's code logs names its task",
+    ),
+    Setting(
         "sdtpu_image_store", "redis", parse_text,
         "Where the worker stores images: `redis` for the result backend's Redis, with the expiry of the results; or a"
         " `redis://` URL; or an fsspec URL (`file:///…`, `gs://…`, `s3://…`). Clients read from the same place",
@@ -230,6 +235,7 @@ class Config:
     max_deliveries: int
     health_address: tuple[str, int] | None
     log_prompts: bool
+    log_format: str
     image_store: str = field(repr=False)  # this and the next may hold passwords
     read_image_stores: tuple[str, ...] = field(repr=False)
     compile_cache: str

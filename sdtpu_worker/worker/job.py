@@ -105,7 +105,8 @@ class DeviceJob:
         self._is_stopping = is_stopping
         self._signum: Any = None
         self._digest, self._facts = b"", JobFacts()
-        self.record = JobRecord.of(request.id, read_sent_at(request.request_dict.get(SENT_AT_HEADER)))
+        sent_at, queue = request.request_dict.get(SENT_AT_HEADER), (request.delivery_info or {}).get("routing_key", "")
+        self.record = JobRecord.of(request.id, read_sent_at(sent_at), queue)
         self.terminated = False
 
     @property

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdtpu_worker.device_loop.submission import Finished, Submission
+from sdtpu_worker.errors import GenerationFailed
 from sdtpu_worker.operations.figures import Figures
+from sdtpu_worker.operations.tracing import DeviceTime
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ class JobRecord:
         task_id: names the job.
         received_at: when this worker's pool took the job.
         waited_before_s: seconds between the client's call and that, if the client has sent the time of its call.
+        queue: where its message came from; empty if that is not known.
         stages: `(start, end)` of each part of the host's work that has ended, by name.
         submission: the job in the device loop; None until it is prepared.
         finished: how it went through the devices; None unless it has pixels.
@@ -40,6 +43,7 @@ class JobRecord:
     task_id: str
     received_at: float = field(default_factory=time.monotonic)
     waited_before_s: float = 0.0
+    queue: str = ""
     stages: dict[str, tuple[float, float]] = field(default_factory=dict)
     submission: Submission | None = None
     finished: Finished | None = None
@@ -50,14 +54,15 @@ class JobRecord:
     reason: str = ""
 
     @classmethod
-    def of(cls, task_id: str, sent_at: float | None) -> JobRecord:
+    def of(cls, task_id: str, sent_at: float | None, queue: str = "") -> JobRecord:
         """Return the record of a job that has just come.
 
         Args:
             task_id: names the job.
             sent_at: `time.time()` when the client sent it, on the client's clock; None if that is not known.
+            queue: where its message came from.
         """
-        return cls(task_id, waited_before_s=0.0 if sent_at is None else max(0.0, time.time() - sent_at))
+        return cls(task_id, waited_before_s=0.0 if sent_at is None else max(0.0, time.time() - sent_at), queue=queue)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -88,6 +93,21 @@ class JobRecord:
     def total_s(self, now: float) -> float:
         """Return the seconds from the client's call to the stored image; up to `now` where it is not stored."""
         return self.waited_before_s + (self.stored_at or now) - self.received_at
+
+    def way(self, error: BaseException | None) -> DeviceTime:
+        """Return how the job, which has just left the device loop, went through it, for its spans."""
+        submission, now = self.submission, time.monotonic()
+        facts: dict[str, Any] = {"messaging.message.id": self.task_id}
+        if submission is not None and submission.device is not None:
+            facts |= {"sdtpu.device": submission.device, "sdtpu.steps_done": submission.steps_done}
+        if self.finished is not None:
+            facts |= {"sdtpu.slot": self.finished.slot, "sdtpu.neighbours": self.finished.occupied - 1}
+        is_failure = isinstance(error, GenerationFailed)
+        if error is not None and not is_failure:
+            facts["sdtpu.left_by"] = type(error).__name__
+        arrived_at = submission.arrived_at if submission is not None else now
+        ended_at = self.finished.finished_at if self.finished is not None else now
+        return DeviceTime(arrived_at, self.started_at, ended_at, facts, type(error).__name__ if is_failure else None)
 
     def to_json(self, now: float) -> dict[str, Any]:
         """Return the facts of the job's log line; seconds up to `now` where something has not come to its end."""

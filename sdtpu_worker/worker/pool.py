@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,6 +21,7 @@ from sdtpu_worker.config import Config
 from sdtpu_worker.device_loop.protocols import Policy, ServingEngine
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.images.store import make_image_store
+from sdtpu_worker.operations.log_format import task_on_lines
 from sdtpu_worker.worker.celery_request import DeviceRequest, answer_directly, current_job
 from sdtpu_worker.worker.job import DeviceJob, JobLeft
 from sdtpu_worker.worker.job_ends import end_of
@@ -272,21 +274,30 @@ class DevicePool(TaskPool):
                 record.outcome, record.reason = "handed_over", "storage"
 
         record = job.record
+        with self._measured(job):
+            try:
+                if left := job.find_early_end():
+                    end(left)
+                else:
+                    apply_target(trace, args, kwargs, end, accept_callback, pid=threading.get_native_id())
+            except Exception:
+                logger.exception("task %s could not be brought to an end", job.task_id)
+                record.outcome, record.reason = "lost_hold", ""
+            finally:
+                job.release()
+
+    @contextlib.contextmanager
+    def _measured(self, job: DeviceJob) -> Iterator[None]:
+        """Let the calling thread's code know its job; log and count how that ended after the block."""
         token = current_job.set(job)
-        try:
-            if left := job.find_early_end():
-                end(left)
-            else:
-                apply_target(trace, args, kwargs, end, accept_callback, pid=threading.get_native_id())
-        except Exception:
-            logger.exception("task %s could not be brought to an end", job.task_id)
-            record.outcome, record.reason = "lost_hold", ""
-        finally:
-            job.release()
-            current_job.reset(token)
-            log_end(record)
-            if self.services is not None:
-                count_end(record, self.services.figures)
+        with task_on_lines(job.task_id, job.request.name):
+            try:
+                yield
+            finally:
+                current_job.reset(token)
+                log_end(job.record)
+                if self.services is not None:
+                    count_end(job.record, self.services.figures)
 
     def _get_info(self) -> dict[str, Any]:
         info = dict(super()._get_info())

@@ -28,6 +28,8 @@ from celery.worker import state
 from kombu.transport.redis import Transport as RedisTransport
 from redis.exceptions import RedisError
 
+import sdtpu_worker
+from sdtpu_worker.aggregator.plan import Plan
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.load_report import publish_load, withdraw_load
 from sdtpu_worker.delivery import transport
@@ -39,8 +41,10 @@ from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations.connections import connections_warning
 from sdtpu_worker.operations.figures import Figures
+from sdtpu_worker.operations.find_tracing import find_tracing
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer, Page
+from sdtpu_worker.operations.log_format import remove_log_format
 from sdtpu_worker.operations.redis_checks import redis_warnings
 from sdtpu_worker.worker.process_changes import change_app, freeze_start_up, watch_failures_outside_tasks
 from sdtpu_worker.worker.queue_watch import QueueWatch
@@ -48,6 +52,7 @@ from sdtpu_worker.worker.result_patience import wait_for_results
 from sdtpu_worker.worker.serving import Hooks, Serving
 from sdtpu_worker.worker.start_recorder import StartRecorder
 from sdtpu_worker.worker.tick_meter import TickMeter
+from sdtpu_worker.worker.tick_spans import TickSpans
 from sdtpu_worker.worker.worker_figures import delivery_figures, health_figures, serving_figures
 
 if TYPE_CHECKING:
@@ -133,6 +138,7 @@ class DeviceServices:
                 pages = {"/metrics": _metrics_page(self.figures)}
                 server = HealthServer(self.config.health_address, self.health.live, self.health.ready, pages)
                 undo.callback(server.close)
+            undo.callback(remove_log_format)
             undo.enter_context(watch_failures_outside_tasks())
             self.health.enter("looking at the broker")
             self._connect_to_broker(undo)
@@ -141,9 +147,13 @@ class DeviceServices:
             engine = pool.make_engine(self.config, self.health.enter)
             undo.callback(engine.close)
             policy = pool.make_policy(engine, self.config)
-            meter = TickMeter(self.figures, engine.costs, engine.info.num_slots)
-            hooks = Hooks(_end_process, self._make_start_recorder(undo), meter, self.stopping.is_set)
-            self.serving = serving = Serving(engine, store, policy, self.config, hooks)
+            tracing = find_tracing(sdtpu_worker.__version__, self.config.log_prompts)
+            on_tick = _in_turn(
+                TickMeter(self.figures, engine.costs, engine.info.num_slots),
+                TickSpans(tracing, engine.costs, engine.info.num_slots),
+            )
+            hooks = Hooks(_end_process, self._make_start_recorder(undo), on_tick, self.stopping.is_set)
+            self.serving = serving = Serving(engine, store, policy, self.config, hooks, tracing)
             undo.callback(serving.close)
             self.figures.read_from(partial(serving_figures, serving))
             if self._has_looked_at_redis:
@@ -342,6 +352,14 @@ class DeviceServices:
             logger.warning("the load report of this worker could not be published: %s", exc)
         if self.config.health_address is not None:
             self._queues.look(self.deliveries.client)
+
+
+def _in_turn(*calls: Callable[[Plan, float, float], None]) -> Callable[[Plan, float, float], None]:
+    def call_all(plan: Plan, started_at: float, ended_at: float) -> None:
+        for call in calls:
+            call(plan, started_at, ended_at)
+
+    return call_all
 
 
 def _metrics_page(figures: Figures) -> Page:

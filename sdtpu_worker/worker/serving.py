@@ -24,6 +24,7 @@ from sdtpu_worker.device_loop.trace import NoTrace, Trace
 from sdtpu_worker.errors import ConfigurationError, SnapshotMismatch
 from sdtpu_worker.images.encode import encode_image
 from sdtpu_worker.images.store import ImageStore
+from sdtpu_worker.operations.tracing import NoTracing, Tracing
 from sdtpu_worker.worker.job_record import JobRecord
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Serving:
         policy: decides what the devices do; the device loop's from now on.
         config: the settings.
         hooks: what the process around it is told, and asked.
+        tracing: where the spans of jobs go.
 
     Raises:
         ConfigurationError: the file of `sdtpu_trace` cannot be written.
@@ -91,8 +93,10 @@ class Serving:
         policy: Policy,
         config: Config,
         hooks: Hooks | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         hooks = hooks or Hooks()
+        self._tracing = tracing or NoTracing()
         self.engine, self.store, self._progress_s, self._give_up = engine, store, config.progress_s, hooks.give_up
         self._held: dict[Submission, int] = {}  # with the priority of each
         self._mean_job_s: float | None = None
@@ -154,6 +158,7 @@ class Serving:
         """
         control = control or JobControl()
         record = control.record or JobRecord.of(task_id, sent_at)
+        self._describe(record, request)
         with self._stage("prepare", record):
             job = self.engine.prepare(task_id, request)
         finished = self._denoise(job, control, record)
@@ -178,20 +183,44 @@ class Serving:
     @contextlib.contextmanager
     def _stage(self, name: str, record: JobRecord) -> Iterator[None]:
         """Measure and draw what the calling thread does for a job in this block."""
-        with self.trace.span(name, record.task_id), record.stage(name):
+        with self.trace.span(name, record.task_id), record.stage(name), self._tracing.stage(name):
             yield
+
+    def _describe(self, record: JobRecord, request: GenerationRequest) -> None:
+        """Say on the task's span what the job is, by OpenTelemetry's conventions for messaging and generative AI."""
+        attributes = {
+            "messaging.system": "celery",
+            "messaging.operation.type": "process",
+            "messaging.message.id": record.task_id,
+            "messaging.destination.name": record.queue or None,
+            "gen_ai.operation.name": "generate_content",
+            "gen_ai.provider.name": "sdtpu_worker",
+            "gen_ai.output.type": "image",
+            "gen_ai.request.model": self.engine.info.model,
+            "gen_ai.request.seed": request.seed,
+            "sdtpu.num_inference_steps": request.num_inference_steps,
+            "sdtpu.sampler": request.sampler,
+            "sdtpu.waited_before_s": record.waited_before_s,
+        }
+        self._tracing.describe(attributes, {"user": request.prompt, "negative": request.negative_prompt})
 
     def _denoise(self, job: ServableJob, control: JobControl, record: JobRecord) -> Finished:
         """Have the device loop run a prepared job, and wait for its pixels."""
         snapshot = self._read_snapshot(job, control.snapshot)
+        self._tracing.follow(record.task_id)
         submission = self.loop.submit(job, control.terms, control.may_start, snapshot, control.alone)
         record.submission = submission
         self._held[submission] = control.terms.priority
+        error: BaseException | None = None
         try:
             finished = record.finished = self._wait(submission, control.publish)
+        except BaseException as exc:
+            error = exc
+            raise
         finally:
             del self._held[submission]
             record.num_slots = self.num_slots
+            self._tracing.finish(record.task_id, record.way(error))
         self._learn(finished.finished_at - finished.started_at)
         return finished
 

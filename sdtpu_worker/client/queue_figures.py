@@ -38,5 +38,6 @@ def broker_figures(state: BrokerState) -> Figures:
         "sdtpu_host_slots": {(worker.host,): worker.num_slots for worker in workers},
         "sdtpu_host_requests_held": {(worker.host,): sum(worker.held.values()) for worker in workers},
         "sdtpu_host_job_seconds": {(worker.host,): worker.mean_job_s for worker in workers},
+        "sdtpu_redis_memory_bytes": {(kind,): number for kind, number in state.memory.items()},
         "sdtpu_dead_letters_total": {(kind,): count for kind, count in dead},
     }

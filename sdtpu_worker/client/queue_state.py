@@ -92,12 +92,14 @@ class BrokerState:
             no worker has published its load.
         workers: the load reports of the workers that are alive.
         dead_letters: how many messages no worker could run, by kind.
+        memory: bytes of Redis' memory: `used`, and its `limit` where it has one; empty where Redis does not tell.
     """
 
     queues: Sequence[QueueState]
     wait_s: Mapping[str, float]
     workers: Sequence[WorkerLoad]
     dead_letters: Mapping[str, int]
+    memory: Mapping[str, int]
 
 
 def read_queues(app: Celery) -> list[QueueState]:
@@ -129,6 +131,7 @@ def read_broker(app: Celery) -> BrokerState:
     with _broker(app) as (redis, prefix, queues, bands):
         states = _queue_states(redis, prefix, queues, bands)
         loads = {queue: read_loads(redis, queue, prefix) for queue in (main, *(set(queues) - shards))}
+        memory = _memory_of(redis)
         dead = {_text(kind): int(count) for kind, count in redis.hgetall(prefix + DEAD_COUNTS_KEY).items()}
     lengths = {state.queue: list(state.waiting.values()) for state in states}
     band = max(0, bisect(bands, DEFAULT_PRIORITY) - 1)
@@ -140,7 +143,18 @@ def read_broker(app: Celery) -> BrokerState:
         seconds = estimated_start_s(workers, ahead, DEFAULT_PRIORITY, has_deadline=False)
         if seconds is not None:
             wait_s[queue] = seconds
-    return BrokerState(states, wait_s, [load for each in loads.values() for load in each], dead)
+    return BrokerState(states, wait_s, [load for each in loads.values() for load in each], dead, memory)
+
+
+def _memory_of(redis: Any) -> dict[str, int]:
+    from redis.exceptions import ResponseError
+
+    try:
+        info = redis.info("memory")
+    except ResponseError:  # a user without the right to ask, a service that does not tell
+        return {}
+    found = {"used": info.get("used_memory"), "limit": info.get("maxmemory") or None}
+    return {kind: int(number) for kind, number in found.items() if number is not None}
 
 
 def _queue_states(

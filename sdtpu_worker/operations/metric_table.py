@@ -152,6 +152,8 @@ QUEUES = (
            source=Source.QUEUES),
     _gauge("sdtpu_host_job_seconds", "seconds", "Mean time that recent jobs of a worker had their slots", "host",
            source=Source.QUEUES),
+    _gauge("sdtpu_redis_memory_bytes", "bytes", "Memory of the broker's Redis: `used`, or its `limit` where it has one",
+           "kind", source=Source.QUEUES),
     _counter("sdtpu_dead_letters_total", "messages", "Messages that no worker could run, by kind", "kind",
              source=Source.QUEUES),
 )  # fmt: skip

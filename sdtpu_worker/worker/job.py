@@ -25,7 +25,7 @@ from kombu.exceptions import ContentDisallowed, DecodeError
 from redis.exceptions import RedisError
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
-from sdtpu_worker.contract.queues import DEFAULT_PRIORITY, SENT_AT_HEADER, read_sent_at
+from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.job_facts import JobFacts
@@ -33,6 +33,7 @@ from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, Job
 from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable, StorageError
 from sdtpu_worker.operations.prompt_guard import describe
 from sdtpu_worker.worker.celery_request import is_revoked
+from sdtpu_worker.worker.job_ends import JobLeft
 from sdtpu_worker.worker.job_record import JobRecord
 
 if TYPE_CHECKING:
@@ -53,23 +54,6 @@ _PAUSE_S = 1.0
 """How long a job holds its message whose history cannot be read now, before the message is requeued."""
 
 
-class JobLeft(BaseException):
-    """Ends a task's code whose job ends in another way than with a result or an error of its own.
-
-    Celery's tracer makes no state of what is no `Exception`. It sends `task_postrun` with the state None, as when
-    Celery itself kills a task, and stores, logs and announces nothing. (`celery.exceptions.Ignore` is no such end:
-    `task_postrun` has the state IGNORED then, and listeners store it.) The job's end comes after that.
-
-    Args:
-        end: brings the job to its end, outside the tracer.
-        outcome, reason: what that end is, as in `operations.metric_table.OUTCOMES`.
-    """
-
-    def __init__(self, end: Callable[[], None], outcome: str, reason: str = "") -> None:
-        super().__init__()
-        self.end, self.outcome, self.reason = end, outcome, reason
-
-
 class DeviceJob:
     """What the pool knows of a task that it runs; used by the task's own thread, terminated from any.
 
@@ -81,9 +65,9 @@ class DeviceJob:
         deliveries: the messages that the worker holds, if its broker is Redis.
         max_deliveries: after how many crashes with this job on the devices it fails.
         is_stopping: says whether the worker takes no more jobs.
+        record: where the job is measured; None for one of its own.
 
     Attributes:
-        record: what is measured of the job.
         terminated: the client has asked for the job to be terminated.
     """
 
@@ -97,6 +81,7 @@ class DeviceJob:
         deliveries: Deliveries | None = None,
         max_deliveries: int = 1,
         is_stopping: Callable[[], bool] = lambda: False,
+        record: JobRecord | None = None,
     ) -> None:
         self.request, self.serving = request, serving
         self.soft_time_limit_s, self.time_limit_s = map(_positive_seconds, (soft_time_limit_s, time_limit_s))
@@ -105,8 +90,7 @@ class DeviceJob:
         self._is_stopping = is_stopping
         self._signum: Any = None
         self._digest, self._facts = b"", JobFacts()
-        sent_at, queue = request.request_dict.get(SENT_AT_HEADER), (request.delivery_info or {}).get("routing_key", "")
-        self.record = JobRecord.of(request.id, read_sent_at(sent_at), queue)
+        self.record = record or JobRecord(request.id)
         self.terminated = False
 
     @property

@@ -1,17 +1,34 @@
-"""Names for what became of a job in this worker, from what its thread ends with; see `metric_table.OUTCOMES`."""
+"""The ways in which a job leaves this worker, and their names in the log and the metrics."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from celery.exceptions import Ignore, Reject, Retry
 from celery.exceptions import NotRegistered as UnknownTask
 
 from sdtpu_worker.errors import DeliveryLimitExceeded, InvalidRequest
-from sdtpu_worker.worker.job import JobLeft
 
 _REFUSALS = (InvalidRequest, DeliveryLimitExceeded, UnknownTask)
 """Errors of jobs that no device has seen."""
+
+
+class JobLeft(BaseException):
+    """Ends a task's code whose job ends in another way than with a result or an error of its own.
+
+    Celery's tracer makes no state of what is no `Exception`. It sends `task_postrun` with the state None, as when
+    Celery itself kills a task, and stores, logs and announces nothing. (`celery.exceptions.Ignore` is no such end:
+    `task_postrun` has the state IGNORED then, and listeners store it.) The job's end comes after that.
+
+    Args:
+        end: brings the job to its end, outside the tracer.
+        outcome, reason: what that end is, as in `operations.metric_table.OUTCOMES`.
+    """
+
+    def __init__(self, end: Callable[[], None], outcome: str, reason: str = "") -> None:
+        super().__init__()
+        self.end, self.outcome, self.reason = end, outcome, reason
 
 
 def end_of(result: Any) -> tuple[str, str]:

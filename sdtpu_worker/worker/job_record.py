@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdtpu_worker.contract.queues import SENT_AT_HEADER, read_sent_at
 from sdtpu_worker.device_loop.submission import Finished, Submission
 from sdtpu_worker.errors import GenerationFailed
 from sdtpu_worker.operations.figures import Figures
@@ -127,6 +128,12 @@ class JobRecord:
                 "slots": self.num_slots,
             }
         return facts
+
+
+def record_of(request: Any) -> JobRecord:
+    """Return the record of the job of one of Celery's requests, which has just come."""
+    sent_at = read_sent_at(request.request_dict.get(SENT_AT_HEADER))
+    return JobRecord.of(request.id, sent_at, (request.delivery_info or {}).get("routing_key") or "")
 
 
 def log_end(record: JobRecord) -> None:

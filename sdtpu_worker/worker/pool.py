@@ -23,9 +23,9 @@ from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.images.store import make_image_store
 from sdtpu_worker.operations.log_format import task_on_lines
 from sdtpu_worker.worker.celery_request import DeviceRequest, answer_directly, current_job
-from sdtpu_worker.worker.job import DeviceJob, JobLeft
-from sdtpu_worker.worker.job_ends import end_of
-from sdtpu_worker.worker.job_record import count_end, log_end
+from sdtpu_worker.worker.job import DeviceJob
+from sdtpu_worker.worker.job_ends import JobLeft, end_of
+from sdtpu_worker.worker.job_record import count_end, log_end, record_of
 from sdtpu_worker.worker.urgent import UrgentPrefetch
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ class DevicePool(TaskPool):
             deliveries,
             services.config.max_deliveries,
             lambda: self._stage is not PoolStage.SERVING,
+            record_of(request),
         )
         future = self.executor.submit(self._run, job, target, args, kwargs, callback, accept_callback)
         self._results[job] = result = ApplyResult(future)
@@ -297,7 +298,7 @@ class DevicePool(TaskPool):
                 current_job.reset(token)
                 log_end(job.record)
                 if self.services is not None:
-                    count_end(job.record, self.services.figures)
+                    count_end(job.record, self.services.observation.figures)
 
     def _get_info(self) -> dict[str, Any]:
         info = dict(super()._get_info())

@@ -14,7 +14,6 @@ has to be changed in kombu, in Celery's app or in the Python process is changed 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -24,12 +23,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.states import FAILURE
 from celery.utils.functional import noop
-from celery.worker import state
 from kombu.transport.redis import Transport as RedisTransport
 from redis.exceptions import RedisError
 
-import sdtpu_worker
-from sdtpu_worker.aggregator.plan import Plan
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.load_report import publish_load, withdraw_load
 from sdtpu_worker.delivery import transport
@@ -40,28 +36,22 @@ from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations.connections import connections_warning
-from sdtpu_worker.operations.figures import Figures
-from sdtpu_worker.operations.find_tracing import find_tracing
 from sdtpu_worker.operations.health import WorkerHealth
-from sdtpu_worker.operations.health_http import HealthServer, Page
+from sdtpu_worker.operations.health_http import HealthServer
 from sdtpu_worker.operations.log_format import remove_log_format
 from sdtpu_worker.operations.redis_checks import redis_warnings
+from sdtpu_worker.worker.observation import Observation
 from sdtpu_worker.worker.process_changes import change_app, freeze_start_up, watch_failures_outside_tasks
-from sdtpu_worker.worker.queue_watch import QueueWatch
+from sdtpu_worker.worker.process_ends import end_process, leave_soon
 from sdtpu_worker.worker.result_patience import wait_for_results
 from sdtpu_worker.worker.serving import Hooks, Serving
 from sdtpu_worker.worker.start_recorder import StartRecorder
-from sdtpu_worker.worker.tick_meter import TickMeter
-from sdtpu_worker.worker.tick_spans import TickSpans
-from sdtpu_worker.worker.worker_figures import delivery_figures, health_figures, serving_figures
 
 if TYPE_CHECKING:
     from redis import Redis
 
 logger = logging.getLogger(__name__)
 
-EX_ENGINE_LOST = 75
-"""Exit code of a worker whose devices are lost (EX_TEMPFAIL): its supervisor should start it anew."""
 _BROKER_TIMEOUT_S = 5.0
 _CLIENT_OPTIONS = {
     "socket_timeout": _BROKER_TIMEOUT_S,
@@ -71,7 +61,6 @@ _CLIENT_OPTIONS = {
 _HOLDERS_PER_DELIVERY = 10
 """How many more times than on the devices a message may be in the hands of workers that die: it is seldom why."""
 _REPORT_EVERY_S = 5.0
-_LEAVE_AFTER_S = 5.0
 
 
 class PartMakers(Protocol):
@@ -100,7 +89,7 @@ class DeviceServices:
 
     Attributes:
         health: what `/livez` and `/readyz` say.
-        figures: what `/metrics` says.
+        observation: what `/metrics` and traces show.
         deliveries: the messages that this worker holds; None when the broker is not Redis, whose own guarantees hold
             then.
         serving: the engine with its device loop and image store; None before `start`.
@@ -110,8 +99,7 @@ class DeviceServices:
     def __init__(self, app: Any, hostname: str, config: Config) -> None:
         self.config = config
         self.health = WorkerHealth(config.lease_s, config.stall_s)
-        self.figures = Figures()
-        self.figures.read_from(partial(health_figures, self.health))
+        self.observation = Observation(self.health, config.log_prompts)
         self.deliveries: Deliveries | None = None
         self.serving: Serving | None = None
         self.stopping = threading.Event()
@@ -120,7 +108,6 @@ class DeviceServices:
         self._server: str | None = None  # the URL of the Redis that the consumer is connected to
         self._has_looked_at_redis = False
         self._load_report_at = 0.0
-        self._queues = QueueWatch(most_stale_s=3 * _REPORT_EVERY_S)
         self._undo = ExitStack()
 
     def start(self, pool: PartMakers) -> None:
@@ -135,7 +122,7 @@ class DeviceServices:
         started = time.monotonic()
         with ExitStack() as undo:
             if self.config.health_address is not None:  # first, so that probes are answered while programs compile
-                pages = {"/metrics": _metrics_page(self.figures)}
+                pages = self.observation.pages()
                 server = HealthServer(self.config.health_address, self.health.live, self.health.ready, pages)
                 undo.callback(server.close)
             undo.callback(remove_log_format)
@@ -147,15 +134,11 @@ class DeviceServices:
             engine = pool.make_engine(self.config, self.health.enter)
             undo.callback(engine.close)
             policy = pool.make_policy(engine, self.config)
-            tracing = find_tracing(sdtpu_worker.__version__, self.config.log_prompts)
-            on_tick = _in_turn(
-                TickMeter(self.figures, engine.costs, engine.info.num_slots),
-                TickSpans(tracing, engine.costs, engine.info.num_slots),
-            )
-            hooks = Hooks(_end_process, self._make_start_recorder(undo), on_tick, self.stopping.is_set)
-            self.serving = serving = Serving(engine, store, policy, self.config, hooks, tracing)
+            on_tick = self.observation.watch_ticks(engine)
+            hooks = Hooks(end_process, self._make_start_recorder(undo), on_tick, self.stopping.is_set)
+            self.serving = serving = Serving(engine, store, policy, self.config, hooks, self.observation.tracing)
             undo.callback(serving.close)
-            self.figures.read_from(partial(serving_figures, serving))
+            self.observation.watch_serving(serving)
             if self._has_looked_at_redis:
                 self._warn_of_connections()
             loop = serving.loop
@@ -175,8 +158,7 @@ class DeviceServices:
         self.stopping.set()
         self._undo.close()
         if is_stuck:
-            logger.critical("some threads do not end; the process leaves without them in %.0f s", _LEAVE_AFTER_S)
-            threading.Thread(target=_leave, name="sdtpu-leave", daemon=True).start()
+            leave_soon()
 
     def on_consume(self, consumer: Any) -> None:
         """Take note of a new connection, before the first message is taken from it."""
@@ -184,7 +166,7 @@ class DeviceServices:
         if self.deliveries is None:
             return
         hub = consumer.hub
-        self._queues.follow(consumer, self.deliveries.keys.prefix)
+        self.observation.follow(consumer, self.deliveries.keys.prefix)
         self.deliveries.on_free = lambda: hub.call_soon(noop)
         self._follow(consumer.connection)
         if not self._has_looked_at_redis:
@@ -193,8 +175,7 @@ class DeviceServices:
         if self._lease is None:
             self._lease = Lease(self.deliveries, self.devices_make_progress, self._on_contact)
             self._lease.start()
-            self.figures.read_from(partial(delivery_figures, self.deliveries, self._lease))
-            self.figures.read_from(self._queues.figures)
+            self.observation.watch_deliveries(self.deliveries, self._lease)
 
     def _follow(self, connection: Any) -> None:
         """Lease and acknowledge on the server from which the consumer takes messages: kombu may have failed over."""
@@ -249,7 +230,7 @@ class DeviceServices:
         self.deliveries = deliveries = Deliveries(
             self._make_client, Keys(options.get("global_keyprefix", "")), config.lease_s, self._hostname
         )
-        deliveries.on_dead_letter = partial(self.figures.count, "sdtpu_requests_total", "refused")
+        self.observation.watch_dead_letters(deliveries)
         options = {
             "socket_keepalive": True,
             "socket_timeout": 2 * _BROKER_TIMEOUT_S,
@@ -351,22 +332,7 @@ class DeviceServices:
         except RedisError as exc:  # no memory, no permission; clients then estimate without this worker
             logger.warning("the load report of this worker could not be published: %s", exc)
         if self.config.health_address is not None:
-            self._queues.look(self.deliveries.client)
-
-
-def _in_turn(*calls: Callable[[Plan, float, float], None]) -> Callable[[Plan, float, float], None]:
-    def call_all(plan: Plan, started_at: float, ended_at: float) -> None:
-        for call in calls:
-            call(plan, started_at, ended_at)
-
-    return call_all
-
-
-def _metrics_page(figures: Figures) -> Page:
-    """Return what answers `/metrics`; imports `prometheus_client`, which a worker without an address does not need."""
-    from sdtpu_worker.operations.exposition import expose_worker
-
-    return partial(expose_worker, figures)
+            self.observation.queues.look(self.deliveries.client)
 
 
 def _client_of(connection: Any) -> Redis:
@@ -375,13 +341,3 @@ def _client_of(connection: Any) -> Redis:
 
     connection.connect()
     return Redis(connection_pool=connection.channel().pool)
-
-
-def _end_process() -> None:
-    """Have Celery end the worker with a code of its own, for its supervisor to start it anew on healthy devices."""
-    state.should_stop = EX_ENGINE_LOST
-
-
-def _leave() -> None:
-    time.sleep(_LEAVE_AFTER_S)
-    os._exit(1)

@@ -177,7 +177,8 @@ class InProcessWorker:
             ),
         )  # fmt: skip
         services: Any = SimpleNamespace(
-            serving=serving, deliveries=broker, figures=self.figures, config=config,
+            serving=serving, deliveries=broker, observation=SimpleNamespace(figures=self.figures),
+            config=config,
             health=SimpleNamespace(drain=lambda: None),
             stopping=self.stopping, wait_for_results=lambda: wait_for_results(app.backend, self.stopping.is_set),
         )  # fmt: skip

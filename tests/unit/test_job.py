@@ -26,8 +26,7 @@ SERVING: Any = SimpleNamespace()
 
 
 def make_job(soft=None, hard=None, **stamps) -> DeviceJob:
-    request = SimpleNamespace(id="a-task", delivery_info={}, expires=None, stamps=stamps, had_its_slot=False,
-                              request_dict={})  # fmt: skip
+    request = SimpleNamespace(id="a-task", delivery_info={}, expires=None, stamps=stamps, had_its_slot=False)
     return DeviceJob(request, SERVING, soft, hard)
 
 

@@ -30,7 +30,7 @@ def of_queues() -> str:
 
 def outcomes() -> str:
     """Return what the labels of `sdtpu_requests_total` say."""
-    rows = ((f"`{name}`", kind, meaning, reason or "empty") for name, (kind, meaning, reason) in OUTCOMES.items())
+    rows = ((f"`{name}`", each.kind, each.meaning, each.reason or "empty") for name, each in OUTCOMES.items())
     return _table(("`outcome`", "end or passing", "meaning", "`reason`"), rows)
 
 

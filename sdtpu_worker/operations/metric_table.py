@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 _FINE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _COARSE = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0)
@@ -159,24 +160,58 @@ QUEUES = (
 )  # fmt: skip
 METRICS = {metric.name: metric for metric in (*JOBS, *DEVICES, *WORKER, *QUEUES)}
 """All figures by name."""
+
+
+class Outcome(NamedTuple):
+    """What a value of the label `outcome` of `sdtpu_requests_total` says.
+
+    Attributes:
+        kind: `end` of the job in this worker, or `passing`.
+        meaning: what became of the job.
+        reason: what the label `reason` says, in words; empty where it says nothing.
+        known: values of `reason` that are exported from the start on, with 0: Prometheus does not see the rise of a
+            series that begins with its first job.
+    """
+
+    kind: str
+    meaning: str
+    reason: str = ""
+    known: tuple[str, ...] = ("",)
+
+
 OUTCOMES = {
-    "succeeded": ("end", "its image is stored", ""),
-    "failed": ("end", "it ended with an error", "the error's class"),
-    "retried": ("end", "Celery sends it again (`autoretry_for`, `retry`)", "the class of the error that is the cause"),
-    "revoked": ("end", "its client did not want it any more", "`waiting`, or `terminated` with its slot or its place"),
-    "expired": ("end", "it had no slot before its `expires`", ""),
-    "refused": ("end", "its message, its parameters or its history do not allow it to run", "the error's class"),
-    "handed_over": (
+    "succeeded": Outcome("end", "its image is stored"),
+    "failed": Outcome(
+        "end", "it ended with an error", "the error's class",
+        ("GenerationFailed", "StorageError", "SoftTimeLimitExceeded", "TimeLimitExceeded"),
+    ),
+    "retried": Outcome(
+        "end", "Celery sends it again (`autoretry_for`, `retry`)", "the class of the error that is the cause",
+        ("GenerationFailed", "StorageError"),
+    ),
+    "revoked": Outcome(
+        "end", "its client did not want it any more", "`waiting`, or `terminated` with its slot or its place",
+        ("waiting", "terminated"),
+    ),
+    "expired": Outcome("end", "it had no slot before its `expires`"),
+    "refused": Outcome(
+        "end", "its message, its parameters or its history do not allow it to run", "the error's class",
+        ("InvalidRequest", "InvalidMessage", "NotRegistered", "DeliveryLimitExceeded"),
+    ),
+    "handed_over": Outcome(
         "end", "another worker continues it",
         "`stopping`, `devices` (they are lost or hang), `storage` or `history` (a backend that does not answer)",
+        ("stopping", "devices", "storage", "history"),
     ),
-    "done_before": ("end", "it came again after its end, which was kept", "the state that it has"),
-    "lost_hold": ("end", "it could not be brought to an end; its message is redelivered when the lease expires", ""),
-    "redelivered": (
+    "done_before": Outcome(
+        "end", "it came again after its end, which was kept", "its state", ("SUCCESS", "FAILURE", "REVOKED"),
+    ),
+    "lost_hold": Outcome("end", "it could not be brought to an end; its message is redelivered when the lease expires"),
+    "redelivered": Outcome(
         "passing", "it came from another worker", "`died`, `handed_over` (with a snapshot) or `requeued`",
+        ("died", "handed_over", "requeued"),
     ),
-    "preempted": ("passing", "its state left its slot for another job", ""),
-    "resumed": ("passing", "its state came back into a slot", ""),
+    "preempted": Outcome("passing", "its state left its slot for another job"),
+    "resumed": Outcome("passing", "its state came back into a slot"),
 }  # fmt: skip
-"""Values of the label `outcome` of `sdtpu_requests_total`: whether it is the job's end in this worker, what it means,
-and what `reason` says then."""
+"""The values of the label `outcome` of `sdtpu_requests_total`."""

@@ -51,12 +51,12 @@ def worker(shared) -> Iterator[WorkerProcess]:
 
 def counts_of(page: Page) -> dict[tuple[str, str], float]:
     """Return how many jobs ended, by outcome and reason."""
-    return {(outcome, reason): n for (outcome, reason), n in page.by_label("sdtpu_requests_total").items()}
+    return {(outcome, reason): n for (outcome, reason), n in page.by_label("sdtpu_requests_total").items() if n}
 
 
 def ends_of(page: Page) -> float:
     """Return how many jobs have left the worker."""
-    return sum(n for (outcome, _), n in counts_of(page).items() if OUTCOMES[outcome][0] == "end")
+    return sum(n for (outcome, _), n in counts_of(page).items() if OUTCOMES[outcome].kind == "end")
 
 
 def added(worker: WorkerProcess, act: Callable[[], object], jobs: int = 1) -> dict[tuple[str, str], float]:

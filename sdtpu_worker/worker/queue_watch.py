@@ -41,8 +41,16 @@ class QueueWatch:
         """
         channel = consumer.task_consumer.channel
         names = [queue.name for queue in consumer.task_consumer.queues]
-        self._bands = list(channel.priority_steps)
-        self._lists = {name: waiting_lists(channel, name, prefix) for name in names}
+        self.follow_lists({name: waiting_lists(channel, name, prefix) for name in names}, list(channel.priority_steps))
+
+    def follow_lists(self, lists: Mapping[str, Sequence[str]], bands: Sequence[int]) -> None:
+        """Look at these lists from now on.
+
+        Args:
+            lists: of each queue, one for each band.
+            bands: the lowest priority of each band.
+        """
+        self._lists, self._bands = lists, bands
 
     def look(self, redis: Any) -> None:
         """Read what waits now; an error of Redis is logged at DEBUG, not raised."""

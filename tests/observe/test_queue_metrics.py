@@ -17,8 +17,10 @@ from sdtpu_worker.contract.load_report import WorkerLoad, publish_load
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.scripts import CLAIM, DEAD_LETTER
 from sdtpu_worker.operations.metric_table import METRICS, Source
-from sdtpu_worker.testing.processes import free_port, running, wait_for_line, worker_env
+from sdtpu_worker.testing.processes import free_port, private_redis, running, wait_for_line, worker_env
+from sdtpu_worker.worker.queue_watch import QueueWatch
 from tests.observe.scraping import Page, get
+from tests.support.paths import ROOT
 
 APP = "sdtpu_worker.app"
 
@@ -158,3 +160,27 @@ def test_a_broker_that_is_away_and_an_address_that_is_none_are_clear_errors(monk
     done = CliRunner().invoke(sdtpu, ["metrics", "-A", APP, "--listen", "nowhere"])
     assert done.exit_code == 1
     assert "--listen must be" in done.output
+
+
+def test_a_worker_with_the_documented_rights_reads_what_waits_and_one_with_fewer_says_nothing(app):
+    with private_redis() as url, Redis.from_url(url) as admin:
+        admin.execute_command(*documented_rules("sdtpu-worker", password="secret"))
+        admin.lpush("sdtpu", '{"headers": {"sdtpu_sent_at": 1}}')
+        lists, bands, now = {"sdtpu": ["sdtpu", "sdtpu\x06\x163"]}, [0, 3], [100.0]
+        with Redis.from_url(url.replace("redis://", "redis://sdtpu-worker:secret@")) as client:
+            watch = QueueWatch(15.0, clock=lambda: now[0])
+            watch.follow_lists(lists, bands)
+            assert watch.figures() == {}
+            watch.look(client)
+            assert watch.figures()["sdtpu_requests_waiting"] == {("sdtpu", "0"): 1, ("sdtpu", "3"): 0}
+            now[0] += 16
+            assert watch.figures() == {}  # nothing rather than what was true a while ago
+            admin.execute_command("ACL", "SETUSER", "sdtpu-worker", "-lindex")
+            watch.look(client)
+            assert watch.figures() == {}
+
+
+def documented_rules(user: str, password: str) -> list[str]:
+    """Return the command by which SECURITY.md makes a user."""
+    (line,) = re.findall(rf"^    (ACL SETUSER {user} .*)$", (ROOT / "SECURITY.md").read_text(), flags=re.MULTILINE)
+    return line.replace("WORKER_PASSWORD", password).split()

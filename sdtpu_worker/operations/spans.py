@@ -46,17 +46,16 @@ class SpanTracing:
         self._tracer = trace.get_tracer("sdtpu_worker", version)
         self._followed: dict[str, _Followed] = {}
 
-    def describe(self, attributes: Mapping[str, Any], prompts: Mapping[str, str]) -> None:
+    def describe(self, attributes: Mapping[str, Any], prompt: str, negative_prompt: str) -> None:
         """Set attributes of the current span."""
         span = trace.get_current_span()
         if not span.is_recording():
             return
         span.set_attributes({name: value for name, value in attributes.items() if value is not None})
         if self._with_prompts:
-            messages = [
-                {"role": role, "parts": [{"type": "text", "content": text}]} for role, text in prompts.items() if text
-            ]
+            messages = [{"role": "user", "parts": [{"type": "text", "content": prompt}]}]
             span.set_attribute("gen_ai.input.messages", json.dumps(messages))
+            span.set_attribute("sdtpu.negative_prompt", negative_prompt)
 
     def stage(self, name: str) -> AbstractContextManager[object]:
         """Make a span of what is done in this block."""
@@ -84,11 +83,14 @@ class SpanTracing:
             return
         self._span("wait", way.arrived_at, way.started_at, way.facts)
         parts = [each for _, each, _ in reversed(followed.ticks)]
-        insert = next((each.insert for each in parts if each.insert), (way.started_at, way.started_at))
-        decode = next((each.decode for each in parts if each.decode), (way.ended_at, way.ended_at))
-        self._span("insert", *insert, way.facts)
-        self._span("denoise", insert[1], decode[0], way.facts, way.failure, followed.ticks)
-        self._span("decode", *decode, way.facts)
+        insert = next((each.insert for each in parts if each.insert), None)
+        decode = next((each.decode for each in parts if each.decode), None)
+        if insert is not None:
+            self._span("insert", *insert, way.facts)
+        began_at, done_at = insert[1] if insert else way.started_at, decode[0] if decode else way.ended_at
+        self._span("denoise", began_at, done_at, way.facts, way.failure, followed.ticks)
+        if decode is not None:
+            self._span("decode", *decode, way.facts)
 
     def tick(self, started_at: float, ended_at: float, jobs: Mapping[str, Parts], facts: Mapping[str, Any]) -> None:
         """Note a tick at each of its jobs, and make a span with links to them."""

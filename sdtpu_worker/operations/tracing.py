@@ -49,12 +49,12 @@ class Tracing(Protocol):
     def is_following(self) -> bool:
         """Whether there is a job whose ticks are wanted."""
 
-    def describe(self, attributes: Mapping[str, Any], prompts: Mapping[str, str]) -> None:
+    def describe(self, attributes: Mapping[str, Any], prompt: str, negative_prompt: str) -> None:
         """Say what the calling thread's task is, on the span that Celery's instrumentation has made for it.
 
         Args:
             attributes: of the span; those that are None are left out.
-            prompts: by role; they are left out unless `sdtpu_log_prompts` is on.
+            prompt, negative_prompt: left out unless `sdtpu_log_prompts` is on.
         """
 
     def stage(self, name: str) -> AbstractContextManager[object]:
@@ -75,7 +75,7 @@ class NoTracing:
 
     is_following = False
 
-    def describe(self, attributes: Mapping[str, Any], prompts: Mapping[str, str]) -> None:
+    def describe(self, attributes: Mapping[str, Any], prompt: str, negative_prompt: str) -> None:
         """Do nothing."""
 
     def stage(self, name: str) -> AbstractContextManager[object]:

@@ -202,7 +202,7 @@ class Serving:
             "sdtpu.sampler": request.sampler,
             "sdtpu.waited_before_s": record.waited_before_s,
         }
-        self._tracing.describe(attributes, {"user": request.prompt, "negative": request.negative_prompt})
+        self._tracing.describe(attributes, request.prompt, request.negative_prompt)
 
     def _denoise(self, job: ServableJob, control: JobControl, record: JobRecord) -> Finished:
         """Have the device loop run a prepared job, and wait for its pixels."""

@@ -86,7 +86,7 @@ JOBS = (
         "sdtpu_e2e_request_latency_seconds", "seconds",
         "From the client's call to the stored image, of jobs that have one", _COARSE,
     ),
-    _histogram("sdtpu_prepare_seconds", "seconds", "The host's work on a job before its slot: its tokens", _FINE),
+    _histogram("sdtpu_prepare_seconds", "seconds", "The host's work before a slot: tokens, and given pictures", _FINE),
     _histogram("sdtpu_encode_seconds", "seconds", "Writing the pixels as PNG, JPEG or WebP, on the host", _FINE),
     _histogram("sdtpu_store_seconds", "seconds", "Storing the encoded image", _FINE),
 )  # fmt: skip

@@ -35,6 +35,8 @@ from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.errors import ConfigurationError
+from sdtpu_worker.images.open_pictures import PictureOpener
+from sdtpu_worker.images.store import further_stores
 from sdtpu_worker.operations.connections import connections_warning
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
@@ -136,7 +138,10 @@ class DeviceServices:
             policy = pool.make_policy(engine, self.config)
             on_tick = self.observation.watch_ticks(engine)
             hooks = Hooks(end_process, self._make_start_recorder(undo), on_tick, self.stopping.is_set)
-            self.serving = serving = Serving(engine, store, policy, self.config, hooks, self.observation.tracing)
+            opener = PictureOpener([store, *further_stores(self._app)], hooks.give_up)
+            self.serving = serving = Serving(
+                engine, store, policy, self.config, hooks, opener, self.observation.tracing
+            )
             undo.callback(serving.close)
             self.observation.watch_serving(serving)
             if self._has_looked_at_redis:

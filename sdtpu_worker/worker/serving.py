@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sdtpu_worker.device_loop.submission import Finished, Progress, Submission
 from sdtpu_worker.device_loop.trace import NoTrace, Trace
 from sdtpu_worker.errors import ConfigurationError, SnapshotMismatch
 from sdtpu_worker.images.encode import encode_image
+from sdtpu_worker.images.open_pictures import PictureOpener
 from sdtpu_worker.images.store import ImageStore
 from sdtpu_worker.operations.tracing import NoTracing, Tracing
 from sdtpu_worker.worker.job_record import JobRecord
@@ -62,7 +63,7 @@ class Hooks:
         on_start: called in the device loop's thread with the jobs that are about to get a slot, and whether no other
             job has one.
         on_tick: called in the device loop's thread with every tick that ended without a failure, and its start and end.
-        give_up: asked while an image cannot be stored: whether to stop trying.
+        give_up: asked while an image cannot be stored, or a picture not be read: whether to stop trying.
     """
 
     on_death: Callable[[], None] = lambda: None
@@ -80,6 +81,7 @@ class Serving:
         policy: decides what the devices do; the device loop's from now on.
         config: the settings.
         hooks: what the process around it is told, and asked.
+        pictures: opens the pictures that jobs start from; None for a worker whose jobs have none.
         tracing: where the spans of jobs go.
 
     Raises:
@@ -93,10 +95,11 @@ class Serving:
         policy: Policy,
         config: Config,
         hooks: Hooks | None = None,
+        pictures: PictureOpener | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         hooks = hooks or Hooks()
-        self._tracing = tracing or NoTracing()
+        self._pictures, self._tracing = pictures or PictureOpener(()), tracing or NoTracing()
         self.engine, self.store, self._progress_s, self._give_up = engine, store, config.progress_s, hooks.give_up
         self._held: dict[Submission, int] = {}  # with the priority of each
         self._mean_job_s: float | None = None
@@ -153,16 +156,16 @@ class Serving:
         Raises:
             InvalidRequest: this worker cannot serve these parameters.
             GenerationFailed: the devices failed on this job.
-            StorageError: the image could not be stored.
+            StorageError: the image could not be stored, or a picture not be read.
             JobCancelled, JobOverdue, JobHandedOver: see `DeviceLoop.submit`.
         """
         control = control or JobControl()
         record = control.record or JobRecord.of(task_id, sent_at)
         self._describe(record, request)
         with self._stage("prepare", record):
-            job = self.engine.prepare(task_id, request)
+            job = self.engine.prepare(task_id, request, self._open_pictures(request))
         finished = self._denoise(job, control, record)
-        image, parameters, is_unsafe = self._store(job, request, finished.pixels, record)
+        image, parameters, is_unsafe = self._store(job, request, job.finish(finished.pixels), record)
         stored_at = record.stored_at = time.monotonic()
         return GenerationResult(
             task_id=task_id,
@@ -203,6 +206,15 @@ class Serving:
             "sdtpu.waited_before_s": record.waited_before_s,
         }
         self._tracing.describe(attributes, request.prompt, request.negative_prompt)
+
+    def _open_pictures(self, request: GenerationRequest) -> Mapping[str, Any]:
+        """Return the request's pictures as arrays."""
+        opened = self._pictures.open(request)
+        if not opened:
+            return {}
+        import numpy as np
+
+        return {name: np.asarray(picture) for name, picture in opened.items()}
 
     def _denoise(self, job: ServableJob, control: JobControl, record: JobRecord) -> Finished:
         """Have the device loop run a prepared job, and wait for its pixels."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.request import GenerationRequest
@@ -17,10 +18,10 @@ logger = logging.getLogger(__name__)
 class TalkingEngine(PictureEngine):
     """Says that it is at work, and not for which job."""
 
-    def prepare(self, task_id: str, request: GenerationRequest) -> PictureJob:
+    def prepare(self, task_id: str, request: GenerationRequest, pictures: Mapping[str, Any]) -> PictureJob:
         """Log a line and make a job."""
         logger.warning("a line of a job's code")
-        return super().prepare(task_id, request)
+        return super().prepare(task_id, request, pictures)
 
 
 class TalkingPool(FakeDevicePool):

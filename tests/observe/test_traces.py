@@ -180,6 +180,25 @@ def test_a_job_that_fails_and_one_that_is_revoked_say_so(fleet, app, web, tmp_pa
     assert "error.type" not in last["attributes"]
 
 
+def test_a_job_that_is_handed_over_stays_in_its_trace(fleet, app, web, tmp_path):
+    first, ledger = fleet.start("a", SDTPU_GRACE_S="0", SPANS_FILE=str(tmp_path / "first")), Ledger()
+    with web.request() as trace_id:
+        task_id = ledger.add(1, 300)
+    wait_until(lambda: f"{task_id}] received" in first.text())
+    job = app.AsyncResult(task_id)
+    wait_until(lambda: job.backend.get_task_meta(task_id, cache=False)["status"] == "STARTED")
+    assert first.stop() == 0
+    second = fleet.start("b")
+    ledger.wait(30)
+    left = Traces(tmp_path / "first").of_trace(trace_id)
+    done = stop(second, tmp_path).of_trace(trace_id)
+    last = left["denoise" if "denoise" in left else "wait"]
+    assert last["attributes"]["sdtpu.left_by"] == "JobHandedOver"
+    assert "store" not in left
+    assert {"wait", "denoise", "decode", "store"} <= set(done)
+    assert done["denoise"]["attributes"]["sdtpu.steps_done"] == 300
+
+
 def test_where_nobody_traces_nothing_is_kept_and_no_sdk_is_loaded():
     code = """
 import sys

@@ -46,13 +46,14 @@ class TickMeter:
         if longest_s <= 0:
             return
         scale, cost = elapsed_s / longest_s, self._costs[plan.lane].cost
-        has_steps = False
+        step_s = 0.0
         for phases in plan.devices:
             for phase in phases:
-                has_steps |= phase.steps > 0
+                if phase.steps:
+                    step_s = max(step_s, cost.step_of(phase.controls))
                 if phase.insert is not None:
-                    self._insert.observe(cost.insert_s * scale)
+                    self._insert.observe(cost.insert_of(phase.pictures) * scale)
                 if phase.decode is not None:
                     self._decode.observe(cost.decode_s * scale)
-        if has_steps:
-            self._step.observe(cost.step_s * scale)
+        if step_s:
+            self._step.observe(step_s * scale)

@@ -50,7 +50,7 @@ class TickMeter:
         for phases in plan.devices:
             for phase in phases:
                 if phase.steps:
-                    step_s = max(step_s, cost.step_of(phase.controls))
+                    step_s = max(step_s, cost.step_of(phase.controls) if phase.controls else cost.step_s)
                 if phase.insert is not None:
                     self._insert.observe(cost.insert_of(phase.pictures) * scale)
                 if phase.decode is not None:

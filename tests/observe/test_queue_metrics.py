@@ -162,6 +162,14 @@ def test_a_broker_that_is_away_and_an_address_that_is_none_are_clear_errors(monk
     assert "--listen must be" in done.output
 
 
+def test_without_the_package_that_writes_the_format_the_command_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.delitem(sys.modules, "sdtpu_worker.operations.exposition", raising=False)
+    done = CliRunner().invoke(sdtpu, ["metrics", "-A", APP])
+    assert done.exit_code == 1
+    assert "pip install 'sdtpu_worker[metrics]'" in done.output
+
+
 def test_a_worker_with_the_documented_rights_reads_what_waits_and_one_with_fewer_says_nothing(app):
     with private_redis() as url, Redis.from_url(url) as admin:
         admin.execute_command(*documented_rules("sdtpu-worker", password="secret"))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,6 +108,29 @@ def queues(app_path: str | None, as_json: bool) -> None:
 
 @sdtpu.command()
 @_app_option
+@click.option("--listen", metavar="HOST:PORT", help="Answer `/metrics` there until stopped, instead of printing once.")
+def metrics(app_path: str | None, listen: str | None) -> None:
+    """Print what Redis knows of the queues and the workers, in Prometheus' text format; no worker has to run."""
+    from sdtpu_worker.client.queue_figures import broker_figures
+    from sdtpu_worker.client.queue_state import read_broker
+    from sdtpu_worker.errors import SdtpuError
+
+    try:
+        from sdtpu_worker.operations.exposition import expose_queues
+    except ImportError as exc:
+        raise click.ClickException(f"{exc}: pip install 'sdtpu_worker[metrics]'") from exc
+    app = _find_app(app_path)
+    try:
+        if listen:
+            _serve_metrics(listen, lambda accept: expose_queues(broker_figures(read_broker(app)), accept))
+        else:
+            click.echo(expose_queues(broker_figures(read_broker(app)))[1].decode(), nl=False)
+    except SdtpuError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+@sdtpu.command()
+@_app_option
 @click.confirmation_option("-f", "--force", prompt="Delete all waiting and deferred jobs of all tenants?")
 def purge(app_path: str | None) -> None:
     """Delete the jobs that wait, those of all tenants and priorities, and those that wait for their time.
@@ -127,23 +153,52 @@ def purge(app_path: str | None) -> None:
               help="Where the worker answers, as in sdtpu_health_address.")  # fmt: skip
 def health(ready: bool, address: str | None) -> None:
     """Ask the worker on this machine for its health: one check per line, exit code 0 or 1."""
-    from sdtpu_worker.config import SETTINGS
     from sdtpu_worker.operations.health_http import ask_health
 
     if not address:
         raise click.ClickException(
             "no address to ask: give --address, or set SDTPU_HEALTH_ADDRESS to the worker's sdtpu_health_address"
         )
-    parse = next(setting.parse for setting in SETTINGS if setting.name == "sdtpu_health_address")
     try:
-        ok, checks = ask_health(parse(address), "/readyz" if ready else "/livez")
-    except ValueError as exc:
-        raise click.ClickException(f"--address must be {exc}, got {address!r}") from exc
+        ok, checks = ask_health(_parse_address("--address", address), "/readyz" if ready else "/livez")
     except ConnectionError as exc:
         raise click.ClickException(str(exc)) from exc
     for check in checks:
         click.echo(f"{'ok' if check.ok else 'FAILING'}  {check.name}: {check.detail}")
     raise SystemExit(0 if ok else 1)
+
+
+def _parse_address(option: str, text: str) -> tuple[str, int]:
+    """Return the host and the port that an option names, as `sdtpu_health_address` takes them."""
+    from sdtpu_worker.config import SETTINGS
+
+    parse = next(setting.parse for setting in SETTINGS if setting.name == "sdtpu_health_address")
+    try:
+        address: tuple[str, int] = parse(text)
+    except ValueError as exc:
+        raise click.ClickException(f"{option} must be {exc}, got {text!r}") from exc
+    return address
+
+
+def _serve_metrics(listen: str, page: Callable[[str], tuple[str, bytes]]) -> None:
+    """Answer `/metrics` until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigurationError: the address is in use, or does not belong to this host.
+    """
+    from sdtpu_worker.operations.health import Check
+    from sdtpu_worker.operations.health_http import HealthServer, format_address
+
+    def alive() -> list[Check]:
+        return [Check("serving", True, "answers; whether Redis does, /metrics tells")]
+
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    server = HealthServer(_parse_address("--listen", listen), alive, alive, {"/metrics": page}, "--listen")
+    click.echo(f"metrics: http://{format_address(server.address)}/metrics")
+    stopped.wait()
+    server.close()
 
 
 def _find_app(path: str | None) -> Celery:

@@ -187,12 +187,17 @@ SETTINGS = (
     ),
     Setting(
         "sdtpu_health_address", None, parse_address,
-        "The address, `host:port`, at which the worker answers `/livez` and `/readyz`. An empty host means every"
-        " interface, port 0 any free port; not set, the worker does not listen",
+        "The address, `host:port`, at which the worker answers `/livez`, `/readyz` and `/metrics`. An empty host means"
+        " every interface, port 0 any free port; not set, the worker does not listen",
     ),
     Setting(
         "sdtpu_log_prompts", False, parse_switch,
         "Whether log lines may hold prompts. When it is off, only lines at level DEBUG may",
+    ),
+    Setting(
+        "sdtpu_log_format", "text", parse_choice("text", "json"),
+        "The form of the worker's log lines: `text` is Celery's own (`worker_log_format`), `json` is one JSON object a"
+        " line. In both, every line that a job's code logs names its task",
     ),
     Setting(
         "sdtpu_image_store", "redis", parse_text,
@@ -246,6 +251,7 @@ class Config:
     max_deliveries: int
     health_address: tuple[str, int] | None
     log_prompts: bool
+    log_format: str
     image_store: str = field(repr=False)  # this and the next may hold passwords
     read_image_stores: tuple[str, ...] = field(repr=False)
     compile_cache: str

@@ -24,7 +24,7 @@ from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs
 from sdtpu_worker.diffusion.engine_io import Calibration, Tick, by_device
 from sdtpu_worker.diffusion.families.family import Family
-from sdtpu_worker.diffusion.memory import bytes_per_device, check_fits, memory_needs
+from sdtpu_worker.diffusion.memory import bytes_per_device, check_fits, memory_needs, memory_of
 from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
 from sdtpu_worker.diffusion.reference_image import find_lost_devices
 from sdtpu_worker.diffusion.safety import SafetyChecker
@@ -263,6 +263,10 @@ class Engine:
             pixels: `(height, width, 3) uint8`.
         """
         return self._safety.flags(pixels) if self._safety is not None else None
+
+    def memory(self) -> dict[int, dict[str, int]]:
+        """Return the bytes of memory `used` by each device, at its `peak` and as its `limit`, if it says so."""
+        return {number: memory_of(device) for number, device in enumerate(self.mesh.devices.flat)}
 
     def close(self) -> None:
         """Stop counting traces. An engine that is garbage does so by itself."""

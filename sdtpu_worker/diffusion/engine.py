@@ -24,12 +24,13 @@ from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs
 from sdtpu_worker.diffusion.engine_io import Calibration, Tick, by_device
 from sdtpu_worker.diffusion.families.family import Family
+from sdtpu_worker.diffusion.instructions import InstructionMaker
 from sdtpu_worker.diffusion.memory import bytes_per_device, check_fits, memory_needs, memory_of
 from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
 from sdtpu_worker.diffusion.reference_image import find_lost_devices
 from sdtpu_worker.diffusion.safety import SafetyChecker
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
-from sdtpu_worker.diffusion.slots import NOTHING, Geometry, Instructions, Slots
+from sdtpu_worker.diffusion.slots import NOTHING, Geometry, Slots
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of, layout_of
 from sdtpu_worker.errors import ConfigurationError
 
@@ -105,9 +106,7 @@ class Engine:
         if checker is not None and self._programs.safety_check is not None:
             self._safety = SafetyChecker(self._programs.safety_check, safety_params, checker.extractor, self.mesh)
         self.info = _describe(checkpoint, devices, self._geometries, self._programs)
-        self._no_pictures = {
-            lane: put(each.no_pictures(len(devices)), self.mesh, SHARDED) for lane, each in self._geometries.items()
-        }
+        self._instructions = {lane: InstructionMaker(each, self.mesh) for lane, each in self._geometries.items()}
         self._calibration: Calibration | None = None
         self._preview_colours: dict[Lane, jax.Array] = {}
         self.reset()
@@ -195,7 +194,7 @@ class Engine:
         parked = self._take_off(plan.lane, plan.parked)
         if plan.resumed:
             self._put_back(plan.lane, {place: snapshots[place.task_id] for place in plan.resumed})
-        todo = put(self._instructions(plan, jobs), self.mesh, SHARDED)
+        todo = self._instructions[plan.lane].make(plan, jobs)
         self._slots[plan.lane], decoded = self._programs.ticks[plan.lane](self.params, self._slots[plan.lane], todo)
         return Tick(plan, decoded, parked, self._preview(plan.lane, plan.previews) if plan.previews else None)
 
@@ -271,60 +270,6 @@ class Engine:
     def close(self) -> None:
         """Stop counting traces. An engine that is garbage does so by itself."""
         self._unregister()
-
-    def _instructions(self, plan: Plan, jobs: Mapping[str, PreparedJob]) -> Instructions:
-        """Return a plan as the arrays that the tick's program reads."""
-        todo = self._geometries[plan.lane].no_instructions(self._put_pictures(plan, jobs))
-        row = todo.phases
-        for i, phases in enumerate(plan.devices):
-            todo.num_phases[i] = len(phases)
-            for p, phase in enumerate(phases):
-                row.steps[i, p] = phase.steps
-                if phase.decode:
-                    row.decode_slot[i, p] = phase.decode[0]
-                if phase.insert:
-                    row.insert_slot[i, p], task_id = phase.insert
-                    job = jobs[task_id]
-                    for name, array in job.inputs.items():
-                        row.inputs[name][i, p] = array
-                    row.key_data[i, p], row.table[i, p] = job.key_data, job.table
-                    row.num_steps[i, p], row.first_level[i, p] = job.num_steps, job.first_level
-                    row.image_guidance_scale[i, p] = job.image_guidance_scale
-                    row.has_image[i, p] = job.image is not None
-                    for control in job.controls:
-                        row.control_scale[i, p, control.number] = control.scale
-                        row.control_first[i, p, control.number] = control.first
-                        row.control_end[i, p, control.number] = control.end
-                    row.guidance_scale[i, p], row.guidance_rescale[i, p] = job.guidance_scale, job.guidance_rescale
-        return todo
-
-    def _put_pictures(self, plan: Plan, jobs: Mapping[str, PreparedJob]) -> Mapping[str, Any]:
-        """Return the pictures of the jobs that a plan inserts, on the devices; only a device with one gets any."""
-        none, geometry = self._no_pictures[plan.lane], self._geometries[plan.lane]
-        brought = {
-            device: by_phase
-            for device, phases in enumerate(plan.devices)
-            if (by_phase := {p: jobs[phase.insert[1]] for p, phase in enumerate(phases) if phase.insert})
-            and any(job.image is not None or job.controls for job in by_phase.values())
-        }
-        if not brought:
-            return none
-        shards = {name: by_device(array) for name, array in none.items() if array is not None}
-        for device, by_phase in brought.items():
-            host = geometry.no_pictures(1)
-            for p, job in by_phase.items():
-                if job.image is not None:
-                    host["image"][0, p], host["mask"][0, p] = job.image, True if job.mask is None else job.mask
-                for control in job.controls:
-                    host["control_images"][0, p, control.number] = control.image
-            for name in shards:
-                array = host[name]
-                shards[name][device] = jax.device_put(array, self.mesh.devices[device])
-        brought_to = {
-            name: jax.make_array_from_single_device_arrays(none[name].shape, none[name].sharding, list(each.values()))
-            for name, each in shards.items()
-        }
-        return {**none, **brought_to}
 
     def _take_off(self, lane: Lane, places: Sequence[Place]) -> dict[str, JobSnapshot]:
         """Start copying the states of slots to the host."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sdtpu_worker.client.many import generate_many
     from sdtpu_worker.client.task import generate
     from sdtpu_worker.contract.request import GenerationRequest
     from sdtpu_worker.contract.result import GenerationResult
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "generate": "client.task",
+    "generate_many": "client.many",
     "install": "plugin",
     "open_image": "images.store",
     "read_image_bytes": "images.store",
@@ -75,6 +77,7 @@ __all__ = [
     "SdtpuError",
     "StorageError",
     "generate",
+    "generate_many",
     "image_content_type",
     "image_grid",
     "install",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pytest
 from celery import Celery, group
 
-from sdtpu_worker import BrokerUnavailable, EngineUnavailable, InvalidRequest, generate
+from sdtpu_worker import BrokerUnavailable, EngineUnavailable, InvalidRequest, generate, generate_many
 from sdtpu_worker.testing.processes import free_port
 from tests.support.clients import client_app
 
@@ -71,3 +72,39 @@ def test_a_call_outside_a_device_worker_says_what_to_do(app):
     result = generate.apply(("a fox",))
     assert isinstance(result.result, EngineUnavailable)
     assert "DevicePool" in str(result.result)
+
+
+def test_several_pictures_of_one_prompt_are_a_group_with_seeds_in_a_row(app):
+    results = generate_many("a fox", 3, seed=7, num_inference_steps=4, options={"priority": 3})
+    assert len(results) == 3
+    messages = {message["headers"]["id"]: message for message in queued(app)}
+    sent = [json.loads(base64.b64decode(messages[result.id]["body"])) for result in results]
+    assert [args for args, *_ in sent] == [["a fox"]] * 3
+    assert [kwargs for _, kwargs, _ in sent] == [{"seed": 7 + i, "num_inference_steps": 4} for i in range(3)]
+    assert {message["properties"]["priority"] for message in messages.values()} == {3}
+    assert len({message["headers"]["group"] for message in messages.values()}) == 1
+
+
+def test_many_pictures_without_a_seed_get_one_that_leaves_room(app):
+    seeds = []
+    for result in generate_many("a fox", 2):
+        message = next(each for each in queued(app) if each["headers"]["id"] == result.id)
+        seeds.append(json.loads(base64.b64decode(message["body"]))[1]["seed"])
+    assert seeds[1] == seeds[0] + 1 < 2**53
+
+
+@pytest.mark.parametrize(
+    ("n", "more", "text"),
+    [
+        (0, {}, "n must be an integer from 1 to 1,000, got 0"),
+        (1001, {}, "n must be an integer"),
+        (True, {}, "n must be an integer"),
+        (2, {"seed": 2**63 - 1}, "so that 2 seeds fit"),
+        (2, {"sampler": "x"}, "sampler"),
+        (2, {"seed": "7"}, "seed must be an integer"),
+    ],
+)
+def test_many_pictures_with_a_bad_parameter_enqueue_nothing(app, n, more, text):
+    with pytest.raises(InvalidRequest, match=text):
+        generate_many("a fox", n, **more)
+    assert queued(app) == []

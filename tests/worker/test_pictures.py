@@ -12,7 +12,7 @@ import pytest
 from celery import chain, group
 from PIL import Image, ImageDraw
 
-from sdtpu_worker import InvalidRequest, generate, open_image
+from sdtpu_worker import InvalidRequest, generate, generate_many, open_image
 from tests.worker.workers import start_worker
 from tools.embedded_checkpoint.scenes import judge
 
@@ -92,6 +92,14 @@ def test_in_a_chain_the_earlier_image_is_the_picture(app, worker):
         generate.s(BLUE, image=circle("green"), seed=1), generate.s(BLUE, image=circle("red"), seed=1)
     ).apply_async()
     assert len({open_image(each).tobytes() for each in both.get(timeout=60)}) == 2
+
+
+def test_each_of_many_pictures_is_that_of_the_single_job(app, worker):
+    results = generate_many(BLUE, 3, seed=5, image=circle("red"), strength=0.5, num_inference_steps=10).get(timeout=60)
+    single = generate.delay(BLUE, seed=6, image=circle("red"), strength=0.5, num_inference_steps=10).get(timeout=60)
+    assert [result["seed"] for result in results] == [5, 6, 7]
+    assert open_image(results[1]).tobytes() == open_image(single).tobytes()
+    assert len({open_image(result).tobytes() for result in results}) == 3
 
 
 def test_what_the_mask_leaves_alone_has_the_pictures_own_pixels(app, worker):

@@ -53,6 +53,44 @@ def demo(
 
 @sdtpu.command()
 @_app_option
+@click.option("--address", metavar="HOST:PORT", help="Where to listen. Default: sdtpu_http_address, 127.0.0.1:8090.")
+def serve(app_path: str | None, address: str | None) -> None:
+    """Serve pictures over HTTP: OpenAI's Images API, jobs with live events, and the web UI's API."""
+    from sdtpu_worker.errors import SdtpuError
+
+    try:
+        from sdtpu_worker.http.serve import serve as serve_door
+    except ModuleNotFoundError as exc:
+        raise click.ClickException(f"{exc}; install the extra: pip install 'sdtpu_worker[http]'") from exc
+    try:
+        serve_door(_find_app(app_path), _parse_address(address) if address else None)
+    except SdtpuError as exc:
+        raise click.ClickException(str(exc)) from exc
+    except KeyboardInterrupt:
+        raise click.ClickException("stopped") from None
+
+
+@sdtpu.command()
+@click.argument("name")
+@click.option("--priority", metavar="LOW-HIGH", help="The priorities that the caller may ask for. Default: 0-9.")
+@click.option("--max-jobs", type=click.IntRange(1), help="How many unfinished jobs it may have. Default: any number.")
+def key(name: str, priority: str | None, max_jobs: int | None) -> None:
+    """Make a key for a caller of the door, and the line for sdtpu_http_keys, which has its hash only."""
+    from sdtpu_worker.config_values import parse_http_keys
+    from sdtpu_worker.http.keys import hash_key, new_key
+
+    secret = new_key()
+    line = ":".join([name, hash_key(secret), *([priority] if priority else []), *([str(max_jobs)] if max_jobs else [])])
+    try:
+        parse_http_keys(line)
+    except ValueError as exc:
+        raise click.ClickException(f"NAME, --priority and --max-jobs must make {exc}, got {line!r}") from exc
+    click.echo(f"the caller's key, shown only now: {secret}")
+    click.echo(f"for sdtpu_http_keys: {line}")
+
+
+@sdtpu.command()
+@_app_option
 def settings(app_path: str | None) -> None:
     """List every setting with its default, its environment variable, what it does, and its value where it is set."""
     from sdtpu_worker.config import SETTINGS, source_of
@@ -127,23 +165,29 @@ def purge(app_path: str | None) -> None:
               help="Where the worker answers, as in sdtpu_health_address.")  # fmt: skip
 def health(ready: bool, address: str | None) -> None:
     """Ask the worker on this machine for its health: one check per line, exit code 0 or 1."""
-    from sdtpu_worker.config import SETTINGS
     from sdtpu_worker.operations.health_http import ask_health
 
     if not address:
         raise click.ClickException(
             "no address to ask: give --address, or set SDTPU_HEALTH_ADDRESS to the worker's sdtpu_health_address"
         )
-    parse = next(setting.parse for setting in SETTINGS if setting.name == "sdtpu_health_address")
     try:
-        ok, checks = ask_health(parse(address), "/readyz" if ready else "/livez")
-    except ValueError as exc:
-        raise click.ClickException(f"--address must be {exc}, got {address!r}") from exc
+        ok, checks = ask_health(_parse_address(address), "/readyz" if ready else "/livez")
     except ConnectionError as exc:
         raise click.ClickException(str(exc)) from exc
     for check in checks:
         click.echo(f"{'ok' if check.ok else 'FAILING'}  {check.name}: {check.detail}")
     raise SystemExit(0 if ok else 1)
+
+
+def _parse_address(address: str) -> tuple[str, int]:
+    """Return host and port of an `--address`."""
+    from sdtpu_worker.config_values import parse_address
+
+    try:
+        return parse_address(address)
+    except ValueError as exc:
+        raise click.ClickException(f"--address must be {exc}, got {address!r}") from exc
 
 
 def _find_app(path: str | None) -> Celery:

@@ -1,0 +1,331 @@
+"""The jobs of callers: enqueued, looked at, waited for, cancelled, listed. Every API of the door stands on this."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+from celery.exceptions import TaskRevokedError
+
+from sdtpu_worker.contract.queues import TASK_NAME
+from sdtpu_worker.contract.request import GenerationRequest, draw_seed
+from sdtpu_worker.errors import InvalidRequest
+from sdtpu_worker.http.callers import Caller
+from sdtpu_worker.http.job_records import JobRecord, JobRecords
+from sdtpu_worker.http.job_state import JobState, read_state
+from sdtpu_worker.http.parameters import OPTIONS
+from sdtpu_worker.http.problems import Refusal
+from sdtpu_worker.http.redis_client import make_client, make_subscriber
+from sdtpu_worker.http.state_feed import StateFeed, Watch
+from sdtpu_worker.images.store import read_image_bytes
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+logger = logging.getLogger(__name__)
+
+MOST_THREADS = 8
+"""How many calls of Celery's client, which block, run at a time."""
+MOST_WAITING = 256
+"""How many more may wait for a thread."""
+_CANCELLED = "cancelled by its caller"
+
+
+class Jobs:
+    """The jobs behind one Celery app. Belongs to one event loop; its connections open on first use.
+
+    Args:
+        app: the client's app.
+
+    Raises:
+        ConfigurationError: the app's result backend is not Redis.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self.app = app
+        self._backend = app.backend
+        self._redis: Any = make_client(app)  # whose types leave open whether replies are text or bytes
+        expires = app.conf.result_expires
+        self.expires_s = int(getattr(expires, "total_seconds", lambda: expires or 0)()) or None
+        self.records = JobRecords(self._redis, self.expires_s)
+        self._feed = StateFeed(lambda: make_subscriber(app), self._redis.mget, self._parse, self._key_of)
+        self._threads = anyio.CapacityLimiter(MOST_THREADS)
+        self._in_background: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Close the connections, after what still runs in the background."""
+        await asyncio.gather(*self._in_background, return_exceptions=True)
+        await self._feed.close()
+        await self._redis.aclose()
+        await self._redis.connection_pool.disconnect()
+
+    async def ping(self) -> None:
+        """Return if Redis answers.
+
+        Raises:
+            RedisError: it does not.
+        """
+        await self._redis.ping()
+
+    def new_record(self, caller: Caller, given: Mapping[str, Any], kind: str) -> JobRecord:
+        """Return the record of a job that is not enqueued yet, with its parameters checked.
+
+        Args:
+            caller: whose job it is.
+            given: the parameters of `generate`, with `tenant`, `priority` and `expires`.
+            kind: which API the job came by.
+
+        Raises:
+            InvalidRequest: a parameter is not allowed.
+        """
+        kwargs = {name: value for name, value in given.items() if name not in OPTIONS}
+        GenerationRequest.parse((), kwargs)
+        if kwargs.get("seed") is None:
+            kwargs["seed"] = draw_seed()
+        options: dict[str, Any] = {"priority": caller.priority(given.get("priority"), self.app.conf.task_default_priority)}
+        if given.get("expires") is not None:
+            options["expires"] = _check_expires(given["expires"])
+        return JobRecord(caller.name, {**kwargs, **options}, kind)
+
+    async def submit(self, caller: Caller, records: Sequence[JobRecord]) -> None:
+        """Enqueue jobs, all or none of them.
+
+        Args:
+            caller: whose jobs they are.
+            records: at least one.
+
+        Raises:
+            Refusal: 429, the caller has too many unfinished jobs; 503, too many requests wait.
+            SdtpuError: what `generate.apply_async` raises; nothing stays enqueued.
+        """
+        if caller.max_jobs:
+            await self._check_limit(caller, len(records))
+        await self.records.add(records)
+        sent: list[JobRecord] = []
+        try:
+            for record in records:
+                await self._call(self._enqueue, caller, record)
+                sent.append(record)
+        except BaseException:
+            self._run_later(self._withdraw(records, sent))
+            raise
+
+    def _enqueue(self, caller: Caller, record: JobRecord) -> None:
+        kwargs = {name: value for name, value in record.parameters.items() if name not in OPTIONS}
+        tenant = caller.tenant(kwargs.pop("tenant", None))
+        options = {name: record.parameters[name] for name in OPTIONS if name in record.parameters}
+        if tenant is not None:
+            kwargs["tenant"] = tenant
+        self.app.tasks[TASK_NAME].apply_async((), kwargs, task_id=record.id, **options)
+
+    async def _withdraw(self, records: Sequence[JobRecord], sent: Sequence[JobRecord]) -> None:
+        for record in sent:
+            await self.cancel(record)
+        await self.records.remove(records)
+
+    async def _check_limit(self, caller: Caller, more: int) -> None:
+        """Check that a caller may have more unfinished jobs; those that have ended are found when it comes to that."""
+        count = await self.records.count_open(caller.name)
+        if count + more > caller.max_jobs:
+            ids = await self.records.open_ids(caller.name)
+            states = await self.read_states(ids)
+            ended = [job_id for job_id, state in zip(ids, states, strict=True) if state.has_ended]
+            await self.records.close(caller.name, ended)
+            count = len(ids) - len(ended)
+        if count + more > caller.max_jobs:
+            raise Refusal(
+                429, "TooManyJobs",
+                f"the key {caller.name!r} may have {caller.max_jobs:,} unfinished jobs, and has {count:,}; wait for some"
+                " to end, or cancel them",
+                headers={"Retry-After": "5"},
+            )  # fmt: skip
+
+    async def find(self, caller: Caller, job_id: str) -> JobRecord:
+        """Return the record of a caller's job.
+
+        Raises:
+            Refusal: 404, there is none; the answer is the same for a job of somebody else.
+        """
+        record = await self.records.find(job_id)
+        if record is None or record.caller != caller.name:
+            raise Refusal(404, "NoSuchJob", f"you have no job {job_id!r:.60}; results expire {self._expiry_words()}")
+        return record
+
+    async def find_by_token(self, job_id: str, token: str) -> JobRecord:
+        """Return the record of a job whose picture may be read with this token.
+
+        Raises:
+            Refusal: 404, there is none.
+        """
+        record = await self.records.find(job_id)
+        if record is None or not hmac.compare_digest(record.image_token.encode(), token.encode(errors="replace")):
+            raise Refusal(404, "NoSuchPicture", "there is no picture at this address, or it has expired")
+        return record
+
+    async def read_states(self, job_ids: Sequence[str]) -> list[JobState]:
+        """Return the states of jobs as they are now."""
+        if not job_ids:
+            return []
+        return [self._parse(stored) for stored in await self._redis.mget([self._key_of(each) for each in job_ids])]
+
+    async def read_state(self, job_id: str) -> JobState:
+        """Return the state of a job as it is now."""
+        return (await self.read_states([job_id]))[0]
+
+    @asynccontextmanager
+    async def watch(self, job_id: str) -> AsyncIterator[Watch]:
+        """Watch a job for the block; see `StateFeed.watch`."""
+        async with self._feed.watch(job_id) as watch:
+            yield watch
+
+    async def wait(
+        self, records: Sequence[JobRecord], timeout_s: float, on_state: Callable[[int, JobState], None] | None = None
+    ) -> list[JobState] | None:
+        """Wait until jobs have ended; return their states, or None when the time is over first.
+
+        Args:
+            records: the jobs.
+            timeout_s: seconds, for all of them together.
+            on_state: called with a job's number and each state of it.
+        """
+        ends: list[JobState] = []
+        try:
+            async with asyncio.timeout(timeout_s), AsyncExitStack() as stack:
+                watches = [await stack.enter_async_context(self.watch(record.id)) for record in records]
+                for number, watch in enumerate(watches):
+                    while True:
+                        state = await watch.next_state()
+                        assert state is not None
+                        if on_state is not None:
+                            on_state(number, state)
+                        if state.has_ended:
+                            ends.append(state)
+                            break
+        except TimeoutError:
+            return None
+        await self.records.close(records[0].caller, [record.id for record in records])
+        return ends
+
+    async def cancel(self, record: JobRecord) -> JobState:
+        """Take a job out of the queue or off its slot; return its state, which is its end."""
+        state = await self.read_state(record.id)
+        if not state.has_ended:
+            await self._call(self._revoke, record.id)
+            state = await self.read_state(record.id)
+            await self.records.close(record.caller, [record.id])
+        return state
+
+    def cancel_later(self, records: Sequence[JobRecord]) -> None:
+        """Cancel jobs whose caller has gone, in the background."""
+        for record in records:
+            self._run_later(self.cancel(record))
+
+    def _revoke(self, job_id: str) -> None:
+        self.app.control.revoke(job_id, terminate=True)
+        meta = self._backend.decode(self._backend.get(self._backend.get_key_for_task(job_id)))
+        if meta is None or meta["status"] not in self._backend.READY_STATES:  # who watches it should not have to wait
+            self._backend.store_result(job_id, TaskRevokedError(_CANCELLED), "REVOKED")
+
+    async def read_image(self, state: JobState) -> bytes:
+        """Return the encoded picture of a job that has succeeded.
+
+        Raises:
+            StorageError: it is gone, or its store cannot be read.
+        """
+        assert state.result is not None
+        return await self._call(read_image_bytes, state.result, self.app)
+
+    async def run_blocking(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return what a function returns that would block the event loop.
+
+        Raises:
+            Refusal: 503, too many wait for a thread.
+        """
+        return await self._call(function, *args)
+
+    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self._threads.statistics().tasks_waiting >= MOST_WAITING:
+            raise Refusal(503, "Busy", "too many requests wait; try again later", headers={"Retry-After": "1"})
+        return await anyio.to_thread.run_sync(lambda: function(*args), limiter=self._threads)
+
+    def _run_later(self, work: Any) -> None:
+        task = asyncio.ensure_future(_logged(work))
+        self._in_background.add(task)
+        task.add_done_callback(self._in_background.discard)
+
+    def _parse(self, stored: bytes | None) -> JobState:
+        return read_state(self._backend, stored)
+
+    def _key_of(self, job_id: str) -> bytes:
+        return self._backend.get_key_for_task(job_id)
+
+    def _expiry_words(self) -> str:
+        return f"after {self.expires_s:,} s" if self.expires_s else "never"
+
+
+def with_seed(given: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return the parameters of the picture with this number, from 0, of a request for several.
+
+    A request without a seed gets one for its first picture only if it has none: the others then draw their own.
+    """
+    seed = given.get("seed")
+    if seed is None or not number:
+        return dict(given)
+    if isinstance(seed, str) and seed.isascii() and seed.isdigit():
+        seed = int(seed)
+    return {**given, "seed": seed + number if isinstance(seed, int) and not isinstance(seed, bool) else seed}
+
+
+def job_json(record: JobRecord, state: JobState, base: str) -> dict[str, Any]:
+    """Return a job as clients see it.
+
+    Args:
+        record: of the job.
+        state: of the job.
+        base: the address of the jobs API, before the id.
+    """
+    place = f"{base}/{record.id}"
+    links = {"self": place, "events": f"{place}/events"}
+    result = None
+    if state.result is not None:
+        image = state.result["image"]
+        links["image"] = f"{place}/image"
+        result = {name: value for name, value in state.result.items() if name not in ("image", "task_id")}
+        result["image"] = {name: image.get(name) for name in ("format", "width", "height", "bytes")}
+    return {
+        "id": record.id,
+        "status": state.status,
+        "created_at": record.created_at,
+        "parameters": {**record.parameters, "seed_text": str(record.parameters["seed"])},
+        "progress": state.progress,
+        "result": result,
+        "error": {"type": state.error.type, "detail": state.error.detail} if state.error else None,
+        "links": links,
+    }
+
+
+def digest_of(given: Mapping[str, Any]) -> str:
+    """Return a digest of a request's content, the same for the same fields in any order."""
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def _check_expires(value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= 10**9:
+        raise InvalidRequest(f"expires must be seconds, more than 0 and at most 1,000,000,000, got {value!r:.40}")
+    return value
+
+
+async def _logged(work: Any) -> None:
+    try:
+        await work
+    except Exception as exc:
+        logger.warning("a job could not be cancelled: %s", exc)

@@ -214,8 +214,8 @@ def parse_http_keys(value: Any) -> tuple[HttpKey, ...]:
 
 
 _KEYS_WANTED = (
-    "`NAME:SHA256` with `:LOW-HIGH` for priorities from 0 to 9 and `:MAX_JOBS` after it, or several, with commas between"
-    " them or in a list"
+    "`NAME:SHA256` with `:LOW-HIGH` for priorities from 0 to 9 and `:MAX_JOBS` after it, or several, with commas"
+    " between them or in a list"
 )
 
 

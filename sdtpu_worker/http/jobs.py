@@ -90,7 +90,8 @@ class Jobs:
         GenerationRequest.parse((), kwargs)
         if kwargs.get("seed") is None:
             kwargs["seed"] = draw_seed()
-        options: dict[str, Any] = {"priority": caller.priority(given.get("priority"), self.app.conf.task_default_priority)}
+        priority = caller.priority(given.get("priority"), self.app.conf.task_default_priority)
+        options: dict[str, Any] = {"priority": priority}
         if given.get("expires") is not None:
             options["expires"] = _check_expires(given["expires"])
         return JobRecord(caller.name, {**kwargs, **options}, kind)
@@ -143,8 +144,8 @@ class Jobs:
         if count + more > caller.max_jobs:
             raise Refusal(
                 429, "TooManyJobs",
-                f"the key {caller.name!r} may have {caller.max_jobs:,} unfinished jobs, and has {count:,}; wait for some"
-                " to end, or cancel them",
+                f"the key {caller.name!r} may have {caller.max_jobs:,} unfinished jobs, and has {count:,}; wait for"
+                " some to end, or cancel them",
                 headers={"Retry-After": "5"},
             )  # fmt: skip
 

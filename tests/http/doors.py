@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from sdtpu_worker.http.keys import hash_key
 from sdtpu_worker.testing.processes import running, wait_for_line, worker_env
 from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 
 RUN_SDTPU = "from sdtpu_worker.cli import sdtpu; sdtpu()"
 
@@ -55,3 +58,35 @@ def start_door(redis_url: str, folder: Path, **settings: str) -> Iterator[DoorPr
 def keys(**names: str) -> str:
     """Return `sdtpu_http_keys` for callers whose key is `sk-NAME`, each with what follows the hash."""
     return ",".join(f"{name}:{hash_key(f'sk-{name}')}{rest}" for name, rest in names.items())
+
+
+@dataclass(frozen=True)
+class Event:
+    """A server-sent event."""
+
+    name: str
+    id: str | None
+    data: Any
+
+
+def read_events(lines: Iterable[str]) -> Iterator[Event]:
+    """Yield the events of a stream, without its comments."""
+    fields: dict[str, str] = {}
+    for line in lines:
+        if line:
+            name, _, value = line.partition(": ")
+            if name:
+                fields[name] = value
+        elif fields:
+            yield Event(fields["event"], fields.get("id"), json.loads(fields["data"]))
+            fields = {}
+
+
+def wait_for_end(client: httpx.Client, job_id: str) -> dict[str, Any]:
+    """Wait until a job has ended; return it."""
+
+    def ended() -> dict[str, Any] | None:
+        job = client.get(f"/v1/jobs/{job_id}").json()
+        return job if job["status"] in ("succeeded", "failed", "cancelled") else None
+
+    return wait_until(ended, f"job {job_id} to end") or {}

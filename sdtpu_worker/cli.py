@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from celery import Celery
-
-_app_option = click.option(
-    "-A",
-    "--app",
-    "app_path",
-    metavar="MODULE",
-    help="Your Celery app. Default: that of `celery -A`, or the ready-made.",
-)
+from sdtpu_worker.commands.check import check
+from sdtpu_worker.commands.door import key, serve
+from sdtpu_worker.commands.jobs import cancel, generate, status
+from sdtpu_worker.commands.options import app_option, find_app, parse_address
+from sdtpu_worker.commands.queue import queue
 
 
 @click.group("sdtpu")
 def sdtpu() -> None:
     """Image generation on a TPU host, behind Celery."""
+
+
+for command in (generate, status, cancel, queue, check, serve, key):
+    sdtpu.add_command(command)
 
 
 @sdtpu.command()
@@ -52,50 +50,12 @@ def demo(
 
 
 @sdtpu.command()
-@_app_option
-@click.option("--address", metavar="HOST:PORT", help="Where to listen. Default: sdtpu_http_address, 127.0.0.1:8090.")
-def serve(app_path: str | None, address: str | None) -> None:
-    """Serve pictures over HTTP: OpenAI's Images API, jobs with live events, and the web UI's API."""
-    from sdtpu_worker.errors import SdtpuError
-
-    try:
-        from sdtpu_worker.http.serve import serve as serve_door
-    except ModuleNotFoundError as exc:
-        raise click.ClickException(f"{exc}; install the extra: pip install 'sdtpu_worker[http]'") from exc
-    try:
-        serve_door(_find_app(app_path), _parse_address(address) if address else None)
-    except SdtpuError as exc:
-        raise click.ClickException(str(exc)) from exc
-    except KeyboardInterrupt:
-        raise click.ClickException("stopped") from None
-
-
-@sdtpu.command()
-@click.argument("name")
-@click.option("--priority", metavar="LOW-HIGH", help="The priorities that the caller may ask for. Default: 0-9.")
-@click.option("--max-jobs", type=click.IntRange(1), help="How many unfinished jobs it may have. Default: any number.")
-def key(name: str, priority: str | None, max_jobs: int | None) -> None:
-    """Make a key for a caller of the door, and the line for sdtpu_http_keys, which has its hash only."""
-    from sdtpu_worker.config_values import parse_http_keys
-    from sdtpu_worker.http.keys import hash_key, new_key
-
-    secret = new_key()
-    line = ":".join([name, hash_key(secret), *([priority] if priority else []), *([str(max_jobs)] if max_jobs else [])])
-    try:
-        parse_http_keys(line)
-    except ValueError as exc:
-        raise click.ClickException(f"NAME, --priority and --max-jobs must make {exc}, got {line!r}") from exc
-    click.echo(f"the caller's key, shown only now: {secret}")
-    click.echo(f"for sdtpu_http_keys: {line}")
-
-
-@sdtpu.command()
-@_app_option
+@app_option
 def settings(app_path: str | None) -> None:
     """List every setting with its default, its environment variable, what it does, and its value where it is set."""
     from sdtpu_worker.config import SETTINGS, source_of
 
-    conf = _find_app(app_path).conf
+    conf = find_app(app_path).conf
     for setting in SETTINGS:
         default = "not set" if setting.default in (None, ()) else setting.default
         click.echo(f"{setting.name}  (default: {default}; environment: {setting.name.upper()})\n    {setting.doc}.")
@@ -105,7 +65,7 @@ def settings(app_path: str | None) -> None:
 
 
 @sdtpu.command()
-@_app_option
+@app_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, for an autoscaler.")
 def queues(app_path: str | None, as_json: bool) -> None:
     """Say how many jobs wait in each of the task's queues, by priority, and how many workers hold."""
@@ -113,7 +73,7 @@ def queues(app_path: str | None, as_json: bool) -> None:
     from sdtpu_worker.errors import SdtpuError
 
     try:
-        states = read_queues(_find_app(app_path))
+        states = read_queues(find_app(app_path))
     except SdtpuError as exc:
         raise click.ClickException(str(exc)) from exc
     totals = {
@@ -142,7 +102,7 @@ def queues(app_path: str | None, as_json: bool) -> None:
 
 
 @sdtpu.command()
-@_app_option
+@app_option
 @click.confirmation_option("-f", "--force", prompt="Delete all waiting and deferred jobs of all tenants?")
 def purge(app_path: str | None) -> None:
     """Delete the jobs that wait, those of all tenants and priorities, and those that wait for their time.
@@ -153,7 +113,7 @@ def purge(app_path: str | None) -> None:
     from sdtpu_worker.errors import SdtpuError
 
     try:
-        deleted = purge_queues(_find_app(app_path))
+        deleted = purge_queues(find_app(app_path))
     except SdtpuError as exc:
         raise click.ClickException(str(exc)) from exc
     click.echo(f"{deleted} jobs deleted")
@@ -172,36 +132,9 @@ def health(ready: bool, address: str | None) -> None:
             "no address to ask: give --address, or set SDTPU_HEALTH_ADDRESS to the worker's sdtpu_health_address"
         )
     try:
-        ok, checks = ask_health(_parse_address(address), "/readyz" if ready else "/livez")
+        ok, checks = ask_health(parse_address(address), "/readyz" if ready else "/livez")
     except ConnectionError as exc:
         raise click.ClickException(str(exc)) from exc
-    for check in checks:
-        click.echo(f"{'ok' if check.ok else 'FAILING'}  {check.name}: {check.detail}")
+    for each in checks:
+        click.echo(f"{'ok' if each.ok else 'FAILING'}  {each.name}: {each.detail}")
     raise SystemExit(0 if ok else 1)
-
-
-def _parse_address(address: str) -> tuple[str, int]:
-    """Return host and port of an `--address`."""
-    from sdtpu_worker.config_values import parse_address
-
-    try:
-        return parse_address(address)
-    except ValueError as exc:
-        raise click.ClickException(f"--address must be {exc}, got {address!r}") from exc
-
-
-def _find_app(path: str | None) -> Celery:
-    """Return the app that a command is about: that of its own option, of `celery -A`, or the ready-made one."""
-    if path:
-        from celery.app.utils import find_app
-
-        try:
-            return find_app(path)
-        except (ImportError, AttributeError) as exc:
-            raise click.ClickException(f"--app must name a module with a Celery app, got {path!r}: {exc}") from exc
-    context = click.get_current_context().find_root().obj  # of Celery's own command line
-    if app := getattr(context, "app", None):
-        return app
-    from sdtpu_worker.app import app as ready_made
-
-    return ready_made

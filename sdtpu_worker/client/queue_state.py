@@ -7,12 +7,23 @@ it holds or defers elsewhere. So no single key tells the load: `LLEN sdtpu` sees
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.client.routing import device_queues
-from sdtpu_worker.contract.queues import DELAYED_KEY, HELD_KEY, LEASES_KEY, plain_client, waiting_lists
+from sdtpu_worker.config import read_setting
+from sdtpu_worker.contract.load_report import WorkerLoad, read_loads
+from sdtpu_worker.contract.queues import (
+    DELAYED_KEY,
+    HELD_KEY,
+    LATEST_SENT_AT,
+    LEASES_KEY,
+    SENT_AT_HEADER,
+    plain_client,
+    waiting_lists,
+)
 from sdtpu_worker.errors import BrokerUnavailable, ConfigurationError
 from sdtpu_worker.redaction import sanitize_url
 
@@ -53,12 +64,15 @@ class QueueState:
         waiting: the number of jobs that wait, by the lowest priority of each band, the most urgent first.
         held: the number of jobs that workers hold: on the devices, or next in line for them.
         deferred: the number of jobs that wait for their `countdown` or `eta`.
+        oldest_sent_at: when the oldest waiting job was sent, in seconds since 1970; None where no job waits, or none
+            says it.
     """
 
     queue: str
     waiting: dict[int, int]
     held: int
     deferred: int
+    oldest_sent_at: float | None = None
 
     @property
     def load(self) -> int:
@@ -82,12 +96,14 @@ def read_queues(app: Celery) -> list[QueueState]:
         states = []
         for queue, lists in queues.items():
             lengths = [redis.llen(name) for name in lists]
+            oldest = [redis.lindex(name, -1) for name, length in zip(lists, lengths, strict=True) if length]
             states.append(
                 QueueState(
                     queue,
                     dict(zip(bands, lengths, strict=True)),
                     sum(held.get(name, 0) for name in lists),
                     sum(deferred.get(name, 0) for name in lists),
+                    _oldest_sent_at(oldest),
                 )
             )
         return states
@@ -136,6 +152,40 @@ def _broker(app: Celery) -> Iterator[tuple[Any, str, dict[str, list[str]], Seque
                 yield redis, prefix, queues, channel.priority_steps
         except (OperationalError, RedisError, OSError) as exc:
             raise BrokerUnavailable(f"Redis cannot be read: {sanitize_url(str(exc))}; correct broker_url") from exc
+
+
+def read_hosts(app: Celery) -> list[WorkerLoad]:
+    """Return the load reports of the workers that take jobs.
+
+    Raises:
+        ConfigurationError: the broker is not Redis.
+        BrokerUnavailable: Redis does not answer.
+    """
+    with _broker(app) as (redis, prefix, _, _):
+        return read_loads(redis, read_setting("sdtpu_queue", app.conf), prefix)
+
+
+@contextlib.contextmanager
+def broker_client(app: Celery) -> Iterator[Any]:
+    """Give a client of the broker's Redis for the block.
+
+    Raises:
+        ConfigurationError: the broker is not Redis.
+        BrokerUnavailable: Redis does not answer.
+    """
+    with _broker(app) as (redis, *_):
+        yield redis
+
+
+def _oldest_sent_at(messages: Iterable[bytes | None]) -> float | None:
+    """Return the earliest time of sending in some messages, of any origin."""
+    times = []
+    for message in messages:
+        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+            sent_at = json.loads(message or "")["headers"][SENT_AT_HEADER]
+            if isinstance(sent_at, int | float) and 0 <= sent_at <= LATEST_SENT_AT:
+                times.append(float(sent_at))
+    return min(times, default=None)
 
 
 def _count_by_list(redis: Any, prefix: str, tags_key: str) -> dict[str, int]:

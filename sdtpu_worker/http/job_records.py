@@ -4,7 +4,7 @@
 |---|---|
 | `sdtpu:http:job:{id}` | a `JobRecord` in JSON |
 | `sdtpu:http:jobs:{caller}` | the ids of a caller's jobs, by the time of their request |
-| `sdtpu:http:open:{caller}` | those of them that nobody has seen ended |
+| `sdtpu:http:open:{kind}:{caller}` | those of them that came by one API and that nobody has seen ended |
 | `sdtpu:http:once:{caller}:{hash}` | the id of the job behind an `Idempotency-Key` |
 """
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 PREFIX = "sdtpu:http:"
+KINDS = ("jobs", "openai", "sdapi")
+"""The APIs by which a job can come."""
 MOST_LISTED = 10_000
 """How many jobs of a caller are kept in its list."""
 _TOKEN_BYTES = 16
@@ -37,7 +39,7 @@ class JobRecord:
         caller: the name of its caller's key; empty for a door without keys.
         created_at: seconds since 1970.
         parameters: of `generate`, as the caller gave them, with the seed.
-        kind: which API it came by: `jobs`, `openai` or `sdapi`.
+        kind: which API it came by, one of `KINDS`.
         image_token: whoever knows it may read the picture, without a key.
     """
 
@@ -62,12 +64,11 @@ class JobRecords:
         self._expires_s = expires_s
 
     async def add(self, records: Sequence[JobRecord]) -> None:
-        """Store records, before their jobs are enqueued."""
+        """Store records of one caller and one kind, before their jobs are enqueued."""
         pipeline = self._redis.pipeline(transaction=False)
         for record in records:
             pipeline.set(f"{PREFIX}job:{record.id}", json.dumps(asdict(record)), ex=self._expires_s)
-        for name in ("jobs", "open"):
-            key = f"{PREFIX}{name}:{records[0].caller}"
+        for key in _lists_of(records[0]):
             pipeline.zadd(key, {record.id: record.created_at for record in records})
             pipeline.zremrangebyrank(key, 0, -MOST_LISTED - 1)
             if self._expires_s:
@@ -76,12 +77,12 @@ class JobRecords:
         await pipeline.execute()
 
     async def remove(self, records: Sequence[JobRecord]) -> None:
-        """Remove the records of jobs that were not enqueued."""
-        ids, caller = [record.id for record in records], records[0].caller
+        """Remove records, of one caller and one kind, whose jobs were not enqueued."""
+        ids = [record.id for record in records]
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.delete(*(f"{PREFIX}job:{job_id}" for job_id in ids))
-        pipeline.zrem(f"{PREFIX}jobs:{caller}", *ids)
-        pipeline.zrem(f"{PREFIX}open:{caller}", *ids)
+        for key in _lists_of(records[0]):
+            pipeline.zrem(key, *ids)
         await pipeline.execute()
 
     async def find(self, job_id: str) -> JobRecord | None:
@@ -104,22 +105,32 @@ class JobRecords:
         ids = await self._redis.zrevrangebyscore(f"{PREFIX}jobs:{caller}", top, "-inf", start=0, num=limit)
         return await self._find_all(ids)
 
-    async def list_open(self, caller: str) -> list[JobRecord]:
-        """Return those of a caller's jobs that nobody has seen ended, the oldest first."""
-        return await self._find_all(await self._redis.zrange(f"{PREFIX}open:{caller}", 0, -1))
+    async def list_open(self, caller: str, kind: str) -> list[JobRecord]:
+        """Return those of a caller's jobs of one kind that nobody has seen ended, the oldest first."""
+        return await self._find_all(await self._redis.zrange(f"{PREFIX}open:{kind}:{caller}", 0, -1))
 
     async def count_open(self, caller: str) -> int:
         """Return how many jobs of a caller nobody has seen ended."""
-        return int(await self._redis.zcard(f"{PREFIX}open:{caller}"))
+        pipeline = self._redis.pipeline(transaction=False)
+        for kind in KINDS:
+            pipeline.zcard(f"{PREFIX}open:{kind}:{caller}")
+        return sum(await pipeline.execute())
 
     async def open_ids(self, caller: str) -> list[str]:
         """Return the ids of those jobs."""
-        return [job_id.decode() for job_id in await self._redis.zrange(f"{PREFIX}open:{caller}", 0, -1)]
+        pipeline = self._redis.pipeline(transaction=False)
+        for kind in KINDS:
+            pipeline.zrange(f"{PREFIX}open:{kind}:{caller}", 0, -1)
+        return [job_id.decode() for ids in await pipeline.execute() for job_id in ids]
 
     async def close(self, caller: str, job_ids: Sequence[str]) -> None:
         """Note that jobs have ended."""
-        if job_ids:
-            await self._redis.zrem(f"{PREFIX}open:{caller}", *job_ids)
+        if not job_ids:
+            return
+        pipeline = self._redis.pipeline(transaction=False)
+        for kind in KINDS:
+            pipeline.zrem(f"{PREFIX}open:{kind}:{caller}", *job_ids)
+        await pipeline.execute()
 
     async def claim_key(self, caller: str, key: str, digest: str, job_id: str) -> tuple[str, str] | None:
         """Note the job of an `Idempotency-Key`; return the id and the digest of an earlier request, if there was one.
@@ -157,6 +168,10 @@ def is_job_id(text: str) -> bool:
         return str(uuid.UUID(text)) == text
     except ValueError:
         return False
+
+
+def _lists_of(record: JobRecord) -> tuple[str, str]:
+    return f"{PREFIX}jobs:{record.caller}", f"{PREFIX}open:{record.kind}:{record.caller}"
 
 
 def _once_key(caller: str, key: str) -> str:

@@ -22,7 +22,9 @@ _STATUS = {
     "REVOKED": "cancelled",
 }
 """By Celery's states; a job of any other state is `queued`."""
-_PROGRESS_FIELDS = ("current", "total", "percent", "pending", "description", "eta_s")
+_PROGRESS_FIELDS = {
+    "current": int, "total": int, "percent": int, "pending": bool, "description": str, "eta_s": int | float,
+}  # fmt: skip
 _MOST_CHARACTERS = 2000
 _PREVIEW_START = "data:image/png;base64,"
 _MOST_PREVIEW_CHARACTERS = 1_000_000
@@ -99,8 +101,13 @@ def read_state(backend: Backend, stored: bytes | None) -> JobState:
     if progress is None:
         return JobState(status, token=token)
     preview = progress.get("preview")
-    shown = {name: progress.get(name) for name in _PROGRESS_FIELDS}
+    shown = {name: _plain(progress.get(name), kind) for name, kind in _PROGRESS_FIELDS.items()}
     return JobState("queued" if shown["pending"] else status, shown, _preview_data(preview), token=token)
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """Return a value if it is of a kind, else None: others can write to the result backend."""
+    return value if isinstance(value, kind) else None
 
 
 def _preview_data(preview: Any) -> str | None:

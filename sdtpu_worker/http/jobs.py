@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
-from celery.exceptions import TaskRevokedError
 
+from sdtpu_worker.client.cancel import cancel_job
 from sdtpu_worker.contract.queues import TASK_NAME
 from sdtpu_worker.contract.request import GenerationRequest, draw_seed
 from sdtpu_worker.errors import InvalidRequest
@@ -36,7 +36,6 @@ MOST_THREADS = 8
 """How many calls of Celery's client, which block, run at a time."""
 MOST_WAITING = 256
 """How many more may wait for a thread."""
-_CANCELLED = "cancelled by its caller"
 
 
 class Jobs:
@@ -219,7 +218,7 @@ class Jobs:
         """Take a job out of the queue or off its slot; return its state, which is its end."""
         state = await self.read_state(record.id)
         if not state.has_ended:
-            await self._call(self._revoke, record.id)
+            await self._call(cancel_job, self.app, record.id)
             state = await self.read_state(record.id)
             await self.records.close(record.caller, [record.id])
         return state
@@ -228,12 +227,6 @@ class Jobs:
         """Cancel jobs whose caller has gone, in the background."""
         for record in records:
             self._run_later(self.cancel(record))
-
-    def _revoke(self, job_id: str) -> None:
-        self.app.control.revoke(job_id, terminate=True)
-        meta = self._backend.decode(self._backend.get(self._backend.get_key_for_task(job_id)))
-        if meta is None or meta["status"] not in self._backend.READY_STATES:  # who watches it should not have to wait
-            self._backend.store_result(job_id, TaskRevokedError(_CANCELLED), "REVOKED")
 
     async def read_image(self, state: JobState) -> bytes:
         """Return the encoded picture of a job that has succeeded.

@@ -210,10 +210,8 @@ def _is_due(state: JobState, sent: int, wanted: int) -> bool:
     """Return whether a state's preview is the next one to send: each stands for an equal part of the denoising."""
     if sent >= wanted or state.preview is None or state.progress is None:
         return False
-    try:
-        return state.progress["current"] * (wanted + 1) >= state.progress["total"] * (sent + 1)
-    except TypeError:
-        return False
+    current, total = state.progress["current"] or 0, state.progress["total"] or 1
+    return current * (wanted + 1) >= total * (sent + 1)
 
 
 def _event(name: str, facts: Mapping[str, Any], wanted: ImagesRequest, state: JobState) -> bytes:
@@ -277,7 +275,7 @@ async def show_model(request: Request) -> Response:
 async def refuse_edits(request: Request) -> Response:
     """Answer `POST /v1/images/edits` and `/variations`, which no worker can serve yet."""
     door_of(request).callers.find(request)
-    raise Refusal(501, "NotServed", "this deployment makes pictures from prompts only: POST /v1/images/generations")
+    raise Refusal(400, "NotServed", "this deployment makes pictures from prompts only: POST /v1/images/generations")
 
 
 def _model(door: Door) -> dict[str, Any]:

@@ -29,15 +29,13 @@ _TITLES = {
     404: "Not found",
     405: "The method is not allowed here",
     409: "The job is not in that state",
-    410: "The picture is gone",
+    410: "There will be no picture",
     413: "The body is too large",
     415: "The body is of another type",
     416: "The range is not in the picture",
     422: "The key was used for another request",
     429: "Too many jobs",
-    499: "The job was cancelled",
     500: "The job failed",
-    501: "Not served yet",
     503: "Not available now",
     504: "It took too long",
 }
@@ -96,7 +94,7 @@ def refusal_for_job(status: str, error: JobError) -> Refusal:
     if error.type in ("InvalidRequest", "InvalidMessage"):
         return Refusal(400, error.type, error.detail, error.detail.split(" ", 1)[0] or None)
     if status == "cancelled":
-        return Refusal(503, "JobCancelled", f"the job was cancelled: {error.detail}")
+        return Refusal(410, "JobCancelled", f"the job was cancelled: {error.detail}")
     return Refusal(500, error.type, error.detail)
 
 

@@ -104,7 +104,7 @@ async def txt2img(request: Request) -> Response:
 async def refuse_img2img(request: Request) -> Response:
     """Answer `POST /sdapi/v1/img2img`, which no worker can serve yet."""
     door_of(request).callers.find(request)
-    raise Refusal(501, "NotServed", "this deployment makes pictures from prompts only: POST /sdapi/v1/txt2img")
+    raise Refusal(400, "NotServed", "this deployment makes pictures from prompts only: POST /sdapi/v1/txt2img")
 
 
 async def show_options(request: Request) -> Response:
@@ -157,8 +157,7 @@ async def show_progress(request: Request) -> Response:
     total, current, eta_s, preview = len(states), 0.0, 0.0, None
     for state in states:
         progress = state.progress or {}
-        percent = progress.get("percent")
-        current += percent / 100 if isinstance(percent, int | float) else 0
+        current += (progress.get("current") or 0) / (progress.get("total") or 1)
         eta_s = max(eta_s, progress.get("eta_s") or 0.0)
         preview = state.preview or preview
     job = {"skipped": False, "interrupted": False, "job": "txt2img" if total else "", "job_count": total, "job_no": 0,
@@ -185,7 +184,7 @@ async def interrupt(request: Request) -> Response:
 
 async def _open_jobs(door: Door, request: Request) -> list[tuple[JobRecord, JobState]]:
     caller = door.callers.find(request)
-    records = [each for each in await door.jobs.records.list_open(caller.name) if each.kind == KIND]
+    records = await door.jobs.records.list_open(caller.name, KIND)
     states = await door.jobs.read_states([record.id for record in records])
     return [(record, state) for record, state in zip(records, states, strict=True) if not state.has_ended]
 

@@ -40,15 +40,13 @@ def bob(locked: DoorProcess) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.mark.parametrize("key", ["", "sk-eve", "sk-ann ", "SK-ANN", "\xff"])
+@pytest.mark.parametrize("key", ["", "sk-eve", "sk-an", "SK-ANN", "\xff"])
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/models", "/sdapi/v1/options", "/sdapi/v1/progress"])
 def test_without_a_key_that_is_known_nothing_is_answered(locked, key, path):
     with httpx.Client(base_url=locked.url, trust_env=False) as client:
         headers = {b"Authorization": b"Bearer " + key.encode("latin-1")} if key else {}
         answer = client.get(path, headers=headers)
-    assert answer.status_code == (200 if key == "sk-ann " else 401)
-    if answer.status_code == 401:
-        assert answer.headers["www-authenticate"] == "Bearer"
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
 
 
 def test_the_key_may_be_the_password_of_basic(locked):

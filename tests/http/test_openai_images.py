@@ -139,7 +139,7 @@ def test_a_wrong_parameter_is_named(openai, wrong, param):
 def test_edits_say_that_they_cannot_be_served(openai):
     with pytest.raises(APIStatusError, match="from prompts only") as caught:
         openai.images.edit(image=b"\x89PNG", prompt="a fox")
-    assert caught.value.status_code == 501
+    assert caught.value.status_code == 400
 
 
 def test_the_model_is_listed(openai):

@@ -61,7 +61,7 @@ def test_what_cannot_be_had_is_refused(client, wrong, words):
 
 
 def test_img2img_says_that_it_cannot_be_served(client):
-    assert client.post("/sdapi/v1/img2img", json={}).status_code == 501
+    assert client.post("/sdapi/v1/img2img", json={}).status_code == 400
 
 
 def test_the_lists_name_what_is_served(client):
@@ -100,5 +100,5 @@ def test_progress_shows_the_picture_as_it_forms_and_interrupt_ends_it(door, clie
     finally:
         client.post("/sdapi/v1/interrupt")
         thread.join(20)
-    assert answers[0].status_code == 503
+    assert answers[0].status_code == 410
     assert answers[0].json()["code"] == "JobCancelled"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 COLUMNS = 48
@@ -18,7 +19,7 @@ def show_picture(path: Path) -> None:
         sys.stdout.flush()
 
 
-def picture_text(path: Path, environ: os._Environ[str] | dict[str, str]) -> str:
+def picture_text(path: Path, environ: Mapping[str, str]) -> str:
     """Return what makes a terminal show a picture; empty for one that cannot.
 
     Args:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-PREFIX = "sdtpu:http:"
+JOB, LIST, OPEN, ONCE = "sdtpu:http:job:", "sdtpu:http:jobs:", "sdtpu:http:open:", "sdtpu:http:once:"
 KINDS = ("jobs", "openai", "sdapi")
 """The APIs by which a job can come."""
 MOST_LISTED = 10_000
@@ -67,7 +67,7 @@ class JobRecords:
         """Store records of one caller and one kind, before their jobs are enqueued."""
         pipeline = self._redis.pipeline(transaction=False)
         for record in records:
-            pipeline.set(f"{PREFIX}job:{record.id}", json.dumps(asdict(record)), ex=self._expires_s)
+            pipeline.set(f"{JOB}{record.id}", json.dumps(asdict(record)), ex=self._expires_s)
         for key in _lists_of(records[0]):
             pipeline.zadd(key, {record.id: record.created_at for record in records})
             pipeline.zremrangebyrank(key, 0, -MOST_LISTED - 1)
@@ -80,7 +80,7 @@ class JobRecords:
         """Remove records, of one caller and one kind, whose jobs were not enqueued."""
         ids = [record.id for record in records]
         pipeline = self._redis.pipeline(transaction=False)
-        pipeline.delete(*(f"{PREFIX}job:{job_id}" for job_id in ids))
+        pipeline.delete(*(f"{JOB}{job_id}" for job_id in ids))
         for key in _lists_of(records[0]):
             pipeline.zrem(key, *ids)
         await pipeline.execute()
@@ -89,7 +89,7 @@ class JobRecords:
         """Return a job's record, None where there is none; its time begins anew."""
         if not is_job_id(job_id):
             return None
-        key = f"{PREFIX}job:{job_id}"
+        key = f"{JOB}{job_id}"
         stored = await (self._redis.getex(key, ex=self._expires_s) if self._expires_s else self._redis.get(key))
         return _read(stored)
 
@@ -102,25 +102,25 @@ class JobRecords:
             before: only those that were created before this time, in seconds since 1970; None for all.
         """
         top = "+inf" if before is None else f"({before!r}"
-        ids = await self._redis.zrevrangebyscore(f"{PREFIX}jobs:{caller}", top, "-inf", start=0, num=limit)
+        ids = await self._redis.zrevrangebyscore(f"{LIST}{caller}", top, "-inf", start=0, num=limit)
         return await self._find_all(ids)
 
     async def list_open(self, caller: str, kind: str) -> list[JobRecord]:
         """Return those of a caller's jobs of one kind that nobody has seen ended, the oldest first."""
-        return await self._find_all(await self._redis.zrange(f"{PREFIX}open:{kind}:{caller}", 0, -1))
+        return await self._find_all(await self._redis.zrange(f"{OPEN}{kind}:{caller}", 0, -1))
 
     async def count_open(self, caller: str) -> int:
         """Return how many jobs of a caller nobody has seen ended."""
         pipeline = self._redis.pipeline(transaction=False)
         for kind in KINDS:
-            pipeline.zcard(f"{PREFIX}open:{kind}:{caller}")
+            pipeline.zcard(f"{OPEN}{kind}:{caller}")
         return sum(await pipeline.execute())
 
     async def open_ids(self, caller: str) -> list[str]:
         """Return the ids of those jobs."""
         pipeline = self._redis.pipeline(transaction=False)
         for kind in KINDS:
-            pipeline.zrange(f"{PREFIX}open:{kind}:{caller}", 0, -1)
+            pipeline.zrange(f"{OPEN}{kind}:{caller}", 0, -1)
         return [job_id.decode() for ids in await pipeline.execute() for job_id in ids]
 
     async def close(self, caller: str, job_ids: Sequence[str]) -> None:
@@ -129,7 +129,7 @@ class JobRecords:
             return
         pipeline = self._redis.pipeline(transaction=False)
         for kind in KINDS:
-            pipeline.zrem(f"{PREFIX}open:{kind}:{caller}", *job_ids)
+            pipeline.zrem(f"{OPEN}{kind}:{caller}", *job_ids)
         await pipeline.execute()
 
     async def claim_key(self, caller: str, key: str, digest: str, job_id: str) -> tuple[str, str] | None:
@@ -158,7 +158,7 @@ class JobRecords:
     async def _find_all(self, ids: Sequence[bytes]) -> list[JobRecord]:
         if not ids:
             return []
-        stored = await self._redis.mget([f"{PREFIX}job:{job_id.decode()}" for job_id in ids])
+        stored = await self._redis.mget([f"{JOB}{job_id.decode()}" for job_id in ids])
         return [record for record in map(_read, stored) if record is not None]
 
 
@@ -171,11 +171,11 @@ def is_job_id(text: str) -> bool:
 
 
 def _lists_of(record: JobRecord) -> tuple[str, str]:
-    return f"{PREFIX}jobs:{record.caller}", f"{PREFIX}open:{record.kind}:{record.caller}"
+    return f"{LIST}{record.caller}", f"{OPEN}{record.kind}:{record.caller}"
 
 
 def _once_key(caller: str, key: str) -> str:
-    return f"{PREFIX}once:{caller}:{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()}"
+    return f"{ONCE}{caller}:{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()}"
 
 
 def _read(stored: bytes | None) -> JobRecord | None:

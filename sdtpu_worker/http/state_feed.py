@@ -103,7 +103,7 @@ class StateFeed:
     async def watch(self, job_id: str) -> AsyncIterator[Watch]:
         """Watch a job for the block; its first state is that at the beginning, whatever it is."""
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run(), name="sdtpu-state-feed")
+            self._task = asyncio.create_task(self._run())
         key = self._key_of(job_id)
         topic = self._topics.get(key)
         if topic is None:

@@ -27,6 +27,8 @@ KINDS = ("jobs", "openai", "sdapi")
 """The APIs by which a job can come."""
 MOST_LISTED = 10_000
 """How many jobs of a caller are kept in its list."""
+CLAIM_S = 60
+"""Seconds for which an `Idempotency-Key` is taken whose job is not enqueued yet: its door may have died meanwhile."""
 _TOKEN_BYTES = 16
 
 
@@ -47,7 +49,7 @@ class JobRecord:
     parameters: Mapping[str, Any]
     kind: str = "jobs"
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    created_at: float = field(default_factory=lambda: round(time.time(), 3))
+    created_at: float = field(default_factory=lambda: round(time.time(), 6))
     image_token: str = field(default_factory=lambda: secrets.token_urlsafe(_TOKEN_BYTES), repr=False)
 
 
@@ -56,7 +58,7 @@ class JobRecords:
 
     Args:
         redis: a client of the result backend's Redis.
-        expires_s: seconds after which a record expires that nobody asks for; None for never.
+        expires_s: seconds after which a record expires, if nobody has asked for the job meanwhile; None for never.
     """
 
     def __init__(self, redis: Redis, expires_s: int | None) -> None:
@@ -86,12 +88,13 @@ class JobRecords:
         await pipeline.execute()
 
     async def find(self, job_id: str) -> JobRecord | None:
-        """Return a job's record, None where there is none; its time begins anew."""
-        if not is_job_id(job_id):
-            return None
-        key = f"{JOB}{job_id}"
-        stored = await (self._redis.getex(key, ex=self._expires_s) if self._expires_s else self._redis.get(key))
-        return _read(stored)
+        """Return a job's record, None where there is none."""
+        return _read(await self._redis.get(f"{JOB}{job_id}")) if is_job_id(job_id) else None
+
+    async def keep(self, job_id: str) -> None:
+        """Begin a record's time anew: a job that waits for long still has one. It ends before the job's result does."""
+        if self._expires_s:
+            await self._redis.expire(f"{JOB}{job_id}", self._expires_s)
 
     async def list_jobs(self, caller: str, limit: int, before: float | None) -> list[JobRecord]:
         """Return a caller's jobs, the newest first.
@@ -139,17 +142,21 @@ class JobRecords:
             caller: its name.
             key: what the caller sent.
             digest: of the request's content.
-            job_id: of the job that is enqueued if there was none.
+            job_id: of the job that is enqueued if there was none; `keep_key` has to follow then.
         """
-        value = f"{job_id} {digest}"
         name = _once_key(caller, key)
-        if await self._redis.set(name, value, nx=True, ex=self._expires_s):
+        if await self._redis.set(name, f"{job_id} {digest}", nx=True, ex=CLAIM_S):
             return None
         stored = await self._redis.get(name)
         if stored is None:  # it has expired between the two
-            return None
+            return await self.claim_key(caller, key, digest, job_id)
         earlier, _, its_digest = stored.decode().partition(" ")
         return earlier, its_digest
+
+    async def keep_key(self, caller: str, key: str) -> None:
+        """Remember an `Idempotency-Key` for as long as a result is kept: its job is enqueued."""
+        name = _once_key(caller, key)
+        await (self._redis.expire(name, self._expires_s) if self._expires_s else self._redis.persist(name))
 
     async def release_key(self, caller: str, key: str) -> None:
         """Forget an `Idempotency-Key` whose job was not enqueued."""

@@ -11,19 +11,17 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-import anyio
-import anyio.to_thread
-
 from sdtpu_worker.client.cancel import cancel_job
 from sdtpu_worker.contract.queues import TASK_NAME
 from sdtpu_worker.contract.request import GenerationRequest, draw_seed
-from sdtpu_worker.errors import InvalidRequest
+from sdtpu_worker.errors import InvalidRequest, SdtpuError
 from sdtpu_worker.http.callers import Caller
+from sdtpu_worker.http.celery_threads import CeleryThreads
 from sdtpu_worker.http.job_records import JobRecord, JobRecords
 from sdtpu_worker.http.job_state import JobState, read_state
 from sdtpu_worker.http.parameters import OPTIONS
 from sdtpu_worker.http.problems import Refusal
-from sdtpu_worker.http.redis_client import make_client, make_subscriber
+from sdtpu_worker.http.redis_client import make_client, make_subscriber_pool
 from sdtpu_worker.http.state_feed import StateFeed, Watch
 from sdtpu_worker.images.store import read_image_bytes
 
@@ -32,17 +30,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_THREADS = 8
-"""How many calls of Celery's client, which block, run at a time."""
-MOST_WAITING = 256
-"""How many more may wait for a thread."""
-
 
 class Jobs:
     """The jobs behind one Celery app. Belongs to one event loop; its connections open on first use.
 
     Args:
         app: the client's app.
+
+    Attributes:
+        records: what the door keeps of the jobs.
+        threads: for what would block the event loop.
+        expires_s: seconds after which results expire; None for never.
 
     Raises:
         ConfigurationError: the app's result backend is not Redis.
@@ -55,13 +53,15 @@ class Jobs:
         expires = app.conf.result_expires
         self.expires_s = int(getattr(expires, "total_seconds", lambda: expires or 0)()) or None
         self.records = JobRecords(self._redis, self.expires_s)
-        self._feed = StateFeed(lambda: make_subscriber(app), self._redis.mget, self._parse, self._key_of)
-        self._threads = anyio.CapacityLimiter(MOST_THREADS)
+        self._subscribers: Any = make_subscriber_pool(app)  # redis-py's types leave `make_connection` out of some
+        self._feed = StateFeed(self._subscribers.make_connection, self._redis.mget, self._parse, self._key_of)
+        self.threads = CeleryThreads(app)
         self._in_background: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
         """Close the connections, after what still runs in the background."""
         await asyncio.gather(*self._in_background, return_exceptions=True)
+        self.threads.close()
         await self._feed.close()
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
@@ -112,9 +112,11 @@ class Jobs:
         sent: list[JobRecord] = []
         try:
             for record in records:
-                await self._call(self._enqueue, caller, record)
                 sent.append(record)
-        except BaseException:
+                await self.threads.call(self._enqueue, caller, record)
+        except BaseException as exc:
+            if isinstance(exc, SdtpuError):  # it was not sent; after any other error it may have been
+                sent.pop()
             self._run_later(self._withdraw(records, sent))
             raise
 
@@ -177,8 +179,11 @@ class Jobs:
         return [self._parse(stored) for stored in await self._redis.mget([self._key_of(each) for each in job_ids])]
 
     async def read_state(self, job_id: str) -> JobState:
-        """Return the state of a job as it is now."""
-        return (await self.read_states([job_id]))[0]
+        """Return the state of a job as it is now; what the door keeps of an unfinished job stays for longer."""
+        state = (await self.read_states([job_id]))[0]
+        if not state.has_ended:
+            await self.records.keep(job_id)
+        return state
 
     @asynccontextmanager
     async def watch(self, job_id: str) -> AsyncIterator[Watch]:
@@ -218,7 +223,7 @@ class Jobs:
         """Take a job out of the queue or off its slot; return its state, which is its end."""
         state = await self.read_state(record.id)
         if not state.has_ended:
-            await self._call(cancel_job, self.app, record.id)
+            await self.threads.call(cancel_job, self.app, record.id)
             state = await self.read_state(record.id)
             await self.records.close(record.caller, [record.id])
         return state
@@ -235,20 +240,7 @@ class Jobs:
             StorageError: it is gone, or its store cannot be read.
         """
         assert state.result is not None
-        return await self._call(read_image_bytes, state.result, self.app)
-
-    async def run_blocking(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return what a function returns that would block the event loop.
-
-        Raises:
-            Refusal: 503, too many wait for a thread.
-        """
-        return await self._call(function, *args)
-
-    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
-        if self._threads.statistics().tasks_waiting >= MOST_WAITING:
-            raise Refusal(503, "Busy", "too many requests wait; try again later", headers={"Retry-After": "1"})
-        return await anyio.to_thread.run_sync(lambda: function(*args), limiter=self._threads)
+        return await self.threads.call(read_image_bytes, state.result, self.app)
 
     def _run_later(self, work: Any) -> None:
         task = asyncio.ensure_future(_logged(work))
@@ -266,9 +258,11 @@ class Jobs:
 
 
 def with_seed(given: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Return the parameters of the picture with this number, from 0, of a request for several.
+    """Return the parameters of one picture of a request for several: their seeds follow each other.
 
-    A request without a seed gets one for its first picture only if it has none: the others then draw their own.
+    Args:
+        given: of the request; without a seed, each picture draws its own.
+        number: of the picture, from 0.
     """
     seed = given.get("seed")
     if seed is None or not number:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator
 
@@ -10,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.http.bodies import check_fields, read_json
+from sdtpu_worker.http.callers import Caller
 from sdtpu_worker.http.departures import unless_left
 from sdtpu_worker.http.door import Door, door_of
 from sdtpu_worker.http.event_stream import HEARTBEAT, HEARTBEAT_S, EventStream, write_event
@@ -25,6 +27,7 @@ MOST_WAIT_S = 60
 """The longest `Prefer: wait`; proxies cut requests not much later."""
 MOST_ON_A_PAGE, DEFAULT_ON_A_PAGE = 200, 50
 MOST_KEY_CHARACTERS = 255
+_TRIES, _PAUSE_S = 10, 0.1
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?([0-9]{1,9})")
 
 
@@ -37,23 +40,10 @@ async def create_job(request: Request) -> Response:
     wait_s = _read_wait(request)
     key = _read_key(request)
     record, is_new = door.jobs.new_record(caller, given, "jobs"), True
-    if key is not None:
-        digest = digest_of(given)
-        earlier = await door.jobs.records.claim_key(caller.name, key, digest, record.id)
-        if earlier is not None:
-            if earlier[1] != digest:
-                raise Refusal(
-                    422, "KeyReused", f"the Idempotency-Key {key[:60]!r} was sent with another body before; send a new"
-                    " key with a new request",
-                )  # fmt: skip
-            record, is_new = await door.jobs.find(caller, earlier[0]), False
-    if is_new:
-        try:
-            await door.jobs.submit(caller, [record])
-        except BaseException:
-            if key is not None:
-                await door.jobs.records.release_key(caller.name, key)
-            raise
+    if key is None:
+        await door.jobs.submit(caller, [record])
+    else:
+        record, is_new = await _submit_once(door, caller, record, key, digest_of(given))
     headers = {"Location": str(request.url_for("show_job", job_id=record.id)), "Cache-Control": "no-store"}
     state = QUEUED
     if wait_s:
@@ -63,6 +53,34 @@ async def create_job(request: Request) -> Response:
     elif not is_new:
         state = await door.jobs.read_state(record.id)
     return JSONResponse(_show(request, record, state), 200 if state.has_ended else 202, headers)
+
+
+async def _submit_once(door: Door, caller: Caller, record: JobRecord, key: str, digest: str) -> tuple[JobRecord, bool]:
+    """Enqueue a job, unless a request with this key came before; return the job's record, and whether it is new.
+
+    Raises:
+        Refusal: 422, the earlier request had another content; 409, its job is not enqueued yet.
+    """
+    records = door.jobs.records
+    earlier = await records.claim_key(caller.name, key, digest, record.id)
+    if earlier is None:
+        try:
+            await door.jobs.submit(caller, [record])
+        except BaseException:
+            await records.release_key(caller.name, key)
+            raise
+        await records.keep_key(caller.name, key)
+        return record, True
+    job_id, its_digest = earlier
+    if its_digest != digest:
+        text = f"the Idempotency-Key {key[:60]!r} was sent with another body before; send a new key with a new request"
+        raise Refusal(422, "KeyReused", text)
+    for _ in range(_TRIES):
+        if (found := await records.find(job_id)) is not None:
+            return found, False
+        await asyncio.sleep(_PAUSE_S)
+    text = "the first request with this Idempotency-Key is not done yet, or its door has died; try again later"
+    raise Refusal(409, "InProgress", text, headers={"Retry-After": "1"})
 
 
 async def list_jobs(request: Request) -> Response:
@@ -132,9 +150,8 @@ async def _events(door: Door, request: Request, record: JobRecord, last: str | N
             if state is None:
                 yield HEARTBEAT
                 continue
-            shown = _show(request, record, state)
             if state.has_ended:
-                yield write_event("done", shown, state.token)
+                yield write_event("done", _show(request, record, state), state.token)
             elif state.token != last:
                 has_preview = state.preview is not None and state.preview != preview
                 progress = {"status": state.status, **(state.progress or {})}

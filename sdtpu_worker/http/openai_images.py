@@ -232,7 +232,7 @@ async def _picture(
 async def _encoded(door: Door, wanted: ImagesRequest, state: JobState) -> str:
     data = await door.jobs.read_image(state)
     if wanted.quality is not None:
-        data = await door.jobs.run_blocking(_encode_anew, data, state, wanted.image_format, wanted.quality)
+        data = await door.jobs.threads.call(_encode_anew, data, state, wanted.image_format, wanted.quality)
     return base64.b64encode(data).decode()
 
 

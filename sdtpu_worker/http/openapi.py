@@ -95,6 +95,7 @@ def _optional(shape: Shape) -> Shape:
 
 _SIDE = _integer(SIDE_MULTIPLE, MAX_SIDE, multipleOf=SIDE_MULTIPLE)
 _FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
+_TIME = "^[0-9]{1,12}([.][0-9]{1,9})?$"
 _PAIR = {"type": "array", "items": _integer(0, MAX_TOLD_SIDE), "minItems": 2, "maxItems": 2}
 _JOB_FIELDS: dict[str, Shape] = {
     "prompt": _text(MAX_PROMPT_CHARACTERS, minLength=1),
@@ -194,7 +195,7 @@ _PARAMETERS: dict[str, Shape] = {
     "model": {"in": "path", "name": "model", "required": True, "schema": {"type": "string"}},
     "token": {"in": "query", "name": "token", "schema": {"type": "string"}},
     "limit": {"in": "query", "name": "limit", "schema": _integer(1, 200)},
-    "before": {"in": "query", "name": "before", "schema": {"type": "string", "pattern": "^[0-9]{1,12}$"}},
+    "before": {"in": "query", "name": "before", "schema": {"type": "string", "pattern": _TIME}},
     "key": {"in": "header", "name": "Idempotency-Key", "schema": _text(255, minLength=1)},
     "prefer": {"in": "header", "name": "Prefer", "schema": {"type": "string", "examples": ["wait=20"]}},
     "last": {"in": "header", "name": "Last-Event-ID", "schema": {"type": "string"}},

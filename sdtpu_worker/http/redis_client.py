@@ -31,14 +31,13 @@ def make_client(app: Celery) -> aioredis.Redis:
     return aioredis.Redis.from_pool(_make_pool(app, aioredis.BlockingConnectionPool, timeout=_REPLY_S))
 
 
-def make_subscriber(app: Celery) -> Any:
-    """Return a connection that is not open yet, for one reader that waits as long as nothing is published.
+def make_subscriber_pool(app: Celery) -> aioredis.ConnectionPool:
+    """Return a pool whose `make_connection` gives connections to subscribe on: their replies may take for ever.
 
     Raises:
         ConfigurationError: the app's result backend is not Redis.
     """
-    pool = _make_pool(app, aioredis.ConnectionPool, socket_timeout=None, protocol=2, socket_keepalive=True)
-    return pool.make_connection()
+    return _make_pool(app, aioredis.ConnectionPool, socket_timeout=None, protocol=2, socket_keepalive=True)
 
 
 def _make_pool(app: Celery, pool_class: type[aioredis.ConnectionPool], **options: Any) -> aioredis.ConnectionPool:

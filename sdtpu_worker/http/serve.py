@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 65
 """Longer than what proxies keep, so that none sends a request into a connection that closes."""
+_MORE_CONNECTIONS = 2000
+"""How many connections may be open beside the streams."""
 _GRACE_S = 5
 """Seconds that open answers have after SIGTERM; streams are cut then, and come back elsewhere."""
 
@@ -43,9 +45,11 @@ def serve(app: Celery, address: tuple[str, int] | None = None) -> None:
             " make a key with `sdtpu key NAME` and set sdtpu_http_keys, or set sdtpu_http_open"
         )
     door = create_app(app)
+    max_streams: int = read_setting("sdtpu_http_max_streams", app.conf)
     config = uvicorn.Config(
         door, lifespan="on", ws="none", log_level="info", access_log=False, server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S, timeout_graceful_shutdown=_GRACE_S,
+        limit_concurrency=max_streams + _MORE_CONNECTIONS,
     )  # fmt: skip
     with _listen(host, port) as listening:
         place = "{}:{}".format(*listening.getsockname()[:2])

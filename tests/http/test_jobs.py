@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from redis import Redis
 
 from sdtpu_worker.contract.load_report import WorkerLoad, publish_load
+from sdtpu_worker.http.jobs import digest_of
 from sdtpu_worker.testing.processes import free_port
 from tests.chaos.pictures import expected_count, shown_count
 from tests.http.doors import read_events, start_door, wait_for_end
@@ -115,6 +117,32 @@ def test_a_refused_request_does_not_use_its_key_up(client):
     key = {"Idempotency-Key": "order-19"}
     assert client.post("/v1/jobs", json={"prompt": " "}, headers=key).status_code == 400
     assert enqueue(client, key)["status"] in ("queued", "running")
+
+
+def test_a_key_whose_first_request_is_under_way_is_in_progress(client, redis_url):
+    body = {"prompt": "a fox"}
+    name = f"sdtpu:http:once::{hashlib.sha256(b'taken').hexdigest()}"
+    with Redis.from_url(redis_url) as redis:
+        redis.set(name, f"{uuid.uuid4()} {digest_of(body)}", ex=60)
+    answer = client.post("/v1/jobs", json=body, headers={"Idempotency-Key": "taken"})
+    assert (answer.status_code, answer.json()["code"]) == (409, "InProgress")
+
+
+# What is kept
+
+
+def test_what_the_door_keeps_of_a_job_ends_with_its_result(client, redis_url):
+    job = enqueue(client, {"Idempotency-Key": "kept"})
+    wait_for_end(client, job["id"])
+    keys = [f"sdtpu:http:job:{job['id']}", f"sdtpu:http:once::{hashlib.sha256(b'kept').hexdigest()}",
+            "sdtpu:http:jobs:", f"celery-task-meta-{job['id']}"]  # fmt: skip
+    with Redis.from_url(redis_url) as redis:
+        record, once, listed, result = (redis.ttl(key) for key in keys)
+        assert 86_000 < record <= result <= 86_400
+        assert once > 86_000
+        assert listed > 86_000
+        redis.delete(keys[0])
+    assert client.get(f"/v1/jobs/{job['id']}").status_code == 404
 
 
 # The picture

@@ -20,7 +20,8 @@ LOAD = f"""
 import {PACKAGE}
 from {PACKAGE}.diffusion.checkpoint import load_checkpoint
 assert {PACKAGE}.__file__.startswith({{folder!r}}), {PACKAGE}.__file__
-load_checkpoint("embedded")
+for name in ("embedded", "embedded-turbo"):
+    load_checkpoint(name)
 """
 
 
@@ -37,7 +38,7 @@ def find_differences(wheel: Path) -> list[str]:
 
 
 def load_from(wheel: Path) -> list[str]:
-    """Unpack the wheel elsewhere and load the shipped checkpoint from there; return the error, if there is one."""
+    """Unpack the wheel elsewhere and load the shipped checkpoints from there; return the error, if there is one."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
         run = subprocess.run(
@@ -55,7 +56,7 @@ def main(wheel: Path) -> None:
     faults = find_differences(wheel) + load_from(wheel)
     if faults:
         sys.exit("\n".join(faults))
-    print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, the package and nothing else; loads its checkpoint")
+    print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, the package and nothing else; loads its checkpoints")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ SETTINGS = (
     Setting(
         "sdtpu_model", "embedded", parse_text,
         "The checkpoint to serve: a folder, or a repository on the Hugging Face hub, in the diffusers layout with"
-        " weights in msgpack or safetensors, or one `.safetensors` file in the original layout. `embedded` is the small"
-        " checkpoint that the package brings",
+        " weights in safetensors or msgpack, or one `.safetensors` file in the original layout. `embedded` and the"
+        " distilled `embedded-turbo` are small checkpoints that the package brings",
     ),
     Setting(
         "sdtpu_revision", "main", parse_text,
@@ -65,7 +65,8 @@ SETTINGS = (
     ),
     Setting(
         "sdtpu_tokenizer", None, parse_optional_text,
-        "A folder with CLIP's vocabulary, for a checkpoint in one `.safetensors` file, which has none",
+        "A folder with CLIP's vocabulary, or a checkpoint's folder with it in `tokenizer/`, for a checkpoint in one"
+        " `.safetensors` file, which has none",
     ),
     Setting(
         "sdtpu_prediction_type", "auto", parse_choice("auto", "epsilon", "v_prediction"),
@@ -74,13 +75,19 @@ SETTINGS = (
     ),
     Setting(
         "sdtpu_loras_merged", (), parse_loras,
-        "LoRAs to merge into the checkpoint when the worker starts: `.safetensors` files, each with a weight after an"
-        " equals sign (1 without), with commas between them, or pairs of file and weight. Results name them",
+        "LoRAs to merge into the checkpoint when the worker starts: `.safetensors` files, folders with one, or names on"
+        " the hub (`owner/name` or `owner/name/file.safetensors`), each with a weight after an equals sign (1 without),"
+        " with commas between them, or pairs of name and weight. Results name them",
     ),
     Setting(
         "sdtpu_guidance", "auto", parse_choice("auto", "on", "off"),
         "Whether every job has a row in the batch for its negative prompt, without which guidance scales above 1 are"
         " refused and a step costs half. `auto`: as the checkpoint needs; distilled ones need none",
+    ),
+    Setting(
+        "sdtpu_image_inputs", True, parse_switch,
+        "Whether jobs may start from a picture (image to image, inpainting). When it is off, the worker keeps no"
+        " encoder for pictures on the devices, compiles faster, and refuses such jobs",
     ),
     Setting(
         "sdtpu_platform", "auto", parse_choice("auto", "tpu", "gpu", "cpu"),
@@ -242,6 +249,7 @@ class Config:
     prediction_type: str
     loras_merged: tuple[tuple[str, float], ...]
     guidance: str
+    image_inputs: bool
     platform: str
     cpu_devices: int
     dtype: str

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sdtpu_worker.contract.request import MAX_SIDE, SIDE_MULTIPLE
+from sdtpu_worker.contract.parameter_checks import MAX_SIDE, SIDE_MULTIPLE
 
 SIZE_LISTS = {
     "sdxl": (
@@ -106,7 +106,7 @@ def parse_optional_text(value: Any) -> str | None:
 
 
 def parse_loras(value: Any) -> tuple[tuple[str, float], ...]:
-    """Return the files and weights of "a.safetensors=0.8,b.safetensors" or of a sequence of pairs or names."""
+    """Return the names and weights of "a.safetensors=0.8,owner/name" or of a sequence of pairs or names."""
     wanted = "files with weights, like 'a.safetensors=0.8,b.safetensors' or [('a.safetensors', 0.8)]"
     entries = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
     if not isinstance(entries, list | tuple):

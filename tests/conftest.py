@@ -8,5 +8,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the fault tests run in full; here, because only this file is read before the command line is."""
     parser.addoption(
-        "--long", action="store_true", help="run tests/chaos and tests/histories in their long form: hours"
+        "--long",
+        action="store_true",
+        help="run tests/chaos, tests/histories and tests of loading in their long form: hours",
     )

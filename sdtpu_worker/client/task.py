@@ -19,6 +19,7 @@ from sdtpu_worker.client.routing import generation_route, name_of
 from sdtpu_worker.contract.queues import SENT_AT_HEADER, TASK_NAME
 from sdtpu_worker.contract.request import GenerationRequest, check_arguments, draw_seed
 from sdtpu_worker.errors import EngineUnavailable, InvalidRequest, Overloaded
+from sdtpu_worker.images.bring import bring_pictures
 
 
 class GenerateTask(Task):
@@ -37,7 +38,12 @@ class GenerateTask(Task):
     stand_in: ClassVar[Callable[[Task, Sequence[Any], Mapping[str, Any]], dict[str, Any]] | None] = None
 
     def signature(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Signature:
-        """Build a signature; the parameters given so far are checked at once, so that a group fails as a whole."""
+        """Build a signature; the parameters given so far are checked at once, so that a group fails as a whole.
+
+        Pictures are stored at once, since a signature travels in a message.
+        """
+        if kwargs:
+            kwargs = bring_pictures(self.app, kwargs)
         if not current_task:
             check_arguments(args or (), kwargs or {})
         return super().signature(args, kwargs, *rest, **options)
@@ -47,15 +53,17 @@ class GenerateTask(Task):
     def apply_async(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Any:
         """Enqueue the job; see `GenerationRequest` for the parameters.
 
-        The further parameter `tenant` chooses the job's queue, so that tenants are served in turn.
+        The further parameter `tenant` chooses the job's queue, so that tenants are served in turn. A picture may be
+        given as bytes, a PIL image or a `pathlib.Path`: it is put into the image store first.
 
         Raises:
             InvalidRequest: a parameter is not allowed.
+            StorageError: a picture could not be stored.
             QueueFull: too many jobs wait already (`sdtpu_max_queue`).
             DeadlineUnreachable: the job clearly could not have a slot before it `expires`.
             BrokerUnavailable: Redis cannot be reached or refuses the job.
         """
-        args, kwargs = tuple(args or ()), dict(kwargs or {})
+        args, kwargs = tuple(args or ()), bring_pictures(self.app, kwargs or {})
         options = plain_options({"expires": self.expires, **options})
         request = None if current_task else GenerationRequest.parse(args, kwargs)
         if kwargs.get("seed") is None:

@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 import secrets
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdtpu_worker.contract.parameter_checks import (
+    check_choice,
+    check_flag,
+    check_fraction,
+    check_guidance,
+    check_integer,
+    check_optional_text,
+    check_pair,
+    check_prompt,
+    check_sampler,
+    check_seed,
+    check_side,
+    check_tenant,
+)
+from sdtpu_worker.contract.picture_reference import check_picture, is_result, named_picture, shown_picture
 from sdtpu_worker.contract.samplers import SIGMA_SPACINGS, resolve_sampler
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.redaction import brief
 
 MAX_STEPS = 1000
-MAX_PROMPT_CHARACTERS = 10_000
-MAX_SEED = 2**63 - 1
 DRAWN_SEED_BITS = 53
 """Bits of a seed that nobody chose: JavaScript's numbers, and so every browser's JSON, carry that many exactly."""
-MAX_GUIDANCE_SCALE = 1000.0
-MAX_TENANT_CHARACTERS = 128
-MAX_SIDE = 4096
-MAX_TOLD_SIDE = 65_536
 MAX_CLIP_SKIP = 11
 DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE = 50, 7.5
 """Of checkpoints that ask for nothing else."""
-SIDE_MULTIPLE = 8
+DEFAULT_STRENGTH = 0.8
+"""Of a job with an image and no mask, as in diffusers; with a mask it is 1."""
+DEFAULT_IMAGE_GUIDANCE_SCALE = 1.5
+PICTURES = ("image", "mask_image")
+"""The parameters that are pictures."""
 IMAGE_FORMATS = ("png", "jpeg", "webp")
-_SEED_DIGITS = re.compile("[0-9]{1,19}")
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,15 @@ class GenerationRequest:
         original_size, target_size: `(height, width)` that a Stable Diffusion XL checkpoint is told, in pixels; None for
             the image's own.
         crops_coords_top_left: `(top, left)` that it is told, in pixels; None for `(0, 0)`.
+        image: a picture to start from, as `contract.picture_reference` names one; its size is the result's. What was an
+            earlier result becomes its image's URI here.
+        strength: how much of the image is given up, above 0 to 1: the share of the steps that are taken. None for 0.8,
+            and for 1 with a mask.
+        mask_image: a picture of the same size: where it is light, the image is drawn again; the rest stays.
+        preserve_unmasked: what the mask does not cover has the image's own pixels, bit for bit; without, they are what
+            the autoencoder makes of them.
+        image_guidance_scale: how strongly the image counts for a checkpoint that follows edit instructions
+            (InstructPix2Pix); None for 1.5. Below 1 there is no guidance at all, as in diffusers.
 
     Raises:
         InvalidRequest: a value is not allowed; the text says what was got and what is allowed.
@@ -82,6 +101,11 @@ class GenerationRequest:
     original_size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     crops_coords_top_left: tuple[int, int] | None = None
+    image: str | None = None
+    strength: float | None = None
+    mask_image: str | None = None
+    preserve_unmasked: bool = True
+    image_guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -92,6 +116,9 @@ class GenerationRequest:
         object.__setattr__(self, "negative_prompt", self.negative_prompt or "")
         if self.sampler is not None:
             self._resolve_sampler(self.sampler)
+        for name in ("mask_image", "strength", "image_guidance_scale"):
+            if (value := getattr(self, name)) is not None and self.image is None:
+                raise InvalidRequest(f"{name} must come with an image, got {brief(value)} without one")
 
     def _resolve_sampler(self, name: str) -> None:
         sampler, sigmas = resolve_sampler(name)
@@ -104,17 +131,16 @@ class GenerationRequest:
     def parse(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerationRequest:
         """Return the request that a task's arguments make: the prompt first or by name, the others by name.
 
+        In a chain the first argument may be the result of an earlier job, whose image is then the one to start from.
         The argument `tenant`, which chooses the job's queue, is checked too, but it is not a part of the request.
 
         Raises:
             InvalidRequest: an argument is missing, unknown or not allowed.
         """
         check_arguments(args, kwargs)
-        if not args and "prompt" not in kwargs:
+        given = {name: value for name, value in _by_name(args, kwargs).items() if name in _CHECKS}
+        if "prompt" not in given:
             raise InvalidRequest("prompt is missing: pass it as the first argument, a string")
-        given = {name: value for name, value in kwargs.items() if name in _CHECKS}
-        if args:
-            given["prompt"] = args[0]
         return cls(**given)
 
     def with_seed(self, task_id: str) -> GenerationRequest:
@@ -140,15 +166,18 @@ class GenerationRequest:
         """Return what else was asked for than every result reports: JSON-compatible, without what is the default."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         values = {name: getattr(self, name) for name in _OPTIONS}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if value != defaults[name]
-        }
+        return {name: _plain(name, value) for name, value in values.items() if value != defaults[name]}
 
     def to_json(self) -> dict[str, Any]:
         """Return the parameters as a JSON-compatible dict."""
         return dataclasses.asdict(self)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a parameter as results report it."""
+    if name in PICTURES:
+        return shown_picture(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def check_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -157,15 +186,27 @@ def check_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     Raises:
         InvalidRequest: an argument is unknown, given twice or not allowed.
     """
-    if len(args) > 1:
-        raise InvalidRequest(f"only the prompt is positional, got {len(args)} positional arguments; name the others")
-    if args and "prompt" in kwargs:
-        raise InvalidRequest("prompt was given twice, by position and by name; give it once")
-    given = {**kwargs, **({"prompt": args[0]} if args else {})}
-    for name, value in given.items():
+    for name, value in _by_name(args, kwargs).items():
         if name not in _ARGUMENT_CHECKS:
             raise InvalidRequest(f"unknown parameter {brief(name)}; the parameters are {', '.join(_ARGUMENT_CHECKS)}")
         _ARGUMENT_CHECKS[name](name, value)
+
+
+def _by_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a task's arguments by name; a positional mapping is an earlier result, whose image is the one meant.
+
+    Raises:
+        InvalidRequest: an argument is given twice.
+    """
+    if len(args) > 1:
+        raise InvalidRequest(f"only the prompt is positional, got {len(args)} positional arguments; name the others")
+    given = dict(kwargs)
+    if args:
+        name = "image" if is_result(args[0]) else "prompt"
+        if given.get(name) is not None:
+            raise InvalidRequest(f"{name} was given twice, by position and by name; give it once")
+        given[name] = args[0]
+    return given
 
 
 def draw_seed() -> int:
@@ -178,131 +219,30 @@ def seed_from_task_id(task_id: str) -> int:
     return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:8], "big") >> (64 - DRAWN_SEED_BITS)
 
 
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise InvalidRequest(f"{name} must be a string, got {type(value).__name__}: {brief(value)}")
-    if len(value) > MAX_PROMPT_CHARACTERS:
-        raise InvalidRequest(f"{name} must have at most {MAX_PROMPT_CHARACTERS:,} characters, got {len(value):,}")
-    for position, character in enumerate(value):
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
-            raise InvalidRequest(
-                f"{name} must not have control characters, got {character!r} at position {position}; remove it"
-            )
-
-
-def _check_optional_text(name: str, value: Any) -> None:
-    if value is not None:
-        _check_text(name, value)
-
-
-def _check_prompt(name: str, value: Any) -> None:
-    _check_text(name, value)
-    if not value.strip():
-        raise InvalidRequest(f"{name} must not be empty, got {brief(value)}")
-
-
-def _check_tenant(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, str) or not 1 <= len(value) <= MAX_TENANT_CHARACTERS:
-        raise InvalidRequest(f"{name} must be a string of 1 to {MAX_TENANT_CHARACTERS} characters, got {brief(value)}")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise InvalidRequest(f"{name} must not have control characters, got {brief(value)}")
-
-
-def _check_seed(name: str, value: Any) -> None:
-    if value is None or (isinstance(value, str) and _SEED_DIGITS.fullmatch(value) and int(value) <= MAX_SEED):
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SEED:
-        raise InvalidRequest(
-            f"{name} must be an integer from 0 to 2**63 - 1, or a string of its decimal digits, got {brief(value)}"
-        )
-
-
-def _check_integer(low: int, high: int, optional: bool = False) -> Any:
-    def check(name: str, value: Any) -> None:
-        if value is None and optional:
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise InvalidRequest(f"{name} must be an integer from {low} to {high}, got {brief(value)}")
-
-    return check
-
-
-def _check_guidance(name: str, value: Any) -> None:
-    if value is None:
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not -MAX_GUIDANCE_SCALE <= value <= MAX_GUIDANCE_SCALE:  # also of NaN, and of any integer
-        raise InvalidRequest(
-            f"{name} must be a finite number from -{MAX_GUIDANCE_SCALE:.0f} to {MAX_GUIDANCE_SCALE:.0f},"
-            f" got {brief(value)}"
-        )
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise InvalidRequest(f"{name} must be a number from 0 to 1, got {brief(value)}")
-
-
-def _check_pair(low: int) -> Any:
-    def check(name: str, value: Any) -> None:
-        if value is None:
-            return
-        is_pair = isinstance(value, list | tuple) and len(value) == 2
-        if not is_pair or any(type(side) is not int or not low <= side <= MAX_TOLD_SIDE for side in value):
-            raise InvalidRequest(
-                f"{name} must be two integers from {low} to {MAX_TOLD_SIDE:,}, the vertical one first,"
-                f" got {brief(value)}"
-            )
-
-    return check
-
-
-def _check_side(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_SIDE or value % SIDE_MULTIPLE:
-        raise InvalidRequest(
-            f"{name} must be a multiple of {SIDE_MULTIPLE} up to {MAX_SIDE} pixels, got {brief(value)}"
-        )
-
-
-def _check_sampler(name: str, value: Any) -> None:
-    if value is not None:
-        resolve_sampler(value)
-
-
-def _check_choice(choices: Sequence[str], optional: bool = False) -> Any:
-    def check(name: str, value: Any) -> None:
-        if (value is None and optional) or (isinstance(value, str) and value in choices):
-            return
-        raise InvalidRequest(f"{name} must be one of {', '.join(choices)}, got {brief(value)}")
-
-    return check
-
-
 _CHECKS: dict[str, Any] = {
-    "prompt": _check_prompt,
-    "negative_prompt": _check_optional_text,
-    "seed": _check_seed,
-    "num_inference_steps": _check_integer(1, MAX_STEPS, optional=True),
-    "guidance_scale": _check_guidance,
-    "height": _check_side,
-    "width": _check_side,
-    "sampler": _check_sampler,
-    "image_format": _check_choice(IMAGE_FORMATS),
-    "sigmas": _check_choice(SIGMA_SPACINGS, optional=True),
-    "eta": _check_fraction,
-    "guidance_rescale": _check_fraction,
-    "clip_skip": _check_integer(0, MAX_CLIP_SKIP),
-    "prompt_2": _check_optional_text,
-    "negative_prompt_2": _check_optional_text,
-    "original_size": _check_pair(1),
-    "target_size": _check_pair(1),
-    "crops_coords_top_left": _check_pair(0),
+    "prompt": check_prompt,
+    "negative_prompt": check_optional_text,
+    "seed": check_seed,
+    "num_inference_steps": check_integer(1, MAX_STEPS, optional=True),
+    "guidance_scale": check_guidance,
+    "height": check_side,
+    "width": check_side,
+    "sampler": check_sampler,
+    "image_format": check_choice(IMAGE_FORMATS),
+    "sigmas": check_choice(SIGMA_SPACINGS, optional=True),
+    "eta": check_fraction(),
+    "guidance_rescale": check_fraction(),
+    "clip_skip": check_integer(0, MAX_CLIP_SKIP),
+    "prompt_2": check_optional_text,
+    "negative_prompt_2": check_optional_text,
+    "original_size": check_pair(1),
+    "target_size": check_pair(1),
+    "crops_coords_top_left": check_pair(0),
+    "image": check_picture,
+    "strength": check_fraction(),
+    "mask_image": check_picture,
+    "preserve_unmasked": check_flag,
+    "image_guidance_scale": check_guidance,
 }
 _OPTIONS = (*list(_CHECKS)[list(_CHECKS).index("image_format") + 1 :],)
 _KINDS: dict[str, Any] = {
@@ -313,5 +253,9 @@ _KINDS: dict[str, Any] = {
     "original_size": tuple,
     "target_size": tuple,
     "crops_coords_top_left": tuple,
+    "image": named_picture,
+    "strength": float,
+    "mask_image": named_picture,
+    "image_guidance_scale": float,
 }
-_ARGUMENT_CHECKS = {**_CHECKS, "tenant": _check_tenant}
+_ARGUMENT_CHECKS = {**_CHECKS, "tenant": check_tenant}

@@ -51,6 +51,9 @@ class ServableJob(Job, Protocol):
     def truncated(self) -> bool:
         """Whether a prompt was longer than the text encoder takes."""
 
+    def finish(self, pixels: Any) -> Any:
+        """Return the picture of what the devices decoded: with the pixels that the job's mask leaves alone."""
+
 
 class Snapshot(Protocol):
     """A job's whole state off the devices, or on its way from there. Any thread may use it."""
@@ -236,8 +239,14 @@ class ServingEngine(DeviceEngine, Protocol):
     def traces_since_ready(self) -> int:
         """Programs that this process traced or compiled since the engine was ready; 0 while all is well."""
 
-    def prepare(self, task_id: str, request: GenerationRequest) -> ServableJob:
+    def prepare(self, task_id: str, request: GenerationRequest, pictures: Mapping[str, Any]) -> ServableJob:
         """Do the host's part of a job.
+
+        Args:
+            task_id: names the job in plans.
+            request: with a seed.
+            pictures: the request's, by parameter: `image`, `(height, width, 3) uint8`, and `mask_image`,
+                `(height, width) bool`.
 
         Raises:
             InvalidRequest: this engine does not serve the request.

@@ -8,11 +8,10 @@ import numpy as np
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
-from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion import previews
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.engine_io import Calibration
-from sdtpu_worker.diffusion.preparation import PreparedJob
+from sdtpu_worker.diffusion.preparation import PreparedJob, plain_request
 from sdtpu_worker.diffusion.reference_image import agree, draw_reference_image
 
 _TASK_ID, _STEPS = "calibration", 4
@@ -94,6 +93,5 @@ def _fit_colours(engine: Engine, lane: Lane) -> np.ndarray:
 def _job(
     engine: Engine, lane: Lane, task_id: str, prompt: str = "calibration", seed: int = 0, steps: int = 1
 ) -> PreparedJob:
-    height, width = lane
-    request = GenerationRequest(prompt, seed=seed, num_inference_steps=steps, height=height, width=width)
-    return engine.prepare(task_id, request)
+    request, pictures = plain_request(engine.checkpoint.family, lane, prompt, seed, steps)
+    return engine.prepare(task_id, request, pictures)

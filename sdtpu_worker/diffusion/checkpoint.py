@@ -1,7 +1,7 @@
-"""Load a checkpoint: any folder or hub name in the diffusers layout.
+"""Load a checkpoint: any folder or hub name in the diffusers layout, or one file in the original layout.
 
-Weights are Flax's msgpack or safetensors, see `weights.py`: no pickle, and no random initialisation first. Which family
-a checkpoint is of, its parts say; every key of its configs is honoured or refused.
+Weights are safetensors or Flax's msgpack, see `loading/`: no pickle, and no random initialisation first. Which family a
+checkpoint is of, its parts say; every key of its configs is honoured or refused.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from sdtpu_worker.contract.request import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, GenerationRequest
+from sdtpu_worker.diffusion.checkpoint_file import CheckpointFile
 from sdtpu_worker.diffusion.checkpoint_folder import Folder, find_folder
 from sdtpu_worker.diffusion.families.family import Family, Params
-from sdtpu_worker.diffusion.lora import Loras, MergedLora
+from sdtpu_worker.diffusion.loading.load import read_weights
+from sdtpu_worker.diffusion.loading.lora import MergedLora
 from sdtpu_worker.diffusion.parts import Parts
 from sdtpu_worker.diffusion.samplers import NoiseSchedule
-from sdtpu_worker.diffusion.single_file import SingleFile
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 from sdtpu_worker.models import networks
 from sdtpu_worker.models.configs import read_safety_checker_config
@@ -100,9 +101,10 @@ class LoadOptions:
     Attributes:
         revision: of a hub checkpoint.
         guidance: `on`: every job has a row for its negative prompt; `off`: none has; `auto`: as the checkpoint needs.
-        tokenizer: folder with CLIP's vocabulary, for a checkpoint in one file.
+        tokenizer: folder with CLIP's vocabulary, or of a checkpoint that has it, for a checkpoint in one file.
         prediction_type: `epsilon` or `v_prediction`, for a checkpoint in one file; `auto` for what is known of it.
-        loras_merged: `(file, weight)` of LoRAs to merge.
+        loras_merged: `(name, weight)` of LoRAs to merge; see `loading.lora_files.find_lora` for names.
+        image_inputs: jobs may start from a picture.
     """
 
     revision: str = "main"
@@ -110,6 +112,7 @@ class LoadOptions:
     tokenizer: str | None = None
     prediction_type: str = "auto"
     loras_merged: tuple[tuple[str, float], ...] = ()
+    image_inputs: bool = True
 
 
 def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | None = None) -> Checkpoint:
@@ -129,8 +132,7 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
     source = _open(find_folder(name, options.revision), options)
     # PyTorch's pipelines for 1.x and 2.x mend outdated configs; the one for XL does not.
     schedule = NoiseSchedule.from_config(source.scheduler_config, corrects_outdated=not source.is_xl)
-    loras = Loras(options.loras_merged)
-    parts = Parts(source, dtype, loras)
+    parts = Parts(source, dtype, options.loras_merged, options.image_inputs)
     defaults = _defaults(schedule, parts.guidance_width)
     if options.guidance == "on" and parts.guidance_width:
         raise ConfigurationError(
@@ -141,19 +143,20 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
     is_guided = needs_guidance if options.guidance == "auto" else options.guidance == "on"
     if needs_guidance and not is_guided:
         defaults = replace(defaults, guidance_scale=1.0)
+    family = parts.family(is_guided)
     return Checkpoint(
         name=name,
         dtype=dtype,
-        family=parts.family(is_guided),
+        family=family,
         params=parts.params,
         schedule=schedule,
         defaults=defaults,
         safety_checker=_load_safety_checker(source) if source.has_safety_checker else None,
-        loras=loras.merged,
+        loras=parts.loras,
     )
 
 
-def _open(path: Path, options: LoadOptions) -> Folder | SingleFile:
+def _open(path: Path, options: LoadOptions) -> Folder | CheckpointFile:
     """Return a folder or a file.
 
     Raises:
@@ -161,7 +164,7 @@ def _open(path: Path, options: LoadOptions) -> Folder | SingleFile:
     """
     prediction_type = None if options.prediction_type == "auto" else options.prediction_type
     if path.is_file():
-        return SingleFile(path, options.tokenizer, prediction_type)
+        return CheckpointFile(path, options.tokenizer, prediction_type)
     if prediction_type is not None:
         raise ConfigurationError(
             f"sdtpu_prediction_type must be auto for {path}: it is a folder, whose scheduler_config.json says it; it is"
@@ -191,7 +194,7 @@ def _defaults(schedule: NoiseSchedule, guidance_width: int) -> Defaults:
     return Defaults(sampler, DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE)
 
 
-def _load_safety_checker(source: Folder | SingleFile) -> LoadedSafetyChecker:
+def _load_safety_checker(source: Folder | CheckpointFile) -> LoadedSafetyChecker:
     from transformers import CLIPImageProcessor
 
     try:
@@ -204,4 +207,5 @@ def _load_safety_checker(source: Folder | SingleFile) -> LoadedSafetyChecker:
         raise InvalidCheckpoint(
             f"{source.name}: the safety checker cannot be used: {type(exc).__name__}: {exc}"
         ) from exc
-    return LoadedSafetyChecker(network, source.weights("safety_checker", network.shapes, jnp.float32), extractor)
+    params = read_weights(source.open("safety_checker", network.shapes), network.shapes, jnp.float32)
+    return LoadedSafetyChecker(network, params, extractor)

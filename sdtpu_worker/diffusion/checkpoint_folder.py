@@ -8,19 +8,26 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from sdtpu_worker.diffusion.loading.part_files import has_weights, open_part
+from sdtpu_worker.diffusion.loading.tensors import Shapes, TensorSource
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
-from sdtpu_worker.diffusion.weights import Deltas, find_weights, read_weights
 from sdtpu_worker.errors import InvalidCheckpoint
 
-EMBEDDED = "embedded"
-_EMBEDDED_FOLDER = Path(str(resources.files("sdtpu_worker"))) / "checkpoint"
+EMBEDDED = {"embedded": "checkpoint", "embedded-turbo": "checkpoint_turbo"}
+"""The checkpoints that the package brings, by name, with their folders in it."""
 _FILES = ["*.json", "*/*.json", "tokenizer*/*.txt"]
-# One format after the other, until every part has its weights: a hub often has the same weights in several.
-_WEIGHTS = (["*/*.msgpack"], ["*/*model.safetensors", "*/*model-*-of-*.safetensors"], ["*/*fp16*.safetensors"])
+# One after the other, until every part has its weights: a hub often has the same weights in several variants and
+# formats. The order is that of `find_weights`.
+_WEIGHTS = (
+    ["*/*model.safetensors", "*/*model-?????-of-?????.safetensors"],
+    ["*/*fp16*.safetensors"],
+    ["*/*bf16*.safetensors"],
+    ["*/*model[.-]*.safetensors"],
+    ["*/*.msgpack"],
+)
 _PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _XL_PARTS = {**_PARTS, "text_encoder_2": "CLIPTextModelWithProjection"}
+_ALSO = {"vae": ("AutoencoderTiny",)}
 _OTHERS = {"scheduler", "tokenizer", "tokenizer_2", "safety_checker", "feature_extractor"}
 _SERVED = "this worker runs Stable Diffusion 1.x, 2.x and XL checkpoints, and what is distilled from them"
 
@@ -31,8 +38,8 @@ def find_folder(name: str, revision: str) -> Path:
     Raises:
         InvalidCheckpoint: there is none of this name.
     """
-    if name == EMBEDDED:
-        return _EMBEDDED_FOLDER
+    if name in EMBEDDED:
+        return Path(str(resources.files("sdtpu_worker"))) / EMBEDDED[name]
     folder = Path(name).expanduser()
     if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
         return folder
@@ -44,8 +51,8 @@ def find_folder(name: str, revision: str) -> Path:
         )
     if name.startswith(("/", ".", "~")) or name.count("/") != 1 or folder.exists():
         raise InvalidCheckpoint(
-            f"sdtpu_model must be a folder, a .safetensors file, a hub name like 'owner/name', or '{EMBEDDED}';"
-            f" there is no folder {name!r}"
+            f"sdtpu_model must be a folder, a .safetensors file, a hub name like 'owner/name', or one of"
+            f" {', '.join(EMBEDDED)}; there is no folder {name!r}"
         )
     try:
         return _download(name, revision)
@@ -59,7 +66,7 @@ def find_folder(name: str, revision: str) -> Path:
 
 
 class Folder:
-    """A checkpoint in the diffusers layout; `single_file.SingleFile` gives the same of one file.
+    """A checkpoint in the diffusers layout; `checkpoint_file.CheckpointFile` gives the same of one file.
 
     Args:
         path: of the folder.
@@ -96,24 +103,19 @@ class Folder:
         """Return the tokenizer in a folder of this name."""
         return PromptTokenizer.from_folder(self.path / name, most)
 
-    def weights(
-        self, part: str, shapes: Mapping[str, tuple[int, ...]], dtype: Any, deltas: Deltas | None = None
-    ) -> dict[str, np.ndarray]:
-        """Return a part's parameters; see `weights.read_weights`."""
-        return read_weights(self.path, part, shapes, dtype, deltas)
-
-    def check_all_used(self) -> None:
-        """Do nothing: every file of a folder is checked when it is read."""
+    def open(self, part: str, shapes: Shapes) -> TensorSource:
+        """Return a part's tensors; their names do not depend on the shapes."""
+        return open_part(self.path, part)
 
 
 def _download(name: str, revision: str) -> Path:
-    """Download a hub checkpoint, each part in one format; a pickle is never downloaded."""
+    """Download a hub checkpoint, each part in one variant; a pickle is never downloaded."""
     from huggingface_hub import snapshot_download
 
     for patterns in _WEIGHTS:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_FILES, *patterns]))
         parts = {*_XL_PARTS, "safety_checker"} & set(read_classes(folder))
-        if all(find_weights(folder, part) for part in parts):
+        if all(has_weights(folder, part) for part in parts):
             break
     return folder
 
@@ -136,9 +138,11 @@ def check_classes(folder: Path, classes: Mapping[str, str]) -> None:
     """
     wanted = _XL_PARTS if "text_encoder_2" in classes else _PARTS
     for part, name in wanted.items():
-        if classes.get(part) != name:
+        allowed = (name, *_ALSO.get(part, ()))
+        if classes.get(part) not in allowed:
             raise InvalidCheckpoint(
-                f"{folder}: model_index.json must name {name} as {part}, got {classes.get(part)}; {_SERVED}"
+                f"{folder}: model_index.json must name {' or '.join(allowed)} as {part}, got {classes.get(part)};"
+                f" {_SERVED}"
             )
     if more := sorted(set(classes) - set(wanted) - _OTHERS):
         raise InvalidCheckpoint(

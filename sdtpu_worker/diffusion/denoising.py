@@ -5,6 +5,7 @@ These functions are traced into the tick of `programs.py`. Shapes are as in `slo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from sdtpu_worker.contract.request import MAX_STEPS
-from sdtpu_worker.diffusion.families.family import Family, rows_per_job
+from sdtpu_worker.diffusion.families.family import Family, Pictures, PictureUse
 from sdtpu_worker.diffusion.samplers import COLUMNS
-from sdtpu_worker.diffusion.slots import Decoded, Geometry, Phases, Slots
+from sdtpu_worker.diffusion.slots import Decoded, Geometry, Phases, Picture, Slots
 from sdtpu_worker.diffusion.tiled_decoding import decode_in_tiles
+
+_NOISE_OF_PICTURES = 2**32 - 1
+"""What the noise of encoded pictures is drawn with; the noise of steps is with their numbers."""
 
 
 def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: Phases) -> Slots:
@@ -23,33 +27,65 @@ def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: 
     slot = todo.insert_slot
 
     def start(slots: Slots) -> Slots:
-        noise = jax.random.normal(jax.random.wrap_key_data(todo.key_data), geometry.latent_shape, jnp.float32)
-        conditioning = family.encode(params, todo.inputs)
+        pictures = _pictures(geometry, todo) if geometry.takes_pictures else None
+        conditioning = family.encode(params, todo.inputs, pictures)
+        latents, picture = _initial_noise(todo.key_data, geometry.latent_shape) * todo.first_level[1], None
+        if pictures is not None:
+            picture = _picture_of(family, geometry, params, todo, pictures)
+            latents = jnp.where(todo.has_image, picture.latents * todo.first_level[0] + latents, latents)
         started = Slots(
-            latents=noise * todo.init_noise_sigma,
+            latents=latents,
             history=jnp.zeros((3, *geometry.latent_shape)),
             step=jnp.zeros((), jnp.int32),
             num_steps=todo.num_steps,
             guidance_scale=todo.guidance_scale,
             guidance_rescale=todo.guidance_rescale,
+            image_guidance_scale=todo.image_guidance_scale,
             key_data=todo.key_data,
             conditioning={name: conditioning[name].astype(leaf.dtype) for name, leaf in geometry.conditioning.items()},
             table=todo.table,
+            picture=picture,
         )
         return jax.tree.map(lambda leaf, row: leaf.at[slot].set(row), slots, started)
 
     return jax.lax.cond(slot >= 0, start, lambda slots: slots, slots)
 
 
+def _initial_noise(key_data: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return the noise that a job starts from, of this shape; `(2,) uint32` words of its key."""
+    return jax.random.normal(jax.random.wrap_key_data(key_data), shape, jnp.float32)
+
+
+def _pictures(geometry: Geometry, todo: Phases) -> Pictures:
+    """Return a job's pictures as its family takes them."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(todo.key_data), _NOISE_OF_PICTURES)
+    noise = jax.random.normal(key, (2, *geometry.latent_shape), jnp.float32)
+    return Pictures(todo.image.astype(jnp.float32) / 127.5 - 1, todo.mask, noise)
+
+
+def _picture_of(family: Family, geometry: Geometry, params: Any, todo: Phases, pictures: Pictures) -> Picture:
+    """Return what a slot keeps of a job's image; its latents only if the job starts from them, or keeps some."""
+    blends = family.picture_use is PictureUse.START
+    kept = ~todo.mask[:: family.scale_factor, :: family.scale_factor] & todo.has_image & blends
+    latents = jax.lax.cond(
+        todo.has_image & ((todo.first_level[0] > 0) | kept.any()),
+        lambda: family.encode_image(params, pictures.image, pictures.noise[0]),
+        lambda: jnp.zeros(geometry.latent_shape, jnp.float32),
+    )
+    return Picture(latents, kept)
+
+
 def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps: jax.Array) -> Slots:
     """Take `steps` denoising steps in all slots of the device; a slot keeps its values after its job's last step."""
-    num_slots, halves = geometry.slots_per_device, rows_per_job(family)
+    num_slots, halves = geometry.slots_per_device, family.rows
     rows = jnp.arange(num_slots)
     # All negative prompts first, then the prompts: (H * S, …).
     conditioning = {
         name: leaf.swapaxes(0, 1).reshape(halves * num_slots, *leaf.shape[2:])
         for name, leaf in slots.conditioning.items()
     }
+
+    blend = _make_blend(slots, geometry.latent_shape)
 
     def denoise(_: Any, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, history, step = carry
@@ -67,6 +103,7 @@ def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps
             + column["e"] * history[:, 2]
             + column["n"] * noise
         )
+        x_next = blend(x_next, column["s"], column["u"])
         h = column["p"] * x + column["q"] * m + column["r"] * noise
         pushed = jnp.concatenate([h[:, None], history[:, :2]], axis=1)
         running = (step < slots.num_steps)[:, None, None, None]
@@ -81,25 +118,44 @@ def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps
     return slots._replace(latents=x, history=history, step=step)
 
 
+def _make_blend(slots: Slots, latent_shape: tuple[int, ...]) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Return what keeps an image where it is not drawn again: its latents with noise, at the sample's own level."""
+    if slots.picture is None:
+        return lambda x, signal, noise: x
+    latents, kept = slots.picture.latents, slots.picture.kept[:, None]
+    unit = jax.lax.cond(
+        kept.any(),
+        lambda: jax.vmap(lambda words: _initial_noise(words, latent_shape))(slots.key_data),
+        lambda: jnp.zeros_like(latents),
+    )
+    return lambda x, signal, noise: jnp.where(kept, signal * latents + noise * unit, x)
+
+
 def _guide(out: jax.Array, slots: Slots) -> jax.Array:
     """Return the guided outputs, `(S, C, h, w)`, of the model's, `(H * S, C, h, w)`.
 
-    A scale of 1 or less is no guidance, as in diffusers: the prompt alone. A rescale above 0 brings the guided output's
-    standard deviation nearer to the conditional one's (arXiv 2305.08891, section 3.4).
+    A scale of 1 or less is no guidance, as in diffusers: the prompt alone; so is an image's scale below 1. A rescale
+    above 0 brings the guided output's standard deviation nearer to the conditional one's (arXiv 2305.08891, section
+    3.4).
     """
-    num_slots = slots.step.shape[0]
-    if out.shape[0] == num_slots:
+    rows = out.shape[0] // slots.step.shape[0]
+    if rows == 1:
         return out
     scale, rescale = slots.guidance_scale[:, None, None, None], slots.guidance_rescale[:, None, None, None]
-    unconditional, conditional = jnp.split(out, 2)
+    unconditional, *of_image, conditional = jnp.split(out, rows)
+    is_guided = scale > 1
     guided = unconditional + scale * (conditional - unconditional)
+    if of_image:
+        image_scale = slots.image_guidance_scale[:, None, None, None]
+        guided = unconditional + scale * (conditional - of_image[0]) + image_scale * (of_image[0] - unconditional)
+        is_guided &= image_scale >= 1
 
     def deviation(leaf: jax.Array) -> jax.Array:
         return jnp.std(leaf, axis=(1, 2, 3), keepdims=True)
 
     rescaled = guided * (deviation(conditional) / deviation(guided))
     guided = jnp.where(rescale > 0, rescale * rescaled + (1 - rescale) * guided, guided)
-    return jnp.where(scale > 1, guided, conditional)
+    return jnp.where(is_guided, guided, conditional)
 
 
 def _noise(key_data: jax.Array, step: jax.Array, amount: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -105,6 +105,9 @@ class Engine:
         if checker is not None and self._programs.safety_check is not None:
             self._safety = SafetyChecker(self._programs.safety_check, safety_params, checker.extractor, self.mesh)
         self.info = _describe(checkpoint, devices, self._geometries, self._programs)
+        self._no_pictures = {
+            lane: put(each.no_pictures(len(devices)), self.mesh, SHARDED) for lane, each in self._geometries.items()
+        }
         self._calibration: Calibration | None = None
         self._preview_colours: dict[Lane, jax.Array] = {}
         self.reset()
@@ -152,18 +155,26 @@ class Engine:
         """How many programs this process traced or compiled since the engine was ready; its own are none of them."""
         return self._traces.count()
 
-    def prepare(self, task_id: str, request: GenerationRequest, key_data: np.ndarray | None = None) -> PreparedJob:
+    def prepare(
+        self,
+        task_id: str,
+        request: GenerationRequest,
+        pictures: Mapping[str, np.ndarray] | None = None,
+        key_data: np.ndarray | None = None,
+    ) -> PreparedJob:
         """Do the host's part of a job: tokenise, make the coefficient table and the key.
 
         Args:
             task_id: names the job in plans.
             request: with a seed, unless `key_data` is given.
+            pictures: the request's pictures, by parameter: `image`, `(height, width, 3) uint8`, and `mask_image`,
+                `(height, width) bool`, True where the image is drawn again.
             key_data: `(2,) uint32`, raw key words (for split keys), instead of the request's seed.
 
         Raises:
             InvalidRequest: this engine does not serve the size or the sampler, or there is no seed.
         """
-        return prepare_job(self.checkpoint, self._geometries, task_id, request, key_data)
+        return prepare_job(self.checkpoint, self._geometries, task_id, request, key_data, pictures or {})
 
     def execute(
         self, plan: Plan, jobs: Mapping[str, PreparedJob], snapshots: Mapping[str, JobSnapshot] | None = None
@@ -259,7 +270,7 @@ class Engine:
 
     def _instructions(self, plan: Plan, jobs: Mapping[str, PreparedJob]) -> Instructions:
         """Return a plan as the arrays that the tick's program reads."""
-        todo = self._geometries[plan.lane].no_instructions()
+        todo = self._geometries[plan.lane].no_instructions(self._put_pictures(plan, jobs))
         row = todo.phases
         for i, phases in enumerate(plan.devices):
             todo.num_phases[i] = len(phases)
@@ -273,9 +284,35 @@ class Engine:
                     for name, array in job.inputs.items():
                         row.inputs[name][i, p] = array
                     row.key_data[i, p], row.table[i, p] = job.key_data, job.table
-                    row.num_steps[i, p], row.init_noise_sigma[i, p] = job.num_steps, job.init_noise_sigma
+                    row.num_steps[i, p], row.first_level[i, p] = job.num_steps, job.first_level
+                    row.image_guidance_scale[i, p] = job.image_guidance_scale
+                    row.has_image[i, p] = job.image is not None
                     row.guidance_scale[i, p], row.guidance_rescale[i, p] = job.guidance_scale, job.guidance_rescale
         return todo
+
+    def _put_pictures(self, plan: Plan, jobs: Mapping[str, PreparedJob]) -> Mapping[str, Any]:
+        """Return the pictures of the jobs that a plan inserts, on the devices; only a device with one gets any."""
+        none, geometry = self._no_pictures[plan.lane], self._geometries[plan.lane]
+        brought = {
+            device: by_phase
+            for device, phases in enumerate(plan.devices)
+            if (by_phase := {p: jobs[phase.insert[1]] for p, phase in enumerate(phases) if phase.insert})
+            and any(job.image is not None for job in by_phase.values())
+        }
+        if not brought:
+            return none
+        shards = {name: by_device(array) for name, array in none.items()}
+        for device, by_phase in brought.items():
+            host = geometry.no_pictures(1)
+            for p, job in by_phase.items():
+                if job.image is not None:
+                    host["image"][0, p], host["mask"][0, p] = job.image, True if job.mask is None else job.mask
+            for name, array in host.items():
+                shards[name][device] = jax.device_put(array, self.mesh.devices[device])
+        return {
+            name: jax.make_array_from_single_device_arrays(array.shape, array.sharding, list(shards[name].values()))
+            for name, array in none.items()
+        }
 
     def _take_off(self, lane: Lane, places: Sequence[Place]) -> dict[str, JobSnapshot]:
         """Start copying the states of slots to the host."""

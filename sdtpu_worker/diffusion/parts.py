@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 
+from sdtpu_worker.diffusion.checkpoint_file import CheckpointFile
 from sdtpu_worker.diffusion.checkpoint_folder import Folder
 from sdtpu_worker.diffusion.families.stable_diffusion import StableDiffusion
 from sdtpu_worker.diffusion.families.stable_diffusion_xl import StableDiffusionXL
-from sdtpu_worker.diffusion.lora import Loras
-from sdtpu_worker.diffusion.single_file import SingleFile
+from sdtpu_worker.diffusion.loading.load import iterate_weights
+from sdtpu_worker.diffusion.loading.lora import MergedLora, merge_loras
+from sdtpu_worker.diffusion.loading.tensors import Shapes
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
-from sdtpu_worker.errors import InvalidCheckpoint
+from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 from sdtpu_worker.models import networks
 from sdtpu_worker.models.configs import read_autoencoder_config, read_clip_text_config, read_unet_config
 from sdtpu_worker.models.network import Network
 from sdtpu_worker.redaction import brief
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a part is loaded for.
+
+    Attributes:
+        shapes: of all parameters that the part must have.
+        dtype: of the parameters.
+        kept: the names of those that are used.
+        takes_loras: LoRAs may change it.
+    """
+
+    shapes: Shapes
+    dtype: Any
+    kept: Collection[str]
+    takes_loras: bool
 
 
 class Parts:
@@ -26,13 +46,26 @@ class Parts:
     Args:
         source: the folder or the file.
         dtype: of parameters and computation.
-        loras: what is merged into the parameters.
+        loras: `(name, weight)` of what is merged into the parameters.
+        takes_pictures: keep the half of the autoencoder that makes latents of pictures.
+
+    Attributes:
+        params: by part, then by tensor name; empty until `family` has read them.
+        loras: what was merged; likewise.
     """
 
-    def __init__(self, source: Folder | SingleFile, dtype: Any, loras: Loras) -> None:
-        self.source, self.dtype, self._loras = source, dtype, loras
+    def __init__(
+        self,
+        source: Folder | CheckpointFile,
+        dtype: Any,
+        loras: Sequence[tuple[str, float]] = (),
+        takes_pictures: bool = True,
+    ) -> None:
+        self.source, self.dtype, self._loras_wanted, self._takes_pictures = source, dtype, loras, takes_pictures
         self.params: dict[str, dict[str, Any]] = {}
+        self.loras: tuple[MergedLora, ...] = ()
         self._configs: dict[str, Any] = {}
+        self._wanted: dict[str, _Wanted] = {}
         self._unet_config = self._config("unet", read_unet_config)
 
     @property
@@ -50,9 +83,18 @@ class Parts:
             InvalidCheckpoint: a part is broken, or does not fit another.
         """
         family = self._stable_diffusion_xl(is_guided) if self.source.is_xl else self._stable_diffusion(is_guided)
-        self.source.check_all_used()
-        self._loras.check_all_used()
+        self._load()
         return family
+
+    def _load(self) -> None:
+        """Read every part's parameters, when all configs are known to be good and LoRAs to fit."""
+        shapes = {part: wanted.shapes for part, wanted in self._wanted.items() if wanted.takes_loras}
+        merge = merge_loras(self._loras_wanted, shapes)
+        for part, wanted in self._wanted.items():
+            tensors = self.source.open(part, wanted.shapes)
+            weights = iterate_weights(tensors, wanted.shapes, wanted.dtype, merge.changes.get(part))
+            self.params[part] = {name: array for name, array in weights if name in wanted.kept}
+        self.loras = merge.merged
 
     def _stable_diffusion(self, is_guided: bool) -> StableDiffusion:
         text_encoder, tokenizer, config = self._text_encoder("text_encoder", "tokenizer", projection=False)
@@ -91,24 +133,22 @@ class Parts:
         """
         vae_config = self._config("vae", read_autoencoder_config)
         unet_config = self._unet_config
-        if unet_config.in_channels != vae_config.latent_channels:
-            raise InvalidCheckpoint(
-                f"{self.source.name}: the UNet takes {unet_config.in_channels} channels and the VAE has"
-                f" {vae_config.latent_channels}; inpainting and image-conditioned checkpoints are not supported"
-            )
+        picture_channels = self._picture_channels(unet_config.in_channels, vae_config.latent_channels)
         in_float32 = force_upcast and bool(self._configs["vae"].get("force_upcast"))
         decoder_dtype = jnp.float32 if in_float32 else self.dtype
         unet = self._network("unet", lambda: networks.unet(unet_config), self.dtype)
-        decoder = self._decoder(vae_config, decoder_dtype)
+        decoder, encoder = self._autoencoder(vae_config, decoder_dtype)
         factor = 2 ** (len(vae_config.block_out_channels) - 1)
         height, width = _pair(unet_config.sample_size, self.source.name)
         return {
             "unet": unet,
             "decoder": decoder,
+            "encoder": encoder,
             "default_size": (height * factor, width * factor),
             "scale_factor": factor,
             "size_multiple": factor * 2 ** (len(unet_config.block_out_channels) - 1),
             "latent_channels": vae_config.latent_channels,
+            "picture_channels": picture_channels,
             "scaling_factor": vae_config.scaling_factor,
             "latent_mean": _numbers(vae_config.latents_mean),
             "latent_std": _numbers(vae_config.latents_std),
@@ -119,13 +159,35 @@ class Parts:
             "configs": self._configs,
         }
 
-    def _decoder(self, config: Any, dtype: Any) -> Network:
-        """Return the half of the autoencoder that is used; all tensors of both halves must be there."""
+    def _picture_channels(self, unet_channels: int, latent_channels: int) -> int:
+        """Return how many channels the UNet takes besides the latents.
+
+        Raises:
+            InvalidCheckpoint: they are not those of a model that is served.
+            ConfigurationError: they are, but the worker takes no pictures.
+        """
+        more = unet_channels - latent_channels
+        if more not in (0, latent_channels + 1, *(() if self.source.is_xl else (latent_channels,))):
+            of_edits = "" if self.source.is_xl else f", {2 * latent_channels} for one that follows edit instructions,"
+            raise InvalidCheckpoint(
+                f"{self.source.name}: in_channels of the UNet must be {latent_channels}, as many as the VAE's latents"
+                f" have{of_edits} or {2 * latent_channels + 1} for an inpainting checkpoint, got {unet_channels}"
+            )
+        if more and not self._takes_pictures:
+            raise ConfigurationError(
+                f"sdtpu_image_inputs must be on for {self.source.name}: its UNet sees a picture, and draws nothing"
+                " without one"
+            )
+        return more
+
+    def _autoencoder(self, config: Any, dtype: Any) -> tuple[Network, Network | None]:
+        """Return the decoder, and the encoder if it is used; all tensors of both halves must be there."""
         decoder = self._make(lambda: networks.decoder(config), "vae")
         encoder = self._make(lambda: networks.encoder(config), "vae")
-        tensors = self.source.weights("vae", {**decoder.shapes, **encoder.shapes}, dtype)
-        self.params["vae"] = {name: tensors[name] for name in decoder.shapes}
-        return decoder
+        shapes = {**decoder.shapes, **encoder.shapes}
+        kept = shapes.keys() if self._takes_pictures else decoder.shapes.keys()
+        self._wanted["vae"] = _Wanted(shapes, dtype, kept, takes_loras=False)
+        return decoder, encoder if self._takes_pictures else None
 
     def _text_encoder(self, part: str, tokenizer: str, projection: bool) -> tuple[Network, PromptTokenizer, Any]:
         config = self._config(part, read_clip_text_config)
@@ -143,10 +205,9 @@ class Parts:
             raise InvalidCheckpoint(f"{label}: this config cannot be used: {type(exc).__name__}: {exc}") from exc
 
     def _network(self, part: str, make: Callable[[], Network], dtype: Any) -> Network:
-        """Return a network, and keep its parameters."""
+        """Return a network; its parameters are loaded later."""
         network = self._make(make, part)
-        deltas = self._loras.deltas(part, network.shapes)
-        self.params[part] = self.source.weights(part, network.shapes, dtype, deltas)
+        self._wanted[part] = _Wanted(network.shapes, dtype, network.shapes.keys(), takes_loras=True)
         return network
 
     def _make(self, make: Callable[[], Network], part: str) -> Network:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
-from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.contract.request import DEFAULT_IMAGE_GUIDANCE_SCALE, DEFAULT_STRENGTH, GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
+from sdtpu_worker.diffusion.families.family import Family, PictureUse
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.errors import InvalidRequest
 
@@ -24,10 +25,13 @@ class PreparedJob:
         num_steps: denoising steps of the devices: the rows of the table that count.
         inputs: by name, what the family encodes when the job gets its slot.
         key_data: `(2,) uint32`, high and low word of the key.
-        guidance_scale, guidance_rescale: as in the request.
-        init_noise_sigma: what the initial noise is multiplied by.
+        guidance_scale, guidance_rescale, image_guidance_scale: as in the request.
+        first_level: how much of the image's latents and of the noise the job starts with.
         table: `(MAX_STEPS, columns) float32` coefficients.
         truncated: a prompt had more tokens than the text encoder takes.
+        image: `(height, width, 3) uint8`, what the job starts from; None for noise alone.
+        mask: `(height, width) bool`, True where the image is drawn again; None for everywhere.
+        preserve_unmasked: the picture has the image's own pixels where the mask does not cover them.
     """
 
     task_id: str
@@ -38,9 +42,19 @@ class PreparedJob:
     key_data: np.ndarray
     guidance_scale: float
     guidance_rescale: float
-    init_noise_sigma: float
+    image_guidance_scale: float
+    first_level: tuple[float, float]
     table: np.ndarray
     truncated: bool
+    image: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    preserve_unmasked: bool = True
+
+    def finish(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the picture of decoded pixels, both `(height, width, 3) uint8`."""
+        if self.image is None or self.mask is None or not self.preserve_unmasked:
+            return pixels
+        return np.where(self.mask[..., None], pixels, self.image)
 
 
 def prepare_job(
@@ -49,6 +63,7 @@ def prepare_job(
     task_id: str,
     request: GenerationRequest,
     key_data: np.ndarray | None,
+    pictures: Mapping[str, np.ndarray],
 ) -> PreparedJob:
     """Return a job that an engine can insert.
 
@@ -58,6 +73,8 @@ def prepare_job(
         task_id: names the job in plans.
         request: with a seed, unless `key_data` is given.
         key_data: `(2,) uint32`, raw key words (for split keys), instead of the request's seed.
+        pictures: the request's, by parameter: `image`, `(height, width, 3) uint8`, and `mask_image`,
+            `(height, width) bool`.
 
     Raises:
         InvalidRequest: no lane has the size, the sampler is not known, there is no seed, or the model cannot do it.
@@ -65,14 +82,18 @@ def prepare_job(
     request = checkpoint.defaults.fill(request)
     assert request.num_inference_steps is not None
     assert request.guidance_scale is not None
-    height, width = checkpoint.family.default_size
-    lane = (request.height or height, request.width or width)
+    lane = _find_lane(checkpoint.family.default_size, request, pictures)
     if lane not in lanes:
         raise InvalidRequest(
             f"height x width must be one of {', '.join(map(format_size, lanes))} (sdtpu_resolutions),"
             f" got {format_size(lane)}"
         )
-    table = make_table(checkpoint.schedule, request.num_inference_steps, request.sampler, request.sigmas, request.eta)
+    begins_at_image = request.image is not None and checkpoint.family.picture_use is not PictureUse.EDIT
+    skipped = _skipped_steps(request, request.num_inference_steps) if begins_at_image else 0
+    table = make_table(
+        checkpoint.schedule, request.num_inference_steps, request.sampler, request.sigmas, request.eta, skipped
+    )
+    is_noise_alone = not begins_at_image or (request.mask_image is not None and not skipped)
     if key_data is None:
         if request.seed is None:
             raise InvalidRequest("seed is missing: pass one, or the key's words")
@@ -87,10 +108,67 @@ def prepare_job(
         key_data=np.asarray(key_data, np.uint32),
         guidance_scale=request.guidance_scale,
         guidance_rescale=request.guidance_rescale,
-        init_noise_sigma=table.init_noise_sigma,
+        image_guidance_scale=_or(request.image_guidance_scale, DEFAULT_IMAGE_GUIDANCE_SCALE),
+        first_level=(0.0, table.init_noise_sigma) if is_noise_alone else table.first_level,
         table=table.rows,
         truncated=truncated,
+        image=pictures.get("image"),
+        mask=pictures.get("mask_image"),
+        preserve_unmasked=request.preserve_unmasked,
     )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _find_lane(default: Lane, request: GenerationRequest, pictures: Mapping[str, np.ndarray]) -> Lane:
+    """Return the size that a request names, else that of its image, else the checkpoint's own.
+
+    Raises:
+        InvalidRequest: a picture has another size.
+    """
+    height, width = pictures["image"].shape[:2] if "image" in pictures else default
+    lane = request.height or height, request.width or width
+    for name, pixels in pictures.items():
+        if pixels.shape[:2] != lane:
+            raise InvalidRequest(
+                f"{name} must have the size of the result, {format_size(lane)} (height x width),"
+                f" got {format_size(pixels.shape[:2])}; scale it, or name another height and width"
+            )
+    return lane
+
+
+def _skipped_steps(request: GenerationRequest, steps: int) -> int:
+    """Return how many steps are left out at the start, by the rule of diffusers' pipelines.
+
+    Raises:
+        InvalidRequest: all of them.
+    """
+    strength = _or(request.strength, DEFAULT_STRENGTH if request.mask_image is None else 1.0)
+    taken = min(int(steps * strength), steps)
+    if taken < 1:
+        raise InvalidRequest(
+            f"strength must be at least 1 / num_inference_steps, {1 / steps:g}, or no step is taken, got {strength}"
+        )
+    return steps - taken
+
+
+def plain_request(
+    family: Family, lane: Lane, prompt: str, seed: int, steps: int
+) -> tuple[GenerationRequest, dict[str, np.ndarray]]:
+    """Return a request that the model serves, and its pictures: grey ones, if there must be some.
+
+    Args:
+        family: the model.
+        lane: the size.
+        prompt, seed, steps: of the request.
+    """
+    needed: dict[str, Any] = dict.fromkeys(family.picture_use.needed, "grey:")
+    pictures = {"image": np.full((*lane, 3), 127, np.uint8), "mask_image": np.ones(lane, bool)}
+    height, width = lane
+    request = GenerationRequest(prompt, seed=seed, num_inference_steps=steps, height=height, width=width, **needed)
+    return request, {name: pictures[name] for name in needed}
 
 
 def format_size(lane: Lane) -> str:

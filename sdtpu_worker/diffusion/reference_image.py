@@ -11,8 +11,9 @@ import numpy as np
 from sdtpu_worker.aggregator.plan import Lane, Phase, Plan
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.device_loop.protocols import EngineInfo
+from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.engine_io import DecodedImage, Tick
-from sdtpu_worker.diffusion.preparation import PreparedJob
+from sdtpu_worker.diffusion.preparation import PreparedJob, plain_request
 from sdtpu_worker.errors import EngineUnavailable
 
 _TASK_ID = "reference image"
@@ -25,7 +26,11 @@ class DrawingEngine(Protocol):
     def info(self) -> EngineInfo:
         """The facts that do not change."""
 
-    def prepare(self, task_id: str, request: GenerationRequest) -> PreparedJob:
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The loaded model."""
+
+    def prepare(self, task_id: str, request: GenerationRequest, pictures: Mapping[str, np.ndarray]) -> PreparedJob:
         """Do the host's part of a job."""
 
     def execute(self, plan: Plan, jobs: Mapping[str, PreparedJob]) -> Tick:
@@ -37,10 +42,10 @@ class DrawingEngine(Protocol):
 
 def draw_reference_image(engine: DrawingEngine, lane: Lane, devices: Collection[int]) -> dict[int, DecodedImage]:
     """Have devices draw the same image of one step, in their slot 0, and return the image of each."""
-    request = GenerationRequest(_TASK_ID, seed=0, num_inference_steps=1, height=lane[0], width=lane[1])
+    job = engine.prepare(_TASK_ID, *plain_request(engine.checkpoint.family, lane, _TASK_ID, seed=0, steps=1))
     phases = Phase(insert=(0, _TASK_ID), steps=1), Phase(decode=(0, _TASK_ID))
     plan = Plan(lane, tuple(phases if d in devices else () for d in range(engine.info.num_devices)))
-    images = engine.execute(plan, {_TASK_ID: engine.prepare(_TASK_ID, request)}).wait()
+    images = engine.execute(plan, {_TASK_ID: job}).wait()
     return {image.device: image for image in images}
 
 

@@ -1,12 +1,13 @@
 """What is on the devices while they serve: the state of every slot, and what a tick tells every device to do.
 
 Shapes: D devices, S slots per device, N = D * S slots, P phases per tick, C latent channels, h x w latents, H rows of
-the batch per job (the negative prompt's and the prompt's with guidance, else the prompt's alone). Everything with a
+the batch per job (see `Family.rows`). Everything with a
 leading N or D is sharded over the mesh's one axis.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane, phases_per_tick
 from sdtpu_worker.contract.request import MAX_STEPS
-from sdtpu_worker.diffusion.families.family import Family, Shapes, rows_per_job
+from sdtpu_worker.diffusion.families.family import Family, PictureUse, Shapes
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.tiled_decoding import tile_side
 
@@ -34,9 +35,18 @@ class Slots(NamedTuple):
     num_steps: Any  # (N,) int32, rows of the table that count; 0 for a slot that was never used
     guidance_scale: Any  # (N,) float32
     guidance_rescale: Any  # (N,) float32
+    image_guidance_scale: Any  # (N,) float32
     key_data: Any  # (N, 2) uint32, the job's key
     conditioning: dict[str, Any]  # by name (N, H, …), what the family keeps; the negative prompt first
     table: Any  # (N, MAX_STEPS, len(COLUMNS)) float32
+    picture: Picture | None  # None for a family that takes no pictures
+
+
+class Picture(NamedTuple):
+    """What a slot keeps of the image that its job started from."""
+
+    latents: Any  # (N, C, h, w) float32, of the image; zeros without one
+    kept: Any  # (N, h, w) bool, True where the image stays as it is
 
 
 class Phases(NamedTuple):
@@ -49,9 +59,13 @@ class Phases(NamedTuple):
     num_steps: Any  # (D, P) int32
     guidance_scale: Any  # (D, P) float32
     guidance_rescale: Any  # (D, P) float32
-    init_noise_sigma: Any  # (D, P) float32
+    image_guidance_scale: Any  # (D, P) float32
+    first_level: Any  # (D, P, 2) float32, how much of the image's latents and of the noise a job starts with
     table: Any  # (D, P, MAX_STEPS, len(COLUMNS)) float32
     steps: Any  # (D, P) int32, denoising steps to take
+    has_image: Any  # (D, P) bool
+    image: Any  # (D, P, height, width, 3) uint8; None for a family that takes no pictures
+    mask: Any  # (D, P, height, width) bool, True where the image is drawn again; None likewise
 
 
 class Instructions(NamedTuple):
@@ -80,6 +94,7 @@ class Geometry:
         latent_shape: `(C, h, w)`.
         inputs: shapes and dtypes of what the family makes of a request.
         conditioning: by name `(H, …)`, shapes and dtypes of what a slot keeps for the family.
+        takes_pictures: a job may start from an image.
         decode_tile: side in latents of the tiles that an image is decoded in; 0 for all of it at once.
     """
 
@@ -91,6 +106,7 @@ class Geometry:
     latent_shape: tuple[int, int, int]
     inputs: Shapes
     conditioning: Shapes
+    takes_pictures: bool = False
     decode_tile: int = 0
 
     @classmethod
@@ -106,7 +122,7 @@ class Geometry:
             size: `(height, width)` of an image in pixels.
             in_tiles: images are decoded in tiles.
         """
-        factor, rows, (height, width) = family.scale_factor, rows_per_job(family), size
+        factor, rows, (height, width) = family.scale_factor, family.rows, size
         return cls(
             num_devices=num_devices,
             slots_per_device=slots_per_device,
@@ -117,8 +133,9 @@ class Geometry:
             inputs=family.input_shapes(),
             conditioning={
                 name: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype)
-                for name, leaf in family.conditioning_shapes().items()
+                for name, leaf in family.conditioning_shapes(size).items()
             },
+            takes_pictures=family.picture_use is not PictureUse.NONE,
             decode_tile=tile_side(height // factor, width // factor) if in_tiles else 0,
         )
 
@@ -130,8 +147,12 @@ class Geometry:
         """Return one state per device, as host arrays of zeros."""
         return self._empty_rows(self.num_devices)
 
-    def no_instructions(self) -> Instructions:
-        """Return fresh instructions that do nothing. A dispatch aliases its arrays, so never use them twice."""
+    def no_instructions(self, pictures: Mapping[str, Any] | None = None) -> Instructions:
+        """Return fresh instructions that do nothing. A dispatch aliases its arrays, so never use them twice.
+
+        Args:
+            pictures: `image` and `mask`, for all devices; None for zeros, see `no_pictures`.
+        """
         d = self.num_devices
         dp = d, self.phases
         phases = Phases(
@@ -142,11 +163,21 @@ class Geometry:
             num_steps=np.zeros(dp, np.int32),
             guidance_scale=np.zeros(dp, np.float32),
             guidance_rescale=np.zeros(dp, np.float32),
-            init_noise_sigma=np.ones(dp, np.float32),
+            image_guidance_scale=np.zeros(dp, np.float32),
+            first_level=np.zeros((*dp, 2), np.float32),
             table=np.zeros((*dp, MAX_STEPS, len(COLUMNS)), np.float32),
             steps=np.zeros(dp, np.int32),
+            has_image=np.zeros(dp, bool),
+            **(self.no_pictures(d) if pictures is None else pictures),
         )
         return Instructions(np.zeros(d, np.int32), phases)
+
+    def no_pictures(self, num_devices: int) -> dict[str, Any]:
+        """Return `image` and `mask` of instructions without pictures, for this many devices."""
+        if not self.takes_pictures:
+            return {"image": None, "mask": None}
+        shape = num_devices, self.phases, self.height, self.width
+        return {"image": np.zeros((*shape, 3), np.uint8), "mask": np.zeros(shape, bool)}
 
     def _empty_rows(self, n: int) -> Slots:
         return Slots(
@@ -156,10 +187,15 @@ class Geometry:
             num_steps=np.zeros(n, np.int32),
             guidance_scale=np.zeros(n, np.float32),
             guidance_rescale=np.zeros(n, np.float32),
+            image_guidance_scale=np.zeros(n, np.float32),
             key_data=np.zeros((n, 2), np.uint32),
             conditioning=_zeros((n,), self.conditioning),
             table=np.zeros((n, MAX_STEPS, len(COLUMNS)), np.float32),
+            picture=self._no_picture(n) if self.takes_pictures else None,
         )
+
+    def _no_picture(self, n: int) -> Picture:
+        return Picture(np.zeros((n, *self.latent_shape), np.float32), np.zeros((n, *self.latent_shape[1:]), bool))
 
 
 def _zeros(leading: tuple[int, ...], shapes: Shapes) -> dict[str, Any]:

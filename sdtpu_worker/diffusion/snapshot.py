@@ -83,13 +83,25 @@ class JobSnapshot:
             and state.num_steps[0] == num_steps
             and state.guidance_scale[0] == np.float32(job.guidance_scale)
             and state.guidance_rescale[0] == np.float32(job.guidance_rescale)
+            and state.image_guidance_scale[0] == np.float32(job.image_guidance_scale)
             and np.array_equal(state.key_data[0], job.key_data)
             and np.array_equal(state.table[0], job.table)
+            and self._has_mask_of(job)
         )
         if not is_of_job:
             raise SnapshotMismatch("the snapshot is of a job with other parameters: start the job anew")
         if not 0 <= self.step <= num_steps:
             raise SnapshotMismatch(f"the snapshot is at step {self.step} of {num_steps}: start the job anew")
+
+    def _has_mask_of(self, job: PreparedJob) -> bool:
+        """Return whether a slot that keeps a part of an image keeps the part that the job's mask leaves alone."""
+        picture = self.state.picture
+        if picture is None or not picture.kept.any():
+            return True
+        if job.mask is None:
+            return False
+        factor = job.mask.shape[0] // picture.kept.shape[1]
+        return np.array_equal(picture.kept[0], ~job.mask[::factor, ::factor])
 
     def to_bytes(self) -> bytes:
         """Return the snapshot compressed: a line with fingerprint and lane, then the leaves of `Slots` in order."""

@@ -43,7 +43,12 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
         dtype = choose_dtype(config.dtype, devices[0].platform)
         on_phase(f"loading the checkpoint {config.model}")
         options = LoadOptions(
-            config.revision, config.guidance, config.tokenizer, config.prediction_type, config.loras_merged
+            config.revision,
+            config.guidance,
+            config.tokenizer,
+            config.prediction_type,
+            config.loras_merged,
+            config.image_inputs,
         )
         checkpoint = load_checkpoint(config.model, dtype, options)
         for lora in checkpoint.loras:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sdtpu_worker.contract.request import MAX_SIDE
+from sdtpu_worker.contract.parameter_checks import MAX_SIDE
 from sdtpu_worker.contract.result import GenerationResult, StoredImage
 from sdtpu_worker.errors import StorageError
 

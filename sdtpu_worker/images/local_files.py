@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -37,6 +38,29 @@ def write_durably(target: Path, data: bytes) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def read_plainly(path: Path, most: int | None = None) -> bytes:
+    """Return what a regular file holds.
+
+    Args:
+        path: of the file; its last part may not be a symbolic link, which could lead anywhere.
+        most: bytes to read; None for all.
+
+    Raises:
+        PermissionError: it is a link, or no regular file.
+        OSError: it cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would block for ever
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:
+            raise PermissionError(errno.EPERM, "a symbolic link is not followed", str(path)) from exc
+        raise
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise PermissionError(errno.EPERM, "not a regular file", str(path))
+        return file.read(-1 if most is None else most)
 
 
 def make_folder_durably(folder: Path) -> None:

@@ -1,19 +1,21 @@
-"""Writes to an image store again while its trouble may pass: a restart, a failover, no memory, a slow network."""
+"""Asks an image store again while its trouble may pass: a restart, a failover, no memory, a slow network."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from sdtpu_worker.errors import StorageError
 from sdtpu_worker.redaction import sanitize_url
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 PUT_BUDGET_S = 30.0
-"""Seconds for which a write to an image store is tried again."""
+"""Seconds for which a store is asked again."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _POLL_S = 0.1, 2.0, 0.1
 
 
@@ -22,19 +24,19 @@ def never() -> bool:
     return False
 
 
-def store_patiently(
-    write: Callable[[], Any],
+def try_patiently(
+    attempt: Callable[[], T],
     failure: str,
     may_pass: Callable[[Exception], bool],
     budget_s: float,
     give_up: Callable[[], bool],
-) -> None:
-    """Write, and try again with growing pauses until the write succeeds, cannot succeed, or the time is over.
+) -> T:
+    """Write or read, and try again with growing pauses until that succeeds, cannot succeed, or the time is over.
 
     Args:
-        write: makes one attempt.
+        attempt: makes one attempt.
         failure: the beginning of the error's text; the cause is added, without passwords.
-        may_pass: says whether an error may pass by itself; if not, the write is not tried again.
+        may_pass: says whether an error may pass by itself; if not, it is not tried again.
         budget_s: no attempt starts after this many seconds.
         give_up: asked several times a second during a pause; True ends it.
 
@@ -44,8 +46,7 @@ def store_patiently(
     deadline, pause_s = time.monotonic() + budget_s, _FIRST_PAUSE_S
     while True:
         try:
-            write()
-            return
+            return attempt()
         except Exception as exc:  # every file system of fsspec has its own errors
             cause = sanitize_url(f"{failure}: {type(exc).__name__}: {exc}")
             if not may_pass(exc):

@@ -1,4 +1,4 @@
-"""Image stores: encoded images by task id, in Redis with the expiry of the results, or below an fsspec URL.
+"""Image stores: encoded images by task id, and pictures that clients bring, in Redis or below an fsspec URL.
 
 An image's name in a store is made from the task id alone, and cannot leave the store's prefix. Others may be able to
 write any URI into a result, so no store or path is ever made from that URI. It is compared with the URI that each store
@@ -7,18 +7,16 @@ in this process's settings gives to the task, and an image is read only where th
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sdtpu_worker.config import read_setting
 from sdtpu_worker.contract.result import GenerationResult, StoredImage
 from sdtpu_worker.errors import ConfigurationError, StorageError
 from sdtpu_worker.images.decode import decode_image, named_image
-from sdtpu_worker.images.local_files import make_folder_durably, write_durably
-from sdtpu_worker.images.retry import PUT_BUDGET_S, never, store_patiently
-from sdtpu_worker.images.writable import make_writable, type_options
+from sdtpu_worker.images.file_store import FileImageStore
+from sdtpu_worker.images.names import foreign, unusable
+from sdtpu_worker.images.redis_store import RedisImageStore
 from sdtpu_worker.redaction import sanitize_url
 
 if TYPE_CHECKING:
@@ -26,12 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from redis import Redis
 
-REDIS_URI_PREFIX = "redis:"
-_KEY_PREFIX = "sdtpu:image:"
-_SHOWN_CHARACTERS = 300  # of a URI in an error
 _CONNECT_TIMEOUT_S, _REPLY_TIMEOUT_S = 5.0, 10.0
-_SAFE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")  # no capitals: file systems may take "A" for "a"
-_STORED_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # no separator, no "..", no hidden name
 
 
 class ImageStore(Protocol):
@@ -61,150 +54,61 @@ class ImageStore(Protocol):
         """
 
 
-class RedisImageStore:
-    """Stores images in Redis, under `sdtpu:image:{name}`, with the expiry of the results.
+class PictureStore(Protocol):
+    """Where clients put pictures that jobs start from, and workers read them."""
 
-    One attempt takes as long as the client's time-outs allow. The result backend's client has Celery's
-    `redis_socket_timeout` (120 s by default), and does not try again by itself.
+    def put_picture(self, image_format: str, data: bytes) -> str:
+        """Store a picture, unless it is there already, and return its URI.
 
-    Args:
-        client: a client of the Redis.
-        expires_s: seconds after which an image expires; None for never.
-        budget_s: seconds for which `put` tries again.
-    """
-
-    def __init__(self, client: Redis, expires_s: int | None, budget_s: float = PUT_BUDGET_S) -> None:
-        self.client, self.expires_s, self.budget_s = client, expires_s, budget_s
-
-    def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = never) -> str:
-        """Store an image; see `ImageStore`."""
-        from redis.exceptions import AuthenticationError, AuthorizationError, DataError, NoPermissionError, RedisError
-
-        key = _KEY_PREFIX + stored_name(task_id)
-        lasting = (AuthenticationError, AuthorizationError, NoPermissionError, DataError)
-        store_patiently(
-            lambda: self.client.set(key, data, ex=self.expires_s),
-            f"Redis did not take the image of task {task_id!r} ({len(data):,} bytes)",
-            lambda exc: isinstance(exc, RedisError | OSError) and not isinstance(exc, lasting),
-            self.budget_s,
-            give_up,
-        )
-        return REDIS_URI_PREFIX + key
-
-    def uri_of(self, task_id: str, image_format: str) -> str:
-        """Return the URI that `put` returns for this task and format."""
-        return f"{REDIS_URI_PREFIX}{_KEY_PREFIX}{stored_name(task_id)}"
-
-    def read(self, uri: str) -> bytes:
-        """Return an encoded image; see `ImageStore`."""
-        key = uri.removeprefix(REDIS_URI_PREFIX)
-        if key == uri or not key.startswith(_KEY_PREFIX):
-            raise _foreign(uri, f"{REDIS_URI_PREFIX}{_KEY_PREFIX}…")
-        try:
-            data: Any = self.client.get(key)
-        except Exception as exc:  # redis-py's and the system's errors, and a TypeError for an unknown option in the URL
-            raise StorageError(f"Redis could not be read for {uri}: {sanitize_url(str(exc))}") from exc
-        if data is None:
-            raise StorageError(f"no image at {uri}: it expired (result_expires) or was deleted")
-        if not isinstance(data, bytes):
-            raise StorageError(
-                f"Redis returned text for {uri} instead of bytes; remove decode_responses from the store's URL"
-            )
-        return data
-
-
-class FileImageStore:
-    """Stores images as files `{name}.{format}` below an fsspec URL.
-
-    A chained URL (`simplecache::s3://…`) is refused: the layers that fsspec puts before a store keep old copies, are
-    read-only, or write to the local disk.
-
-    Args:
-        url: a URL from the settings; never one from a result or a message.
-        budget_s: seconds for which `put` tries again.
-        setting: the name of the setting with the URL, for the texts of errors.
-
-    Raises:
-        ConfigurationError: the URL cannot be used.
-    """
-
-    def __init__(self, url: str, budget_s: float = PUT_BUDGET_S, setting: str = "sdtpu_image_store") -> None:
-        import fsspec
-
-        self.budget_s = budget_s
-        if "::" in url:
-            raise ConfigurationError(
-                f"{setting} must not be a chained URL (with ::), got {sanitize_url(url)!r}; name the store itself"
-            )
-        try:
-            fs, root = fsspec.core.url_to_fs(url)
-        except Exception as exc:  # every file system of fsspec has its own errors
-            raise _unusable(url, exc, setting) from None
-        self.fs, self.root, self._is_local = fs, root.rstrip("/"), "file" in fs.protocol
-        self._prefix: str = fs.unstrip_protocol(f"{self.root}/_").removesuffix("_")
-
-    def put(self, task_id: str, image_format: str, data: bytes, give_up: Callable[[], bool] = never) -> str:
-        """Store an image; see `ImageStore`."""
-        name = f"{stored_name(task_id)}.{image_format}"
-        store_patiently(
-            lambda: self._write(f"{self.root}/{name}", data),
-            f"the image of task {task_id!r} could not be written to {sanitize_url(self._prefix + name)}",
-            lambda exc: not isinstance(exc, PermissionError | NotADirectoryError | IsADirectoryError),
-            self.budget_s,
-            give_up,
-        )
-        return self._prefix + name
-
-    def uri_of(self, task_id: str, image_format: str) -> str:
-        """Return the URI that `put` returns for this task and format."""
-        return f"{self._prefix}{stored_name(task_id)}.{image_format}"
-
-    def read(self, uri: str) -> bytes:
-        """Return an encoded image; see `ImageStore`."""
-        name = uri.removeprefix(self._prefix)
-        if name == uri or not _STORED_NAME.fullmatch(name):
-            raise _foreign(uri, f"{self._prefix}…")
-        try:
-            return bytes(self.fs.cat_file(f"{self.root}/{name}"))
-        except Exception as exc:  # every file system of fsspec has its own errors
-            raise StorageError(f"no image at {sanitize_url(uri)}: {sanitize_url(str(exc))}") from exc
-
-    def prepare(self) -> None:
-        """Make the folder of the images, if it does not exist, and prove that images can be written there.
+        Args:
+            image_format: png, jpeg or webp.
+            data: the encoded picture.
 
         Raises:
-            ConfigurationError: nothing can be written there, or other processes could not read it.
+            StorageError: the picture was not stored.
         """
-        try:
-            make_writable(self.fs, self.root, self._make_root, self._write)
-        except Exception as exc:  # every file system of fsspec has its own errors
-            raise _unusable(self._prefix, exc) from None
 
-    def _make_root(self) -> None:
-        if self._is_local:
-            make_folder_durably(Path(self.root))
-        else:
-            self.fs.makedirs(self.root, exist_ok=True)
+    def owns(self, uri: str) -> bool:
+        """Return whether a URI, from anybody, is of this store; nothing is read, and nothing is built from it."""
 
-    def _write(self, path: str, data: bytes) -> None:
-        try:
-            if self._is_local:
-                write_durably(Path(path), data)
-            else:  # object stores show an object only when it is complete
-                self.fs.pipe_file(path, data, **type_options(self.fs, path))
-        except FileNotFoundError:  # the folder was removed: make it, and have the write tried again
-            self._make_root()
-            raise
+    def read_picture(self, uri: str, give_up: Callable[[], bool] = ...) -> bytes | None:
+        """Return the first bytes of a picture, or of an image; one byte more than `MAX_PICTURE_BYTES` at most.
+
+        Args:
+            uri: of this store.
+            give_up: asked several times a second while the store does not answer; True ends the attempts.
+
+        Returns:
+            None if it is gone: it expired or was deleted.
+
+        Raises:
+            StorageError: the URI is not of this store, or the store cannot be read.
+        """
 
 
-def stored_name(task_id: str) -> str:
-    """Return the name of a task's image in a store: the task id if any store can use it as a name, else its hash.
+def find_store(app: Celery, budget_s: float) -> PictureStore:
+    """Return the store of `sdtpu_image_store`, for a client that puts a picture there.
 
-    No two task ids have the same name: a hash begins with an underscore, and an id that is used as a name does not.
+    Args:
+        app: the app with the setting and the result backend.
+        budget_s: seconds for which the store is asked again.
+
+    Raises:
+        ConfigurationError: the setting cannot be used.
     """
-    if _SAFE_ID.fullmatch(task_id):
-        return task_id
-    return "_" + hashlib.sha256(task_id.encode(errors="surrogatepass")).hexdigest()
+    store = _find_store(app, read_setting("sdtpu_image_store", app.conf))
+    store.budget_s = budget_s
+    return store
+
+
+def further_stores(app: Celery) -> list[PictureStore]:
+    """Return the stores of `sdtpu_read_image_stores`.
+
+    Raises:
+        ConfigurationError: the setting cannot be used.
+    """
+    urls = read_setting("sdtpu_read_image_stores", app.conf)
+    return [_find_store(app, url, "sdtpu_read_image_stores") for url in urls]
 
 
 def make_image_store(app: Celery, url: str) -> ImageStore:
@@ -267,8 +171,6 @@ def _read_from_own_stores(app: Celery, task_id: str, image: StoredImage) -> byte
         StorageError: no store has the image; the error of a store that should have it comes first.
         ConfigurationError: no store has the image, and one store cannot be used.
     """
-    from sdtpu_worker.config import read_setting
-
     settings = [("sdtpu_image_store", read_setting("sdtpu_image_store", app.conf))]
     settings += [("sdtpu_read_image_stores", url) for url in read_setting("sdtpu_read_image_stores", app.conf)]
     places: list[str] = []
@@ -284,7 +186,7 @@ def _read_from_own_stores(app: Celery, task_id: str, image: StoredImage) -> byte
             missing = missing or exc
         except ConfigurationError as exc:
             unusable = unusable or exc
-    raise missing or unusable or _foreign(image.uri, " or ".join(places))
+    raise missing or unusable or foreign(image.uri, " or ".join(places))
 
 
 def _find_store(app: Celery, url: str, setting: str = "sdtpu_image_store") -> RedisImageStore | FileImageStore:
@@ -307,24 +209,8 @@ def _find_store(app: Celery, url: str, setting: str = "sdtpu_image_store") -> Re
             socket_timeout=_REPLY_TIMEOUT_S,
         )
     except ValueError as exc:
-        raise _unusable(url, exc, setting) from None
+        raise unusable(url, exc, setting) from None
     return RedisImageStore(client, expires_s)
-
-
-def _foreign(uri: str, wanted: str) -> StorageError:
-    return StorageError(
-        f"the image at {sanitize_url(uri[:_SHOWN_CHARACTERS])!r} is not in the configured store, which has"
-        f" {sanitize_url(wanted)}; set sdtpu_image_store to the worker's value, or add the worker's store to"
-        " sdtpu_read_image_stores"
-    )
-
-
-def _unusable(url: str, exc: Exception, setting: str = "sdtpu_image_store") -> ConfigurationError:
-    """Return the error for a URL that cannot be used; its cause is left out where it may quote a password."""
-    cause = type(exc).__name__ + ("" if "@" in url else f": {exc}")
-    return ConfigurationError(
-        f"{setting} must be redis, a redis:// URL or a writable fsspec URL, got {sanitize_url(url)!r} ({cause})"
-    )
 
 
 def _backend_client(app: Celery) -> Redis:

@@ -37,6 +37,8 @@ from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.errors import ConfigurationError
+from sdtpu_worker.images.open_pictures import PictureOpener
+from sdtpu_worker.images.store import further_stores
 from sdtpu_worker.operations.connections import connections_warning
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
@@ -133,7 +135,8 @@ class DeviceServices:
             undo.callback(engine.close)
             policy = pool.make_policy(engine, self.config)
             hooks = Hooks(_end_process, self._make_start_recorder(undo), self.stopping.is_set)
-            self.serving = serving = Serving(engine, store, policy, self.config, hooks)
+            opener = PictureOpener([store, *further_stores(self._app)], hooks.give_up)
+            self.serving = serving = Serving(engine, store, policy, self.config, hooks, opener)
             undo.callback(serving.close)
             if self._has_looked_at_redis:
                 self._warn_of_connections()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sdtpu_worker.device_loop.submission import Finished, Progress, Submission
 from sdtpu_worker.device_loop.trace import NoTrace, Trace
 from sdtpu_worker.errors import ConfigurationError, SnapshotMismatch
 from sdtpu_worker.images.encode import encode_image
+from sdtpu_worker.images.open_pictures import PictureOpener
 from sdtpu_worker.images.store import ImageStore
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Hooks:
         on_death: called when the device loop cannot continue.
         on_start: called in the device loop's thread with the jobs that are about to get a slot, and whether no other
             job has one.
-        give_up: asked while an image cannot be stored: whether to stop trying.
+        give_up: asked while an image cannot be stored, or a picture not be read: whether to stop trying.
     """
 
     on_death: Callable[[], None] = lambda: None
@@ -72,6 +73,7 @@ class Serving:
         policy: decides what the devices do; the device loop's from now on.
         config: the settings.
         hooks: what the process around it is told, and asked.
+        pictures: opens the pictures that jobs start from; None for a worker whose jobs have none.
 
     Raises:
         ConfigurationError: the file of `sdtpu_trace` cannot be written.
@@ -84,8 +86,10 @@ class Serving:
         policy: Policy,
         config: Config,
         hooks: Hooks | None = None,
+        pictures: PictureOpener | None = None,
     ) -> None:
         hooks = hooks or Hooks()
+        self._pictures = pictures or PictureOpener(())
         self.engine, self.store, self._progress_s, self._give_up = engine, store, config.progress_s, hooks.give_up
         self._held: dict[Submission, int] = {}  # with the priority of each
         self._mean_job_s: float | None = None
@@ -140,16 +144,16 @@ class Serving:
         Raises:
             InvalidRequest: this worker cannot serve these parameters.
             GenerationFailed: the devices failed on this job.
-            StorageError: the image could not be stored.
+            StorageError: the image could not be stored, or a picture not be read.
             JobCancelled, JobOverdue, JobHandedOver: see `DeviceLoop.submit`.
         """
         received = time.monotonic()
         waited_s = max(0.0, time.time() - sent_at) if sent_at is not None else 0.0
         with self.trace.span("prepare", task_id):
-            job = self.engine.prepare(task_id, request)
+            job = self.engine.prepare(task_id, request, self._open_pictures(request))
         finished = self._denoise(job, control or JobControl())
         device_s = finished.finished_at - finished.started_at
-        image, parameters, is_unsafe = self._store(job, request, finished.pixels)
+        image, parameters, is_unsafe = self._store(job, request, job.finish(finished.pixels))
         total_s = waited_s + time.monotonic() - received
         num_slots = self.num_slots
         logger.info(
@@ -172,6 +176,15 @@ class Serving:
             options=request.options(),
             loras=[{"name": name, "weight": weight} for name, weight in self.engine.info.loras],
         )
+
+    def _open_pictures(self, request: GenerationRequest) -> Mapping[str, Any]:
+        """Return the request's pictures as arrays."""
+        opened = self._pictures.open(request)
+        if not opened:
+            return {}
+        import numpy as np
+
+        return {name: np.asarray(picture) for name, picture in opened.items()}
 
     def _denoise(self, job: ServableJob, control: JobControl) -> Finished:
         """Have the device loop run a prepared job, and wait for its pixels."""

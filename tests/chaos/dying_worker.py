@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,14 @@ def die(task_id: str, phase: str) -> None:
 class DyingEngine(PictureEngine):
     """Dies on the way to the picture."""
 
-    def prepare(self, task_id: str, request: GenerationRequest) -> PictureJob:
+    def prepare(self, task_id: str, request: GenerationRequest, pictures: Mapping[str, Any]) -> PictureJob:
         """Take note of a job."""
         words = request.prompt.split()
         if words[0] == "die":
             _phases[task_id] = words[1]
             request = replace(request, prompt=" ".join(words[2:]) or "x")
         die(task_id, "waiting")
-        return super().prepare(task_id, request)
+        return super().prepare(task_id, request, pictures)
 
     def execute(self, plan: Any, jobs: Any, snapshots: Any = None) -> Any:
         """Follow a plan up to the point."""

@@ -67,7 +67,7 @@ class PictureEngine(FakeEngine):
             resolutions=(LANE,),
         )
 
-    def prepare(self, task_id: str, request: GenerationRequest) -> PictureJob:
+    def prepare(self, task_id: str, request: GenerationRequest, pictures: Mapping[str, Any]) -> PictureJob:
         """Make a job that counts from its seed on."""
         count = expected_count(request.seed or 0, 0)
         request = request.with_defaults("ddim")

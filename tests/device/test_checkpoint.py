@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from benchmarks.peers.flax_checkpoint import rewrite_as_flax, to_flax, write_flax_copy
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
-from sdtpu_worker.diffusion.weights import find_weights, read_weights
+from sdtpu_worker.diffusion.loading.load import read_weights
+from sdtpu_worker.diffusion.loading.part_files import find_weights, open_part
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint, InvalidRequest
 from tests.device.pytorch_layout import rewrite
 from tests.support.checkpoints import SHIPPED, make_random_checkpoint
@@ -48,28 +49,28 @@ FEW = {"timestep_spacing": "trailing"}
 @pytest.mark.parametrize(
     ("made", "wanted"),
     [
-        ({}, ("pndm", 50, 7.5, True)),
-        ({"sampler_class": "LCMScheduler"}, ("lcm", 4, 1.0, False)),
-        ({"sampler_class": "LCMScheduler", "unet": {"time_cond_proj_dim": 8}}, ("lcm", 4, 8.5, False)),
-        ({"sampler_class": "EulerAncestralDiscreteScheduler", "scheduler": FEW}, ("euler_ancestral", 4, 1.0, False)),
-        ({"sampler_class": "EulerDiscreteScheduler"}, ("euler", 50, 7.5, True)),
+        ({}, ("pndm", 50, 7.5, 2)),
+        ({"sampler_class": "LCMScheduler"}, ("lcm", 4, 1.0, 1)),
+        ({"sampler_class": "LCMScheduler", "unet": {"time_cond_proj_dim": 8}}, ("lcm", 4, 8.5, 1)),
+        ({"sampler_class": "EulerAncestralDiscreteScheduler", "scheduler": FEW}, ("euler_ancestral", 4, 1.0, 1)),
+        ({"sampler_class": "EulerDiscreteScheduler"}, ("euler", 50, 7.5, 2)),
     ],
 )
 def test_a_distilled_checkpoint_has_its_own_steps_and_guidance(tmp_path, made, wanted):
     loaded = load_checkpoint(str(make_random_checkpoint(tmp_path / "c", **made)))
     defaults = loaded.defaults
-    found = (defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale, loaded.family.is_guided)
+    found = (defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale, loaded.family.rows)
     assert found == wanted
 
 
 def test_guidance_can_be_left_out_or_asked_for(random_checkpoint, tmp_path):
     off = load_checkpoint(str(random_checkpoint), options=LoadOptions(guidance="off"))
-    assert (off.family.is_guided, off.defaults.guidance_scale) == (False, 1.0)
+    assert (off.family.rows, off.defaults.guidance_scale) == (1, 1.0)
     with pytest.raises(InvalidRequest, match=r"guidance_scale must be 1 or less: .* \(sdtpu_guidance\), got 7"):
         off.family.make_inputs(off.defaults.fill(GenerationRequest("a", guidance_scale=7)), (8, 8))
     off.family.make_inputs(off.defaults.fill(GenerationRequest("a")), (8, 8))
     lcm = make_random_checkpoint(tmp_path / "lcm", sampler_class="LCMScheduler")
-    assert load_checkpoint(str(lcm), options=LoadOptions(guidance="on")).family.is_guided
+    assert load_checkpoint(str(lcm), options=LoadOptions(guidance="on")).family.rows == 2
     told = make_random_checkpoint(tmp_path / "told", sampler_class="LCMScheduler", unet={"time_cond_proj_dim": 8})
     with pytest.raises(ConfigurationError, match="sdtpu_guidance must be auto or off"):
         load_checkpoint(str(told), options=LoadOptions(guidance="on"))
@@ -108,14 +109,14 @@ def fake_hub(monkeypatch, source: Path, target: Path) -> list[str]:
 
 def test_a_hub_checkpoint_with_flax_weights_is_downloaded_without_the_other_formats(monkeypatch, folder, tmp_path):
     rewrite_as_flax(folder)
-    for name in ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin", "tokenizer/a.bin"):
+    for name in ("unet/diffusion_pytorch_model.bin", "tokenizer/a.bin", "tokenizer/a.safetensors"):
         (folder / name).write_bytes(b"")
     downloaded = fake_hub(monkeypatch, folder, tmp_path / "hub")
     assert load_checkpoint("owner/name", options=LoadOptions(revision="bf16")).name == "owner/name"
     assert [name for name in downloaded if name.endswith((".bin", ".safetensors"))] == []
 
 
-@pytest.mark.parametrize("variant", ["", "fp16"])
+@pytest.mark.parametrize("variant", ["", "fp16", "bf16"])
 def test_a_hub_checkpoint_without_flax_weights_is_downloaded_as_safetensors(monkeypatch, folder, tmp_path, variant):
     rewrite(folder, variant=variant)
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"")
@@ -127,6 +128,16 @@ def test_a_hub_checkpoint_without_flax_weights_is_downloaded_as_safetensors(monk
     weights = sorted({name for name in downloaded if name.endswith((".bin", ".safetensors", ".msgpack"))})
     dot = f".{variant}" if variant else ""
     assert weights == [f"diffusion_pytorch_model{dot}.safetensors", f"model{dot}.safetensors"]
+
+
+@pytest.mark.parametrize("change", [{"shards": 3}, {"variant": "fp32"}], ids=str)
+def test_a_hub_checkpoint_in_several_files_or_another_variant_is_downloaded(monkeypatch, folder, tmp_path, change):
+    own = load_checkpoint(str(folder))
+    rewrite(folder, **change)
+    (folder / "unet" / "diffusion_flax_model.msgpack").write_bytes(b"not read")
+    downloaded = fake_hub(monkeypatch, folder, tmp_path / "hub")
+    assert_same_params(load_checkpoint("owner/name", options=LoadOptions(revision="bf16")).params, own.params)
+    assert "diffusion_flax_model.msgpack" not in downloaded
 
 
 def assert_same_params(one: Any, other: Any) -> None:
@@ -199,7 +210,7 @@ def test_a_value_that_is_not_finite_is_named(folder):
     tensors = load_file(path)
     tensors["conv_in.bias"][3] = np.nan
     save_file(tensors, path)
-    with pytest.raises(InvalidCheckpoint, match=r"not finite \(NaN or infinity\) in conv_in\.bias"):
+    with pytest.raises(InvalidCheckpoint, match=r"NaN or infinity in conv_in\.bias as float32"):
         load_checkpoint(str(folder))
 
 
@@ -223,9 +234,8 @@ def test_flax_weights_that_transformers_wrote_as_safetensors(folder):
     assert_same_params(load_checkpoint(str(folder)).params, own.params)
 
 
-def test_msgpack_is_preferred(folder):
-    rewrite_as_flax(folder)
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not read")
+def test_safetensors_are_preferred_to_msgpack(folder):
+    (folder / "unet" / "diffusion_flax_model.msgpack").write_bytes(b"not read")
     load_checkpoint(str(folder))
 
 
@@ -315,7 +325,7 @@ def test_pickles_are_refused_with_the_remedy(folder, tmp_path, suffix):
     path.unlink()
     path.with_name(f"diffusion_pytorch_model{suffix}").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     with pytest.raises(InvalidCheckpoint, match=rf"unet has no weights .*\(found diffusion_pytorch_model{suffix}\)"
-                       r".* it reads diffusion_flax_model.msgpack, .*safe_serialization=True"):  # fmt: skip
+                       r".* it reads diffusion_pytorch_model.safetensors, .*safe_serialization=True"):  # fmt: skip
         load_checkpoint(str(folder))
     assert not (tmp_path / "ran").exists()
 
@@ -372,10 +382,10 @@ def test_tensors_that_are_missing_or_unexpected_or_of_another_kind_are_named(tmp
     else:
         save_file(found, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(InvalidCheckpoint) as caught:
-        read_weights(tmp_path, "unet", shapes, np.float32)
+        read_weights(open_part(tmp_path, "unet"), shapes, np.float32)
     assert (
         "(missing: conv_in.other; unexpected: conv_in.more; of another shape: conv_in.weight ((3, 3), the config makes"
-        " it (2, 3)); not floating point: conv_in.counts)"
+        " it (3, 2)); not floating point: conv_in.counts (int8))"
     ) in str(caught.value)
 
 
@@ -390,7 +400,12 @@ def test_a_checkpoint_of_another_kind(folder):
 def test_an_inpainting_unet(folder):
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
-    with pytest.raises(InvalidCheckpoint, match="takes 9 channels and the VAE has 4; inpainting"):
+    with pytest.raises(InvalidCheckpoint, match=r"conv_in.weight \(\(32, 4, 3, 3\), the config makes it \(32, 9, 3, 3"):
+        load_checkpoint(str(folder))
+    with pytest.raises(ConfigurationError, match=r"sdtpu_image_inputs must be on .*its UNet sees a picture"):
+        load_checkpoint(str(folder), options=LoadOptions(image_inputs=False))
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 7}))
+    with pytest.raises(InvalidCheckpoint, match=r"in_channels .* must be 4, .* 8 .* or 9 .*, got 7"):
         load_checkpoint(str(folder))
 
 

@@ -56,7 +56,7 @@ def prepare(engine: Engine, number: int) -> PreparedJob:
         checkpoint, defaults=dataclasses.replace(checkpoint.defaults, sampler=schedule.default_sampler)
     )
     request = GenerationRequest(**case.request, seed=pictures.SEEDS[case.family])
-    return prepare_job(checkpoint, engine.info.resolutions, str(number), request, None)
+    return prepare_job(checkpoint, engine.info.resolutions, str(number), request, None, {})
 
 
 def decibels(ours: np.ndarray, theirs: np.ndarray) -> float:

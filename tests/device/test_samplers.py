@@ -11,7 +11,7 @@ import pytest
 from sdtpu_worker.contract.request import MAX_STEPS
 from sdtpu_worker.diffusion.samplers import COLUMNS, CoefficientTable, NoiseSchedule, make_table, step_reference
 from sdtpu_worker.errors import InvalidCheckpoint, InvalidRequest
-from tests.support.sampler_cases import NOISE, Case, cases, initial_noise, model, noise_of_row
+from tests.support.sampler_cases import NOISE, Case, cases, initial_noise, kept, model, noise_of_row, picture
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = list(cases())
@@ -34,15 +34,21 @@ def golden() -> tuple[np.ndarray, np.ndarray]:
 
 def make_case_table(case: Case) -> CoefficientTable:
     sampler = None if case.scheduler == case.config["_class_name"] else case.scheduler
-    return make_table(NoiseSchedule.from_config(case.config), case.steps, sampler=sampler, eta=case.eta or None)
+    schedule = NoiseSchedule.from_config(case.config)
+    return make_table(schedule, case.steps, sampler=sampler, eta=case.eta or None, begin=case.begin)
 
 
-def run_table(table: CoefficientTable) -> np.ndarray:
+def run_table(table: CoefficientTable, from_picture: bool = False) -> np.ndarray:
     x = initial_noise() * np.float32(table.init_noise_sigma)
+    if from_picture:
+        signal, noise = table.first_level
+        x = (signal * picture() + noise * initial_noise()).astype(np.float32)
     history = [np.zeros_like(x)] * 3
-    t, c_in = COLUMNS.index("t"), COLUMNS.index("c_in")
+    t, c_in, s, u = (COLUMNS.index(name) for name in ("t", "c_in", "s", "u"))
     for i, row in enumerate(table.rows[: table.num_rows]):
         x, history = step_reference(row, x, model(x * row[c_in], float(row[t])), history, noise_of_row(i))
+        if from_picture:
+            x = np.where(kept(), row[s] * picture() + row[u] * initial_noise(), x)
     return x
 
 
@@ -63,7 +69,8 @@ def test_a_table_steps_like_pytorchs_scheduler(scheduler, golden):
     for i in compared:
         table = make_case_table(CASES[i])
         assert (table.num_rows, table.num_inference_steps) == (rows[i], CASES[i].steps), CASES[i]
-        assert np.abs(run_table(table) - samples[i]).max() <= bound(CASES[i]) * np.abs(samples[i]).max(), CASES[i]
+        drawn = run_table(table, CASES[i].strength is not None)
+        assert np.abs(drawn - samples[i]).max() <= bound(CASES[i]) * np.abs(samples[i]).max(), CASES[i]
 
 
 def test_a_case_that_does_not_run_in_pytorch_gives_finite_rows_or_says_why_not(golden):

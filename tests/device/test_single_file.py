@@ -1,230 +1,204 @@
-"""Checkpoints in one file, in the original layout: the same parameters as from a folder, everything accounted for."""
+"""One original-layout file: its names are those that diffusers' conversion gives, and its parameters a folder's."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from math import prod
+import re
 from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
-from sdtpu_worker.diffusion.original_names import autoencoder_name, unet_names
-from sdtpu_worker.diffusion.single_file_configs import CONFIGS
-from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
-from sdtpu_worker.models import networks
-from sdtpu_worker.models.configs import read_autoencoder_config, read_clip_text_config, read_unet_config
-from sdtpu_worker.models.layout import pytorch_shape
-from tests.device.original_layout import tiny_architecture, to_single_file
-from tests.support.checkpoints import SHIPPED
-from tests.support.single_file_cases import UNETS, VAE
-
-OPTIONS = LoadOptions(tokenizer=str(SHIPPED / "tokenizer"))
-SD1, SD2, XL = CONFIGS
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return json.loads(gzip.decompress((Path(__file__).parent / "golden" / "original-names.json.gz").read_bytes()))
-
-
-@pytest.mark.parametrize("name", UNETS)
-def test_the_names_of_a_unet_are_those_of_the_original_code(golden, name):
-    names = unet_names(networks.unet(read_unet_config(UNETS[name])).shapes)
-    assert names == golden[name]
-
-
-def test_the_names_of_an_autoencoder_are_those_of_the_original_code(golden):
-    config = read_autoencoder_config(VAE)
-    shapes = {**networks.decoder(config).shapes, **networks.encoder(config).shapes}
-    assert {autoencoder_name(name, 4): name for name in shapes} == golden["vae"]
-
-
-@pytest.mark.parametrize(
-    ("architecture", "counts"),
-    [
-        (SD1, (859_520_964, 83_653_863, 123_060_480)),
-        (SD2, (865_910_724, 83_653_863, 340_387_840)),
-        (XL, (2_567_463_684, 83_653_863, 123_060_480, 694_659_840)),
-    ],
-    ids=lambda value: value.name if hasattr(value, "name") else "",
+from sdtpu_worker.diffusion.loading.load import read_weights
+from sdtpu_worker.diffusion.loading.original_names import (
+    original_clip_names,
+    original_openclip_names,
+    original_unet_names,
+    original_vae_names,
 )
-def test_the_architectures_are_those_of_the_published_checkpoints(architecture, counts):
-    unet = networks.unet(read_unet_config(architecture.configs["unet"])).shapes
-    vae_config = read_autoencoder_config(architecture.configs["vae"])
-    vae = {**networks.decoder(vae_config).shapes, **networks.encoder(vae_config).shapes}
-    texts = [
-        networks.text_encoder(read_clip_text_config(config), projection=part == "text_encoder_2").shapes
-        for part, config in architecture.configs.items()
-        if part.startswith("text")
-    ]
-    assert tuple(sum(map(prod, shapes.values())) for shapes in (unet, vae, *texts)) == counts
-    names = unet_names(unet)
-    for sign, shape in architecture.signs.items():
-        today = names[sign.removeprefix("model.diffusion_model.")]
-        assert pytorch_shape(today, unet[today]) == shape
+from sdtpu_worker.diffusion.loading.part_files import open_part
+from sdtpu_worker.diffusion.loading.single_file import open_single_file
+from sdtpu_worker.errors import InvalidCheckpoint
+from sdtpu_worker.models.layout import from_pytorch
+
+GOLDEN = json.loads(gzip.decompress((Path(__file__).parent / "golden" / "names.json.gz").read_bytes()))
+PREFIXES = {
+    "sd1": {"text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+}
+PARAMETERS = {"sd1": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684}
+TENSORS = {"sd1": (686, 248, 196, 0), "sd2": (686, 248, 372, 0), "sdxl": (1680, 248, 196, 517)}
 
 
-@pytest.fixture(params=["sd1", "sd2", "xl"])
-def case(request, random_checkpoint, random_xl_checkpoint, monkeypatch, tmp_path):
-    """Give a tiny folder, how its text encoders are named originally, and options; the architecture is known."""
-    like = {"sd1": SD1, "sd2": SD2, "xl": XL}[request.param]
-    folder = random_xl_checkpoint if request.param == "xl" else random_checkpoint
-    monkeypatch.setattr("sdtpu_worker.diffusion.single_file.CONFIGS", (tiny_architecture(like, folder),))
-    open_clip = {"sd1": None, "sd2": "text_encoder", "xl": "text_encoder_2"}[request.param]
-    options = LoadOptions(tokenizer=OPTIONS.tokenizer, prediction_type="epsilon" if request.param == "sd2" else "auto")
-    return folder, tmp_path / "model.safetensors", open_clip, options
+def rule_of(architecture: str, part: str) -> Any:
+    if part in ("unet", "vae"):
+        return {"unet": original_unet_names, "vae": original_vae_names}[part]
+    return original_clip_names if PREFIXES[architecture][part].endswith("transformer.") else original_openclip_names
 
 
-def assert_same_params(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+def prefix_of(architecture: str, part: str) -> str:
+    return {"unet": "model.diffusion_model.", "vae": "first_stage_model."}.get(part) or PREFIXES[architecture][part]
 
 
-@pytest.mark.parametrize("dtype", [None, np.float16, ml_dtypes.bfloat16])
-def test_one_file_gives_the_parameters_of_the_folder(case, dtype):
-    folder, file, open_clip, options = case
-    to_single_file(folder, file, open_clip, dtype)
-    loaded = load_checkpoint(str(file), jnp.bfloat16, options)
-    own = load_checkpoint(str(folder), jnp.bfloat16)
-    if dtype is np.float16:  # rounded on its way
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=0.02,
-                                                             atol=1e-3), loaded.params, own.params)  # fmt: skip
-    else:
-        assert_same_params(loaded.params, own.params)
+@pytest.mark.parametrize("architecture", GOLDEN)
+def test_every_name_is_the_one_that_diffusers_converts_from(architecture):
+    for part, tensors in GOLDEN[architecture].items():
+        names = rule_of(architecture, part)(tensors)
+        assert {name: [original.name, original.third or 0] for name, original in names.items()} == {
+            name: [stored, third] for name, (stored, third, _shape) in tensors.items()
+        }
 
 
-def test_what_training_leaves_in_a_file_is_left_out_and_anything_else_is_named(case):
-    folder, file, open_clip, options = case
-    zeros = np.zeros(3, np.float32)
-    to_single_file(folder, file, open_clip, alphas_cumprod=zeros, model_ema__decay=zeros, denoiser__sigmas=zeros)
-    assert_same_params(load_checkpoint(str(file), options=options).params, load_checkpoint(str(folder)).params)
-    to_single_file(folder, file, open_clip, model__extra__weight=zeros)
-    with pytest.raises(InvalidCheckpoint, match=r"has tensors that such a model has not: model\.extra\.weight"):
-        load_checkpoint(str(file), options=options)
-    to_single_file(folder, file, open_clip, model__diffusion_model__more__weight=zeros)
-    with pytest.raises(InvalidCheckpoint, match=r"unexpected: more\.weight"):
-        load_checkpoint(str(file), options=options)
+@pytest.mark.parametrize("architecture", PARAMETERS)
+def test_the_configs_make_the_models_that_are_known(architecture):
+    """The golden shapes are those of PyTorch's models, made from our configs."""
+    parts = GOLDEN[architecture]
+    assert sum(int(np.prod(shape)) for *_names, shape in parts["unet"].values()) == PARAMETERS[architecture]
+    counts = tuple(len(parts.get(part, ())) for part in ("unet", "vae", "text_encoder", "text_encoder_2"))
+    assert counts == TENSORS[architecture]
 
 
-def test_fp8_is_read(case):
-    folder, file, open_clip, options = case
-    to_single_file(folder, file, open_clip)
-    own = load_checkpoint(str(file), options=options).params
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    parts, offset = [], 0
-    for entry in (entry for name, entry in header.items() if name != "__metadata__"):
-        begin, end = entry["data_offsets"]
-        values = np.frombuffer(body[begin:end], np.float32).astype(ml_dtypes.float8_e4m3fn).tobytes()
-        entry |= {"dtype": "F8_E4M3", "data_offsets": [offset, offset + len(values)]}
-        offset += len(values)
-        parts.append(values)
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
-    read = load_checkpoint(str(file), options=options).params
-    weight = own["unet"]["conv_in.weight"]
-    np.testing.assert_array_equal(
-        read["unet"]["conv_in.weight"], weight.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    )
+def tiny_params(architecture: str, channels: int = 4) -> dict[str, dict[str, np.ndarray]]:
+    """Return every tensor of an architecture under diffusers' names as PyTorch stores it, but tiny."""
+    rng = np.random.default_rng(len(architecture))
+    sizes = {1: (2,), 2: (2, 2), 4: (2, 3, 1, 1)}
+    parts = {}
+    for part, tensors in GOLDEN[architecture].items():
+        parts[part] = {
+            name: rng.normal(size=sizes[len(shape)]).astype(np.float16) for name, (*_names, shape) in tensors.items()
+        }
+    parts["unet"]["conv_in.weight"] = rng.normal(size=(2, channels, 3, 3)).astype(np.float16)
+    return parts
 
 
-def test_a_file_needs_a_vocabulary_and_a_folder_must_not_have_one(case):
-    folder, file, open_clip, _ = case
-    to_single_file(folder, file, open_clip)
-    with pytest.raises(ConfigurationError, match="sdtpu_tokenizer must name a folder with CLIP's vocabulary"):
-        load_checkpoint(str(file))
-    with pytest.raises(ConfigurationError, match=r"sdtpu_tokenizer must not be set for .* it is a folder"):
-        load_checkpoint(str(folder), options=OPTIONS)
-    with pytest.raises(ConfigurationError, match=r"sdtpu_prediction_type must be auto for .* it is a folder"):
-        load_checkpoint(str(folder), options=LoadOptions(prediction_type="epsilon"))
+def as_original(architecture: str, parts: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the tensors as one original file has them, after diffusers' conversion read backwards."""
+    stored: dict[str, np.ndarray] = {}
+    for part, tensors in parts.items():
+        prefix = prefix_of(architecture, part)
+        for name, value in tensors.items():
+            original, third, _shape = GOLDEN[architecture][part][name]
+            key = prefix + original
+            if "in_proj_" in original:
+                whole = stored.setdefault(key, np.zeros((3 * value.shape[0], *value.shape[1:]), value.dtype))
+                whole[third * value.shape[0] : (third + 1) * value.shape[0]] = value
+            elif name == "text_projection.weight":
+                stored[key] = np.ascontiguousarray(value.T)
+            elif part == "vae" and re.search(r"\.(q|k|v|proj_out)\.weight$", original):
+                stored[key] = value[:, :, None, None]  # the original attention is of 1×1 convolutions
+            else:
+                stored[key] = value
+    return stored
 
 
-def test_what_a_model_predicts_is_said_by_the_setting_or_the_file(case):
-    folder, file, open_clip, options = case
-    to_single_file(folder, file, open_clip)
-    if open_clip == "text_encoder":
-        with pytest.raises(ConfigurationError, match="sdtpu_prediction_type must be epsilon or v_prediction"):
-            load_checkpoint(str(file), options=OPTIONS)
-    as_v = LoadOptions(tokenizer=OPTIONS.tokenizer, prediction_type="v_prediction")
-    assert load_checkpoint(str(file), options=as_v).schedule.prediction_type == "v_prediction"
-    assert load_checkpoint(str(file), options=options).schedule.prediction_type == "epsilon"
+def shapes_of(tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: from_pytorch(name, value).shape for name, value in tensors.items()}
 
 
-def test_padding_is_the_text_encoders_own(case):
-    folder, file, open_clip, options = case
-    to_single_file(folder, file, open_clip)
-    family = load_checkpoint(str(file), options=options).family
-    vocabulary = json.loads((SHIPPED / "tokenizer" / "vocab.json").read_text())
-    tokenizers = [getattr(family, name) for name in ("tokenizer", "tokenizer_2") if hasattr(family, name)]
-    wanted = {None: ["<|endoftext|>"], "text_encoder": ["!"], "text_encoder_2": ["<|endoftext|>", "!"]}[open_clip]
-    assert [tokenizer.pad_id for tokenizer in tokenizers] == [vocabulary[token] for token in wanted]
+EXTRAS = {
+    "sd1": ["model_ema.decay", "model_ema.diffusion_modelout0weight", "betas", "sqrt_alphas_cumprod",
+            "cond_stage_model.transformer.text_model.embeddings.position_ids", "first_stage_model.loss.logvar"],
+    "sd2": ["cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection",
+            "cond_stage_model.model.transformer.resblocks.23.attn.in_proj_weight", "alphas_cumprod"],
+    "sdxl": ["conditioner.embedders.0.transformer.text_model.embeddings.position_ids", "denoiser.sigmas",
+             "conditioner.embedders.1.model.logit_scale", "model_ema.num_updates"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("architecture", GOLDEN)
+def test_a_folder_and_a_single_file_give_the_same_parameters(architecture, dtype, tmp_path):
+    parts = tiny_params(architecture)
+    extras = {name: np.zeros(1, np.float32) for name in EXTRAS[architecture]}
+    save_file(as_original(architecture, parts) | extras, tmp_path / "one.safetensors")
+    single = open_single_file(tmp_path / "one.safetensors")
+    assert (single.architecture, single.in_channels, set(single.parts)) == (architecture, 4, set(parts))
+    for part, tensors in parts.items():
+        (tmp_path / part).mkdir()
+        stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        save_file(tensors, tmp_path / part / f"{stem}.safetensors")
+        shapes = shapes_of(tensors)
+        one = read_weights(single.part(part, shapes), shapes, dtype)
+        other = read_weights(open_part(tmp_path, part), shapes, dtype)
+        assert list(one) == list(other) == list(shapes)
+        assert all(one[name].tobytes() == other[name].tobytes() for name in shapes)
+
+
+@pytest.mark.parametrize("channels", [8, 9])
+def test_the_input_channels_are_the_files(tmp_path, channels):
+    save_file(as_original("sd1", tiny_params("sd1", channels)), tmp_path / "a.safetensors")
+    single = open_single_file(tmp_path / "a.safetensors")
+    assert single.in_channels == channels
+
+
+def test_the_oldest_text_encoders_lack_a_prefix(tmp_path):
+    parts = tiny_params("sd1")
+    stored = {name.replace("transformer.text_model.", "transformer."): value
+              for name, value in as_original("sd1", parts).items()}  # fmt: skip
+    save_file(stored, tmp_path / "a.safetensors")
+    shapes = shapes_of(parts["text_encoder"])
+    read_weights(open_single_file(tmp_path / "a.safetensors").part("text_encoder", shapes), shapes, np.float32)
+
+
+def test_marks_of_the_training_are_found(tmp_path):
+    marks = {"v_pred": np.zeros(0, np.float32), "ztsnr": np.zeros(0, np.float32)}
+    for given in ({}, marks):
+        save_file(as_original("sdxl", tiny_params("sdxl")) | given, tmp_path / "a.safetensors")
+        assert open_single_file(tmp_path / "a.safetensors").marks == set(given)
+
+
+def test_a_refiner_is_refused_by_name(tmp_path):
+    stored = {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": np.zeros((4, 1280)),
+              "conditioner.embedders.0.model.ln_final.weight": np.zeros(4)}  # fmt: skip
+    save_file(stored, tmp_path / "a.safetensors")
+    with pytest.raises(InvalidCheckpoint, match="looks like Stable Diffusion XL refiner, and it is of no kind that is"):
+        open_single_file(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "text"),
+    ("remove", "add", "message"),
     [
+        ("first_stage_model.", {}, r"Stable Diffusion 1.x, and it lacks vae \(first_stage_model\.\*\)"),
+        ("cond_stage_model.", {}, r"lacks text_encoder \(cond_stage_model\.transformer\.\*\)"),
+        ("model.diffusion_model.", {}, r"not a whole checkpoint in the original layout.*text encoder"),
         (
-            "model.diffusion_model.input_blocks.0.0.weight",
-            (320, 9, 3, 3),
-            "of a size that is not known",
+            "",
+            {"control_model.time_embed.0.weight": (2, 2)},
+            r"to no part of Stable Diffusion 1.x: control_model",
         ),
-        ("model.diffusion_model.input_blocks.0.0.weight", (384, 4, 3, 3), "of a size that is not known"),
-        ("lora_unet_x.lora_down.weight", (4, 4), "it looks like a LoRA"),
-        ("double_blocks.0.img_attn.qkv.weight", (4, 4), "it looks like Flux"),
-        ("anything", (4,), "it has no UNet, it looks like nothing known"),
+        ("", {"edm_mean": (4,)}, r"belong to no part of Stable Diffusion 1.x: edm_mean"),
     ],
 )
-def test_a_file_of_another_kind_is_told_by_what_it_looks_like(tmp_path, name, shape, text):
-    from safetensors.numpy import save_file
-
-    save_file({name: np.zeros(shape, np.float16)}, tmp_path / "x.safetensors")
-    with pytest.raises(InvalidCheckpoint, match=text):
-        load_checkpoint(str(tmp_path / "x.safetensors"), options=OPTIONS)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"12345678", (2**40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]",
-     (100).to_bytes(8, "little") + b"[" * 100, (9).to_bytes(8, "little") + b'{"a": {}}',
-     (70).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'.ljust(70),
-     (80).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[-9],"data_offsets":[0,-36]}}'.ljust(80),
-     (80).to_bytes(8, "little") + b'{"a":{"dtype":"Q4","shape":[9],"data_offsets":[0,36]}}'.ljust(80) + bytes(36)],
-)  # fmt: skip
-def test_a_broken_file_is_one_clear_error(tmp_path, data):
-    (tmp_path / "x.safetensors").write_bytes(data)
-    with pytest.raises(InvalidCheckpoint, match="is not a complete weights file"):
-        load_checkpoint(str(tmp_path / "x.safetensors"), options=OPTIONS)
+def test_a_file_that_is_no_whole_checkpoint_says_what_it_is(tmp_path, remove, add, message):
+    stored = as_original("sd1", tiny_params("sd1"))
+    stored["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] = np.zeros((2, 768))
+    stored = {name: value for name, value in stored.items() if not (remove and name.startswith(remove))}
+    save_file(stored | {name: np.zeros(shape, np.float16) for name, shape in add.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(InvalidCheckpoint, match=message):
+        open_single_file(tmp_path / "a.safetensors")
 
 
-def test_tensors_that_share_bytes_are_refused(tmp_path):
-    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    header = json.dumps({"a": entry, "b": {**entry, "data_offsets": [4, 12]}}).encode()
-    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
-    with pytest.raises(InvalidCheckpoint, match="the data of two tensors overlaps"):
-        load_checkpoint(str(tmp_path / "x.safetensors"), options=OPTIONS)
+def test_a_tensor_that_is_missing_or_too_many_is_named(tmp_path):
+    parts = tiny_params("sd1")
+    stored = as_original("sd1", parts)
+    del stored["model.diffusion_model.out.2.bias"]
+    stored["model.diffusion_model.scale_weight"] = np.zeros(1, np.float16)
+    save_file(stored, tmp_path / "a.safetensors")
+    shapes = shapes_of(parts["unet"])
+    with pytest.raises(InvalidCheckpoint, match=r"a\.safetensors, unet: .*\(missing: conv_out\.bias; unexpected:"
+                       r" model\.diffusion_model\.scale_weight\)"):  # fmt: skip
+        read_weights(open_single_file(tmp_path / "a.safetensors").part("unet", shapes), shapes, np.float32)
 
 
-def test_a_pointer_of_git_lfs_is_told(tmp_path):
-    (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(InvalidCheckpoint, match=r"is a pointer of Git LFS, .*git lfs pull"):
-        load_checkpoint(str(tmp_path / "x.safetensors"), options=OPTIONS)
-
-
-def test_a_file_draws_pictures(case, devices):
-    from sdtpu_worker.contract.request import GenerationRequest
-    from sdtpu_worker.diffusion.engine import Engine
-    from tests.support.engines import generate_all
-
-    folder, file, open_clip, options = case
-    to_single_file(folder, file, open_clip)
-    loaded = load_checkpoint(str(file), options=options)
-    request = GenerationRequest("a fox", seed=1, num_inference_steps=2, height=16, width=16)
-    engine = Engine(loaded, devices[:1], resolutions=((16, 16),))
-    assert generate_all(engine, [request])[0].pixels.std() > 0
+@pytest.mark.parametrize("suffix", ["ckpt", "pt", "bin"])
+def test_a_pickle_is_refused(tmp_path, suffix):
+    with pytest.raises(InvalidCheckpoint, match=r"are pickles, .*from_single_file"):
+        open_single_file(tmp_path / f"sd.{suffix}")

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdtpu_worker.contract.request import MAX_PROMPT_CHARACTERS
+from sdtpu_worker.contract.parameter_checks import MAX_PROMPT_CHARACTERS
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.errors import InvalidCheckpoint
 from tests.support.checkpoints import SHIPPED

@@ -23,7 +23,8 @@ from redis import Redis, exceptions
 
 from sdtpu_worker import ConfigurationError, StorageError
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
-from sdtpu_worker.images.store import FileImageStore, RedisImageStore, make_image_store, read_image_bytes, stored_name
+from sdtpu_worker.images.names import stored_name
+from sdtpu_worker.images.store import FileImageStore, RedisImageStore, make_image_store, read_image_bytes
 from sdtpu_worker.redaction import sanitize_url
 from sdtpu_worker.testing.processes import find_redis_server, free_port, private_redis, running
 from tests.support.waiting import wait_until
@@ -312,7 +313,9 @@ def test_a_file_system_that_cannot_flush_a_folder_is_taken_as_it_is(tmp_path, mo
 
 def test_a_folder_without_permission_is_an_error_at_once(monkeypatch, tmp_path):
     store = FileImageStore(f"file://{tmp_path}")
-    monkeypatch.setattr("sdtpu_worker.images.store.write_durably", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    monkeypatch.setattr(
+        "sdtpu_worker.images.file_store.write_durably", lambda *_: (_ for _ in ()).throw(PermissionError())
+    )
     with pytest.raises(StorageError, match=r"could not be written to file://.*PermissionError"):
         store.put("x", "png", b"data")
 

@@ -19,7 +19,7 @@ from sdtpu_worker.models.configs import (
 )
 from sdtpu_worker.models.layout import pytorch_shape
 from tests.support.random_weights import random_tensor
-from tests.support.tiny_configs import SHIPPED, STABLE_DIFFUSION_NOISE, TEXT, TEXT_2, UNET, VAE, XL_UNET
+from tests.support.tiny_configs import SHIPPED, STABLE_DIFFUSION_NOISE, TEXT, TEXT_2, TINY_VAE, UNET, VAE, XL_UNET
 
 __all__ = ["SHIPPED", "STABLE_DIFFUSION_NOISE", "make_random_checkpoint", "write_part"]
 
@@ -31,6 +31,7 @@ def make_random_checkpoint(
     sampler_class: str = "PNDMScheduler",
     safety_checker: bool = False,
     xl: bool = False,
+    tiny_vae: bool = False,
     unet: dict[str, Any] | None = None,
     scheduler: dict[str, Any] | None = None,
 ) -> Path:
@@ -42,6 +43,7 @@ def make_random_checkpoint(
         sampler_class: of the scheduler config.
         safety_checker: with one.
         xl: of the XL family, with two text encoders.
+        tiny_vae: with an `AutoencoderTiny`.
         unet: further keys of the UNet's config.
         scheduler: further keys of the scheduler config.
     """
@@ -51,14 +53,17 @@ def make_random_checkpoint(
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", "AutoencoderTiny" if tiny_vae else "AutoencoderKL"],
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
     }
     shutil.copytree(SHIPPED / "tokenizer", folder / "tokenizer")
     unet_config = {**(XL_UNET if xl else UNET), **(unet or {})}
     write_part(folder / "unet", "UNet2DConditionModel", unet_config)
-    write_part(folder / "vae", "AutoencoderKL", VAE)
+    if tiny_vae:
+        write_part(folder / "vae", "AutoencoderTiny", {"_class_name": "AutoencoderTiny", **TINY_VAE})
+    else:
+        write_part(folder / "vae", "AutoencoderKL", VAE)
     write_part(folder / "text_encoder", "CLIPTextModel", TEXT)
     if xl:
         index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
@@ -83,11 +88,11 @@ def make_random_checkpoint(
 
 def write_part(folder: Path, class_name: str, config: dict[str, Any]) -> None:
     """Write a part's config and random weights, as PyTorch's libraries do."""
+    both_halves = (networks.encoder, networks.decoder)
     made = {
         "UNet2DConditionModel": lambda: [networks.unet(read_unet_config(config))],
-        "AutoencoderKL": lambda: [
-            make(read_autoencoder_config(config)) for make in (networks.encoder, networks.decoder)
-        ],
+        "AutoencoderKL": lambda: [make(read_autoencoder_config(config)) for make in both_halves],
+        "AutoencoderTiny": lambda: [make(read_autoencoder_config(config)) for make in both_halves],
         "CLIPTextModel": lambda: [networks.text_encoder(read_clip_text_config(config))],
         "CLIPTextModelWithProjection": lambda: [networks.text_encoder(read_clip_text_config(config), True)],
     }[class_name]()

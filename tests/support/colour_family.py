@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdtpu_worker.diffusion.checkpoint import Checkpoint, Defaults
-from sdtpu_worker.diffusion.families.family import Family
+from sdtpu_worker.diffusion.families.family import Family, PictureUse
 from sdtpu_worker.diffusion.samplers import NoiseSchedule
 from tests.support.checkpoints import STABLE_DIFFUSION_NOISE
 
@@ -17,7 +17,8 @@ COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, 
 class Colour:
     """A model that knows what every noisy latent is: the colour of the prompt; it has no network at all."""
 
-    is_guided, latent_channels, scale_factor, size_multiple, default_size = True, 3, 1, 1, (4, 6)
+    rows, picture_use = 2, PictureUse.NONE
+    latent_channels, scale_factor, size_multiple, default_size = 3, 1, 1, (4, 6)
 
     def input_shapes(self):
         return {"rgb": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
@@ -25,11 +26,14 @@ class Colour:
     def make_inputs(self, request, size):
         return {"rgb": np.array([(0, 0, 0), COLOURS[request.prompt]], np.float32)}, False
 
-    def conditioning_shapes(self):
+    def conditioning_shapes(self, size):
         return {"rgb": jax.ShapeDtypeStruct((3,), jnp.float32)}
 
-    def encode(self, params, inputs):
+    def encode(self, params, inputs, pictures):
         return inputs
+
+    def encode_image(self, params, image, noise):
+        raise NotImplementedError("it takes no pictures")
 
     def predict(self, params, latents, timesteps, conditioning):
         return jnp.broadcast_to(conditioning["rgb"][:, :, None, None], latents.shape)

@@ -67,7 +67,7 @@ class CountingEngine(FakeEngine):
         self.inserted.update(plan.inserted())
         return super().execute(plan, *args)
 
-    def prepare(self, task_id: str, request: GenerationRequest) -> CountingJob:
+    def prepare(self, task_id: str, request: GenerationRequest, pictures: Any) -> CountingJob:
         request = request.with_defaults("ddim")
         return CountingJob(task_id, request.num_inference_steps, LANE, parameters=request.parameters())
 

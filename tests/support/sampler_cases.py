@@ -46,6 +46,7 @@ class Group:
     eta: float = 0.0
     noise: Mapping[str, Any] = field(default_factory=lambda: NOISE)
     source: str | None = None
+    strengths: Sequence[float | None] = (None,)
 
 
 @dataclass(frozen=True)
@@ -55,33 +56,52 @@ class Case:
     Attributes:
         config: the scheduler config, with the class that wrote it.
         scheduler: the class that samples.
+        strength: of a path that starts at `picture()` with noise, and keeps what `kept()` says; None for noise alone.
     """
 
     config: Mapping[str, Any]
     scheduler: str
     steps: int
     eta: float
+    strength: float | None = None
+
+    @property
+    def begin(self) -> int:
+        """How many steps are left out at the start, by the rule of diffusers' pipelines."""
+        return 0 if self.strength is None else max(self.steps - min(int(self.steps * self.strength), self.steps), 0)
 
     def __str__(self) -> str:
         changed = {key: value for key, value in self.config.items() if key not in NOISE or NOISE[key] != value}
-        return f"{self.scheduler} {changed} steps={self.steps} eta={self.eta}"
+        return f"{self.scheduler} {changed} steps={self.steps} eta={self.eta} strength={self.strength}"
 
 
 def cases() -> Iterator[Case]:
     """Return every case, in the order of the golden file."""
     for group in _groups():
-        for prediction, spacing, steps in itertools.product(group.predictions, group.spacings, group.steps):
+        for prediction, spacing, steps, strength in itertools.product(
+            group.predictions, group.spacings, group.steps, group.strengths
+        ):
             config = {"_class_name": group.source or group.scheduler, **group.noise}
             if prediction is not None:
                 config["prediction_type"] = prediction
             if spacing is not None:
                 config["timestep_spacing"] = spacing
-            yield Case({**config, **group.options}, group.scheduler, steps, group.eta)
+            yield Case({**config, **group.options}, group.scheduler, steps, group.eta, strength)
 
 
 def initial_noise() -> np.ndarray:
     """Return the unit noise that every case starts from, `SHAPE` float32."""
     return np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+
+
+def picture() -> np.ndarray:
+    """Return the clean sample of paths that start at one, `SHAPE` float32."""
+    return np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+
+
+def kept() -> np.ndarray:
+    """Return which numbers of a sample are the picture's after every row, `SHAPE` bool."""
+    return np.random.default_rng(2).random(SHAPE) < 0.4
 
 
 @functools.cache
@@ -208,6 +228,22 @@ def _groups() -> Iterator[Group]:
     for changes in ({}, {"shift": 3.0}, {"shift": 3.0, "stochastic_sampling": True}, *_RESPACED):
         yield Group("FlowMatchEulerDiscreteScheduler", changes, predictions=(None,), noise={})
     yield from _exchanged()
+    yield from _from_pictures()
+
+
+def _from_pictures() -> Iterator[Group]:
+    """Yield cases of paths that start at a picture, at the start, in the middle and at the end of the schedule."""
+    strengths = (0.1, 0.3, 0.55, 0.8, 1.0)
+    for scheduler in _OPTIONS:
+        yield Group(scheduler, {"skip_prk_steps": True}, _NO_SAMPLE, steps=(10, 20), strengths=strengths)
+    for options in ({"solver_order": 3}, {"algorithm_type": "sde-dpmsolver++"}, _KARRAS):
+        yield Group(_DPM, options, ("epsilon",), steps=(10, 20), strengths=strengths)
+    for options in ({"solver_order": 3}, {"algorithm_type": "sde-dpmsolver++"}):
+        yield Group(_SINGLE, options, ("epsilon",), steps=(10, 11, 20), strengths=strengths)
+    yield Group(_UNIPC, {"solver_order": 3}, ("epsilon",), steps=(10, 20), strengths=strengths)
+    yield Group("DEISMultistepScheduler", {"solver_order": 3}, ("epsilon",), steps=(10, 20), strengths=strengths)
+    yield Group("EulerDiscreteScheduler", _KARRAS, ("epsilon",), SPACINGS, (10, 20), strengths=strengths)
+    yield Group("DDIMScheduler", eta=0.7, predictions=("epsilon",), steps=(10,), strengths=strengths)
 
 
 def _exchanged() -> Iterator[Group]:

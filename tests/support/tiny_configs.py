@@ -44,6 +44,13 @@ VAE: dict[str, Any] = {
     "sample_size": 8,
 }
 
+TINY_VAE: dict[str, Any] = {
+    "encoder_block_out_channels": [8, 8],
+    "decoder_block_out_channels": [8, 8],
+    "num_encoder_blocks": [1, 1],
+    "num_decoder_blocks": [1, 1],
+}
+
 
 def _text_config(width: int) -> dict[str, Any]:
     vocabulary = json.loads((SHIPPED / "tokenizer" / "vocab.json").read_text())

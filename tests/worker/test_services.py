@@ -41,7 +41,7 @@ class WarmEngine(FakeEngine):
             slots_per_device=1, phases_per_tick=2, resolutions=(LANE,),
         )  # fmt: skip
 
-    def prepare(self, task_id: str, request: GenerationRequest) -> Any:
+    def prepare(self, task_id: str, request: GenerationRequest, pictures: Any) -> Any:
         return FakeJob(task_id, request.with_defaults("ddim").num_inference_steps, LANE)
 
     def check_safety(self, pixels: Any) -> None: ...

@@ -20,7 +20,8 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import save_file
 
-from sdtpu_worker.diffusion.weights import read_weights
+from sdtpu_worker.diffusion.loading.load import read_weights
+from sdtpu_worker.diffusion.loading.part_files import open_part
 from sdtpu_worker.models import networks
 from sdtpu_worker.models.configs import read_autoencoder_config
 from sdtpu_worker.models.layout import to_pytorch
@@ -95,7 +96,7 @@ def encode_all(folder: Path, images: np.ndarray) -> np.ndarray:
     """
     config = json.loads((folder / "vae" / "config.json").read_text())
     encoder, _, shapes = autoencoder(config)
-    params = read_weights(folder, "vae", shapes, jnp.float32)
+    params = read_weights(open_part(folder, "vae"), shapes, jnp.float32)
     encode = jax.jit(lambda x: encoder(params, x / 127.5 - 1).mean)
     parts = [images[i : i + _ENCODED_AT_ONCE] for i in range(0, len(images), _ENCODED_AT_ONCE)]
     return np.concatenate([np.asarray(encode(part.astype(np.float32))) for part in parts]) * np.float32(

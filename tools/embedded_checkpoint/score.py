@@ -1,6 +1,7 @@
 """Score the shipped checkpoint: what share of its pictures shows what the prompt says, judged from pixels.
 
-    python -m tools.embedded_checkpoint.score [--checkpoint DIR] [--out DIR]
+    python -m tools.embedded_checkpoint.score [--out DIR]
+    python -m tools.embedded_checkpoint.score --checkpoint embedded-turbo --samplers lcm --steps 4 --guidance-scale 1
 
 Chooses prompts whose combination of colour, shape and background was never trained on, generates an image of each with
 every sampler, and has the judge in `scenes.py` read them. Takes about eight minutes on two cores for 200 prompts.
@@ -85,6 +86,7 @@ def main() -> None:
     """Generate the images, judge them and print the scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="embedded", help="folder; default: the shipped one")
+    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, help="samplers to compare")
     parser.add_argument("--prompts", type=int, default=200, help="prompts per sampler")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="guidance")
@@ -101,7 +103,7 @@ def main() -> None:
     scores: dict[str, dict[str, float]] = {}
     misses: list[str] = []
     sheet: list[Any] = []
-    for sampler in SAMPLERS:
+    for sampler in args.samplers:
         options = {"sampler": sampler, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
         pictures = generate(engine, scenes, 1_000, options)
         scores[sampler] = score(scenes, pictures, generate(engine, scenes[::EVERY], 9_000, options))

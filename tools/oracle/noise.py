@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tests.support.picture_cases import SEED
 from tests.support.pipeline_cases import LATENT_SHAPE, MOST_ROWS, SEEDS, SHIPPED_LATENT_SHAPE, SHIPPED_PROMPTS
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden" / "noise.npz"
@@ -26,13 +27,19 @@ def draw(seed: int, shape: tuple[int, ...], rows: int) -> tuple[np.ndarray, np.n
     return np.asarray(jax.random.normal(key, shape)), np.asarray(of_rows, np.float32)
 
 
+def draw_encoded(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the noise with which a job's image, and what its mask does not cover, are encoded, `(2, *shape)`."""
+    key = jax.random.wrap_key_data(np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32))
+    return np.asarray(jax.random.normal(jax.random.fold_in(key, 2**32 - 1), (2, *shape)))
+
+
 def draw_all() -> dict[str, np.ndarray]:
     """Return what the file holds, by name."""
     arrays = {}
     for seed in sorted(set(SEEDS.values())):
         arrays[f"initial {seed}"], arrays[f"rows {seed}"] = draw(seed, LATENT_SHAPE, MOST_ROWS)
     shipped = [draw(seed, SHIPPED_LATENT_SHAPE, 0)[0] for seed in range(len(SHIPPED_PROMPTS))]
-    return {**arrays, "shipped": np.stack(shipped)}
+    return {**arrays, f"encoded {SEED}": draw_encoded(SEED, LATENT_SHAPE), "shipped": np.stack(shipped)}
 
 
 def main() -> None:

@@ -126,25 +126,26 @@ def make_parts(family: str) -> dict[str, Any]:
     """Return the modules of a tiny pipeline, without its scheduler."""
     tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
     parts: dict[str, Any] = {
-        "unet": _fill(UNet2DConditionModel(**pictures.FAMILIES[family])),
-        "vae": _fill(AutoencoderKL(**VAE)),
-        "text_encoder": _as_diffusers_knows_it(_fill(CLIPTextModel(CLIPTextConfig(**TEXT)))),
+        "unet": fill(UNet2DConditionModel(**pictures.FAMILIES[family])),
+        "vae": fill(AutoencoderKL(**VAE)),
+        "text_encoder": as_diffusers_knows_it(fill(CLIPTextModel(CLIPTextConfig(**TEXT)))),
         "tokenizer": tokenizer,
     }
     if family == "xl":
-        second = _fill(CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)))
+        second = fill(CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)))
         return {**parts, "text_encoder_2": second, "tokenizer_2": tokenizer}
     return {**parts, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
-def _fill(model: torch.nn.Module) -> torch.nn.Module:
+def fill(model: torch.nn.Module) -> torch.nn.Module:
+    """Give every parameter the weights that stand for its name."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
             tensor.copy_(torch.from_numpy(random_tensor(name_in_files(name), tuple(tensor.shape))))
     return model.eval()
 
 
-def _as_diffusers_knows_it(model: torch.nn.Module) -> torch.nn.Module:
+def as_diffusers_knows_it(model: torch.nn.Module) -> torch.nn.Module:
     """Give a text encoder the level that transformers 5 left out and that `clip_skip` of the pipelines still reads."""
     if not hasattr(model, "text_model"):
         # Not as a module: it would be one within itself.

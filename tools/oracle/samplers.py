@@ -29,7 +29,7 @@ import diffusers
 import numpy as np
 import torch
 
-from tests.support.sampler_cases import SHAPE, Case, cases, initial_noise, model, noise_of_row
+from tests.support.sampler_cases import SHAPE, Case, cases, initial_noise, kept, model, noise_of_row, picture
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden"
 _DOES_NOT_RUN = (ValueError, NotImplementedError, RuntimeError, IndexError, UnboundLocalError, AssertionError)
@@ -76,12 +76,22 @@ def run(case: Case, noise: Noise) -> tuple[np.ndarray, int]:
             setattr(module, name, stand_in)
     scheduler.set_timesteps(case.steps)
     options = {"eta": case.eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
-    x = torch.from_numpy(initial_noise()) * getattr(scheduler, "init_noise_sigma", 1.0)
-    for noise.row, t in enumerate(scheduler.timesteps):
+    unit, clean, stays = (torch.from_numpy(each) for each in (initial_noise(), picture(), kept()))
+    x, timesteps = unit * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
+    if case.strength is not None:  # as in the pipelines for image to image and inpainting
+        begin = case.begin * scheduler.order
+        timesteps = timesteps[begin:]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        x = scheduler.add_noise(clean, unit, timesteps[:1])
+    for noise.row, t in enumerate(timesteps):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         m = model(scaled.float().numpy(), float(t))
         x = scheduler.step(torch.from_numpy(m), t, x, **options, return_dict=False)[0]
-    return x.float().numpy(), len(scheduler.timesteps)
+        if case.strength is not None:
+            then = timesteps[noise.row + 1 : noise.row + 2]
+            x = torch.where(stays, scheduler.add_noise(clean, unit, then) if len(then) else clean, x)
+    return x.float().numpy(), len(timesteps)
 
 
 def read_defaults(name: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ Shapes below: C latent channels, h x w latents, R rows of a device's batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -24,14 +25,49 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Arrays = Mapping[str, Any]
 
 
+class PictureUse(Enum):
+    """What a model does with a job's pictures."""
+
+    NONE = "none"
+    """It takes none."""
+    START = "start"
+    """A job may start from an image with noise. The programs keep what a mask does not cover, after every step."""
+    INPAINT = "inpaint"
+    """It sees the mask, and what it does not cover, in every step; a sample may start from the image too."""
+    EDIT = "edit"
+    """It sees the image in every step, and changes it as the prompt says; no sample starts from it."""
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The parameters that every job must have."""
+        return {PictureUse.INPAINT: ("image", "mask_image"), PictureUse.EDIT: ("image",)}.get(self, ())
+
+
+class Pictures(NamedTuple):
+    """What a job brings besides words, on the job's own device.
+
+    Attributes:
+        image: `(height, width, 3) float32`, colours from -1 to 1.
+        mask: `(height, width) bool`, True where the image is to be drawn again.
+        noise: `(2, C, h, w) float32`, standard normal, for what is encoded: the image, and the image without what the
+            mask covers.
+    """
+
+    image: jax.Array
+    mask: jax.Array
+    noise: jax.Array
+
+
 class Family(Protocol):
     """What a model is to the programs. Methods with `params` are traced; the others run on the host, in any thread."""
 
     @property
-    def is_guided(self) -> bool:
-        """Whether every job has two rows in the batch, the negative prompt's first (classifier-free guidance).
+    def rows(self) -> int:
+        """Rows of the batch for each job.
 
-        Otherwise it has one, and a guidance scale does nothing in the programs.
+        1: the prompt's alone; a guidance scale then does nothing in the programs. 2: the negative prompt's, then the
+        prompt's (classifier-free guidance). 3: the negative prompt's, then the same with the image, then the prompt's
+        with the image (two guidances, arXiv 2211.09800).
         """
 
     @property
@@ -50,6 +86,10 @@ class Family(Protocol):
     def default_size(self) -> Lane:
         """`(height, width)` in pixels."""
 
+    @property
+    def picture_use(self) -> PictureUse:
+        """What the model does with pictures."""
+
     def input_shapes(self) -> Shapes:
         """Return shapes and dtypes of what `make_inputs` makes of one request."""
 
@@ -64,18 +104,35 @@ class Family(Protocol):
             InvalidRequest: the model cannot do what the request asks for.
         """
 
-    def conditioning_shapes(self) -> Shapes:
-        """Return shapes and dtypes of what a slot keeps for one row: what `encode` returns, without its first axis."""
+    def conditioning_shapes(self, size: Lane) -> Shapes:
+        """Return shapes and dtypes of what a slot keeps for one row: what `encode` returns, without its first axis.
 
-    def encode(self, params: Params, inputs: Arrays) -> Arrays:
+        Args:
+            size: `(height, width)` of the image in pixels.
+        """
+
+    def encode(self, params: Params, inputs: Arrays, pictures: Pictures | None) -> Arrays:
         """Return what a slot keeps of a job besides its latents.
 
         Args:
             params: the parameters on the job's own device.
             inputs: of one job, as `make_inputs` made them.
+            pictures: of the job, zeros where it has none; None for a family that takes no pictures.
 
         Returns:
-            By name `(2, …)`, the negative prompt's first; `(1, …)` where the family is not guided.
+            By name `(rows, …)`.
+        """
+
+    def encode_image(self, params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
+        """Return an image's latents; called only for a family that takes pictures.
+
+        Args:
+            params: the parameters on the job's own device.
+            image: `(height, width, 3) float32`, colours from -1 to 1.
+            noise: `(C, h, w) float32`, standard normal, for an encoder that gives a distribution.
+
+        Returns:
+            `(C, h, w) float32`, scaled as `decode` takes them.
         """
 
     def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays) -> jax.Array:
@@ -104,8 +161,3 @@ class Family(Protocol):
 
     def facts(self) -> Mapping[str, Any]:
         """Return the JSON-compatible configs that pixels depend on, for the fingerprint of snapshots."""
-
-
-def rows_per_job(family: Family) -> int:
-    """Return how many rows of the batch a job has: 2 with guidance, else 1."""
-    return 2 if family.is_guided else 1

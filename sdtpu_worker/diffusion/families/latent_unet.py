@@ -13,7 +13,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.diffusion.families.family import Arrays, Params
+from sdtpu_worker.diffusion.families.family import Arrays, Params, Pictures, PictureUse
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.models.network import Network
 from sdtpu_worker.redaction import brief
@@ -26,14 +26,17 @@ class LatentUNet:
     Attributes:
         unet: the network, whose parameters are the part `unet`.
         decoder: of the autoencoder; the part `vae`.
+        encoder: of the autoencoder, also the part `vae`; None for a worker that takes no pictures.
         default_size: `(height, width)` in pixels.
         scale_factor: pixels per latent, along one side.
         size_multiple: what the sides of an image must be a multiple of, in pixels.
         latent_channels: of a latent.
+        picture_channels: what the UNet sees of a picture beside the latents: 0; C for a model that follows edit
+            instructions (InstructPix2Pix); C + 1 for an inpainting model.
         scaling_factor: what latents were multiplied by before the UNet was trained on them.
         latent_mean, latent_std: by channel, what latents were brought to before that; None for latents as they are.
         guidance_width: of the embedding by which a distilled UNet is told the guidance scale; 0 for other UNets.
-        is_guided: every job has two rows in the batch.
+        is_guided: every job has a row in the batch for its negative prompt.
         dtype: of the computation in the UNet and the text encoders.
         decoder_dtype: of the computation in the decoder.
         configs: by part, the configs as JSON, for `facts`.
@@ -41,10 +44,12 @@ class LatentUNet:
 
     unet: Network
     decoder: Network
+    encoder: Network | None
     default_size: Lane
     scale_factor: int
     size_multiple: int
     latent_channels: int
+    picture_channels: int
     scaling_factor: float
     latent_mean: tuple[float, ...] | None
     latent_std: tuple[float, ...] | None
@@ -56,8 +61,33 @@ class LatentUNet:
 
     @property
     def rows(self) -> int:
-        """Rows of the batch for each job."""
-        return 2 if self.is_guided else 1
+        """See `Family.rows`."""
+        if not self.is_guided:
+            return 1
+        return 3 if self.picture_use is PictureUse.EDIT else 2
+
+    @property
+    def picture_use(self) -> PictureUse:
+        """See `Family.picture_use`."""
+        if self.picture_channels:
+            return PictureUse.EDIT if self.picture_channels == self.latent_channels else PictureUse.INPAINT
+        return PictureUse.START if self.encoder is not None else PictureUse.NONE
+
+    def encode_image(self, params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
+        """See `Family.encode_image`."""
+        mean, logvar = self._moments(params, image)
+        latents = mean + jnp.exp(0.5 * logvar) * noise.transpose(1, 2, 0)
+        if self.latent_mean is not None and self.latent_std is not None:
+            latents = (latents - jnp.asarray(self.latent_mean)) * self.scaling_factor / jnp.asarray(self.latent_std)
+        else:
+            latents = latents * self.scaling_factor
+        return latents.transpose(2, 0, 1)
+
+    def _moments(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return mean and logarithm of the variance of an image's latents, `(h, w, C) float32`."""
+        assert self.encoder is not None
+        moments = self.encoder(params["vae"], image[None].astype(self.decoder_dtype))
+        return moments.mean[0].astype(jnp.float32), moments.logvar[0].astype(jnp.float32)
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """See `Family.decode`."""
@@ -85,7 +115,7 @@ class LatentUNet:
                 f"clip_skip must be 0 to {layers - 1}: the text encoder of this checkpoint has {layers} layers,"
                 f" got {request.clip_skip}"
             )
-        return np.array([0, request.clip_skip][-self.rows :], np.int32)
+        return np.array([0, 0, request.clip_skip][-self.rows :], np.int32)
 
     def _check_guidance(self, request: GenerationRequest) -> None:
         """Make sure that the model can follow the guidance scale.
@@ -106,7 +136,55 @@ class LatentUNet:
 
     def _prompts(self, prompt: str, negative_prompt: str) -> list[str]:
         """Return the prompts of a job's rows."""
-        return [negative_prompt, prompt] if self.is_guided else [prompt]
+        return [negative_prompt] * (self.rows - 1) + [prompt]
+
+    def _check_pictures(self, request: GenerationRequest) -> None:
+        """Make sure that the model gets the pictures that it needs.
+
+        Raises:
+            InvalidRequest: it gets others.
+        """
+        use = self.picture_use
+        if request.image is not None and use is PictureUse.NONE:
+            raise InvalidRequest("image must be left out: this worker takes no pictures (sdtpu_image_inputs is off)")
+        if any(getattr(request, name) is None for name in use.needed):
+            what = {
+                PictureUse.INPAINT: "is for inpainting, and draws what the mask covers",
+                PictureUse.EDIT: "changes an image as the prompt says",
+            }[use]
+            raise InvalidRequest(f"{' and '.join(use.needed)} must be given: this worker's checkpoint {what}")
+        useless = ("strength", "mask_image") if use is PictureUse.EDIT else ("image_guidance_scale",)
+        for name in useless:
+            if getattr(request, name) is not None:
+                of_edits = "follows edit instructions (InstructPix2Pix)"
+                which = f"this worker's checkpoint {of_edits}, with image_guidance_scale"
+                if use is not PictureUse.EDIT:
+                    which = f"only a checkpoint that {of_edits} can use it"
+                raise InvalidRequest(f"{name} must be left out: {which}, got {brief(getattr(request, name))}")
+
+    def _picture_shapes(self, size: Lane) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return what the conditioning has besides, for a UNet that sees a picture."""
+        if not self.picture_channels:
+            return {}
+        height, width = (side // self.scale_factor for side in size)
+        return {"picture": jax.ShapeDtypeStruct((height, width, self.picture_channels), self.dtype)}
+
+    def _picture_of(self, params: Params, pictures: Pictures | None) -> dict[str, Any]:
+        """Return what the conditioning has of it.
+
+        For an inpainting model that is the mask, and the latents of what it does not cover. A model that follows edit
+        instructions sees the image's latents, not scaled, in all rows but the first.
+        """
+        if not self.picture_channels:
+            return {}
+        assert pictures is not None
+        if self.picture_use is PictureUse.EDIT:
+            mean, _ = self._moments(params, pictures.image)
+            return {"picture": jnp.stack([jnp.zeros_like(mean), mean, mean][-self.rows :])}
+        uncovered = pictures.image * ~pictures.mask[..., None]
+        latents = self.encode_image(params, uncovered, pictures.noise[1]).transpose(1, 2, 0)
+        mask = pictures.mask[:: self.scale_factor, :: self.scale_factor, None].astype(jnp.float32)
+        return {"picture": jnp.stack([jnp.concatenate([mask, latents], axis=-1)] * self.rows)}
 
     def _guidance_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return what inputs and conditioning have besides, for a UNet that is told the guidance scale."""
@@ -137,5 +215,7 @@ class LatentUNet:
         if self.guidance_width:
             more["timestep_cond"] = conditioning["guidance_embedding"]
         sample = latents.transpose(0, 2, 3, 1).astype(self.dtype)
+        if self.picture_channels:
+            sample = jnp.concatenate([sample, conditioning["picture"].astype(self.dtype)], axis=-1)
         out = self.unet(params["unet"], sample, timesteps, conditioning["context"], **more)
         return out.transpose(0, 3, 1, 2).astype(jnp.float32)

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.diffusion.families.family import Arrays, Family, Params, Shapes
+from sdtpu_worker.diffusion.families.family import Arrays, Family, Params, Pictures, Shapes
 from sdtpu_worker.diffusion.families.latent_unet import LatentUNet
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.errors import InvalidRequest
@@ -47,6 +47,7 @@ class StableDiffusion(LatentUNet):
     def make_inputs(self, request: GenerationRequest, size: Lane) -> tuple[dict[str, np.ndarray], bool]:
         """See `Family.make_inputs`."""
         self._check_guidance(request)
+        self._check_pictures(request)
         for name in _OF_XL:
             if getattr(request, name) is not None:
                 raise InvalidRequest(
@@ -61,15 +62,16 @@ class StableDiffusion(LatentUNet):
         }
         return inputs, truncated
 
-    def conditioning_shapes(self) -> Shapes:
+    def conditioning_shapes(self, size: Lane) -> Shapes:
         """See `Family.conditioning_shapes`."""
         context = jax.ShapeDtypeStruct((self.tokenizer.length, self.width), self.dtype)
-        return {"context": context, **self._guidance_shapes()}
+        return {"context": context, **self._guidance_shapes(), **self._picture_shapes(size)}
 
-    def encode(self, params: Params, inputs: Arrays) -> Arrays:
+    def encode(self, params: Params, inputs: Arrays, pictures: Pictures | None) -> Arrays:
         """See `Family.encode`."""
         states = self.text_encoder(params["text_encoder"], inputs["prompt_ids"], skip=inputs["clip_skip"])
-        return {"context": states.last_hidden_state, **self._guidance_of(inputs)}
+        picture = self._picture_of(params, pictures)
+        return {"context": states.last_hidden_state, **self._guidance_of(inputs), **picture}
 
     def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays) -> jax.Array:
         """See `Family.predict`."""

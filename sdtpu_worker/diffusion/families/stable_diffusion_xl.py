@@ -10,7 +10,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.diffusion.families.family import Arrays, Family, Params, Shapes
+from sdtpu_worker.diffusion.families.family import Arrays, Family, Params, Pictures, Shapes
 from sdtpu_worker.diffusion.families.latent_unet import LatentUNet
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.models.network import Network
@@ -54,6 +54,7 @@ class StableDiffusionXL(LatentUNet):
     def make_inputs(self, request: GenerationRequest, size: Lane) -> tuple[dict[str, np.ndarray], bool]:
         """See `Family.make_inputs`."""
         self._check_guidance(request)
+        self._check_pictures(request)
         prompts = self._prompts(request.prompt, request.negative_prompt)
         second = self._prompts(request.prompt_2 or request.prompt, request.negative_prompt_2 or request.negative_prompt)
         ids, truncated = self.tokenizer.encode(prompts)
@@ -69,16 +70,17 @@ class StableDiffusionXL(LatentUNet):
         }
         return inputs, truncated or truncated_2
 
-    def conditioning_shapes(self) -> Shapes:
+    def conditioning_shapes(self, size: Lane) -> Shapes:
         """See `Family.conditioning_shapes`."""
         return {
             "context": jax.ShapeDtypeStruct((self.tokenizer.length, self.width), self.dtype),
             "text_embeds": jax.ShapeDtypeStruct((self.pooled_width,), self.dtype),
             "time_ids": jax.ShapeDtypeStruct((6,), jnp.float32),
             **self._guidance_shapes(),
+            **self._picture_shapes(size),
         }
 
-    def encode(self, params: Params, inputs: Arrays) -> Arrays:
+    def encode(self, params: Params, inputs: Arrays, pictures: Pictures | None) -> Arrays:
         """See `Family.encode`."""
         # The last layer's states are never used, and none of them has the final norm.
         skip = 1 + inputs["clip_skip"]
@@ -91,6 +93,7 @@ class StableDiffusionXL(LatentUNet):
             "text_embeds": jnp.where(counts[:, None], second.pooled, 0),
             "time_ids": jnp.stack([inputs["time_ids"]] * self.rows),
             **self._guidance_of(inputs),
+            **self._picture_of(params, pictures),
         }
 
     def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays) -> jax.Array:

@@ -27,9 +27,9 @@ def _timesteps(options: Options, steps: int) -> list[int]:
     return [int(t) for t in distilled[np.floor(np.linspace(0, origin, steps, endpoint=False)).astype(int)]]
 
 
-def lcm(options: Options, steps: int, eta: float) -> Steps:
+def lcm(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return LCM's rows (arXiv 2310.04378, algorithm 3): a clean sample, and new noise on it."""
-    signal, timesteps = signal_levels(options).astype(float), _timesteps(options, steps)
+    signal, timesteps = signal_levels(options).astype(float), _timesteps(options, steps)[begin:]
     rows = []
     for i, t in enumerate(timesteps):
         alpha, sigma = math.sqrt(signal[t]), math.sqrt(1 - signal[t])
@@ -40,15 +40,15 @@ def lcm(options: Options, steps: int, eta: float) -> Steps:
             then = signal[timesteps[i + 1]]
             clean = math.sqrt(then) * clean + math.sqrt(1 - then) * Z
         rows.append(make_row(t, clean))
-    return Steps(rows)
+    return Steps(rows, _levels(signal, timesteps))
 
 
-def tcd(options: Options, steps: int, eta: float) -> Steps:
+def tcd(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return TCD's rows (arXiv 2402.19159, algorithm 4): a jump to below the next timestep, and noise up to it.
 
     `eta` is the paper's gamma: how far below.
     """
-    signal, timesteps = signal_levels(options).astype(float), _timesteps(options, steps)
+    signal, timesteps = signal_levels(options).astype(float), _timesteps(options, steps)[begin:]
     kind = options["prediction_type"]
     rows = []
     for i, t in enumerate(timesteps):
@@ -62,4 +62,8 @@ def tcd(options: Options, steps: int, eta: float) -> Steps:
             then = signal[next_t] / below
             result = math.sqrt(then) * result + math.sqrt(1 - then) * Z
         rows.append(make_row(t, result))
-    return Steps(rows)
+    return Steps(rows, _levels(signal, timesteps))
+
+
+def _levels(signal: np.ndarray, timesteps: list[int]) -> list[tuple[float, float]]:
+    return [(math.sqrt(signal[t]), math.sqrt(1 - signal[t])) for t in timesteps]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from sdtpu_worker.diffusion.samplers.noise import (
     Options,
@@ -32,27 +33,32 @@ class _Levels:
         signal = float(self._signal[min(timestep, self._last)]) if timestep >= 0 else self._final
         return signal, math.sqrt(signal)
 
+    def of_samples(self, timesteps: Sequence[int]) -> list[tuple[float, float]]:
+        """Return `(alpha, sigma)` of the samples at timesteps."""
+        return [(self.at(t)[1], math.sqrt(1 - self.at(t)[0])) for t in timesteps]
 
-def ddim(options: Options, steps: int, eta: float) -> Steps:
+
+def ddim(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return DDIM's rows (arXiv 2010.02502, equations 12 and 16)."""
     levels, kind = _Levels(options, steps, options["set_alpha_to_one"]), options["prediction_type"]
     rows = []
-    for t in levels.timesteps:
+    timesteps = levels.timesteps[begin:]
+    for t in timesteps:
         now, alpha = levels.at(t)
         then, next_alpha = levels.at(t - levels.ratio)
         sigma = math.sqrt(1 - now)
         up = eta * math.sqrt(max((1 - then) / (1 - now) * (1 - now / then), 0.0)) if then else 0.0
         original, noise = predicted_original(kind, alpha, sigma), predicted_noise(kind, alpha, sigma)
         rows.append(make_row(t, next_alpha * original + math.sqrt(max(1 - then - up**2, 0.0)) * noise + up * Z))
-    return Steps(rows)
+    return Steps(rows, levels.of_samples(timesteps))
 
 
-def ddpm(options: Options, steps: int, eta: float) -> Steps:
+def ddpm(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return DDPM's rows (arXiv 2006.11239, equations 6 and 7)."""
     levels, kind = _Levels(options, steps, True), options["prediction_type"]
-    ends = [*levels.timesteps[1:], -1]
+    timesteps = levels.timesteps[begin:]
     rows = []
-    for t, end in zip(levels.timesteps, ends, strict=True):
+    for t, end in zip(timesteps, [*timesteps[1:], -1], strict=True):
         now, alpha = levels.at(t)
         then, next_alpha = levels.at(end)
         kept, beta = now / then, 1 - now / then
@@ -60,18 +66,21 @@ def ddpm(options: Options, steps: int, eta: float) -> Steps:
         mean = next_alpha * beta / (1 - now) * original + math.sqrt(kept) * (1 - then) / (1 - now) * X
         variance = beta if options["variance_type"] == "fixed_large" else max((1 - then) / (1 - now) * beta, 1e-20)
         rows.append(make_row(t, mean + (math.sqrt(variance) if t > 0 else 0.0) * Z))
-    return Steps(rows)
+    return Steps(rows, levels.of_samples(timesteps))
 
 
-def pndm(options: Options, steps: int, eta: float) -> Steps:
+def pndm(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of PLMS, the linear multistep half of PNDM, as Stable Diffusion uses it (`skip_prk_steps`).
 
     The method asks the model twice at its second timestep, for the average of the first two outputs, so there is one
     row more than steps. Its restart from the first sample needs no saved sample: that sample is `(x - b0*h1) / a0` of
-    the first row's a0 and b0. The history keeps the model's outputs, of whatever prediction type.
+    the first row's a0 and b0. The history keeps the model's outputs, of whatever prediction type. A picture's path
+    begins so too, wherever that is: PyTorch's class counts its own calls. (From the second visit of a timestep, `begin`
+    1, it takes its second step from the timestep before, with the first sample.)
     """
     levels, kind = _Levels(options, steps, options["set_alpha_to_one"]), options["prediction_type"]
     visits = [levels.timesteps[0], levels.timesteps[1], *levels.timesteps[1:]] if steps > 1 else levels.timesteps
+    visits = visits[begin:]
     rows: list[Row] = []
     first = (1.0, 0.0)
     for i, t in enumerate(visits):
@@ -85,7 +94,7 @@ def pndm(options: Options, steps: int, eta: float) -> Steps:
         weights = _ADAMS_BASHFORTH[min(max(i - 1, 0), 3)]
         outputs: Form = sum(w * output for w, output in zip(weights, (M, *HISTORY), strict=False))  # type: ignore[assignment]  # of at least one
         rows.append(make_row(t, a * X + b * outputs, keep=M))
-    return Steps(rows)
+    return Steps(rows, levels.of_samples(visits))
 
 
 def _transfer(prediction_type: str, now: float, then: float) -> tuple[float, float]:

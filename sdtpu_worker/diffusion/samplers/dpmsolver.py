@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdtpu_worker.diffusion.samplers.euler import edm_denoised, edm_input, edm_sigmas
+from sdtpu_worker.diffusion.samplers.euler import edm_denoised, edm_input, edm_sigmas, levels_of
 from sdtpu_worker.diffusion.samplers.levels import Level, LevelPath, level_path
 from sdtpu_worker.diffusion.samplers.noise import Options, predicted_noise, predicted_original, signal_levels
 from sdtpu_worker.diffusion.samplers.table import HISTORY, Form, Steps, X, Z, make_row
@@ -74,14 +74,15 @@ def output(options: Options, level: Level) -> Form:
     return (predicted_original if original else predicted_noise)(options["prediction_type"], level.alpha, level.sigma)
 
 
-def order_of_step(options: Options, i: int, count: int, first_at_end: bool) -> int:
+def order_of_step(options: Options, i: int, count: int, first_at_end: bool, known: int) -> int:
     """Return the order of a multistep solver's step: few outputs are known at the start, few steps ask for care.
 
     Args:
         first_at_end: the last step is of the first order, however many steps there are.
+        known: outputs, the step's own included.
     """
     careful = options["lower_order_final"] and count < 15
-    order = min(options["solver_order"], i + 1)
+    order = min(options["solver_order"], known)
     if i == count - 1 and (careful or first_at_end):
         return 1
     return min(order, 2) if i == count - 2 and careful else order
@@ -106,29 +107,29 @@ def multistep_result(options: Options, levels: Sequence[Level], i: int, order: i
     return result + step.first * slope + step.second * (h / (back[0] + back[1])) * bend
 
 
-def multistep(options: Options, steps: int, eta: float) -> Steps:
+def multistep(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of the multistep solver (arXiv 2211.01095, algorithm 2)."""
     path = solver_path(options, steps)
     levels, count = path.levels, len(path.timesteps)
     first_at_end = options["euler_at_final"] or options["final_sigmas_type"] == "zero"
     rows = []
-    for i, t in enumerate(path.timesteps):
-        here, order = output(options, levels[i]), order_of_step(options, i, count, first_at_end)
+    for i, t in enumerate(path.timesteps[begin:], begin):
+        here, order = output(options, levels[i]), order_of_step(options, i, count, first_at_end, i - begin + 1)
         rows.append(make_row(t, multistep_result(options, levels, i, order, here), keep=here))
-    return Steps(rows)
+    return Steps(rows, path.levels_from(begin))
 
 
-def edm_multistep(options: Options, steps: int, eta: float) -> Steps:
+def edm_multistep(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of the multistep solver for a preconditioned model (EDM), where alpha is one."""
     sigmas = edm_sigmas(options, steps, last=float(options["sigma_min"]))
     levels = [Level(1.0, sigma) for sigma in sigmas]
     first_at_end = options["euler_at_final"] or options["final_sigmas_type"] == "zero"
     rows = []
-    for i, sigma in enumerate(sigmas[:-1]):
+    for i, sigma in enumerate(sigmas[begin:-1], begin):
         (t, factor), here = edm_input(options, sigma), edm_denoised(options, sigma)
-        result = multistep_result(options, levels, i, order_of_step(options, i, steps, first_at_end), here)
-        rows.append(make_row(t, result, keep=here, c_in=factor))
-    return Steps(rows, math.sqrt(float(options["sigma_max"]) ** 2 + 1))
+        order = order_of_step(options, i, steps, first_at_end, i - begin + 1)
+        rows.append(make_row(t, multistep_result(options, levels, i, order, here), keep=here, c_in=factor))
+    return Steps(rows, levels_of(sigmas[begin:-1].tolist()), math.sqrt(float(options["sigma_max"]) ** 2 + 1))
 
 
 def solver_path(options: Options, steps: int) -> LevelPath:

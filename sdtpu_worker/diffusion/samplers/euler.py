@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,6 +40,27 @@ class SigmaPath:
     sigmas: np.ndarray
     init_noise_sigma: float
     schedule: SigmaSchedule
+
+    def steps_from(self, begin: int) -> list[tuple[float, float, float]]:
+        """Return `(timestep, sigma, next sigma)` of every step from the number `begin` on."""
+        return list(zip(self.timesteps, self.sigmas, self.sigmas[1:], strict=False))[begin:]
+
+    def levels_from(self, begin: int) -> list[tuple[float, float]]:
+        """Return `(alpha, sigma)` where the steps from the number `begin` on start."""
+        return levels_of([sigma for _, sigma, _ in self.steps_from(begin)])
+
+
+def levels_of(sigmas: Sequence[float]) -> list[tuple[float, float]]:
+    """Return `(alpha, sigma)` of samples `x0 + sigma*noise`."""
+    return [(1.0, float(sigma)) for sigma in sigmas]
+
+
+def two_stage_levels(path: SigmaPath, begin: int) -> list[tuple[float, float]]:
+    """Return the levels of rows, two a step and one for a last step to zero: PyTorch's classes know no middle."""
+    levels = []
+    for _, sigma, end in path.steps_from(begin):
+        levels += [sigma, end] if end > 0 else [sigma]
+    return levels_of(levels)
 
 
 def sigma_path(options: Options, steps: int, end: float | None = 0.0, round_respaced: bool = False) -> SigmaPath:
@@ -83,76 +105,79 @@ def ancestral(sigma: float, next_sigma: float) -> tuple[float, float]:
     return next_sigma**2 / sigma, up
 
 
-def euler(options: Options, steps: int, eta: float) -> Steps:
+def euler(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of Euler's method (arXiv 2206.00364, algorithm 2 without churn)."""
     path = sigma_path(options, steps, 0.0 if options["final_sigmas_type"] == "zero" else None)
-    timesteps = path.timesteps
     if options["timestep_type"] == "continuous" and options["prediction_type"] == "v_prediction":
-        timesteps = 0.25 * np.log(path.sigmas[:-1])
+        path = replace(path, timesteps=0.25 * np.log(path.sigmas[:-1]))
     rows = []
-    for t, sigma, end in zip(timesteps, path.sigmas, path.sigmas[1:], strict=False):
+    for t, sigma, end in path.steps_from(begin):
         rows.append(make_row(t, X + (end - sigma) * slope(options, sigma), c_in=c_in(sigma)))
-    return Steps(rows, path.init_noise_sigma)
+    return Steps(rows, path.levels_from(begin), path.init_noise_sigma)
 
 
-def euler_ancestral(options: Options, steps: int, eta: float) -> Steps:
+def euler_ancestral(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of Euler's method with ancestral noise."""
     path = sigma_path(options, steps)
     rows = []
-    for t, sigma, end in zip(path.timesteps, path.sigmas, path.sigmas[1:], strict=False):
+    for t, sigma, end in path.steps_from(begin):
         down, up = ancestral(sigma, end)
         rows.append(make_row(t, X + (down - sigma) * slope(options, sigma) + up * Z, c_in=c_in(sigma)))
-    return Steps(rows, path.init_noise_sigma)
+    return Steps(rows, path.levels_from(begin), path.init_noise_sigma)
 
 
-def heun(options: Options, steps: int, eta: float) -> Steps:
+def heun(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of Heun's method (arXiv 2206.00364, algorithm 1): two a step, one for the last.
 
     The first row keeps its slope `h1` and goes to `x + dt*h1`, so the second restarts from `x - dt*h1`.
     """
     path = sigma_path(options, steps)
     rows = []
-    for i, (sigma, end) in enumerate(zip(path.sigmas, path.sigmas[1:], strict=False)):
+    for i, (_, sigma, end) in enumerate(path.steps_from(begin), begin):
         dt, here = end - sigma, slope(options, sigma)
         rows.append(make_row(path.timesteps[i], X + dt * here, keep=here, c_in=c_in(sigma)))
         if end > 0:
             there = slope(options, end)
             rows.append(make_row(path.timesteps[i + 1], X - dt * H1 + dt * (H1 + there) / 2, c_in=c_in(end)))
-    return Steps(rows, path.init_noise_sigma)
+    return Steps(rows, two_stage_levels(path, begin), path.init_noise_sigma)
 
 
-def lms(options: Options, steps: int, eta: float) -> Steps:
-    """Return the rows of the linear multistep method of order 4: a polynomial through the last slopes, integrated."""
+def lms(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
+    """Return the rows of the linear multistep method of order 4: a polynomial through the last slopes, integrated.
+
+    PyTorch's class takes the order from the number of the step, also where a picture's path begins: the slopes that it
+    does not have count as zero there.
+    """
     path = sigma_path(options, steps)
     nodes, weights = np.polynomial.legendre.leggauss(3)  # exact for polynomials up to degree 5
     rows = []
-    for i, (sigma, end) in enumerate(zip(path.sigmas, path.sigmas[1:], strict=False)):
+    for i, (_, sigma, end) in enumerate(path.steps_from(begin), begin):
         here = slope(options, sigma)
         known = path.sigmas[i::-1][:4]
         points = (end - sigma) / 2 * nodes + (end + sigma) / 2
         result = X
-        for j, kept in enumerate((here, *HISTORY)[: len(known)]):
+        for j, kept in enumerate((here, *HISTORY)[: min(len(known), i - begin + 1)]):
             basis = np.prod([(points - s) / (known[j] - s) for k, s in enumerate(known) if k != j], axis=0)
             result = result + float((end - sigma) / 2 * np.sum(weights * basis)) * kept
         rows.append(make_row(path.timesteps[i], result, keep=here, c_in=c_in(sigma)))
-    return Steps(rows, path.init_noise_sigma)
+    return Steps(rows, path.levels_from(begin), path.init_noise_sigma)
 
 
-def dpm2(options: Options, steps: int, eta: float) -> Steps:
+def dpm2(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of DPM-Solver-2 in sigma (arXiv 2206.00927, section 3): two a step, one for the last."""
-    return _midpoint(options, steps, with_noise=False)
+    return _midpoint(options, steps, begin, with_noise=False)
 
 
-def dpm2_ancestral(options: Options, steps: int, eta: float) -> Steps:
+def dpm2_ancestral(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of DPM-Solver-2 with ancestral noise: two a step, one for the last."""
-    return _midpoint(options, steps, with_noise=True)
+    return _midpoint(options, steps, begin, with_noise=True)
 
 
-def _midpoint(options: Options, steps: int, with_noise: bool) -> Steps:
+def _midpoint(options: Options, steps: int, begin: int, with_noise: bool) -> Steps:
     """Return rows through the middle, in the logarithm, of each step; the restart is as Heun's."""
     path = sigma_path(options, steps, round_respaced=True)
     rows = []
-    for t, sigma, end in zip(path.timesteps, path.sigmas, path.sigmas[1:], strict=False):
+    for t, sigma, end in path.steps_from(begin):
         here = slope(options, sigma)
         if end == 0:
             rows.append(make_row(t, X - sigma * here, c_in=c_in(sigma)))
@@ -163,10 +188,10 @@ def _midpoint(options: Options, steps: int, with_noise: bool) -> Steps:
         t_middle = float(path.schedule.timestep(np.array(middle)))
         result = X - (middle - sigma) * H1 + (down - sigma) * slope(options, middle) + up * Z
         rows.append(make_row(t_middle, result, c_in=c_in(middle)))
-    return Steps(rows, path.init_noise_sigma)
+    return Steps(rows, two_stage_levels(path, begin), path.init_noise_sigma)
 
 
-def flow_match_euler(options: Options, steps: int, eta: float) -> Steps:
+def flow_match_euler(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return Euler's rows for flow matching, where `x = (1 - sigma) * x0 + sigma * noise` and `m` is `noise - x0`."""
     total, shift = options["num_train_timesteps"], float(options["shift"])
 
@@ -178,14 +203,14 @@ def flow_match_euler(options: Options, steps: int, eta: float) -> Steps:
     kind = respacing(options)
     if kind is not None:
         sigmas = respace(kind, *sigma_range(options, sigmas), steps)
-    sigmas = np.append(sigmas, 0.0)
+    sigmas = np.append(sigmas, 0.0)[begin:]
     rows = []
     for sigma, end in itertools.pairwise(sigmas):
         result = X + (end - sigma) * M
         if options["stochastic_sampling"]:
             result = (1 - end) * (X - sigma * M) + end * Z
         rows.append(make_row(sigma * total, result))
-    return Steps(rows)
+    return Steps(rows, [(1 - float(sigma), float(sigma)) for sigma in sigmas[:-1]])
 
 
 def edm_sigmas(options: Options, steps: int, last: float | None = None) -> np.ndarray:
@@ -215,12 +240,12 @@ def edm_input(options: Options, sigma: float) -> tuple[float, float]:
     return 0.25 * math.log(sigma), 1 / math.sqrt(sigma**2 + float(options["sigma_data"]) ** 2)
 
 
-def edm_euler(options: Options, steps: int, eta: float) -> Steps:
+def edm_euler(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of Euler's method for a preconditioned model (EDM)."""
-    sigmas = edm_sigmas(options, steps)
+    sigmas = edm_sigmas(options, steps)[begin:]
     rows = []
     for sigma, end in itertools.pairwise(sigmas):
         t, factor = edm_input(options, sigma)
         here = (X - edm_denoised(options, sigma)) / sigma
         rows.append(make_row(t, X + (end - sigma) * here, c_in=factor))
-    return Steps(rows, math.sqrt(float(options["sigma_max"]) ** 2 + 1))
+    return Steps(rows, levels_of(sigmas[:-1].tolist()), math.sqrt(float(options["sigma_max"]) ** 2 + 1))

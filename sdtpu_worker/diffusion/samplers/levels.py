@@ -36,6 +36,10 @@ class LevelPath:
     timesteps: np.ndarray
     levels: list[Level]
 
+    def levels_from(self, begin: int) -> list[tuple[float, float]]:
+        """Return `(alpha, sigma)` where the steps from the number `begin` on start."""
+        return [(level.alpha, level.sigma) for level in self.levels[begin : len(self.timesteps)]]
+
 
 def level_path(
     options: Options, steps: int, end_of_respaced: Callable[[np.ndarray, float], float], total: int | None = None

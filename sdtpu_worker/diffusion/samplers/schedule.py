@@ -18,7 +18,7 @@ from sdtpu_worker.diffusion.samplers.table import CoefficientTable, Steps, pack
 from sdtpu_worker.errors import InvalidCheckpoint, InvalidRequest
 from sdtpu_worker.redaction import brief
 
-METHODS: Mapping[str, Callable[[Options, int, float], Steps]] = {
+METHODS: Mapping[str, Callable[[Options, int, float, int], Steps]] = {
     "PNDMScheduler": ddim.pndm,
     "DDIMScheduler": ddim.ddim,
     "DDPMScheduler": ddim.ddpm,
@@ -39,7 +39,7 @@ METHODS: Mapping[str, Callable[[Options, int, float], Steps]] = {
     "EDMDPMSolverMultistepScheduler": dpmsolver.edm_multistep,
     "FlowMatchEulerDiscreteScheduler": euler.flow_match_euler,
 }
-"""The rows of each scheduler class, from its options, a number of steps and eta."""
+"""The rows of each scheduler class, from its options, a number of steps, eta, and the first step that is taken."""
 
 _CLASSES_WITH_ETA = ("DDIMScheduler", "TCDScheduler")
 _ROWS_PER_STEP = {
@@ -198,6 +198,7 @@ def make_table(
     sampler: str | None = None,
     sigmas: str | None = None,
     eta: float | None = None,
+    begin: int = 0,
 ) -> CoefficientTable:
     """Return the coefficients of a sampler.
 
@@ -207,6 +208,7 @@ def make_table(
         sampler: any name that `resolve_sampler` knows; None for the checkpoint's own.
         sigmas: `karras`, `exponential` or `beta` instead of the config's; None for what the name or the config says.
         eta: 0 to 1, how much noise DDIM and TCD add; None for none, as in the pipelines.
+        begin: how many of the steps are left out at the start, for a sample that is a picture with noise.
 
     Raises:
         InvalidRequest: the sampler is not known or not for this checkpoint, it has no such option, or the number of
@@ -223,8 +225,9 @@ def make_table(
     _check_steps(schedule, options, num_inference_steps)
     try:
         with np.errstate(all="ignore"):
-            steps = METHODS[class_name](options, num_inference_steps, float(eta or 0.0))
-            finite = bool(np.isfinite(np.array(steps.rows, np.float32)).all() and np.isfinite(steps.init_noise_sigma))
+            steps = METHODS[class_name](options, num_inference_steps, float(eta or 0.0), begin)
+            numbers = (np.array(part, np.float32) for part in (steps.rows, steps.levels, steps.init_noise_sigma))
+            finite = all(bool(np.isfinite(part).all()) for part in numbers)
     except (ZeroDivisionError, OverflowError):
         finite = False
     if not finite:

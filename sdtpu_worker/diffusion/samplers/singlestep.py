@@ -8,24 +8,26 @@ from collections.abc import Sequence
 import numpy as np
 
 from sdtpu_worker.diffusion.samplers.dpmsolver import Expansion, output, solver_path
-from sdtpu_worker.diffusion.samplers.euler import ancestral, c_in, sigma_path
+from sdtpu_worker.diffusion.samplers.euler import ancestral, c_in, sigma_path, two_stage_levels
 from sdtpu_worker.diffusion.samplers.levels import Level
 from sdtpu_worker.diffusion.samplers.noise import Options, denoised
 from sdtpu_worker.diffusion.samplers.table import H1, HISTORY, NOTHING, Form, Steps, X, Z, make_row
 
 
-def singlestep(options: Options, steps: int, eta: float) -> Steps:
+def singlestep(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of the singlestep solver (arXiv 2211.01095, algorithm 1): blocks of rows of order 1, 2, 3.
 
     Every row of a block restarts from the block's first sample `s`. Without noise the row before made
     `x = scale*s + sum of weights*outputs`, so `s` is known from `x` and the history. With noise, blocks have two rows,
     and the first one keeps what the second needs of `s` and the output there.
     """
-    path, orders = solver_path(options, steps), _orders(options, steps)
+    path = solver_path(options, steps)
+    # Where a picture's path begins, no order is higher than the number of outputs that are known.
+    orders = [min(order, max(i - begin, 0) + 1) for i, order in enumerate(_orders(options, steps))]
     stochastic = options["algorithm_type"].startswith("sde-")
     rows = []
     scale, weights = 1.0, [0.0]
-    for i, (t, order) in enumerate(zip(path.timesteps, orders, strict=True)):
+    for i, (t, order) in list(enumerate(zip(path.timesteps, orders, strict=True)))[begin:]:
         here = keep = output(options, path.levels[i])
         start = X if order == 1 else (X - _sum(weights, HISTORY)) / scale
         scale, weights, noise = _block_step(options, path.levels, i, order)
@@ -37,7 +39,7 @@ def singlestep(options: Options, steps: int, eta: float) -> Steps:
             next_scale, next_weights, _ = _block_step(options, path.levels, i + 1, 2)
             keep = next_scale * X + next_weights[1] * here
         rows.append(make_row(t, result + noise * Z, keep=keep))
-    return Steps(rows)
+    return Steps(rows, path.levels_from(begin))
 
 
 def _sum(weights: Sequence[float], forms: Sequence[Form]) -> Form:
@@ -75,7 +77,7 @@ def _orders(options: Options, steps: int) -> list[int]:
     return [*orders[:-1], 1] if zero else orders
 
 
-def dpmsolver_sde(options: Options, steps: int, eta: float) -> Steps:
+def dpmsolver_sde(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of DPM++ SDE (arXiv 2211.01095 with noise; k-diffusion's `sample_dpmpp_sde`, r = 1/2).
 
     A step asks the model in the middle, in the logarithm, on a sample with noise, and restarts. Both stages see one
@@ -85,7 +87,7 @@ def dpmsolver_sde(options: Options, steps: int, eta: float) -> Steps:
     path = sigma_path(options, steps)
     kind = options["prediction_type"]
     rows = []
-    for t, sigma, end in zip(path.timesteps, path.sigmas, path.sigmas[1:], strict=False):
+    for t, sigma, end in path.steps_from(begin):
         here = denoised(kind, sigma)
         if end == 0:
             rows.append(make_row(t, here, c_in=c_in(sigma)))
@@ -98,4 +100,4 @@ def dpmsolver_sde(options: Options, steps: int, eta: float) -> Steps:
         rows.append(make_row(t, half, keep=down / sigma * X + up * share * Z, c_in=c_in(sigma)))
         result = H1 + (1 - down / sigma) * denoised(kind, middle) + up * math.sqrt(1 - share**2) * Z
         rows.append(make_row(float(path.schedule.timestep(np.array(middle))), result, c_in=c_in(middle)))
-    return Steps(rows, path.init_noise_sigma)
+    return Steps(rows, two_stage_levels(path, begin), path.init_noise_sigma)

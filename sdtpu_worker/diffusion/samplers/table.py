@@ -16,6 +16,9 @@ program. Why so few columns are enough:
 * UniPC corrects a sample once the model was asked there: a row is the corrector followed by the next predictor;
 * stochastic methods add `n*z`; `r` serves DPM++ SDE, whose two stages share a part of one Brownian path.
 
+The last two columns are no part of the step: `s*x0 + u*noise` is a clean sample `x0` brought to the noise level that
+`x'` has, which is how a picture replaces what is not to be drawn again.
+
 A sampler writes its steps with linear forms: vectors over the symbols `X, M, H1, H2, H3, Z`, so that a method reads as
 in its paper, `x0 = (X - sigma * M) / alpha`, and `make_row` takes the columns from it. Tables are made on the host in
 float64 and stored in float32.
@@ -30,7 +33,7 @@ import numpy as np
 
 from sdtpu_worker.contract.request import MAX_STEPS
 
-COLUMNS = ("t", "c_in", "a", "b", "c", "d", "e", "n", "p", "q", "r", "push")
+COLUMNS = ("t", "c_in", "a", "b", "c", "d", "e", "n", "p", "q", "r", "push", "s", "u")
 
 Form = np.ndarray
 """`(6,) float64`, a linear form over the symbols below."""
@@ -39,7 +42,7 @@ HISTORY = (H1, H2, H3)
 NOTHING = np.zeros(6)
 
 Row = np.ndarray
-"""`(len(COLUMNS),) float64`."""
+"""`(len(COLUMNS) - 2,) float64`, all columns but `s` and `u`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class CoefficientTable:
         rows: `(MAX_STEPS, len(COLUMNS)) float32`; rows from `num_rows` on are zero and never read.
         num_rows: how many rows count, which is how often the model is asked.
         num_inference_steps: the number of steps that was asked for; PNDM, Heun, DPM2 and others need more rows.
-        init_noise_sigma: what the initial unit noise is multiplied by.
+        init_noise_sigma: what the initial unit noise is multiplied by, if the sample starts as noise alone.
+        first_level: `(s, u)` of the first row's sample, if it starts as a picture with noise.
         stochastic: some row adds noise.
     """
 
@@ -58,14 +62,23 @@ class CoefficientTable:
     num_rows: int
     num_inference_steps: int
     init_noise_sigma: float
+    first_level: tuple[float, float]
     stochastic: bool
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What a sampler makes of a schedule: its rows, and the factor of the initial noise."""
+    """What a sampler makes of a schedule.
+
+    Attributes:
+        rows: of the steps.
+        levels: `(alpha, sigma)` of each row's sample `alpha*x0 + sigma*noise`, as PyTorch's class adds noise to a
+            picture there.
+        init_noise_sigma: what the initial unit noise is multiplied by.
+    """
 
     rows: Sequence[Row]
+    levels: Sequence[tuple[float, float]]
     init_noise_sigma: float = 1.0
 
 
@@ -87,12 +100,14 @@ def make_row(t: float, result: Form, keep: Form | None = None, c_in: float = 1.0
 def pack(steps: Steps, num_inference_steps: int) -> CoefficientTable:
     """Return the table of at most `MAX_STEPS` rows."""
     rows = np.zeros((MAX_STEPS, len(COLUMNS)), np.float32)
-    rows[: len(steps.rows)] = steps.rows
+    rows[: len(steps.rows), :-2] = steps.rows
+    rows[: len(steps.rows), -2:] = [*steps.levels[1:], (1.0, 0.0)]
     return CoefficientTable(
         rows=rows,
         num_rows=len(steps.rows),
         num_inference_steps=num_inference_steps,
         init_noise_sigma=float(steps.init_noise_sigma),
+        first_level=steps.levels[0],
         stochastic=bool(rows[:, [COLUMNS.index("n"), COLUMNS.index("r")]].any()),
     )
 

@@ -13,19 +13,20 @@ from sdtpu_worker.diffusion.samplers.noise import Options, predicted_noise, pred
 from sdtpu_worker.diffusion.samplers.table import HISTORY, NOTHING, Form, Steps, X, make_row
 
 
-def deis(options: Options, steps: int, eta: float) -> Steps:
+def deis(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of DEIS with polynomials in log(rho) (arXiv 2204.13902, equation 15).
 
     The predicted noise is interpolated in the logarithm of `rho = sigma / alpha`, and integrated over `rho`.
     """
     path = level_path(options, steps, lambda sigmas, smallest: float(sigmas[-1]))
+    count = len(path.timesteps)
     rho = [level.sigma / level.alpha for level in path.levels]
     nodes, weights = np.polynomial.legendre.leggauss(16)
     rows = []
-    for i, t in enumerate(path.timesteps):
+    for i, t in enumerate(path.timesteps[begin:], begin):
         start, end = path.levels[i], path.levels[i + 1]
         here = predicted_noise(options["prediction_type"], start.alpha, start.sigma)
-        known = [math.log(rho[i - k]) for k in range(order_of_step(options, i, len(path.timesteps), False))]
+        known = [math.log(rho[i - k]) for k in range(order_of_step(options, i, count, False, i - begin + 1))]
         # With s = log(rho) the integral is one over exp(s) times a polynomial: 16 points are exact to rounding.
         low, high = math.log(rho[i]), math.log(rho[i + 1])
         points = (high - low) / 2 * nodes + (high + low) / 2
@@ -35,10 +36,10 @@ def deis(options: Options, steps: int, eta: float) -> Steps:
             weight = (high - low) / 2 * float(np.sum(weights * np.exp(points) * basis))
             result = result + end.alpha * weight * kept
         rows.append(make_row(t, result, keep=here))
-    return Steps(rows)
+    return Steps(rows, path.levels_from(begin))
 
 
-def unipc(options: Options, steps: int, eta: float) -> Steps:
+def unipc(options: Options, steps: int, eta: float, begin: int = 0) -> Steps:
     """Return the rows of UniPC (arXiv 2302.04867, algorithms 5 to 8): the last step's corrector, then a predictor.
 
     The row before predicted `x = start + predicted`; now that the model was asked there, the corrected sample is
@@ -50,17 +51,17 @@ def unipc(options: Options, steps: int, eta: float) -> Steps:
     meaning = predicted_original if options["predict_x0"] else predicted_noise
     rows = []
     order = 0
-    for i, t in enumerate(path.timesteps):
+    for i, t in enumerate(path.timesteps[begin:], begin):
         here = meaning(options["prediction_type"], path.levels[i].alpha, path.levels[i].sigma)
         sample = X
-        if i > 0 and i - 1 not in options["disable_corrector"]:
+        if i > begin and i - 1 not in options["disable_corrector"]:
             before = _Step(options, path.levels, i - 1, order, HISTORY)
             sample = X - before.predictor() + before.corrector(here)
         most = min(options["solver_order"], count - i) if options["lower_order_final"] else options["solver_order"]
-        order = min(most, i + 1)
+        order = min(most, i - begin + 1)
         step = _Step(options, path.levels, i, order, (here, *HISTORY))
         rows.append(make_row(t, step.scale * sample + step.predictor(), keep=here))
-    return Steps(rows)
+    return Steps(rows, path.levels_from(begin))
 
 
 class _Step:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
-Shapes = Mapping[str, tuple[int, ...]]
+from sdtpu_worker.diffusion.loading.tensors import Shapes
 
 # What a name proves, the more telling first.
 _SIGNS = (

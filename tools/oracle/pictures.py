@@ -1,0 +1,133 @@
+"""Draw the pictures of `tests/support/picture_cases.py` with PyTorch's pipelines: goldens of jobs with pictures.
+
+Run from the repository with the oracle's virtual environment (README.md beside this file); it takes a minute on one
+core and writes `tests/device/golden/pictures.npz`: `pixels` (cases, 8, 8, 3) uint8.
+
+    python -m tools.oracle.pictures
+
+What is random comes from `noise.npz`, as for `pipelines.py`: initial latents, the noise of every step, and that of the
+autoencoder's two encodings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tests.support import picture_cases as pictures
+from tests.support.tiny_configs import SHIPPED, TEXT, TEXT_2, TINY_VAE, VAE
+from tools.oracle.pipelines import as_diffusers_knows_it, count_rows, fill, to_uint8
+from tools.oracle.samplers import Noise
+
+GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden"
+_PIPELINES = {
+    "image": ("StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline"),
+    "mask": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
+    "edit": ("StableDiffusionInstructPix2PixPipeline", ""),
+}
+
+
+class PictureNoise:
+    """The noise of a job's start, in the places where pipelines draw theirs.
+
+    Attributes:
+        masked: the autoencoder encodes what the mask does not cover.
+    """
+
+    def __init__(self, initial: np.ndarray, encoded: np.ndarray) -> None:
+        self._initial, self._encoded = (torch.from_numpy(each.copy()) for each in (initial[None], encoded))
+        self.masked = False
+
+    def draw_initial(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Stand for `randn_tensor` in a pipeline."""
+        return self._initial
+
+    def sample(self, distribution: Any, generator: Any = None) -> torch.Tensor:
+        """Stand for `DiagonalGaussianDistribution.sample`."""
+        return distribution.mean + distribution.std * self._encoded[int(self.masked)][None]
+
+
+def main() -> None:
+    """Draw all pictures and write the file."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    torch.set_num_threads(1)
+    with np.load(GOLDEN / "noise.npz") as file:
+        initial, rows, encoded = (file[f"{name} {pictures.SEED}"] for name in ("initial", "rows", "encoded"))
+    with torch.no_grad():
+        parts = {model: make_parts(model) for model in pictures.MODELS}
+        pixels = [draw(case, parts[case.model], initial, rows, encoded) for case in pictures.cases()]
+    np.savez_compressed(GOLDEN / "pictures.npz", allow_pickle=False, pixels=np.stack(pixels))
+    print(f"{len(pixels)} pictures")
+
+
+def make_parts(model: str) -> dict[str, Any]:
+    """Return the modules of a tiny pipeline, without its scheduler."""
+    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
+    parts: dict[str, Any] = {
+        "unet": fill(UNet2DConditionModel(**pictures.MODELS[model])),
+        "vae": fill(AutoencoderTiny(**TINY_VAE) if model == "tiny vae" else AutoencoderKL(**VAE)),
+        "text_encoder": as_diffusers_knows_it(fill(CLIPTextModel(CLIPTextConfig(**TEXT)))),
+        "tokenizer": tokenizer,
+    }
+    if model.startswith("xl"):
+        second = fill(CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)))
+        return {**parts, "text_encoder_2": second, "tokenizer_2": tokenizer}
+    return {**parts, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def draw(
+    case: pictures.Case, parts: dict[str, Any], initial: np.ndarray, rows: np.ndarray, encoded: np.ndarray
+) -> np.ndarray:
+    """Return the picture of a case, `(8, 8, 3) uint8`."""
+    config = dict(case.scheduler)
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    is_xl = case.model.startswith("xl")
+    kind = "edit" if case.model == "edit" else ("image" if case.mask is None else "mask")
+    pipeline = getattr(diffusers, _PIPELINES[kind][is_xl])(
+        **parts, scheduler=scheduler, **({"add_watermarker": False} if is_xl else {})
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise = PictureNoise(initial, encoded)
+    _replace_noise(pipeline, noise)
+    count_rows(pipeline.scheduler, Noise(lambda row: rows[row][None]))
+    request = dict(case.request)
+    if not request["negative_prompt"]:
+        request.pop("negative_prompt")
+    request["image"] = Image.fromarray(pictures.make_image(case.image))
+    if case.mask is not None:
+        request["mask_image"] = Image.fromarray(pictures.make_mask(case.mask))
+        request |= {"height": pictures.SIZE, "width": pictures.SIZE}
+    image = np.asarray(pipeline(**request, output_type="np").images[0])
+    assert np.isfinite(image).all(), case
+    return to_uint8(image)
+
+
+def _replace_noise(pipeline: Any, noise: PictureNoise) -> None:
+    """Have a pipeline draw its noise from `noise`."""
+    module = importlib.import_module(type(pipeline).__module__)
+    module.randn_tensor = noise.draw_initial  # type: ignore[attr-defined]
+    vae = importlib.import_module("diffusers.models.autoencoders.vae")
+    vae.DiagonalGaussianDistribution.sample = lambda self, generator=None: noise.sample(self, generator)
+    prepare = getattr(pipeline, "prepare_mask_latents", None)
+    if prepare is not None:
+
+        def prepare_masked(*args: Any, **kwargs: Any) -> Any:
+            noise.masked = True
+            return prepare(*args, **kwargs)
+
+        pipeline.prepare_mask_latents = prepare_masked
+
+
+if __name__ == "__main__":
+    main()

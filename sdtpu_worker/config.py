@@ -218,8 +218,8 @@ SETTINGS = (
         "The origins whose web pages may use the door from a browser, like `https://shop.example`. Not set, none may",
     ),
     Setting(
-        "sdtpu_http_max_body_bytes", 1_048_576, parse_integer(1024, 2**27),
-        "The largest body of a request to the door, in bytes",
+        "sdtpu_http_max_body_bytes", 16_777_216, parse_integer(1024, 2**27),
+        "The largest body of a request to the door, in bytes; a picture that a job starts from is in it",
     ),
     Setting(
         "sdtpu_http_wait_s", 300.0, parse_seconds(1, 86_400),

@@ -36,6 +36,10 @@ _SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 @click.option("--guidance-scale", type=float, help="Default: the checkpoint's own.")
 @click.option("--sampler", help="Default: the checkpoint's own.")
 @click.option("--size", metavar="WIDTHxHEIGHT", help="In pixels. Default: the checkpoint's own.")
+@click.option("--image", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A picture to start from.")
+@click.option("--mask-image", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Another picture:"
+              " where it is light, the first is drawn again.")  # fmt: skip
+@click.option("--strength", type=float, help="How much of the picture is given up, above 0 to 1.")
 @click.option("--format", "image_format", type=click.Choice(["png", "jpeg", "webp"]), default="png", show_default=True)
 @click.option("--priority", type=click.IntRange(0, 9), help="Lower is more urgent.")
 @json_option
@@ -193,7 +197,8 @@ def _summary(states: Sequence[JobState]) -> str:
 def _save(app: Celery, job_id: str, state: JobState, out: Path) -> str | None:
     """Write a job's picture; return the file, None where there is no picture."""
     from sdtpu_worker.images.decode import named_image
-    from sdtpu_worker.images.store import read_image_bytes, stored_name
+    from sdtpu_worker.images.names import stored_name
+    from sdtpu_worker.images.store import read_image_bytes
 
     if state.result is None:
         return None

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from sdtpu_worker.config import read_setting
-from sdtpu_worker.http import jobs_api, openai_images, web_ui
+from sdtpu_worker.http import jobs_api, openai_edits, openai_images, web_ui
 from sdtpu_worker.http.departures import CallerLeft
 from sdtpu_worker.http.door import Door, door_of
 from sdtpu_worker.http.openapi import describe
@@ -58,7 +58,7 @@ def create_app(app: Celery) -> Starlette:
         CORSMiddleware,
         allow_origins=origins,
         allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer"],
+        allow_headers=["*"],  # clients in browsers send headers of their own
         expose_headers=["Location", "Retry-After", "ETag", "Preference-Applied"],
     )
     asgi = Starlette(
@@ -77,8 +77,8 @@ def make_routes() -> list[Route]:
     problem = functools.partial(_route, form=as_problem)
     return [
         openai("/v1/images/generations", openai_images.generate_images, "POST"),
-        openai("/v1/images/edits", openai_images.refuse_edits, "POST"),
-        openai("/v1/images/variations", openai_images.refuse_edits, "POST"),
+        openai("/v1/images/edits", openai_edits.edit_images, "POST"),
+        openai("/v1/images/variations", openai_images.refuse_variations, "POST"),
         openai("/v1/models", openai_images.list_models, "GET"),
         openai("/v1/models/{model:path}", openai_images.show_model, "GET"),
         problem("/v1/jobs", jobs_api.create_job, "POST"),
@@ -88,7 +88,7 @@ def make_routes() -> list[Route]:
         problem("/v1/jobs/{job_id}/image", jobs_api.send_image, "GET", name="job_image"),
         problem("/v1/jobs/{job_id}/events", jobs_api.stream_events, "GET"),
         problem("/sdapi/v1/txt2img", web_ui.txt2img, "POST"),
-        problem("/sdapi/v1/img2img", web_ui.refuse_img2img, "POST"),
+        problem("/sdapi/v1/img2img", web_ui.img2img, "POST"),
         problem("/sdapi/v1/options", web_ui.show_options, "GET"),
         problem("/sdapi/v1/options", web_ui.set_options, "POST"),
         problem("/sdapi/v1/sd-models", web_ui.list_models, "GET"),
@@ -117,6 +117,8 @@ def _route(
             refusal = refusal_for(exc)
             if refusal.code == "InternalError":
                 logger.exception("%s %s failed", request.method, path)
+            elif refusal.hidden:
+                logger.warning("%s %s was refused: %s", request.method, path, refusal.hidden)
             return form(refusal)
 
     return Route(path, answer, methods=[method], name=name or endpoint.__name__)

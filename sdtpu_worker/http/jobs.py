@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
-import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,22 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.client.cancel import cancel_job
 from sdtpu_worker.contract.queues import TASK_NAME
-from sdtpu_worker.contract.request import GenerationRequest, draw_seed
-from sdtpu_worker.errors import InvalidRequest, SdtpuError
+from sdtpu_worker.contract.request import PICTURES, GenerationRequest, draw_seed
+from sdtpu_worker.errors import InvalidRequest, SdtpuError, StorageError
 from sdtpu_worker.http.callers import Caller
 from sdtpu_worker.http.celery_threads import CeleryThreads
 from sdtpu_worker.http.job_records import JobRecord, JobRecords
 from sdtpu_worker.http.job_state import JobState, read_state
-from sdtpu_worker.http.parameters import OPTIONS
+from sdtpu_worker.http.parameters import OPTIONS, check_expires, without_options
+from sdtpu_worker.http.pictures_in import DATA_START, JOB_START
 from sdtpu_worker.http.problems import Refusal
 from sdtpu_worker.http.redis_client import make_client, make_subscriber_pool
 from sdtpu_worker.http.state_feed import StateFeed, Watch
+from sdtpu_worker.images.bring import bring_pictures
+from sdtpu_worker.images.decode import named_image
 from sdtpu_worker.images.store import read_image_bytes
+from sdtpu_worker.redaction import brief
 
 if TYPE_CHECKING:
     from celery import Celery
 
 logger = logging.getLogger(__name__)
+
+_STAND_IN = "store:picture"
+"""In place of a picture while the other parameters are checked."""
 
 
 class Jobs:
@@ -74,25 +79,58 @@ class Jobs:
         """
         await self._redis.ping()
 
-    def new_record(self, caller: Caller, given: Mapping[str, Any], kind: str) -> JobRecord:
-        """Return the record of a job that is not enqueued yet, with its parameters checked.
+    async def make_records(self, caller: Caller, given: Sequence[Mapping[str, Any]], kind: str) -> list[JobRecord]:
+        """Return the records of jobs that are not enqueued yet, with their parameters checked and pictures stored.
 
         Args:
-            caller: whose job it is.
-            given: the parameters of `generate`, with `tenant`, `priority` and `expires`.
-            kind: which API the job came by.
+            caller: whose jobs they are.
+            given: of each job the parameters of `generate`, with `tenant`, `priority` and `expires`; all start from the
+                same pictures: bytes, data URIs, or `job:ID` for the picture of another job of the caller's.
+            kind: which API the jobs came by.
 
         Raises:
             InvalidRequest: a parameter is not allowed.
+            Refusal: 404, a job whose picture is meant is not the caller's; 503, a picture cannot be stored.
         """
-        kwargs = {name: value for name, value in given.items() if name not in OPTIONS}
+        for each in given:
+            stand_ins = {name: _STAND_IN for name in PICTURES if each.get(name) is not None}
+            GenerationRequest.parse((), without_options({**each, **stand_ins}))
+        pictures = await self._bring_pictures(caller, given[0])
+        return [self._make_record(caller, {**each, **pictures}, kind) for each in given]
+
+    async def _bring_pictures(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Store the pictures that a caller sends; return what names them. A URI of a caller's own is never taken."""
+        pictures: dict[str, Any] = {}
+        for name in PICTURES:
+            value = given.get(name)
+            if isinstance(value, str) and value.startswith(JOB_START):
+                record = await self.find(caller, value.removeprefix(JOB_START))
+                state = await self.read_state(record.id)
+                if state.result is None:
+                    raise InvalidRequest(f"{name} must name a job that has succeeded, got one that is {state.status}")
+                pictures[name] = named_image(state.result)[1].uri
+            elif isinstance(value, bytes) or (isinstance(value, str) and value.startswith(DATA_START)):
+                pictures[name] = value
+            elif value is not None:
+                raise InvalidRequest(
+                    f"{name} must be a data URI (data:image/png;base64,…), or job:ID of a job of yours that has"
+                    f" succeeded, got {brief(value)}"
+                )
+        try:
+            return await self.threads.call(bring_pictures, self.app, pictures) if pictures else {}
+        except StorageError as exc:
+            text = "the picture cannot be stored now; try again later"
+            raise Refusal(503, "StorageError", text, headers={"Retry-After": "5"}, hidden=str(exc)) from exc
+
+    def _make_record(self, caller: Caller, given: Mapping[str, Any], kind: str) -> JobRecord:
+        kwargs = without_options(given)
         GenerationRequest.parse((), kwargs)
         if kwargs.get("seed") is None:
             kwargs["seed"] = draw_seed()
         priority = caller.priority(given.get("priority"), self.app.conf.task_default_priority)
         options: dict[str, Any] = {"priority": priority}
         if given.get("expires") is not None:
-            options["expires"] = _check_expires(given["expires"])
+            options["expires"] = check_expires(given["expires"])
         return JobRecord(caller.name, {**kwargs, **options}, kind)
 
     async def submit(self, caller: Caller, records: Sequence[JobRecord]) -> None:
@@ -121,7 +159,7 @@ class Jobs:
             raise
 
     def _enqueue(self, caller: Caller, record: JobRecord) -> None:
-        kwargs = {name: value for name, value in record.parameters.items() if name not in OPTIONS}
+        kwargs = without_options(record.parameters)
         tenant = caller.tenant(kwargs.pop("tenant", None))
         options = {name: record.parameters[name] for name in OPTIONS if name in record.parameters}
         if tenant is not None:
@@ -225,7 +263,7 @@ class Jobs:
         if not state.has_ended:
             await self.threads.call(cancel_job, self.app, record.id)
             state = await self.read_state(record.id)
-            await self.records.close(record.caller, [record.id])
+        await self.records.close(record.caller, [record.id])
         return state
 
     def cancel_later(self, records: Sequence[JobRecord]) -> None:
@@ -255,61 +293,6 @@ class Jobs:
 
     def _expiry_words(self) -> str:
         return f"after {self.expires_s:,} s" if self.expires_s else "never"
-
-
-def with_seed(given: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Return the parameters of one picture of a request for several: their seeds follow each other.
-
-    Args:
-        given: of the request; without a seed, each picture draws its own.
-        number: of the picture, from 0.
-    """
-    seed = given.get("seed")
-    if seed is None or not number:
-        return dict(given)
-    if isinstance(seed, str) and seed.isascii() and seed.isdigit():
-        seed = int(seed)
-    return {**given, "seed": seed + number if isinstance(seed, int) and not isinstance(seed, bool) else seed}
-
-
-def job_json(record: JobRecord, state: JobState, base: str) -> dict[str, Any]:
-    """Return a job as clients see it.
-
-    Args:
-        record: of the job.
-        state: of the job.
-        base: the address of the jobs API, before the id.
-    """
-    place = f"{base}/{record.id}"
-    links = {"self": place, "events": f"{place}/events"}
-    result = None
-    if state.result is not None:
-        image = state.result["image"]
-        links["image"] = f"{place}/image"
-        result = {name: value for name, value in state.result.items() if name not in ("image", "task_id")}
-        result["image"] = {name: image.get(name) for name in ("format", "width", "height", "bytes")}
-    return {
-        "id": record.id,
-        "status": state.status,
-        "created_at": record.created_at,
-        "parameters": {**record.parameters, "seed_text": str(record.parameters["seed"])},
-        "progress": state.progress,
-        "result": result,
-        "error": {"type": state.error.type, "detail": state.error.detail} if state.error else None,
-        "links": links,
-    }
-
-
-def digest_of(given: Mapping[str, Any]) -> str:
-    """Return a digest of a request's content, the same for the same fields in any order."""
-    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
-
-
-def _check_expires(value: Any) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= 10**9:
-        raise InvalidRequest(f"expires must be seconds, more than 0 and at most 1,000,000,000, got {value!r:.40}")
-    return value
 
 
 async def _logged(work: Any) -> None:

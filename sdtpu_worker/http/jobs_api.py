@@ -18,8 +18,8 @@ from sdtpu_worker.http.event_stream import HEARTBEAT, HEARTBEAT_S, EventStream, 
 from sdtpu_worker.http.image_answer import answer_with_image
 from sdtpu_worker.http.job_records import JobRecord
 from sdtpu_worker.http.job_state import QUEUED, JobState
-from sdtpu_worker.http.jobs import digest_of, job_json
-from sdtpu_worker.http.parameters import JOB_FIELDS
+from sdtpu_worker.http.job_view import job_json
+from sdtpu_worker.http.parameters import JOB_FIELDS, digest_of
 from sdtpu_worker.http.problems import Refusal
 from sdtpu_worker.images.decode import image_content_type
 
@@ -39,7 +39,7 @@ async def create_job(request: Request) -> Response:
     check_fields(given, JOB_FIELDS if not caller.name else [name for name in JOB_FIELDS if name != "tenant"])
     wait_s = _read_wait(request)
     key = _read_key(request)
-    record, is_new = door.jobs.new_record(caller, given, "jobs"), True
+    (record,), is_new = await door.jobs.make_records(caller, [given], "jobs"), True
     if key is None:
         await door.jobs.submit(caller, [record])
     else:

@@ -7,7 +7,7 @@ import io
 import re
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -16,13 +16,13 @@ from starlette.responses import JSONResponse, Response
 from sdtpu_worker.contract.request import IMAGE_FORMATS
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.http.bodies import read_json
+from sdtpu_worker.http.callers import Caller
 from sdtpu_worker.http.departures import unless_left
 from sdtpu_worker.http.door import Door, door_of
 from sdtpu_worker.http.event_stream import HEARTBEAT, HEARTBEAT_S, EventStream, write_event
 from sdtpu_worker.http.job_records import JobRecord
 from sdtpu_worker.http.job_state import JobState
-from sdtpu_worker.http.jobs import with_seed
-from sdtpu_worker.http.parameters import JOB_FIELDS
+from sdtpu_worker.http.parameters import JOB_FIELDS, with_seed
 from sdtpu_worker.http.problems import Refusal, openai_error, refusal_for, refusal_for_job
 from sdtpu_worker.images.decode import decode_image, named_image
 
@@ -58,6 +58,11 @@ class ImagesRequest:
     quality: int | None = None
     stream: bool = False
     partial_images: int = 0
+
+    def with_parameters(self, more: Mapping[str, Any]) -> ImagesRequest:
+        """Return the request with further parameters; None removes one."""
+        parameters = {name: value for name, value in {**self.parameters, **more}.items() if value is not None}
+        return replace(self, parameters=parameters)
 
 
 def read_request(body: Mapping[str, Any]) -> ImagesRequest:
@@ -125,8 +130,13 @@ async def generate_images(request: Request) -> Response:
     door = door_of(request)
     caller = door.callers.find(request)
     wanted = read_request(await read_json(request, door.max_body_bytes))
+    return await answer_with_pictures(door, request, caller, wanted)
+
+
+async def answer_with_pictures(door: Door, request: Request, caller: Caller, wanted: ImagesRequest) -> Response:
+    """Enqueue what is wanted, and answer with the pictures or with a stream of events."""
     given = [with_seed(wanted.parameters, number) for number in range(wanted.n)]
-    records = [door.jobs.new_record(caller, each, "openai") for each in given]
+    records = await door.jobs.make_records(caller, given, "openai")
     if wanted.stream:
         give_back = door.take_stream_place()
         try:
@@ -134,7 +144,12 @@ async def generate_images(request: Request) -> Response:
         except BaseException:
             give_back()
             raise
-        return EventStream(_stream(door, wanted, records[0]), give_back)
+
+        def end() -> None:
+            give_back()
+            door.jobs.cancel_later(records)  # one that has ended stays as it is
+
+        return EventStream(_stream(door, wanted, records[0]), end)
     await door.jobs.submit(caller, records)
     states = await wait_for_pictures(door, request, records)
     data = [
@@ -180,30 +195,26 @@ async def _stream(door: Door, wanted: ImagesRequest, record: JobRecord) -> Async
     sent = 0
     state: JobState | None = None
     until = time.monotonic() + door.wait_s
+    async with door.jobs.watch(record.id) as watch:
+        while not (state and state.has_ended) and time.monotonic() < until:
+            state = await watch.next_state(HEARTBEAT_S)
+            if state is None:
+                yield HEARTBEAT
+            elif _is_due(state, sent, wanted.partial_images):
+                preview = {"b64_json": state.preview, "output_format": "png", "partial_image_index": sent}
+                yield _event("partial_image", preview, wanted, state)
+                sent += 1
     try:
-        async with door.jobs.watch(record.id) as watch:
-            while not (state and state.has_ended) and time.monotonic() < until:
-                state = await watch.next_state(HEARTBEAT_S)
-                if state is None:
-                    yield HEARTBEAT
-                elif _is_due(state, sent, wanted.partial_images):
-                    preview = {"b64_json": state.preview, "output_format": "png", "partial_image_index": sent}
-                    yield _event("partial_image", preview, wanted, state)
-                    sent += 1
-        try:
-            if state is None or not state.has_ended:
-                raise Refusal(504, "TimedOut", f"no picture within {door.wait_s:g} s (sdtpu_http_wait_s)")
-            if state.error is not None:
-                raise refusal_for_job(state.status, state.error)
-            encoded = await _encoded(door, wanted, state)
-        except Exception as exc:
-            yield write_event("error", {"error": openai_error(refusal_for(exc))})
-            return
-        facts: dict[str, Any] = {"b64_json": encoded, "output_format": wanted.image_format, "usage": _NO_USAGE}
-        yield _event("completed", {**facts, "seed": _result(state)["seed"], "job_id": record.id}, wanted, state)
-    finally:
         if state is None or not state.has_ended:
-            door.jobs.cancel_later([record])
+            raise Refusal(504, "TimedOut", f"no picture within {door.wait_s:g} s (sdtpu_http_wait_s)")
+        if state.error is not None:
+            raise refusal_for_job(state.status, state.error)
+        encoded = await _encoded(door, wanted, state)
+    except Exception as exc:
+        yield write_event("error", {"error": openai_error(refusal_for(exc))})
+        return
+    facts = {"b64_json": encoded, "output_format": wanted.image_format, "usage": _NO_USAGE}
+    yield _event("completed", {**facts, "seed": _result(state)["seed"], "job_id": record.id}, wanted, state)
 
 
 def _is_due(state: JobState, sent: int, wanted: int) -> bool:
@@ -272,10 +283,10 @@ async def show_model(request: Request) -> Response:
     return JSONResponse(_model(door))
 
 
-async def refuse_edits(request: Request) -> Response:
-    """Answer `POST /v1/images/edits` and `/variations`, which no worker can serve yet."""
+async def refuse_variations(request: Request) -> Response:
+    """Answer `POST /v1/images/variations`: a picture without a prompt."""
     door_of(request).callers.find(request)
-    raise Refusal(400, "NotServed", "this deployment makes pictures from prompts only: POST /v1/images/generations")
+    raise Refusal(400, "NotServed", "a picture without a prompt is not served; POST /v1/images/edits with a prompt")
 
 
 def _model(door: Door) -> dict[str, Any]:

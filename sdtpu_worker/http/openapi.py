@@ -7,18 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sdtpu_worker
-from sdtpu_worker.contract.request import (
-    IMAGE_FORMATS,
-    MAX_CLIP_SKIP,
+from sdtpu_worker.contract.parameter_checks import (
     MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
     MAX_SIDE,
-    MAX_STEPS,
     MAX_TENANT_CHARACTERS,
     MAX_TOLD_SIDE,
     SIDE_MULTIPLE,
 )
+from sdtpu_worker.contract.request import IMAGE_FORMATS, MAX_CLIP_SKIP, MAX_STEPS
 from sdtpu_worker.contract.samplers import SAMPLER_NAMES, SIGMA_SPACINGS
 from sdtpu_worker.http.parameters import JOB_FIELDS
 
@@ -52,8 +50,9 @@ _PROBLEMS, _OPENAI = "Problem", "OpenAIError"
 OPERATIONS = (
     Operation("post", "/v1/images/generations", "Make pictures and wait for them, in OpenAI's terms",
               {200: "Images"}, "ImagesRequest"),
-    Operation("post", "/v1/images/edits", "Not served yet", {400: _OPENAI}),
-    Operation("post", "/v1/images/variations", "Not served yet", {400: _OPENAI}),
+    Operation("post", "/v1/images/edits", "Change a picture and wait for the result, in OpenAI's terms",
+              {200: "Images"}, "EditsForm"),
+    Operation("post", "/v1/images/variations", "Not served", {400: _OPENAI}),
     Operation("get", "/v1/models", "The checkpoint that is served", {200: "Object"}),
     Operation("get", "/v1/models/{model}", "The checkpoint that is served", {200: "Object"}, "", ("model",)),
     Operation("post", "/v1/jobs", "Enqueue a job", {200: "Job", 202: "Job"}, "JobRequest", ("key", "prefer")),
@@ -67,7 +66,8 @@ OPERATIONS = (
               {200: "events", 204: ""}, "", ("job_id", "last")),
     Operation("post", "/sdapi/v1/txt2img", "Make pictures and wait for them, in the web UI's terms",
               {200: "Object"}, "WebUIRequest"),
-    Operation("post", "/sdapi/v1/img2img", "Not served yet", {400: _PROBLEMS}),
+    Operation("post", "/sdapi/v1/img2img", "Change a picture and wait for the result, in the web UI's terms",
+              {200: "Object"}, "WebUIRequest"),
     Operation("get", "/sdapi/v1/options", "The web UI's settings", {200: "Object"}),
     Operation("post", "/sdapi/v1/options", "Choose the checkpoint that is served", {200: "Anything"}, "Object"),
     Operation("get", "/sdapi/v1/sd-models", "The checkpoint that is served", {200: "Objects"}),
@@ -95,6 +95,11 @@ def _optional(shape: Shape) -> Shape:
 
 _SIDE = _integer(SIDE_MULTIPLE, MAX_SIDE, multipleOf=SIDE_MULTIPLE)
 _FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
+_PICTURE = {
+    "type": "string",
+    "description": "a data URI (png, jpeg, webp), or job:ID of a job of yours that has succeeded",
+}
+_SIZE = "^(auto|[0-9]{1,5}x[0-9]{1,5})$"
 _TIME = "^[0-9]{1,12}([.][0-9]{1,9})?$"
 _PAIR = {"type": "array", "items": _integer(0, MAX_TOLD_SIDE), "minItems": 2, "maxItems": 2}
 _JOB_FIELDS: dict[str, Shape] = {
@@ -116,6 +121,11 @@ _JOB_FIELDS: dict[str, Shape] = {
     "original_size": _optional(_PAIR),
     "target_size": _optional(_PAIR),
     "crops_coords_top_left": _optional(_PAIR),
+    "image": _optional(_PICTURE),
+    "strength": _optional({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
+    "mask_image": _optional(_PICTURE),
+    "preserve_unmasked": {"type": "boolean"},
+    "image_guidance_scale": _optional({"type": "number", "minimum": 0, "maximum": MAX_GUIDANCE_SCALE}),
     "tenant": _optional(_text(MAX_TENANT_CHARACTERS, minLength=1)),
     "priority": _optional(_integer(0, 9)),
     "expires": _optional({"type": "number", "exclusiveMinimum": 0, "maximum": 1e9}),
@@ -157,7 +167,7 @@ _SHAPES: dict[str, Shape] = {
         "properties": {
             **{name: shape for name, shape in _JOB_FIELDS.items() if name not in ("image_format", "tenant")},
             "n": _optional(_integer(1, 10)),
-            "size": _optional({"type": "string", "pattern": "^(auto|[0-9]{1,5}x[0-9]{1,5})$"}),
+            "size": _optional({"type": "string", "pattern": _SIZE}),
             "response_format": _optional({"enum": ["b64_json", "url"]}),
             "output_format": _optional({"enum": list(IMAGE_FORMATS)}),
             "output_compression": _optional(_integer(0, 100)),
@@ -166,6 +176,17 @@ _SHAPES: dict[str, Shape] = {
             "user": _optional({"type": "string"}),
         },
         "required": ["prompt"],
+    },
+    "EditsForm": {
+        "type": "object",
+        "properties": {
+            "image": {"type": "string", "format": "binary"},
+            "mask": {"type": "string", "format": "binary"},
+            "prompt": _JOB_FIELDS["prompt"],
+            "n": _integer(1, 10),
+            "size": {"type": "string", "pattern": _SIZE},
+        },
+        "required": ["image", "prompt"],
     },
     "Images": {
         "type": "object",
@@ -239,7 +260,8 @@ def _describe_operation(operation: Operation) -> dict[str, Any]:
         described["parameters"] = [{"$ref": f"#/components/parameters/{name}"} for name in operation.parameters]
     if operation.takes:
         schema = {"$ref": f"#/components/schemas/{operation.takes}"}
-        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        media_type = "multipart/form-data" if operation.takes == "EditsForm" else "application/json"
+        described["requestBody"] = {"required": True, "content": {media_type: {"schema": schema}}}
     if operation.is_open:
         described["security"] = []
     return described

@@ -18,10 +18,13 @@ from sdtpu_worker.errors import (
     StorageError,
 )
 from sdtpu_worker.http.job_state import JobError
+from sdtpu_worker.redaction import sanitize_url
 
 PROBLEM_TYPE = "application/problem+json"
 _RETRY_S = 5
 """Seconds after which a caller should try again where nobody knows better."""
+_LATER = {"Retry-After": str(_RETRY_S)}
+_NOT_NOW = "the queue cannot be reached, or does not take jobs now; try again later"
 _TITLES = {
     400: "The request is not allowed",
     401: "A valid key is needed",
@@ -51,14 +54,21 @@ class Refusal(Exception):
         detail: what was got, what is allowed and what to do.
         param: the parameter at fault, where one is.
         headers: further headers.
+        hidden: what the operator should know and callers should not, such as where Redis is; it is logged.
     """
 
     def __init__(
-        self, status: int, code: str, detail: str, param: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        hidden: str = "",
     ) -> None:
         super().__init__(detail)
         self.status, self.code, self.detail, self.param = status, code, detail, param
-        self.headers = dict(headers or {})
+        self.headers, self.hidden = dict(headers or {}), hidden
 
 
 def refusal_for(exc: Exception) -> Refusal:
@@ -73,14 +83,13 @@ def refusal_for(exc: Exception) -> Refusal:
         case DeadlineUnreachable():
             return Refusal(503, "DeadlineUnreachable", str(exc), headers=_retry_after(exc))
         case BrokerUnavailable():
-            return Refusal(503, "BrokerUnavailable", str(exc), headers={"Retry-After": str(_RETRY_S)})
+            return Refusal(503, "BrokerUnavailable", _NOT_NOW, headers=_LATER, hidden=str(exc))
         case StorageError():
-            return Refusal(410, "StorageError", str(exc))
+            return Refusal(410, "StorageError", "the picture is gone, or cannot be read", hidden=str(exc))
         case RedisError() | OSError():
-            text = f"Redis does not answer ({type(exc).__name__}); try again later"
-            return Refusal(503, "RedisUnavailable", text, headers={"Retry-After": str(_RETRY_S)})
+            return Refusal(503, "RedisUnavailable", _NOT_NOW, headers=_LATER, hidden=sanitize_url(repr(exc)))
         case SdtpuError():
-            return Refusal(503, type(exc).__name__, str(exc))
+            return Refusal(503, type(exc).__name__, _NOT_NOW, headers=_LATER, hidden=str(exc))
     return Refusal(500, "InternalError", "an error of the door itself; its log says more")
 
 

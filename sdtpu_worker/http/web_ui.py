@@ -14,12 +14,13 @@ from starlette.responses import JSONResponse, Response
 from sdtpu_worker.contract.samplers import DIFFUSERS_CLASSES, OTHER_NAMES, SIGMA_SPACINGS
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.http.bodies import check_fields, read_json
+from sdtpu_worker.http.callers import Caller
 from sdtpu_worker.http.door import Door, door_of
 from sdtpu_worker.http.job_records import JobRecord
 from sdtpu_worker.http.job_state import JobState
-from sdtpu_worker.http.jobs import with_seed
 from sdtpu_worker.http.openai_images import wait_for_pictures
-from sdtpu_worker.http.problems import Refusal
+from sdtpu_worker.http.parameters import with_seed
+from sdtpu_worker.http.pictures_in import fit_mask, fit_picture, read_base64
 
 KIND = "sdapi"
 MOST_PICTURES = 16
@@ -50,6 +51,12 @@ _WITHOUT_EFFECT = (
 """Fields that clients send along, and that change nothing here."""
 _OWN = ("scheduler", "clip_skip", "batch_size", "n_iter", "override_settings")
 _FIELDS = (*_RENAMED, *_OWN, *_WITHOUT_EFFECT)
+_IMG2IMG = (
+    "init_images", "mask", "inpainting_mask_invert", "resize_mode", "mask_blur", "mask_blur_x", "mask_blur_y",
+    "mask_round", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding", "initial_noise_multiplier",
+    "latent_mask", "image_cfg_scale", "include_init_images", "denoising_strength",
+)  # fmt: skip
+"""Further fields of `img2img`."""
 _CANNOT = ("enable_hr", "tiling", "restore_faces", "script_name")
 """Fields whose effect somebody would miss; refused where they are switched on."""
 
@@ -94,17 +101,52 @@ async def txt2img(request: Request) -> Response:
     caller = door.callers.find(request)
     body = await read_json(request, door.max_body_bytes)
     parameters, n = read_request(body)
-    records = [door.jobs.new_record(caller, with_seed(parameters, number), KIND) for number in range(n)]
+    return await _answer(door, request, caller, body, parameters, n)
+
+
+async def img2img(request: Request) -> Response:
+    """Answer `POST /sdapi/v1/img2img`."""
+    door = door_of(request)
+    caller = door.callers.find(request)
+    body = await read_json(request, door.max_body_bytes)
+    given = {name: value for name, value in body.items() if value is not None}
+    images = given.get("init_images")
+    if not isinstance(images, list) or len(images) != 1:
+        raise InvalidRequest("init_images must be a list of one picture in base64")
+    parameters, n = read_request({name: value for name, value in given.items() if name not in _IMG2IMG})
+    pictures = await door.jobs.threads.call(_pictures, given, parameters)
+    return await _answer(door, request, caller, _without_pictures(body), {**parameters, **pictures}, n)
+
+
+def _pictures(given: Mapping[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the pictures of a request as parameters; their size is the result's, so none is asked for besides."""
+    width, height = parameters.pop("width", None), parameters.pop("height", None)
+    has_size = all(type(side) is int for side in (width, height))
+    size = (width, height) if has_size else None
+    pictures: dict[str, Any] = {
+        "image": fit_picture("init_images", read_base64("init_images", given["init_images"][0]), size)
+    }
+    if given.get("mask"):
+        is_inverted = bool(given.get("inpainting_mask_invert"))
+        pictures["mask_image"] = fit_mask("mask", read_base64("mask", given["mask"]), size, is_inverted)
+    if "denoising_strength" in given:
+        pictures["strength"] = given["denoising_strength"]
+    return pictures
+
+
+def _without_pictures(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if name not in ("init_images", "mask")}
+
+
+async def _answer(
+    door: Door, request: Request, caller: Caller, body: Mapping[str, Any], parameters: Mapping[str, Any], n: int
+) -> Response:
+    given = [with_seed(parameters, number) for number in range(n)]
+    records = await door.jobs.make_records(caller, given, KIND)
     await door.jobs.submit(caller, records)
     states = await wait_for_pictures(door, request, records)
     images = [base64.b64encode(await door.jobs.read_image(state)).decode() for state in states]
     return JSONResponse({"images": images, "parameters": body, "info": json.dumps(_info(door, states))})
-
-
-async def refuse_img2img(request: Request) -> Response:
-    """Answer `POST /sdapi/v1/img2img`, which no worker can serve yet."""
-    door_of(request).callers.find(request)
-    raise Refusal(400, "NotServed", "this deployment makes pictures from prompts only: POST /sdapi/v1/txt2img")
 
 
 async def show_options(request: Request) -> Response:

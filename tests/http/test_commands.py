@@ -54,6 +54,18 @@ def test_generate_saves_a_picture_for_each_job(shell, tmp_path):
 
 
 @pytest.mark.usefixtures("worker")
+def test_generate_starts_from_a_file(shell, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    code, out, err = shell.run(
+        "generate", "a fox", "--image", "red.png", "--mask-image", "red.png", "--strength", "0.5", "--json"
+    )
+    assert code == 0, err
+    options = json.loads(out)["jobs"][0]["result"]["options"]
+    assert options["strength"] == 0.5
+    assert set(options) == {"image", "mask_image", "strength"}
+
+
+@pytest.mark.usefixtures("worker")
 def test_generate_says_which_job_failed(shell, tmp_path):
     code, out, _ = shell.run("generate", "a fox", "nan", "--steps", "2", "--format", "jpeg", "--json")
     assert code == 3

@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 
 from sdtpu_worker.contract.load_report import WorkerLoad, publish_load
-from sdtpu_worker.http.jobs import digest_of
+from sdtpu_worker.http.parameters import digest_of
 from sdtpu_worker.testing.processes import free_port
 from tests.chaos.pictures import expected_count, shown_count
 from tests.http.doors import read_events, start_door, wait_for_end
@@ -284,7 +284,7 @@ def test_a_form_of_another_site_is_refused(client):
 
 
 def test_a_body_that_is_too_large_is_refused(client):
-    answer = client.post("/v1/jobs", json={"prompt": "a" * 2_000_000})
+    answer = client.post("/v1/jobs", json={"prompt": "a" * 17_000_000})
     assert (answer.status_code, answer.json()["code"]) == (413, "BodyTooLarge")
 
 
@@ -317,3 +317,5 @@ def test_without_redis_the_door_says_so(tmp_path):
         answer = client.post("/v1/jobs", json={"prompt": "a fox"})
         assert (answer.status_code, answer.json()["code"]) == (503, "RedisUnavailable")
         assert answer.headers["retry-after"]
+        assert "127.0.0.1" not in answer.text
+    assert "POST /v1/jobs was refused: " in door.log.read_text()

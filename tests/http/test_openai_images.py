@@ -136,12 +136,6 @@ def test_a_wrong_parameter_is_named(openai, wrong, param):
     assert caught.value.type == "invalid_request_error"
 
 
-def test_edits_say_that_they_cannot_be_served(openai):
-    with pytest.raises(APIStatusError, match="from prompts only") as caught:
-        openai.images.edit(image=b"\x89PNG", prompt="a fox")
-    assert caught.value.status_code == 400
-
-
 def test_the_model_is_listed(openai):
     assert [model.id for model in openai.models.list()] == ["embedded"]
     assert openai.models.retrieve("embedded").owned_by == "sdtpu_worker"

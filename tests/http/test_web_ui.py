@@ -60,10 +60,6 @@ def test_what_cannot_be_had_is_refused(client, wrong, words):
     assert words in answer.json()["detail"]
 
 
-def test_img2img_says_that_it_cannot_be_served(client):
-    assert client.post("/sdapi/v1/img2img", json={}).status_code == 400
-
-
 def test_the_lists_name_what_is_served(client):
     assert client.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == "embedded"
     assert [model["title"] for model in client.get("/sdapi/v1/sd-models").json()] == ["embedded"]

@@ -27,7 +27,9 @@ class CeleryThreads:
 
     def __init__(self, app: Celery) -> None:
         self._app, self._pending = app, 0
-        self._executor = ThreadPoolExecutor(MOST_THREADS, "sdtpu-door", self._enter_thread)
+        self._executor = ThreadPoolExecutor(
+            MOST_THREADS, thread_name_prefix="sdtpu-door", initializer=self._enter_thread
+        )
 
     def _enter_thread(self) -> None:
         """Have this thread's result backend not subscribe to each job that the thread enqueues.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from pathlib import PurePath
@@ -27,6 +28,7 @@ class Door:
     Attributes:
         jobs: of all callers.
         open_streams: how many event streams are open.
+        stopping: set it to end them.
         callers: finds the caller of a request.
         model: the name of the checkpoint, as clients see it: of a folder or a file its last part only.
         max_body_bytes: the largest body of a request.
@@ -44,7 +46,7 @@ class Door:
         self.max_body_bytes: int = read_setting("sdtpu_http_max_body_bytes", conf)
         self.wait_s: float = read_setting("sdtpu_http_wait_s", conf)
         self._max_streams: int = read_setting("sdtpu_http_max_streams", conf)
-        self.open_streams = 0
+        self.open_streams, self.stopping = 0, asyncio.Event()
         model: str = read_setting("sdtpu_model", conf)
         self.model = PurePath(model).name if model.startswith(("/", ".", "~")) else model
         self.started_at = int(time.time())
@@ -65,7 +67,8 @@ class Door:
         return self._release_stream
 
     async def close(self) -> None:
-        """Close the connections."""
+        """End the event streams, and close the connections."""
+        self.stopping.set()
         await self.jobs.close()
 
     def _release_stream(self) -> None:

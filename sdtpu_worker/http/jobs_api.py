@@ -137,7 +137,7 @@ async def stream_events(request: Request) -> Response:
         state = await door.jobs.read_state(record.id)
         if state.has_ended and state.token == last:
             return Response(status_code=204)  # which tells an EventSource not to come back
-    return EventStream(_events(door, request, record, last), door.take_stream_place())
+    return EventStream(_events(door, request, record, last), door.stopping, door.take_stream_place())
 
 
 async def _events(door: Door, request: Request, record: JobRecord, last: str | None) -> AsyncGenerator[bytes, None]:

@@ -149,7 +149,7 @@ async def answer_with_pictures(door: Door, request: Request, caller: Caller, wan
             give_back()
             door.jobs.cancel_later(records)  # one that has ended stays as it is
 
-        return EventStream(_stream(door, wanted, records[0]), end)
+        return EventStream(_stream(door, wanted, records[0]), door.stopping, end)
     await door.jobs.submit(caller, records)
     states = await wait_for_pictures(door, request, records)
     data = [

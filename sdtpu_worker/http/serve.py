@@ -12,6 +12,7 @@ from sdtpu_worker.config import read_setting
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.http.app import create_app
 from sdtpu_worker.http.callers import is_loopback
+from sdtpu_worker.http.door import Door
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -24,7 +25,7 @@ _KEEP_ALIVE_S = 65
 _MORE_CONNECTIONS = 2000
 """How many connections may be open beside the streams."""
 _GRACE_S = 5
-"""Seconds that open answers have after SIGTERM; streams are cut then, and come back elsewhere."""
+"""Seconds that open answers have after SIGTERM; event streams end at once."""
 
 
 def serve(app: Celery, address: tuple[str, int] | None = None) -> None:
@@ -54,7 +55,20 @@ def serve(app: Celery, address: tuple[str, int] | None = None) -> None:
     with _listen(host, port) as listening:
         place = "{}:{}".format(*listening.getsockname()[:2])
         logging.getLogger("uvicorn.error").info("door: http://%s, %s", place, "with keys" if has_keys else "no keys")
-        uvicorn.Server(config).run([listening])
+        _Server(config, door.state.door).run([listening])
+
+
+class _Server(uvicorn.Server):
+    """Ends the door's event streams before it waits for open answers: their clients come back to another door."""
+
+    def __init__(self, config: uvicorn.Config, door: Door) -> None:
+        super().__init__(config)
+        self._door = door
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop."""
+        self._door.stopping.set()
+        await super().shutdown(sockets)
 
 
 def _listen(host: str, port: int) -> socket.socket:

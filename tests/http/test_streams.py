@@ -83,6 +83,18 @@ def test_a_stream_too_many_is_refused(redis_url, tmp_path):
         wait_until(takes_another, "the places to be free again")
 
 
+def test_streams_end_cleanly_when_the_door_stops(redis_url, tmp_path):
+    with start_door(redis_url, tmp_path, SDTPU_QUEUE="nobody") as door, door.client() as client:
+        job = client.post("/v1/jobs", json={"prompt": "a fox"}).json()
+        with client.stream("GET", job["links"]["events"]) as answer:
+            events = read_events(answer.iter_lines())
+            assert next(events).data == {"status": "queued"}
+            door.process.terminate()
+            assert list(events) == []
+        door.process.wait(10)
+        assert "Traceback" not in door.log.read_text()
+
+
 class RestartingRedis:
     """A Redis that keeps what it has over a restart."""
 

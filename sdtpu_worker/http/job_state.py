@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +94,8 @@ def read_state(backend: Backend, stored: bytes | None) -> JobState:
     if status == "succeeded":
         try:
             named_image(value)
-        except StorageError as exc:
+            json.dumps(value, allow_nan=False)
+        except (StorageError, ValueError) as exc:
             return JobState("failed", error=JobError("StorageError", str(exc)), token=token)
         return JobState(status, result=value, token=token)
     if status in ENDED:
@@ -107,7 +110,8 @@ def read_state(backend: Backend, stored: bytes | None) -> JobState:
 
 def _plain(value: Any, kind: Any) -> Any:
     """Return a value if it is of a kind, else None: others can write to the result backend."""
-    return value if isinstance(value, kind) else None
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return value if isinstance(value, kind) and is_finite else None
 
 
 def _preview_data(preview: Any) -> str | None:

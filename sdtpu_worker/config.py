@@ -30,7 +30,7 @@ from sdtpu_worker.config_values import (
 )
 from sdtpu_worker.contract.queues import DEFAULT_QUEUE
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.redaction import brief, sanitize_url, without_passwords
+from sdtpu_worker.redaction import MASK, brief, sanitize_url, without_passwords
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,14 @@ SETTINGS = (
         "The origins whose web pages may use the door from a browser, like `https://shop.example`. Not set, none may",
     ),
     Setting(
+        "sdtpu_http_webhook_origins", (), parse_origins,
+        "The origins to which the door may post jobs that have ended (`webhook`), like `https://shop.example`",
+    ),
+    Setting(
+        "sdtpu_http_webhook_secret", None, parse_optional_text,
+        "What the door signs webhooks with; their receivers know it too",
+    ),
+    Setting(
         "sdtpu_http_max_body_bytes", 16_777_216, parse_integer(1024, 2**27),
         "The largest body of a request to the door, in bytes; a picture that a job starts from is in it",
     ),
@@ -277,6 +285,8 @@ class Config:
     http_keys: tuple[HttpKey, ...] = field(repr=False)
     http_open: bool
     http_cors_origins: tuple[str, ...]
+    http_webhook_origins: tuple[str, ...]
+    http_webhook_secret: str | None = field(repr=False)
     http_max_body_bytes: int
     http_wait_s: float
     http_max_streams: int
@@ -311,10 +321,10 @@ def source_of(name: str, conf: Mapping[str, Any]) -> tuple[Any, str]:
         name: the setting.
         conf: a Celery app's `conf`, or any mapping with `sdtpu_*` keys.
     """
-    if (variable := name.upper()) in os.environ:
-        return without_passwords(os.environ[variable]), variable
-    value = conf.get(name)
-    return without_passwords(value), "" if value is None else "the app's configuration"
+    variable = name.upper()
+    value: Any = os.environ.get(variable, conf.get(name))
+    source = variable if variable in os.environ else "" if value is None else "the app's configuration"
+    return (MASK if source and name.endswith("_secret") else without_passwords(value)), source
 
 
 def read_config(conf: Mapping[str, Any]) -> Config:

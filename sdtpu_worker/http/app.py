@@ -48,6 +48,7 @@ def create_app(app: Celery) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        door.webhooks.start()
         try:
             yield
         finally:

@@ -14,6 +14,7 @@ from sdtpu_worker.config import read_setting
 from sdtpu_worker.http.callers import Callers
 from sdtpu_worker.http.jobs import Jobs
 from sdtpu_worker.http.problems import Refusal
+from sdtpu_worker.http.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -29,6 +30,7 @@ class Door:
         jobs: of all callers.
         open_streams: how many event streams are open.
         stopping: set it to end them.
+        webhooks: posts jobs that have ended.
         callers: finds the caller of a request.
         model: the name of the checkpoint, as clients see it: of a folder or a file its last part only.
         max_body_bytes: the largest body of a request.
@@ -42,6 +44,8 @@ class Door:
     def __init__(self, app: Celery) -> None:
         conf = app.conf
         self.jobs = Jobs(app)
+        origins = read_setting("sdtpu_http_webhook_origins", conf)
+        self.webhooks = Webhooks(self.jobs, self.jobs.redis, origins, read_setting("sdtpu_http_webhook_secret", conf))
         self.callers = Callers(read_setting("sdtpu_http_keys", conf), read_setting("sdtpu_http_open", conf))
         self.max_body_bytes: int = read_setting("sdtpu_http_max_body_bytes", conf)
         self.wait_s: float = read_setting("sdtpu_http_wait_s", conf)
@@ -69,6 +73,7 @@ class Door:
     async def close(self) -> None:
         """End the event streams, and close the connections."""
         self.stopping.set()
+        await self.webhooks.close()
         await self.jobs.close()
 
     def _release_stream(self) -> None:

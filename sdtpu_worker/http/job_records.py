@@ -42,12 +42,14 @@ class JobRecord:
         created_at: seconds since 1970.
         parameters: of `generate`, as the caller gave them, with the seed.
         kind: which API it came by, one of `KINDS`.
+        webhook: the address to which it is posted when it has ended; empty for none.
         image_token: whoever knows it may read the picture, without a key.
     """
 
     caller: str
     parameters: Mapping[str, Any]
     kind: str = "jobs"
+    webhook: str = ""
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     created_at: float = field(default_factory=lambda: round(time.time(), 6))
     image_token: str = field(default_factory=lambda: secrets.token_urlsafe(_TOKEN_BYTES), repr=False)

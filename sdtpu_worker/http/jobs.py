@@ -43,6 +43,7 @@ class Jobs:
         app: the client's app.
 
     Attributes:
+        redis: a client of the result backend's Redis.
         records: what the door keeps of the jobs.
         threads: for what would block the event loop.
         expires_s: seconds after which results expire; None for never.
@@ -54,12 +55,12 @@ class Jobs:
     def __init__(self, app: Celery) -> None:
         self.app = app
         self._backend = app.backend
-        self._redis: Any = make_client(app)  # whose types leave open whether replies are text or bytes
+        self.redis: Any = make_client(app)  # whose types leave open whether replies are text or bytes
         expires = app.conf.result_expires
         self.expires_s = int(getattr(expires, "total_seconds", lambda: expires or 0)()) or None
-        self.records = JobRecords(self._redis, self.expires_s)
+        self.records = JobRecords(self.redis, self.expires_s)
         self._subscribers: Any = make_subscriber_pool(app)  # redis-py's types leave `make_connection` out of some
-        self._feed = StateFeed(self._subscribers.make_connection, self._redis.mget, self._parse, self._key_of)
+        self._feed = StateFeed(self._subscribers.make_connection, self.redis.mget, self._parse, self._key_of)
         self.threads = CeleryThreads(app)
         self._in_background: set[asyncio.Task[None]] = set()
 
@@ -68,8 +69,8 @@ class Jobs:
         await asyncio.gather(*self._in_background, return_exceptions=True)
         self.threads.close()
         await self._feed.close()
-        await self._redis.aclose()
-        await self._redis.connection_pool.disconnect()
+        await self.redis.aclose()
+        await self.redis.connection_pool.disconnect()
 
     async def ping(self) -> None:
         """Return if Redis answers.
@@ -77,7 +78,7 @@ class Jobs:
         Raises:
             RedisError: it does not.
         """
-        await self._redis.ping()
+        await self.redis.ping()
 
     async def make_records(self, caller: Caller, given: Sequence[Mapping[str, Any]], kind: str) -> list[JobRecord]:
         """Return the records of jobs that are not enqueued yet, with their parameters checked and pictures stored.
@@ -214,7 +215,7 @@ class Jobs:
         """Return the states of jobs as they are now."""
         if not job_ids:
             return []
-        return [self._parse(stored) for stored in await self._redis.mget([self._key_of(each) for each in job_ids])]
+        return [self._parse(stored) for stored in await self.redis.mget([self._key_of(each) for each in job_ids])]
 
     async def read_state(self, job_id: str) -> JobState:
         """Return the state of a job as it is now; what the door keeps of an unfinished job stays for longer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -36,14 +37,16 @@ async def create_job(request: Request) -> Response:
     door = door_of(request)
     caller = door.callers.find(request)
     given = await read_json(request, door.max_body_bytes)
-    check_fields(given, JOB_FIELDS if not caller.name else [name for name in JOB_FIELDS if name != "tenant"])
-    wait_s = _read_wait(request)
-    key = _read_key(request)
-    (record,), is_new = await door.jobs.make_records(caller, [given], "jobs"), True
+    check_fields(given, (*(name for name in JOB_FIELDS if name != "tenant" or not caller.name), "webhook"))
+    wait_s, key, digest = _read_wait(request), _read_key(request), digest_of(given)
+    webhook = given.pop("webhook", None)
+    hook = "" if webhook is None else door.webhooks.check(webhook)
+    (record,) = await door.jobs.make_records(caller, [given], "jobs")
+    record, is_new = replace(record, webhook=hook), True
     if key is None:
-        await door.jobs.submit(caller, [record])
+        await _submit(door, caller, record)
     else:
-        record, is_new = await _submit_once(door, caller, record, key, digest_of(given))
+        record, is_new = await _submit_once(door, caller, record, key, digest)
     headers = {"Location": str(request.url_for("show_job", job_id=record.id)), "Cache-Control": "no-store"}
     state = QUEUED
     if wait_s:
@@ -53,6 +56,15 @@ async def create_job(request: Request) -> Response:
     elif not is_new:
         state = await door.jobs.read_state(record.id)
     return JSONResponse(_show(request, record, state), 200 if state.has_ended else 202, headers)
+
+
+async def _submit(door: Door, caller: Caller, record: JobRecord) -> None:
+    if not record.webhook:
+        await door.jobs.submit(caller, [record])
+        return
+    await door.webhooks.promise(record)
+    await door.jobs.submit(caller, [record])
+    door.webhooks.begin(record)
 
 
 async def _submit_once(door: Door, caller: Caller, record: JobRecord, key: str, digest: str) -> tuple[JobRecord, bool]:
@@ -65,7 +77,7 @@ async def _submit_once(door: Door, caller: Caller, record: JobRecord, key: str, 
     earlier = await records.claim_key(caller.name, key, digest, record.id)
     if earlier is None:
         try:
-            await door.jobs.submit(caller, [record])
+            await _submit(door, caller, record)
         except BaseException:
             await records.release_key(caller.name, key)
             raise

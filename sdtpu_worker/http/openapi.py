@@ -136,7 +136,10 @@ _SHAPES: dict[str, Shape] = {
     "Objects": {"type": "array", "items": {"type": "object"}},
     "JobRequest": {
         "type": "object",
-        "properties": {name: _JOB_FIELDS[name] for name in JOB_FIELDS},
+        "properties": {
+            **{name: _JOB_FIELDS[name] for name in JOB_FIELDS},
+            "webhook": {"type": "string", "format": "uri"},
+        },
         "required": ["prompt"],
         "additionalProperties": False,
     },

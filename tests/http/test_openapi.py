@@ -23,7 +23,7 @@ def test_every_route_is_described():
 
 def test_every_parameter_of_a_job_is_described():
     shapes = describe("")["components"]["schemas"]
-    assert set(shapes["JobRequest"]["properties"]) == set(JOB_FIELDS)
+    assert set(shapes["JobRequest"]["properties"]) == {*JOB_FIELDS, "webhook"}
 
 
 @pytest.mark.usefixtures("worker")

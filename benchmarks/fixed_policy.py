@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from sdtpu_worker.aggregator.costs import TickCosts
-from sdtpu_worker.aggregator.jobs import EVERY_JOB, Eligibility, Overdue, Terms
+from sdtpu_worker.aggregator.jobs import EVERY_JOB, NO_LOAD, Eligibility, Load, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Place, Plan
 
 BATCHES_HELD = 8
@@ -35,7 +35,14 @@ class FixedBatches:
         self._ticks: deque[Plan] = deque()
 
     def add(
-        self, task_id: str, lane: Lane, num_steps: int, now: float, terms: Terms | None = None, steps_done: int = 0
+        self,
+        task_id: str,
+        lane: Lane,
+        num_steps: int,
+        now: float,
+        terms: Terms | None = None,
+        steps_done: int = 0,
+        load: Load = NO_LOAD,
     ) -> None:
         if lane != self.lane or task_id in self._waiting or task_id in self._running:
             raise ValueError(f"task {task_id} cannot be taken in")

@@ -9,6 +9,7 @@ from sdtpu_worker.models.config_rules import Rules
 
 TABLES: dict[str, Rules] = {
     "unet": config_tables.UNET,
+    "controlnet": config_tables.CONTROLNET,
     "vae": config_tables.AUTOENCODER,
     "text_encoder": config_tables.CLIP_TEXT,
     "safety_checker": config_tables.SAFETY_CHECKER,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from sdtpu_worker.aggregator.plan import Phase, Plan
 
@@ -12,17 +12,35 @@ _LEARNING_RATE = 0.1
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on one device: of a denoising step of all its slots, of an insert with its text encoder, of a decode."""
+    """Seconds on one device.
+
+    Attributes:
+        step_s: of a denoising step of all its slots.
+        insert_s: of an insert with its text encoder.
+        decode_s: of a decode.
+        picture_s: of each picture that an insert encodes besides.
+        control_s: of each ControlNet, for a step in which a slot of the device asks it.
+    """
 
     step_s: float
     insert_s: float = 0.0
     decode_s: float = 0.0
+    picture_s: float = 0.0
+    control_s: tuple[float, ...] = ()
+
+    def insert_of(self, pictures: int) -> float:
+        """Return the seconds of an insert with some pictures."""
+        return self.insert_s + pictures * self.picture_s
+
+    def step_of(self, controls: Iterable[int]) -> float:
+        """Return the seconds of a step in which these ControlNets are asked."""
+        return self.step_s + sum(self.control_s[i] for i in set(controls))
 
     def of(self, phases: Iterable[Phase]) -> float:
         """Return the seconds that one device needs for phases."""
         return sum(
-            phase.steps * self.step_s
-            + (phase.insert is not None) * self.insert_s
+            phase.steps * self.step_of(phase.controls)
+            + (phase.insert is not None) * self.insert_of(phase.pictures)
             + (phase.decode is not None) * self.decode_s
             for phase in phases
         )
@@ -72,7 +90,10 @@ class TickCosts:
 
     def to_json(self) -> dict[str, float | list[float]]:
         """Return the costs in seconds, and the slowdown for 1, 2, … busy devices."""
-        costs = {name: round(seconds, 6) for name, seconds in vars(self.cost).items()}
+        costs: dict[str, float | list[float]] = {
+            each.name: round(getattr(self.cost, each.name), 6) for each in fields(Cost) if each.name != "control_s"
+        }
+        costs["control_s"] = [round(seconds, 6) for seconds in self.cost.control_s]
         slowdown = [round(factor, 3) for factor in self._slowdown]
         return {**costs, "overhead_s": round(self.overhead_s, 6), "slowdown": slowdown}
 
@@ -82,6 +103,7 @@ class TickCosts:
         facts: dict = dict(data)
         slowdown = dict(enumerate(facts.pop("slowdown"), start=1))
         overhead_s = facts.pop("overhead_s")
+        facts["control_s"] = tuple(facts.get("control_s", ()))
         return cls(len(slowdown), Cost(**facts), slowdown, overhead_s)
 
     def _parts(self, plan: Plan) -> Iterator[tuple[int, float]]:

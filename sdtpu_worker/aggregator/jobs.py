@@ -35,6 +35,22 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What a job asks of its device beyond words and steps.
+
+    Attributes:
+        pictures: how many are encoded when the job gets its slot.
+        controls: the numbers of the ControlNets that its steps ask.
+    """
+
+    pictures: int = 0
+    controls: frozenset[int] = frozenset()
+
+
+NO_LOAD = Load()
+
+
+@dataclass(frozen=True)
 class Eligibility:
     """Which jobs the policy may give a slot; ask with `task_id in eligibility`.
 
@@ -84,6 +100,7 @@ class QueuedJob:
         parked: the job's snapshot waits for a slot.
         slot_since: when the job got its slot.
         used_s: the seconds that the job spent in slots that it lost.
+        load: what it asks of its device besides.
     """
 
     task_id: str
@@ -96,6 +113,7 @@ class QueuedJob:
     parked: bool = False
     slot_since: float = 0.0
     used_s: float = 0.0
+    load: Load = NO_LOAD
 
     def level(self, now: float) -> int:
         """Return the priority, improved by the time since the job arrived."""
@@ -107,4 +125,5 @@ class QueuedJob:
 
     def work_s(self, cost: Cost) -> float:
         """Return the seconds that one device, working alone, needs until the job's image is decoded."""
-        return self.remaining * cost.step_s + cost.decode_s + (0.0 if self.has_started else cost.insert_s)
+        insert_s = 0.0 if self.has_started else cost.insert_of(self.load.pictures)
+        return self.remaining * cost.step_of(self.load.controls) + cost.decode_s + insert_s

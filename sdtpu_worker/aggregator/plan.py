@@ -18,11 +18,15 @@ class Phase:
         decode: `(slot, task_id)` of a job that has taken all of its steps, or None; its slot is free afterwards.
         insert: `(slot, task_id)` of a job that starts, or None.
         steps: denoising steps for the device's slots; a slot whose job has taken all of its steps keeps its values.
+        pictures: how many pictures the insert encodes.
+        controls: the ControlNets that the steps may ask.
     """
 
     decode: tuple[int, str] | None = None
     insert: tuple[int, str] | None = None
     steps: int = 0
+    pictures: int = 0
+    controls: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

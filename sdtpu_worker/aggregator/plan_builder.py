@@ -142,6 +142,7 @@ class PlanBuilder:
             self._resume(device)
         elapsed_s = self.elapsed_s[device]
         budget_s = (self.steps + 0.25) * cost.step_s  # what other devices need at least, and a little
+        pictures = 0
         decode = next(((i, job) for i, job in enumerate(slots) if job and not job.remaining), None)
         if phases and decode and elapsed_s + cost.decode_s > budget_s:
             return False
@@ -149,11 +150,15 @@ class PlanBuilder:
             slots[decode[0]] = None
             elapsed_s += cost.decode_s
         insert = None
-        if self._takes_another(device) and (not phases or elapsed_s + cost.insert_s < budget_s):
-            insert = slots.index(None), self.queue.popleft()
-            self._give_slot(device, *insert)
-            elapsed_s += cost.insert_s
-        steps = 0 if self._more_to_do_first(device) else self._steps(device, budget_s - elapsed_s)
+        if self._takes_another(device):
+            pictures = self.queue[0].load.pictures
+            if not phases or elapsed_s + cost.insert_of(pictures) < budget_s:
+                insert = slots.index(None), self.queue.popleft()
+                self._give_slot(device, *insert)
+                elapsed_s += cost.insert_of(pictures)
+        controls = frozenset(control for job in slots if job for control in job.load.controls)
+        step_s = cost.step_of(controls)
+        steps = 0 if self._more_to_do_first(device) else self._steps(device, budget_s - elapsed_s, step_s)
         for job in slots:
             if job:
                 job.remaining -= min(steps, job.remaining)
@@ -164,9 +169,11 @@ class PlanBuilder:
                 (decode[0], decode[1].task_id) if decode else None,
                 (insert[0], insert[1].task_id) if insert else None,
                 steps,
+                pictures if insert else 0,
+                controls if steps else frozenset(),
             )
         )
-        self.elapsed_s[device] = elapsed_s + steps * cost.step_s
+        self.elapsed_s[device] = elapsed_s + steps * step_s
         return True
 
     def _more_to_do_first(self, device: int) -> bool:
@@ -179,15 +186,20 @@ class PlanBuilder:
         may_start = device not in self.closed and None in self.slots[device]
         return may_start and bool(self.queue) and not self.queue[0].parked
 
-    def _steps(self, device: int, budget_s: float) -> int:
+    def _steps(self, device: int, budget_s: float, step_s: float) -> int:
         """Return the steps of a phase: up to the first job's last step, so that the next phase decodes it.
 
         The last phase of a tick takes as many steps as fit.
+
+        Args:
+            device: in whose slots.
+            budget_s: seconds that are left.
+            step_s: seconds of a step.
         """
         left = [job.remaining for job in self.slots[device] if job and job.remaining]
         if not left:
             return 0
-        return min(int(max(0.0, budget_s) / self.cost.step_s), max(left) if self._is_last_phase(device) else min(left))
+        return min(int(max(0.0, budget_s) / step_s), max(left) if self._is_last_phase(device) else min(left))
 
     def _is_last_phase(self, device: int) -> bool:
         return len(self.phases[device]) == self.phases_per_tick - 1

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from sdtpu_worker.aggregator.costs import TickCosts
-from sdtpu_worker.aggregator.jobs import EVERY_JOB, Eligibility, Overdue, QueuedJob, Terms
+from sdtpu_worker.aggregator.jobs import EVERY_JOB, NO_LOAD, Eligibility, Load, Overdue, QueuedJob, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
 from sdtpu_worker.aggregator.plan_builder import PlanBuilder, Slots
 
@@ -50,6 +50,11 @@ class _LaneState:
     def has_work(self, eligibility: Eligibility = EVERY_JOB) -> bool:
         """Return whether an eligible job waits or any job has a slot."""
         return any(task_id in eligibility for task_id in self.waiting) or any(True for _ in self.running())
+
+
+def _controls(slots: Slots) -> set[int]:
+    """Return the ControlNets that a device's jobs ask."""
+    return {control for job in slots if job is not None for control in job.load.controls}
 
 
 class Aggregator:
@@ -93,6 +98,7 @@ class Aggregator:
         now: float,
         terms: Terms | None = None,
         steps_done: int = 0,
+        load: Load = NO_LOAD,
     ) -> None:
         """Queue a job; a job with `steps_done` comes with a snapshot and resumes from it.
 
@@ -107,7 +113,7 @@ class Aggregator:
         self._number += 1
         self._lanes[lane].waiting[task_id] = QueuedJob(
             task_id, num_steps, terms or Terms(), self._number, now, remaining=num_steps - steps_done,
-            has_started=steps_done > 0, parked=steps_done > 0,
+            has_started=steps_done > 0, parked=steps_done > 0, load=load,
         )  # fmt: skip
 
     def cancel(self, task_id: str) -> bool:
@@ -289,7 +295,8 @@ class Aggregator:
         jobs = len(self._eligible(state)) + sum(1 for _ in state.running())
         load = jobs / self._num_slots
         tick_s = self.tick_s * (0.5 if load <= 1 else 1 if load < 2 else 2)
-        cost, step_s = state.costs.cost, state.costs.step_s(self._busy_devices(state))
+        cost, busy = state.costs.cost, self._busy_devices(state)
+        step_s = state.costs.slowdown(busy) * max(cost.step_of(_controls(slots)) for slots in state.slots)
         steps = max(1, round(tick_s / step_s))
         decode_steps = math.ceil(cost.decode_s / cost.step_s)
         most = math.inf if math.isinf(most_s) else max(0, int((most_s - state.costs.overhead_s) / step_s))

@@ -310,7 +310,7 @@ class JobTable:
     def _queue(self, submission: Submission) -> None:
         """Give a job to the policy, to start or to resume from its snapshot."""
         job, steps = submission.job, submission.steps_done
-        self._policy.add(job.task_id, job.lane, job.num_steps, submission.arrived_at, submission.terms, steps)
+        self._policy.add(job.task_id, job.lane, job.num_steps, submission.arrived_at, submission.terms, steps, job.load)
 
     def _end(self, task_id: str, end: Finished | Exception | None = None) -> None:
         """Remove a job and end it; without an `end`, hand it over."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sdtpu_worker.aggregator.costs import TickCosts
-from sdtpu_worker.aggregator.jobs import Eligibility, Overdue, Terms
+from sdtpu_worker.aggregator.jobs import Eligibility, Load, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
 from sdtpu_worker.contract.request import DEFAULT_STEPS, GenerationRequest
 
@@ -38,6 +38,10 @@ class Job(Protocol):
     @property
     def num_steps(self) -> int:
         """Denoising steps from the start to the image, each one evaluation of the model."""
+
+    @property
+    def load(self) -> Load:
+        """What the job asks of its device beyond words and steps."""
 
 
 class ServableJob(Job, Protocol):
@@ -285,7 +289,14 @@ class Policy(Protocol):
         """Devices that every plan has phases for."""
 
     def add(
-        self, task_id: str, lane: Lane, num_steps: int, now: float, terms: Terms | None, steps_done: int = 0
+        self,
+        task_id: str,
+        lane: Lane,
+        num_steps: int,
+        now: float,
+        terms: Terms | None,
+        steps_done: int = 0,
+        load: Load = ...,
     ) -> None:
         """Queue a job; a job with `steps_done` resumes from a snapshot.
 

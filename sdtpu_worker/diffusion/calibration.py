@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
 from sdtpu_worker.diffusion import previews
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.engine_io import Calibration
+from sdtpu_worker.diffusion.families.family import PictureUse
 from sdtpu_worker.diffusion.preparation import PreparedJob, plain_request
 from sdtpu_worker.diffusion.reference_image import agree, draw_reference_image
 
@@ -42,7 +44,7 @@ def _measure_costs(engine: Engine, lane: Lane) -> TickCosts:
     insert, steps, decode = Phase(insert=(0, _TASK_ID)), Phase(steps=_STEPS), Phase(decode=(0, _TASK_ID))
     num_devices = engine.info.num_devices
 
-    def seconds(busy: int, phase: Phase) -> float:
+    def seconds(busy: int, phase: Phase, job: PreparedJob = job) -> float:
         """Return the shorter of two runs."""
         plan = Plan(lane, ((phase,),) * busy + ((),) * (num_devices - busy))
         times = []
@@ -56,12 +58,16 @@ def _measure_costs(engine: Engine, lane: Lane) -> TickCosts:
         seconds(1, phase)
     overhead_s = _empty_tick_s(engine, lane)
     insert_s, steps_s, decode_s = (max(1e-6, seconds(1, phase) - overhead_s) for phase in (insert, steps, decode))
+    picture_s = 0.0
+    if engine.checkpoint.family.picture_use is PictureUse.START:  # other models encode one in every insert, or none
+        from_picture = replace(job, image=np.full((*lane, 3), 127, np.uint8), first_level=(0.5, 0.5))
+        picture_s = max(0.0, seconds(1, insert, from_picture) - overhead_s - insert_s)
     slowdown = {
         busy: max(1.0, (seconds(busy, steps) - overhead_s) / steps_s)
         for busy in (2, num_devices // 2, num_devices)
         if 1 < busy <= num_devices
     }
-    return TickCosts(num_devices, Cost(steps_s / _STEPS, insert_s, decode_s), slowdown, overhead_s)
+    return TickCosts(num_devices, Cost(steps_s / _STEPS, insert_s, decode_s, picture_s), slowdown, overhead_s)
 
 
 def _empty_tick_s(engine: Engine, lane: Lane, count: int = 8) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sdtpu_worker.aggregator.jobs import NO_LOAD, Load
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import DEFAULT_IMAGE_GUIDANCE_SCALE, DEFAULT_STRENGTH, GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ class PreparedJob:
         truncated: a prompt had more tokens than the text encoder takes.
         image: `(height, width, 3) uint8`, what the job starts from; None for noise alone.
         mask: `(height, width) bool`, True where the image is drawn again; None for everywhere.
+        load: what the job asks of its device beyond words and steps.
         preserve_unmasked: the picture has the image's own pixels where the mask does not cover them.
     """
 
@@ -49,6 +51,7 @@ class PreparedJob:
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
     preserve_unmasked: bool = True
+    load: Load = NO_LOAD
 
     def finish(self, pixels: np.ndarray) -> np.ndarray:
         """Return the picture of decoded pixels, both `(height, width, 3) uint8`."""
@@ -115,7 +118,16 @@ def prepare_job(
         image=pictures.get("image"),
         mask=pictures.get("mask_image"),
         preserve_unmasked=request.preserve_unmasked,
+        load=Load(pictures=_encoded_pictures(checkpoint.family.picture_use, request, is_noise_alone)),
     )
+
+
+def _encoded_pictures(use: PictureUse, request: GenerationRequest, is_noise_alone: bool) -> int:
+    """Return how many times the job's start asks the encoder."""
+    if request.image is None:
+        return 0
+    starts_at_image = not is_noise_alone or (use is PictureUse.START and request.mask_image is not None)
+    return starts_at_image + (use in (PictureUse.INPAINT, PictureUse.EDIT))
 
 
 def _or(value: float | None, default: float) -> float:

@@ -92,6 +92,8 @@ def _open(name: str, data: bytes) -> Image:
     try:
         picture = Image.open(io.BytesIO(data), formats=list(CONTENT_TYPES))
         frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
+        raise InvalidRequest(f"{name} must be {wanted}, got one of many more pixels; scale it") from exc
     except Exception as exc:  # foreign bytes make Pillow raise any kind of error, also warnings turned into errors
         raise InvalidRequest(f"{name} must be {wanted}, got {len(data):,} bytes of something else") from exc
     if frames > 1:

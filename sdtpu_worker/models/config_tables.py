@@ -108,6 +108,26 @@ UNET: Rules = {
     "use_memory_efficient_attention": _FLAX,
 }
 
+_OF_CONTROLNETS = (
+    "act_fn", "addition_embed_type", "addition_embed_type_num_heads", "addition_time_embed_dim", "attention_head_dim",
+    "block_out_channels", "class_embed_type", "cross_attention_dim", "down_block_types", "downsample_padding",
+    "encoder_hid_dim", "encoder_hid_dim_type", "flip_sin_to_cos", "freq_shift", "in_channels", "layers_per_block",
+    "mid_block_scale_factor", "norm_eps", "norm_num_groups", "num_attention_heads", "num_class_embeds",
+    "only_cross_attention", "projection_class_embeddings_input_dim", "resnet_time_scale_shift",
+    "transformer_layers_per_block", "upcast_attention", "use_linear_projection",
+)  # fmt: skip
+CONTROLNET: Rules = {
+    **_DIFFUSERS,
+    **{key: UNET[key] for key in _OF_CONTROLNETS},
+    "_class_name": one_of("ControlNetModel"),
+    "conditioning_channels": only(3),
+    "conditioning_embedding_out_channels": list_of("whole numbers from 1", counts(depth=0).accepts),
+    "controlnet_conditioning_channel_order": only("rgb", "bgr"),
+    "global_pool_conditions": flag(),
+    "mid_block_type": only("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
+    "sample_size": irrelevant("the size of images comes from the UNet's config and from settings"),
+}
+
 _LATENT_STATISTICS = Rule(
     "honoured",
     "null, or a list of numbers with one for each latent channel",

@@ -61,6 +61,49 @@ class UNetConfig(ConfigMixin):
         pass
 
 
+class ControlNetConfig(ConfigMixin):
+    """The keys of a ControlNet that are followed, with diffusers' defaults, and what a UNet has besides."""
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        conditioning_channels: int = 3,
+        flip_sin_to_cos: bool = True,
+        freq_shift: float = 0,
+        down_block_types: Sequence[str] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        mid_block_type: str | None = "UNetMidBlock2DCrossAttn",
+        only_cross_attention: bool | Sequence[bool] = False,
+        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
+        layers_per_block: int = 2,
+        downsample_padding: int = 1,
+        mid_block_scale_factor: float = 1,
+        act_fn: str = "silu",
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        cross_attention_dim: int = 1280,
+        transformer_layers_per_block: Any = 1,
+        attention_head_dim: int | Sequence[int] = 8,
+        use_linear_projection: bool = False,
+        addition_embed_type: str | None = None,
+        addition_time_embed_dim: int | None = None,
+        resnet_time_scale_shift: str = "default",
+        projection_class_embeddings_input_dim: int | None = None,
+        controlnet_conditioning_channel_order: str = "rgb",
+        conditioning_embedding_out_channels: Sequence[int] = (16, 32, 96, 256),
+        global_pool_conditions: bool = False,
+    ) -> None:
+        self.register_to_config(
+            time_embedding_dim=None,
+            time_embedding_act_fn=None,
+            timestep_post_act=None,
+            time_cond_proj_dim=None,
+            conv_in_kernel=3,
+        )
+
+
 class AutoencoderConfig(ConfigMixin):
     """The keys of an autoencoder that are followed, with diffusers' defaults."""
 
@@ -132,21 +175,33 @@ def read_unet_config(raw: Mapping[str, Any], what: str = "the UNet's config") ->
         *("down_block_types", "up_block_types", "only_cross_attention", "layers_per_block", "cross_attention_dim"),
         *("attention_head_dim", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
     )
-    for key in per_block:
-        value = getattr(config, key)
-        if isinstance(value, list | tuple) and len(value) != len(channels):
-            raise InvalidCheckpoint(
-                f"{what}: {key} must have {len(channels)} values, as block_out_channels has, got {value!r}"
-            )
+    _check_lengths(config, per_block, what)
     _check_groups(channels, groups, what)
     _check_heads(config, what)
     _check_transformer_layers(config, what)
-    if config.addition_embed_type == "text_time":
-        for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-            if getattr(config, key) is None:
-                raise InvalidCheckpoint(
-                    f"{what}: {key} must be a whole number where addition_embed_type is 'text_time', got None"
-                )
+    _check_time_keys(config, what)
+    return config
+
+
+def read_controlnet_config(raw: Mapping[str, Any], what: str = "the ControlNet's config") -> Any:
+    """Read the config of a `ControlNetModel`.
+
+    Args:
+        raw: of its `config.json`.
+        what: which config, for the error.
+
+    Returns:
+        An object with an attribute for each argument of `ControlNetConfig`, and for those of `UNetConfig` that concern
+        the way down.
+
+    Raises:
+        InvalidCheckpoint: a key or a value is not supported, or two of them do not fit.
+    """
+    config = _followed(ControlNetConfig, check(raw, config_tables.CONTROLNET, what))
+    _check_lengths(config, ("down_block_types", "only_cross_attention", "attention_head_dim"), what)
+    _check_lengths(config, ("transformer_layers_per_block",), what)
+    _check_groups(config.block_out_channels, config.norm_num_groups, what)
+    _check_time_keys(config, what)
     return config
 
 
@@ -258,6 +313,23 @@ def _check_groups(channels: Sequence[int], groups: int, what: str) -> None:
             raise InvalidCheckpoint(
                 f"{what}: norm_num_groups must divide each of block_out_channels {list(channels)}, got {groups}"
             )
+
+
+def _check_lengths(config: Any, keys: Sequence[str], what: str) -> None:
+    count = len(config.block_out_channels)
+    for key in keys:
+        value = getattr(config, key)
+        if isinstance(value, list | tuple) and len(value) != count:
+            raise InvalidCheckpoint(f"{what}: {key} must have {count} values, as block_out_channels has, got {value!r}")
+
+
+def _check_time_keys(config: Any, what: str) -> None:
+    if config.addition_embed_type == "text_time":
+        for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            if getattr(config, key) is None:
+                raise InvalidCheckpoint(
+                    f"{what}: {key} must be a whole number where addition_embed_type is 'text_time', got None"
+                )
 
 
 def _check_heads(config: Any, what: str) -> None:

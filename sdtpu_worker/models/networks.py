@@ -7,6 +7,7 @@ from typing import Any
 from sdtpu_worker.models.autoencoder import AutoencoderDecoder, AutoencoderEncoder
 from sdtpu_worker.models.autoencoder_tiny import AutoencoderTinyDecoder, AutoencoderTinyEncoder
 from sdtpu_worker.models.clip_text import ClipTextEncoder
+from sdtpu_worker.models.controlnet import ControlNet
 from sdtpu_worker.models.network import Network
 from sdtpu_worker.models.safety_checker import SafetyChecker
 from sdtpu_worker.models.unet import UNet
@@ -15,6 +16,11 @@ from sdtpu_worker.models.unet import UNet
 def unet(config: Any) -> Network:
     """Return the UNet of a config of `read_unet_config`; called as `UNet.__call__`."""
     return Network(lambda: UNet(config))
+
+
+def controlnet(config: Any) -> Network:
+    """Return the ControlNet of a config of `read_controlnet_config`; called as `ControlNet.__call__` and `embed`."""
+    return Network(lambda: ControlNet(config))
 
 
 def text_encoder(config: Any, projection: bool = False) -> Network:

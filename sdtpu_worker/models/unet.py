@@ -13,11 +13,11 @@ from sdtpu_worker.models.layers import ACTIVATIONS, Conv, GroupNorm, TimestepEmb
 from sdtpu_worker.models.unet_blocks import BlockConfig, DownBlock, MidBlock, UpBlock
 
 
-class UNet(nnx.Module):
-    """diffusers' `UNet2DConditionModel`.
+class WayDown(nnx.Module):
+    """What a UNet and a ControlNet have in common: the time, the way down, the middle.
 
     Args:
-        config: of `configs.read_unet_config`.
+        config: of `configs.read_unet_config` or `read_controlnet_config`.
     """
 
     def __init__(self, config: Any) -> None:
@@ -38,11 +38,6 @@ class UNet(nnx.Module):
         self.add_embedding = self._make_add_embedding()
         self.down_blocks = nnx.List(self._make_down_blocks())
         self.mid_block = self._make_mid_block()
-        self.up_blocks = nnx.List(self._make_up_blocks())
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = Conv(
-            channels[0], config.out_channels, config.conv_out_kernel, padding=(config.conv_out_kernel - 1) // 2
-        )
 
     def _block_config(self, level: int, transformer_layers: tuple[int, ...], **changes: Any) -> BlockConfig:
         config = self.config
@@ -89,6 +84,55 @@ class UNet(nnx.Module):
             depths = per_layer(per_block(config.transformer_layers_per_block, config)[-1], 1)
         block = self._block_config(-1, depths, only_cross_attention=False)
         return MidBlock(block, config.mid_block_scale_factor)
+
+    def _embed_time(
+        self,
+        timesteps: jax.Array,
+        text_embeds: jax.Array | None,
+        time_ids: jax.Array | None,
+        timestep_cond: jax.Array | None,
+    ) -> jax.Array:
+        """Return the embedding that every residual block takes, `(B, time_features) float32`.
+
+        In float32: all blocks add the same rounding error, it is one row per image, and two timesteps a few apart must
+        stay two.
+        """
+        config = self.config
+        flags = config.flip_sin_to_cos, config.freq_shift
+        time = self.time_embedding(sinusoids(timesteps, config.block_out_channels[0], *flags), timestep_cond)
+        if self.add_embedding is not None:
+            if text_embeds is None or time_ids is None:
+                raise ValueError("this UNet needs text_embeds and time_ids (its addition_embed_type is text_time)")
+            sizes = sinusoids(time_ids.reshape(-1), config.addition_time_embed_dim, *flags)
+            sizes = sizes.reshape(len(time_ids), -1)
+            time = time + self.add_embedding(jnp.concatenate([text_embeds.astype(jnp.float32), sizes], axis=-1))
+        act = config.time_embedding_act_fn
+        return time if act is None else ACTIVATIONS[act](time)
+
+    def _go_down(self, x: jax.Array, time: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Return what reaches the middle, and what goes across to the way up, `x` first."""
+        skips = [x]
+        for down_block in self.down_blocks:
+            x, more = down_block(x, time, context)
+            skips += more
+        return x, skips
+
+
+class UNet(WayDown):
+    """diffusers' `UNet2DConditionModel`.
+
+    Args:
+        config: of `configs.read_unet_config`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        channels = config.block_out_channels
+        self.up_blocks = nnx.List(self._make_up_blocks())
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = Conv(
+            channels[0], config.out_channels, config.conv_out_kernel, padding=(config.conv_out_kernel - 1) // 2
+        )
 
     def _make_up_blocks(self) -> list[UpBlock]:
         config = self.config
@@ -140,10 +184,7 @@ class UNet(nnx.Module):
         context = context.astype(dtype)
         x = sample.astype(dtype)
         x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
-        skips = [x]
-        for down_block in self.down_blocks:
-            x, more = down_block(x, time, context)
-            skips += more
+        x, skips = self._go_down(x, time, context)
         if down_residuals is not None:
             skips = [skip + extra.astype(dtype) for skip, extra in zip(skips, down_residuals, strict=True)]
         if self.mid_block is not None:
@@ -153,30 +194,6 @@ class UNet(nnx.Module):
         for up_block in self.up_blocks:
             x = up_block(x, skips, time, context)
         return self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x)))
-
-    def _embed_time(
-        self,
-        timesteps: jax.Array,
-        text_embeds: jax.Array | None,
-        time_ids: jax.Array | None,
-        timestep_cond: jax.Array | None,
-    ) -> jax.Array:
-        """Return the embedding that every residual block takes, `(B, time_features) float32`.
-
-        In float32: all blocks add the same rounding error, it is one row per image, and two timesteps a few apart must
-        stay two.
-        """
-        config = self.config
-        flags = config.flip_sin_to_cos, config.freq_shift
-        time = self.time_embedding(sinusoids(timesteps, config.block_out_channels[0], *flags), timestep_cond)
-        if self.add_embedding is not None:
-            if text_embeds is None or time_ids is None:
-                raise ValueError("this UNet needs text_embeds and time_ids (its addition_embed_type is text_time)")
-            sizes = sinusoids(time_ids.reshape(-1), config.addition_time_embed_dim, *flags)
-            sizes = sizes.reshape(len(time_ids), -1)
-            time = time + self.add_embedding(jnp.concatenate([text_embeds.astype(jnp.float32), sizes], axis=-1))
-        act = config.time_embedding_act_fn
-        return time if act is None else ACTIVATIONS[act](time)
 
 
 def per_block(value: Any, config: Any) -> tuple[Any, ...]:

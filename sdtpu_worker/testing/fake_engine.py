@@ -10,10 +10,11 @@ import json
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.aggregator.costs import TickCosts
+from sdtpu_worker.aggregator.jobs import NO_LOAD, Load
 from sdtpu_worker.aggregator.plan import Lane, Plan
 from sdtpu_worker.contract.request import MAX_STEPS
 from sdtpu_worker.errors import SnapshotMismatch
@@ -35,6 +36,7 @@ class FakeJob:
     num_steps: int
     lane: Lane = (64, 64)
     value: int = 0
+    load: Load = field(default=NO_LOAD, kw_only=True)
 
     def finish(self, pixels: Any) -> Any:
         """Return what was decoded: there are no masks."""

@@ -68,6 +68,18 @@ def test_a_unet_gives_what_pytorchs_gives(name):
     assert error(got, golden("unet")[name]) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", variants.CONTROLNETS)
+def test_a_controlnet_gives_what_pytorchs_gives(name):
+    network = networks.controlnet(configs.read_controlnet_config(variants.CONTROLNETS[name]))
+    params, inputs = draw_params(network), variants.controlnet_inputs(name)
+    embedded = network(params, inputs.pop("picture"), method="embed")
+    got = run(network, params, **inputs, embedded=embedded)
+    wanted = golden("controlnet")
+    for i, residual in enumerate([*got.down, got.mid]):
+        assert error(residual, wanted[f"{name}/{i}"]) < TOLERANCE
+    assert f"{name}/{i + 1}" not in wanted
+
+
 @pytest.mark.parametrize("name", variants.CLIPS)
 def test_a_text_encoder_gives_what_pytorchs_gives(name):
     config = configs.read_clip_text_config(variants.CLIPS[name])

@@ -114,6 +114,61 @@ UNETS: dict[str, dict[str, Any]] = {
 UNET_SIZES: dict[str, tuple[int, int]] = {"sd1-odd-sizes": (7, 9), "sd1-inpainting": (8, 4)}
 
 
+CONTROLNETS: dict[str, dict[str, Any]] = {
+    "sd1": {
+        "block_out_channels": [8, 16],
+        "down_block_types": [_CROSS_DOWN, _DOWN],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 12,
+        "conditioning_embedding_out_channels": [4, 8],
+    },
+    "sd2-bgr": {
+        "block_out_channels": [8, 16],
+        "down_block_types": [_CROSS_DOWN, _CROSS_DOWN],
+        "layers_per_block": 2,
+        "norm_num_groups": 4,
+        "attention_head_dim": [2, 4],
+        "cross_attention_dim": 12,
+        "use_linear_projection": True,
+        "controlnet_conditioning_channel_order": "bgr",
+        "conditioning_embedding_out_channels": [4, 8, 8],
+        "global_pool_conditions": True,
+    },
+    "xl": {
+        "block_out_channels": [8, 16],
+        "down_block_types": [_DOWN, _CROSS_DOWN],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": [2, 4],
+        "transformer_layers_per_block": [1, 2],
+        "cross_attention_dim": 12,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 10 + 6 * 8,
+        "conditioning_embedding_out_channels": [4, 8],
+    },
+}
+
+
+def controlnet_inputs(name: str) -> dict[str, Any]:
+    """Return the inputs of a ControlNet in `CONTROLNETS` and, under `picture`, its picture: float32, images NHWC."""
+    config = CONTROLNETS[name]
+    factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+    inputs: dict[str, Any] = {
+        "sample": random_input(f"control {name}", (BATCH, 8, 8, 4)),
+        "timesteps": np.array([1.0, 501.0], np.float32),
+        "context": random_input(f"control {name} context", (BATCH, TOKENS, 12)),
+        "picture": np.abs(random_input(f"control {name} picture", (BATCH, 8 * factor, 8 * factor, 3), 0.5)),
+    }
+    if "addition_embed_type" in config:
+        inputs["text_embeds"] = random_input(f"control {name} text", (BATCH, 10))
+        inputs["time_ids"] = np.arange(BATCH * 6, dtype=np.float32).reshape(BATCH, 6) * 64
+    return inputs
+
+
 def unet_inputs(name: str) -> dict[str, Any]:
     """Return the inputs of a UNet in `UNETS`: float32, images NHWC."""
     config = UNETS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
-from sdtpu_worker.aggregator.jobs import AGEING_S, EVERY_JOB, Eligibility, Overdue, Terms
+from sdtpu_worker.aggregator.jobs import AGEING_S, EVERY_JOB, Eligibility, Load, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
 
@@ -618,3 +619,23 @@ def test_a_job_with_devices_to_avoid_gets_another_one_if_there_is_one(devices, s
     assert where in (left - avoid or left)
     device.run()
     assert device.ended == Counter(it=1)
+
+
+def test_pictures_and_controlnets_cost_their_own_device_more_and_the_plan_knows():
+    cost = Cost(1.0, insert_s=2.0, decode_s=1.0, picture_s=4.0, control_s=(0.5, 3.0))
+    policy = Aggregator({LANES[0]: TickCosts(2, cost)}, slots_per_device=1, phases_per_tick=2, tick_s=32.0)
+    policy.add("plain", LANES[0], 20, 0.0)
+    policy.add("rich", LANES[0], 20, 0.0, load=Load(pictures=1, controls=frozenset({1})))
+    etas = policy.etas_s(0.0)
+    assert etas == {"plain": 2 + 20 + 1, "rich": 2 + 4 + 20 * 4 + 1}
+    plan = policy.plan(0.0)
+    by_task = {phase.insert[1]: phase for phases in plan.devices for phase in phases if phase.insert}
+    assert (by_task["rich"].pictures, by_task["rich"].controls) == (1, {1})
+    assert (by_task["plain"].pictures, by_task["plain"].controls) == (0, frozenset())
+    assert by_task["plain"].steps > 2 * by_task["rich"].steps
+    assert plan.work_s == tuple(cost.of(phases) for phases in plan.devices)
+
+
+def test_costs_with_pictures_survive_json():
+    costs = TickCosts(2, Cost(1.0, 2.0, 1.0, 4.0, (0.5, 3.0)), {2: 1.5}, 0.1)
+    assert TickCosts.from_json(json.loads(json.dumps(costs.to_json()))).to_json() == costs.to_json()

@@ -8,12 +8,13 @@ on one core and writes `tests/device/golden/models-*.npz`, about 100 KB:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -30,6 +31,7 @@ def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     with torch.no_grad():
         _save("unet", {name: _run_unet(name) for name in variants.UNETS})
+        _save("controlnet", {key: value for name in variants.CONTROLNETS for key, value in _run_controlnet(name)})
         _save("clip", {f"{name}/{key}": value for name in variants.CLIPS for key, value in _run_clip(name).items()})
         _save("vae", {f"{name}/{key}": value for name in variants.VAES for key, value in _run_vae(name).items()})
         tiny = {f"{name}/{key}": value for name in variants.TINY_VAES for key, value in _run_tiny(name).items()}
@@ -74,6 +76,22 @@ def _run_unet(name: str) -> np.ndarray:
         added_cond_kwargs=added or None,
     )
     return _nhwc(out.sample)
+
+
+def _run_controlnet(name: str) -> Iterator[tuple[str, np.ndarray]]:
+    model = ControlNetModel(**variants.CONTROLNETS[name])
+    _fill(model)
+    inputs = variants.controlnet_inputs(name)
+    out = model(
+        _nchw(inputs["sample"]),
+        torch.from_numpy(inputs["timesteps"]),
+        torch.from_numpy(inputs["context"]),
+        _nchw(inputs["picture"]),
+        conditioning_scale=1.0,
+        added_cond_kwargs={key: torch.from_numpy(inputs[key]) for key in ("text_embeds", "time_ids") if key in inputs},
+    )
+    for i, residual in enumerate([*out.down_block_res_samples, out.mid_block_res_sample]):
+        yield f"{name}/{i}", _nhwc(residual)
 
 
 def _run_clip(name: str) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from docs import model_tables, sampler_tables  # noqa: E402  the package need not be installed to build the pages
+from docs import metric_tables, model_tables, sampler_tables  # noqa: E402  the package need not be installed to build the pages
 from sdtpu_worker.config import SETTINGS, Setting  # noqa: E402  as above
 
 PLACEHOLDER = re.compile(r"^\{\{ setting (\w+) \}\}$", re.MULTILINE)
@@ -34,6 +34,11 @@ TABLES = {
     "{{ scheduler options }}": sampler_tables.options,
     "{{ model keys }}": model_tables.honoured,
     "{{ model keys without meaning }}": model_tables.without_meaning,
+    "{{ metrics of jobs }}": metric_tables.of_jobs,
+    "{{ metrics of devices }}": metric_tables.of_devices,
+    "{{ metrics of the worker }}": metric_tables.of_the_worker,
+    "{{ metrics of queues }}": metric_tables.of_queues,
+    "{{ outcomes }}": metric_tables.outcomes,
 }
 _UNITS = {"_s": "seconds", "_bytes": "bytes"}
 _MORE_UNITS = {"sdtpu_resolutions": "pixels", "sdtpu_preview_every": "denoising steps"}

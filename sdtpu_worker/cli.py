@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -103,6 +106,29 @@ def queues(app_path: str | None, as_json: bool) -> None:
 
 @sdtpu.command()
 @app_option
+@click.option("--listen", metavar="HOST:PORT", help="Answer `/metrics` there until stopped, instead of printing once.")
+def metrics(app_path: str | None, listen: str | None) -> None:
+    """Print what Redis knows of the queues and the workers, in Prometheus' text format; no worker has to run."""
+    from sdtpu_worker.client.queue_figures import broker_figures
+    from sdtpu_worker.client.queue_state import read_broker
+    from sdtpu_worker.errors import SdtpuError
+
+    try:
+        from sdtpu_worker.operations.exposition import expose_queues
+    except ImportError as exc:
+        raise click.ClickException(f"{exc}: pip install 'sdtpu_worker[metrics]'") from exc
+    app = find_app(app_path)
+    try:
+        if listen:
+            _serve_metrics(listen, lambda accept: expose_queues(broker_figures(read_broker(app)), accept))
+        else:
+            click.echo(expose_queues(broker_figures(read_broker(app)))[1].decode(), nl=False)
+    except SdtpuError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+@sdtpu.command()
+@app_option
 @click.confirmation_option("-f", "--force", prompt="Delete all waiting and deferred jobs of all tenants?")
 def purge(app_path: str | None) -> None:
     """Delete the jobs that wait, those of all tenants and priorities, and those that wait for their time.
@@ -138,3 +164,24 @@ def health(ready: bool, address: str | None) -> None:
     for each in checks:
         click.echo(f"{'ok' if each.ok else 'FAILING'}  {each.name}: {each.detail}")
     raise SystemExit(0 if ok else 1)
+
+
+def _serve_metrics(listen: str, page: Callable[[str], tuple[str, bytes]]) -> None:
+    """Answer `/metrics` until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigurationError: the address is in use, or does not belong to this host.
+    """
+    from sdtpu_worker.operations.health import Check
+    from sdtpu_worker.operations.health_http import HealthServer, format_address
+
+    def alive() -> list[Check]:
+        return [Check("serving", True, "answers; whether Redis does, /metrics tells")]
+
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    server = HealthServer(parse_address(listen, "--listen"), alive, alive, {"/metrics": page}, "--listen")
+    click.echo(f"metrics: http://{format_address(server.address)}/metrics")
+    stopped.wait()
+    server.close()

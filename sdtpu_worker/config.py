@@ -18,6 +18,7 @@ from sdtpu_worker.config_values import (
     parse_http_keys,
     parse_integer,
     parse_loras,
+    parse_named,
     parse_optional_text,
     parse_origins,
     parse_queue,
@@ -88,6 +89,12 @@ SETTINGS = (
         "sdtpu_image_inputs", True, parse_switch,
         "Whether jobs may start from a picture (image to image, inpainting). When it is off, the worker keeps no"
         " encoder for pictures on the devices, compiles faster, and refuses such jobs",
+    ),
+    Setting(
+        "sdtpu_controlnets", {}, parse_named,
+        "ControlNets for the checkpoint, by the name that jobs call them: `name=source` with commas between them, or a"
+        " dictionary. A source is a folder in the diffusers layout or a repository on the hub. Each adds to the"
+        " program that is compiled, and costs nothing while no job asks it",
     ),
     Setting(
         "sdtpu_platform", "auto", parse_choice("auto", "tpu", "gpu", "cpu"),
@@ -183,12 +190,17 @@ SETTINGS = (
     ),
     Setting(
         "sdtpu_health_address", None, parse_address,
-        "The address, `host:port`, at which the worker answers `/livez` and `/readyz`. An empty host means every"
-        " interface, port 0 any free port; not set, the worker does not listen",
+        "The address, `host:port`, at which the worker answers `/livez`, `/readyz` and `/metrics`. An empty host means"
+        " every interface, port 0 any free port; not set, the worker does not listen",
     ),
     Setting(
         "sdtpu_log_prompts", False, parse_switch,
         "Whether log lines may hold prompts. When it is off, only lines at level DEBUG may",
+    ),
+    Setting(
+        "sdtpu_log_format", "text", parse_choice("text", "json"),
+        "The form of the worker's log lines: `text` is Celery's own (`worker_log_format`), `json` is one JSON object a"
+        " line. In both, every line that a job's code logs names its task",
     ),
     Setting(
         "sdtpu_image_store", "redis", parse_text,
@@ -258,6 +270,7 @@ class Config:
     loras_merged: tuple[tuple[str, float], ...]
     guidance: str
     image_inputs: bool
+    controlnets: Mapping[str, str]
     platform: str
     cpu_devices: int
     dtype: str
@@ -279,6 +292,7 @@ class Config:
     max_deliveries: int
     health_address: tuple[str, int] | None
     log_prompts: bool
+    log_format: str
     image_store: str = field(repr=False)  # this and the next may hold passwords
     read_image_stores: tuple[str, ...] = field(repr=False)
     http_address: tuple[str, int]

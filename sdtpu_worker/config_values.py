@@ -6,7 +6,7 @@ Each raises ValueError with the words for what is allowed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from sdtpu_worker.contract.parameter_checks import MAX_SIDE, SIDE_MULTIPLE
@@ -128,6 +128,22 @@ def parse_loras(value: Any) -> tuple[tuple[str, float], ...]:
             raise ValueError(wanted)
         loras.append((name, number))
     return tuple(loras)
+
+
+def parse_named(value: Any) -> dict[str, str]:
+    """Return by name the sources of "canny=/models/canny,pose=owner/name" or of a dictionary."""
+    wanted = "names with sources, like 'canny=/models/canny,pose=owner/name' or {'canny': '/models/canny'}"
+    if isinstance(value, str):
+        entries = [part.partition("=") for part in value.split(",") if part.strip()]
+        value = {name.strip(): source.strip() for name, _, source in entries}
+        if len(value) != len(entries):
+            raise ValueError(f"{wanted}, each name once")
+    if not isinstance(value, Mapping):
+        raise ValueError(wanted)
+    for name, source in value.items():
+        if not isinstance(name, str) or not isinstance(source, str) or not name or not source or not name.isprintable():
+            raise ValueError(wanted)
+    return dict(value)
 
 
 def parse_address(value: Any) -> tuple[str, int]:

@@ -7,21 +7,24 @@ it holds or defers elsewhere. So no single key tells the load: `LLEN sdtpu` sees
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sdtpu_worker.client.admission import messages_ahead
 from sdtpu_worker.client.routing import device_queues
+from sdtpu_worker.client.waiting import read_waiting
 from sdtpu_worker.config import read_setting
-from sdtpu_worker.contract.load_report import WorkerLoad, read_loads
+from sdtpu_worker.contract.load_report import WorkerLoad, estimated_start_s, read_loads
 from sdtpu_worker.contract.queues import (
+    DEAD_COUNTS_KEY,
+    DEFAULT_PRIORITY,
     DELAYED_KEY,
     HELD_KEY,
-    LATEST_SENT_AT,
     LEASES_KEY,
-    SENT_AT_HEADER,
     plain_client,
+    shard_queues,
     waiting_lists,
 )
 from sdtpu_worker.errors import BrokerUnavailable, ConfigurationError
@@ -64,20 +67,39 @@ class QueueState:
         waiting: the number of jobs that wait, by the lowest priority of each band, the most urgent first.
         held: the number of jobs that workers hold: on the devices, or next in line for them.
         deferred: the number of jobs that wait for their `countdown` or `eta`.
-        oldest_sent_at: when the oldest waiting job was sent, in seconds since 1970; None where no job waits, or none
-            says it.
+        oldest_s: for how many seconds a job that is next has been waiting at most; None where that is not known.
     """
 
     queue: str
-    waiting: dict[int, int]
+    waiting: Mapping[int, int]
     held: int
     deferred: int
-    oldest_sent_at: float | None = None
+    oldest_s: float | None = None
 
     @property
     def load(self) -> int:
         """Jobs that wait or are held: what an autoscaler should look at."""
         return sum(self.waiting.values()) + self.held
+
+
+@dataclass(frozen=True)
+class BrokerState:
+    """What Redis knows of the task.
+
+    Attributes:
+        queues: the state of each queue.
+        wait_s: seconds until a new job of the default priority would have a slot, by queue; a queue is left out while
+            no worker has published its load.
+        workers: the load reports of the workers that are alive.
+        dead_letters: how many messages no worker could run, by kind.
+        memory: bytes of Redis' memory: `used`, and its `limit` where it has one; empty where Redis does not tell.
+    """
+
+    queues: Sequence[QueueState]
+    wait_s: Mapping[str, float]
+    workers: Sequence[WorkerLoad]
+    dead_letters: Mapping[str, int]
+    memory: Mapping[str, int]
 
 
 def read_queues(app: Celery) -> list[QueueState]:
@@ -91,22 +113,65 @@ def read_queues(app: Celery) -> list[QueueState]:
         BrokerUnavailable: Redis does not answer.
     """
     with _broker(app) as (redis, prefix, queues, bands):
-        held = _count_by_list(redis, prefix, LEASES_KEY)
-        deferred = _count_by_list(redis, prefix, DELAYED_KEY)
-        states = []
-        for queue, lists in queues.items():
-            lengths = [redis.llen(name) for name in lists]
-            oldest = [redis.lindex(name, -1) for name, length in zip(lists, lengths, strict=True) if length]
-            states.append(
-                QueueState(
-                    queue,
-                    dict(zip(bands, lengths, strict=True)),
-                    sum(held.get(name, 0) for name in lists),
-                    sum(deferred.get(name, 0) for name in lists),
-                    _oldest_sent_at(oldest),
-                )
-            )
-        return states
+        return _queue_states(redis, prefix, queues, bands)
+
+
+def read_broker(app: Celery) -> BrokerState:
+    """Return the state of the task's queues and of its workers, as `sdtpu metrics` exports it.
+
+    Args:
+        app: an app of a client or a worker.
+
+    Raises:
+        ConfigurationError: the broker is not Redis.
+        BrokerUnavailable: Redis does not answer.
+    """
+    main = read_setting("sdtpu_queue", app.conf)
+    shards = set(shard_queues(main, read_setting("sdtpu_tenant_shards", app.conf)))
+    with _broker(app) as (redis, prefix, queues, bands):
+        states = _queue_states(redis, prefix, queues, bands)
+        loads = {queue: read_loads(redis, queue, prefix) for queue in (main, *(set(queues) - shards))}
+        memory = _memory_of(redis)
+        dead = {_text(kind): int(count) for kind, count in redis.hgetall(prefix + DEAD_COUNTS_KEY).items()}
+    lengths = {state.queue: list(state.waiting.values()) for state in states}
+    band = max(0, bisect(bands, DEFAULT_PRIORITY) - 1)
+    wait_s = {}
+    for queue in queues:
+        together = [name for name in queues if name in shards] if queue in shards else [queue]
+        workers = loads[main] if queue in shards else loads[queue]
+        ahead = messages_ahead({name: lengths[name] for name in together}, queue, band)
+        seconds = estimated_start_s(workers, ahead, DEFAULT_PRIORITY, has_deadline=False)
+        if seconds is not None:
+            wait_s[queue] = seconds
+    return BrokerState(states, wait_s, [load for each in loads.values() for load in each], dead, memory)
+
+
+def _memory_of(redis: Any) -> dict[str, int]:
+    from redis.exceptions import ResponseError
+
+    try:
+        info = redis.info("memory")
+    except ResponseError:  # a user without the right to ask, a service that does not tell
+        return {}
+    found = {"used": info.get("used_memory"), "limit": info.get("maxmemory") or None}
+    return {kind: int(number) for kind, number in found.items() if number is not None}
+
+
+def _queue_states(
+    redis: Any, prefix: str, queues: Mapping[str, Sequence[str]], bands: Sequence[int]
+) -> list[QueueState]:
+    held = _count_by_list(redis, prefix, LEASES_KEY)
+    deferred = _count_by_list(redis, prefix, DELAYED_KEY)
+    return [
+        QueueState(
+            queue,
+            waiting.counts,
+            sum(held.get(name, 0) for name in queues[queue]),
+            sum(deferred.get(name, 0) for name in queues[queue]),
+            waiting.oldest_s,
+        )
+        for queue, waiting in read_waiting(redis, queues, bands).items()
+    ]
 
 
 def purge_queues(app: Celery) -> int:
@@ -132,6 +197,18 @@ def purge_queues(app: Celery) -> int:
 
 
 @contextlib.contextmanager
+def broker_client(app: Celery) -> Iterator[Any]:
+    """Give a client of the broker's Redis for the block.
+
+    Raises:
+        ConfigurationError: the broker is not Redis.
+        BrokerUnavailable: Redis does not answer.
+    """
+    with _broker(app) as (redis, *_):
+        yield redis
+
+
+@contextlib.contextmanager
 def _broker(app: Celery) -> Iterator[tuple[Any, str, dict[str, list[str]], Sequence[int]]]:
     """Connect to the broker; yield its client, the prefix of keys, the lists of each queue, and the bands."""
     from kombu.exceptions import OperationalError
@@ -154,40 +231,6 @@ def _broker(app: Celery) -> Iterator[tuple[Any, str, dict[str, list[str]], Seque
             raise BrokerUnavailable(f"Redis cannot be read: {sanitize_url(str(exc))}; correct broker_url") from exc
 
 
-def read_hosts(app: Celery) -> list[WorkerLoad]:
-    """Return the load reports of the workers that take jobs.
-
-    Raises:
-        ConfigurationError: the broker is not Redis.
-        BrokerUnavailable: Redis does not answer.
-    """
-    with _broker(app) as (redis, prefix, _, _):
-        return read_loads(redis, read_setting("sdtpu_queue", app.conf), prefix)
-
-
-@contextlib.contextmanager
-def broker_client(app: Celery) -> Iterator[Any]:
-    """Give a client of the broker's Redis for the block.
-
-    Raises:
-        ConfigurationError: the broker is not Redis.
-        BrokerUnavailable: Redis does not answer.
-    """
-    with _broker(app) as (redis, *_):
-        yield redis
-
-
-def _oldest_sent_at(messages: Iterable[bytes | None]) -> float | None:
-    """Return the earliest time of sending in some messages, of any origin."""
-    times = []
-    for message in messages:
-        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
-            sent_at = json.loads(message or "")["headers"][SENT_AT_HEADER]
-            if isinstance(sent_at, int | float) and 0 <= sent_at <= LATEST_SENT_AT:
-                times.append(float(sent_at))
-    return min(times, default=None)
-
-
 def _count_by_list(redis: Any, prefix: str, tags_key: str) -> dict[str, int]:
     """Return how many messages of a sorted set of tags came from each list."""
     counts: dict[str, int] = {}
@@ -195,6 +238,9 @@ def _count_by_list(redis: Any, prefix: str, tags_key: str) -> dict[str, int]:
     for start in range(0, size, _AT_ONCE):
         lists = redis.eval(_LISTS_OF_TAGS, 2, prefix + HELD_KEY, prefix + tags_key, start, start + _AT_ONCE - 1)
         for name in lists:
-            text = name.decode() if isinstance(name, bytes) else name
-            counts[text] = counts.get(text, 0) + 1
+            counts[_text(name)] = counts.get(_text(name), 0) + 1
     return counts
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -113,9 +113,9 @@ def _images(app: Celery) -> Iterator[tuple[str, str]]:
 
 
 def _hosts(app: Celery) -> Iterator[tuple[str, str]]:
-    from sdtpu_worker.client.queue_state import read_hosts
+    from sdtpu_worker.client.queue_state import read_broker
 
-    hosts = read_hosts(app)
+    hosts = read_broker(app).workers
     if hosts:
         yield "ok", f"{len(hosts)} with {sum(host.num_slots for host in hosts)} slots take jobs"
     else:

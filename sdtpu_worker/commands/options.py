@@ -39,11 +39,11 @@ def find_app(path: str | None) -> Celery:
     return ready_made
 
 
-def parse_address(address: str) -> tuple[str, int]:
-    """Return host and port of an `--address`."""
+def parse_address(address: str, option: str = "--address") -> tuple[str, int]:
+    """Return the host and the port that an option names."""
     from sdtpu_worker.config_values import parse_address
 
     try:
         return parse_address(address)
     except ValueError as exc:
-        raise click.ClickException(f"--address must be {exc}, got {address!r}") from exc
+        raise click.ClickException(f"{option} must be {exc}, got {address!r}") from exc

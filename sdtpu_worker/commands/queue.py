@@ -41,21 +41,22 @@ def queue(app_path: str | None, watch: bool, as_json: bool) -> None:
 
 
 def _read(app: Celery) -> dict[str, Any]:
-    from sdtpu_worker.client.queue_state import read_hosts, read_queues
+    from sdtpu_worker.client.queue_state import read_broker
     from sdtpu_worker.errors import SdtpuError
 
     try:
-        states, hosts = read_queues(app), read_hosts(app)
+        broker = read_broker(app)
     except SdtpuError as exc:
         raise click.ClickException(str(exc)) from exc
-    oldest = min((state.oldest_sent_at for state in states if state.oldest_sent_at is not None), default=None)
+    states = broker.queues
+    oldest_s = max((state.oldest_s for state in states if state.oldest_s is not None), default=None)
     return {
         "waiting": sum(sum(state.waiting.values()) for state in states),
         "held": sum(state.held for state in states),
         "deferred": sum(state.deferred for state in states),
-        "oldest_s": None if oldest is None else round(max(0.0, time.time() - oldest), 1),
-        "slots": sum(host.num_slots for host in hosts),
-        "hosts": [_host(host) for host in hosts],
+        "oldest_s": None if oldest_s is None else round(oldest_s, 1),
+        "slots": sum(host.num_slots for host in broker.workers),
+        "hosts": [_host(host) for host in broker.workers],
         "queues": {state.queue: asdict(state) for state in states if state.load or state.deferred},
     }
 

@@ -18,6 +18,7 @@ MAX_TENANT_CHARACTERS = 128
 MAX_SIDE = 4096
 MAX_TOLD_SIDE = 65_536
 SIDE_MULTIPLE = 8
+MAX_LISTED = 8
 _SEED_DIGITS = re.compile("[0-9]{1,19}")
 
 
@@ -101,6 +102,34 @@ def check_fraction(low: float = 0.0, optional: bool = True) -> Any:
             raise InvalidRequest(f"{name} must be a number from {low:g} to 1, got {brief(value)}")
 
     return check
+
+
+def check_each(check: Any, optional: bool = False) -> Any:
+    """Return a check of one value, or of a list with 1 to `MAX_LISTED` of them."""
+
+    def check_all(name: str, value: Any) -> None:
+        if value is None and optional:
+            return
+        values = value if isinstance(value, list | tuple) else [value]
+        if not 1 <= len(values) <= MAX_LISTED:
+            raise InvalidRequest(f"{name} must be one value, or a list of 1 to {MAX_LISTED}, got {len(values)}")
+        for each in values:
+            if each is None:
+                raise InvalidRequest(f"{name} must have no null in its list, got {brief(value)}")
+            check(name, each)
+
+    return check_all
+
+
+def each_of(kind: Any) -> Any:
+    """Return what makes a tuple of one value, or of a list of them."""
+    return lambda value: tuple(map(kind, value if isinstance(value, list | tuple) else [value]))
+
+
+def check_name(name: str, value: Any) -> None:
+    """Check a name out of the worker's settings."""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TENANT_CHARACTERS or not value.isprintable():
+        raise InvalidRequest(f"{name} must be a name of 1 to {MAX_TENANT_CHARACTERS} characters, got {brief(value)}")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -18,10 +18,18 @@ DEFAULT_PRIORITY = 6
 """The priority of a job whose client names none: in the middle, with room above and below. Lower is more urgent."""
 HELD_KEY, LEASES_KEY, DELAYED_KEY = "sdtpu:unacked", "sdtpu:unacked_index", "sdtpu:delayed"
 """The Redis keys of the messages that workers hold and of those that wait for their time; see `delivery/keys.py`."""
+DEAD_COUNTS_KEY = "sdtpu:dead:counts"
+"""The Redis key of how many messages no worker could run, by kind."""
 SENT_AT_HEADER = "sdtpu_sent_at"
 """The message header with the time at which the client sent the job, in seconds since 1970."""
 LATEST_SENT_AT = 2**40
 """The latest time that this header may have; a worker ignores a later one."""
+
+
+def read_sent_at(header: Any) -> float | None:
+    """Return the time at which the client sent a job, in seconds since 1970; None where the header is no such time."""
+    is_number = isinstance(header, int | float) and not isinstance(header, bool)
+    return header if is_number and 0 <= header <= LATEST_SENT_AT else None
 
 
 def shard_queues(queue: str, shards: int) -> list[str]:

@@ -11,10 +11,12 @@ from typing import Any
 
 from sdtpu_worker.contract.parameter_checks import (
     check_choice,
+    check_each,
     check_flag,
     check_fraction,
     check_guidance,
     check_integer,
+    check_name,
     check_optional_text,
     check_pair,
     check_prompt,
@@ -22,6 +24,7 @@ from sdtpu_worker.contract.parameter_checks import (
     check_seed,
     check_side,
     check_tenant,
+    each_of,
 )
 from sdtpu_worker.contract.picture_reference import check_picture, is_result, named_picture, shown_picture
 from sdtpu_worker.contract.samplers import SIGMA_SPACINGS, resolve_sampler
@@ -37,8 +40,10 @@ DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE = 50, 7.5
 DEFAULT_STRENGTH = 0.8
 """Of a job with an image and no mask, as in diffusers; with a mask it is 1."""
 DEFAULT_IMAGE_GUIDANCE_SCALE = 1.5
-PICTURES = ("image", "mask_image")
+PICTURES = ("image", "mask_image", "control_image")
 """The parameters that are pictures."""
+LISTED = ("control_image",)
+"""Of these, the ones that may be several pictures."""
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 
 
@@ -78,6 +83,12 @@ class GenerationRequest:
             the autoencoder makes of them.
         image_guidance_scale: how strongly the image counts for a checkpoint that follows edit instructions
             (InstructPix2Pix); None for 1.5. Below 1 there is no guidance at all, as in diffusers.
+        control_image: a picture for a ControlNet, or one for each; its size is the result's.
+        controlnet: the name of a ControlNet of the worker (`sdtpu_controlnets`), or several; None for its only one.
+        controlnet_conditioning_scale: how strongly it counts; one number, or one for each. Also understood as
+            `conditioning_scale`.
+        control_guidance_start, control_guidance_end: 0 to 1, the shares of the steps at which it begins and ceases to
+            count; one number, or one for each.
 
     Raises:
         InvalidRequest: a value is not allowed; the text says what was got and what is allowed.
@@ -106,6 +117,11 @@ class GenerationRequest:
     mask_image: str | None = None
     preserve_unmasked: bool = True
     image_guidance_scale: float | None = None
+    control_image: tuple[str, ...] | None = None
+    controlnet: tuple[str, ...] | None = None
+    controlnet_conditioning_scale: tuple[float, ...] = (1.0,)
+    control_guidance_start: tuple[float, ...] = (0.0,)
+    control_guidance_end: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -176,7 +192,7 @@ class GenerationRequest:
 def _plain(name: str, value: Any) -> Any:
     """Return a parameter as results report it."""
     if name in PICTURES:
-        return shown_picture(value)
+        return [shown_picture(uri) for uri in value] if name in LISTED else shown_picture(value)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -206,6 +222,11 @@ def _by_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if given.get(name) is not None:
             raise InvalidRequest(f"{name} was given twice, by position and by name; give it once")
         given[name] = args[0]
+    for other, name in _ALIASES.items():
+        if other in given:
+            if name in given:
+                raise InvalidRequest(f"{name} was given twice, also as {other}; give it once")
+            given[name] = given.pop(other)
     return given
 
 
@@ -243,7 +264,13 @@ _CHECKS: dict[str, Any] = {
     "mask_image": check_picture,
     "preserve_unmasked": check_flag,
     "image_guidance_scale": check_guidance,
+    "control_image": check_each(check_picture, optional=True),
+    "controlnet": check_each(check_name, optional=True),
+    "controlnet_conditioning_scale": check_each(check_guidance),
+    "control_guidance_start": check_each(check_fraction(optional=False)),
+    "control_guidance_end": check_each(check_fraction(optional=False)),
 }
+_ALIASES = {"conditioning_scale": "controlnet_conditioning_scale"}
 _OPTIONS = (*list(_CHECKS)[list(_CHECKS).index("image_format") + 1 :],)
 _KINDS: dict[str, Any] = {
     "seed": int,
@@ -257,5 +284,10 @@ _KINDS: dict[str, Any] = {
     "strength": float,
     "mask_image": named_picture,
     "image_guidance_scale": float,
+    "control_image": each_of(named_picture),
+    "controlnet": each_of(str),
+    "controlnet_conditioning_scale": each_of(float),
+    "control_guidance_start": each_of(float),
+    "control_guidance_end": each_of(float),
 }
 _ARGUMENT_CHECKS = {**_CHECKS, "tenant": check_tenant}

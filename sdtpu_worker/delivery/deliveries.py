@@ -57,6 +57,7 @@ class Deliveries:
     Attributes:
         on_free: called when a held message has left this worker, so that another one may be taken.
         on_deferred: called with the time, on Redis' clock, at which a message that was just deferred is due.
+        on_dead_letter: called with the kind of every message that this worker dead-letters.
         dead_letters: messages that this worker dead-lettered.
         redelivered: messages that this worker's sweeps redelivered.
     """
@@ -70,6 +71,7 @@ class Deliveries:
         self._unsent_moves: dict[str, Move] = {}  # by tag
         self.on_free: Callable[[], None] = lambda: None
         self.on_deferred: Callable[[float], None] = lambda due_at: None
+        self.on_dead_letter: Callable[[str], None] = lambda kind: None
         self.dead_letters = 0
         self.redelivered = 0
 
@@ -262,6 +264,7 @@ class Deliveries:
         keys = [self.keys.held, self.keys.leases, self.keys.dead, self.keys.dead_counts]
         self._eval(scripts.DEAD_LETTER, keys, [tag, kind, json.dumps(letter), MAX_DEAD_LETTERS - 1])
         self.dead_letters += 1
+        self.on_dead_letter(kind)
 
     def record_starts(self, task_ids: Sequence[str], alone: bool = False) -> None:
         """Record that these jobs are on this worker's devices from now on, in case the worker dies with them.

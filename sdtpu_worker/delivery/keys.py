@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdtpu_worker.contract.queues import DELAYED_KEY, HELD_KEY, LEASES_KEY
+from sdtpu_worker.contract.queues import DEAD_COUNTS_KEY, DELAYED_KEY, HELD_KEY, LEASES_KEY
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Keys:
     @property
     def dead_counts(self) -> str:
         """A hash of how many messages were dead-lettered, by the name of the error."""
-        return f"{self.prefix}sdtpu:dead:counts"
+        return f"{self.prefix}{DEAD_COUNTS_KEY}"
 
     def starts(self, task_id: str) -> str:
         """A list of the worker processes on whose devices a job was: each a host name, a line feed and a UUID."""

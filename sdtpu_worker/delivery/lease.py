@@ -48,6 +48,7 @@ class Lease:
         self._deliveries, self._devices_make_progress = deliveries, devices_make_progress
         self._on_contact, self._clock = on_contact, clock
         self._renew_at = 0.0
+        self._renewed_at = clock()
         self._contact_since: float | None = None
         self._least_ahead_s = 0.0  # of Redis' clock before this worker's own, in this contact
         self._unbroken_until = 0.0  # on Redis' clock: a later look finds the contact broken
@@ -63,6 +64,11 @@ class Lease:
     def interval_s(self) -> float:
         """Seconds between two renewals: a third of the lease."""
         return self._deliveries.lease_s / 3
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the leases were renewed; before the first time, since this object was made. Any thread."""
+        return self._clock() - self._renewed_at
 
     def start(self) -> None:
         """Start the thread."""
@@ -102,7 +108,7 @@ class Lease:
             if gone := self._deliveries.renew():
                 logger.warning("the leases of %d jobs that run here have expired: other workers run them as well",
                                len(gone))  # fmt: skip
-            self._renew_at = now + self.interval_s
+            self._renew_at, self._renewed_at = now + self.interval_s, now
             may_sweep = self._contact_since is not None and now - self._contact_since >= self._deliveries.lease_s
         self._deliveries.flush()
         if may_sweep:

@@ -23,6 +23,7 @@ from sdtpu_worker.aggregator.jobs import Terms
 from sdtpu_worker.aggregator.plan import Outcome, Plan, one_of_each_device
 from sdtpu_worker.device_loop.inbox import Inbox
 from sdtpu_worker.device_loop.job_table import JobTable
+from sdtpu_worker.device_loop.listeners import tell
 from sdtpu_worker.device_loop.protocols import DeviceEngine, Image, Job, Policy, Snapshot
 from sdtpu_worker.device_loop.stages import LoopStage
 from sdtpu_worker.device_loop.stats import LoopStats
@@ -47,6 +48,7 @@ class DeviceLoop:
         clock: monotonic seconds.
         on_start: told, in the loop's thread, which tasks are about to get their first slot here, and whether all other
             jobs have left the devices; the start of such another job is announced again when it resumes.
+        on_tick: told, in the loop's thread, of every tick that ended well: its plan, its start and its end.
         patience_s: how long after the deadline of `drain` the loop waits for devices that do not answer.
     """
 
@@ -58,11 +60,12 @@ class DeviceLoop:
         trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_start: Callable[[Sequence[str], bool], None] = lambda task_ids, alone: None,
+        on_tick: Callable[[Plan, float, float], None] = lambda plan, started_at, ended_at: None,
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self._engine, self._policy, self._clock = engine, policy, clock
-        self._on_death, self._on_start, self._trace = on_death, on_start, trace or NoTrace()
-        self._patience_s = patience_s
+        self._on_death, self._on_start, self._on_tick = on_death, on_start, on_tick
+        self._trace, self._patience_s = trace or NoTrace(), patience_s
         self.lowest_priority_running: int | None = None
         self.stats = LoopStats(device_busy_s=[0.0] * policy.num_devices)
         self._stage = LoopStage.RUNNING
@@ -253,10 +256,7 @@ class DeviceLoop:
             self._nothing_to_plan = True
             return
         if news := self._jobs.start(plan.placed(), now):
-            try:
-                self._on_start(news, self._jobs[news[0]].alone)
-            except Exception:
-                logger.exception("on_start failed for the tasks %s", ", ".join(news))
+            tell(self._on_start, news, self._jobs[news[0]].alone)
         self._execute(plan)
 
     def _execute(self, plan: Plan) -> None:
@@ -286,6 +286,7 @@ class DeviceLoop:
         self._policy.update(Outcome(plan, elapsed_s))
         self.stats.count(plan, elapsed_s, tick.count_steps())
         self._trace.tick(plan, tick.started_at, now)
+        tell(self._on_tick, plan, tick.started_at, now)
         for image in end:
             self._jobs.deliver(tick, image, now)
         self._jobs.check_parked(tick)

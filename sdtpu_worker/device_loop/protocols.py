@@ -274,6 +274,12 @@ class ServingEngine(DeviceEngine, Protocol):
             pixels: `Image.pixels` as the engine gave them.
         """
 
+    def memory(self) -> Mapping[int, Mapping[str, int]]:
+        """Return how many bytes of memory each device has `used` now and at its `peak`, and its `limit`.
+
+        Kinds that a device does not tell are left out; a CPU tells none.
+        """
+
     def close(self) -> None:
         """Undo what the engine registered in this process. Called once, when no tick is in flight."""
 

@@ -13,7 +13,7 @@ from sdtpu_worker.diffusion import previews
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.engine_io import Calibration
 from sdtpu_worker.diffusion.families.family import PictureUse
-from sdtpu_worker.diffusion.preparation import PreparedJob, plain_request
+from sdtpu_worker.diffusion.preparation import ControlPicture, PreparedJob, plain_request
 from sdtpu_worker.diffusion.reference_image import agree, draw_reference_image
 
 _TASK_ID, _STEPS = "calibration", 4
@@ -62,12 +62,18 @@ def _measure_costs(engine: Engine, lane: Lane) -> TickCosts:
     if engine.checkpoint.family.picture_use is PictureUse.START:  # other models encode one in every insert, or none
         from_picture = replace(job, image=np.full((*lane, 3), 127, np.uint8), first_level=(0.5, 0.5))
         picture_s = max(0.0, seconds(1, insert, from_picture) - overhead_s - insert_s)
+    control_s = []
+    for number in range(len(engine.checkpoint.family.control_names)):
+        picture = ControlPicture(number, np.zeros((*lane, 3), np.uint8), 1.0, 0, 2 * _STEPS)
+        seconds(1, insert, replace(job, num_steps=2 * _STEPS, controls=(picture,)))
+        control_s.append(max(0.0, seconds(1, steps) - overhead_s - steps_s) / _STEPS)
     slowdown = {
         busy: max(1.0, (seconds(busy, steps) - overhead_s) / steps_s)
         for busy in (2, num_devices // 2, num_devices)
         if 1 < busy <= num_devices
     }
-    return TickCosts(num_devices, Cost(steps_s / _STEPS, insert_s, decode_s, picture_s), slowdown, overhead_s)
+    cost = Cost(steps_s / _STEPS, insert_s, decode_s, picture_s, tuple(control_s))
+    return TickCosts(num_devices, cost, slowdown, overhead_s)
 
 
 def _empty_tick_s(engine: Engine, lane: Lane, count: int = 8) -> float:

@@ -7,7 +7,7 @@ checkpoint is of, its parts say; every key of its configs is honoured or refused
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ class LoadOptions:
         prediction_type: `epsilon` or `v_prediction`, for a checkpoint in one file; `auto` for what is known of it.
         loras_merged: `(name, weight)` of LoRAs to merge; see `loading.lora_files.find_lora` for names.
         image_inputs: jobs may start from a picture.
+        controlnets: by name, the folders or hub names of ControlNets.
     """
 
     revision: str = "main"
@@ -113,6 +114,7 @@ class LoadOptions:
     prediction_type: str = "auto"
     loras_merged: tuple[tuple[str, float], ...] = ()
     image_inputs: bool = True
+    controlnets: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | None = None) -> Checkpoint:
@@ -132,7 +134,7 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
     source = _open(find_folder(name, options.revision), options)
     # PyTorch's pipelines for 1.x and 2.x mend outdated configs; the one for XL does not.
     schedule = NoiseSchedule.from_config(source.scheduler_config, corrects_outdated=not source.is_xl)
-    parts = Parts(source, dtype, options.loras_merged, options.image_inputs)
+    parts = Parts(source, dtype, options.loras_merged, options.image_inputs, options.controlnets)
     defaults = _defaults(schedule, parts.guidance_width)
     if options.guidance == "on" and parts.guidance_width:
         raise ConfigurationError(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from sdtpu_worker.contract.request import MAX_STEPS
 from sdtpu_worker.diffusion.families.family import Family, Pictures, PictureUse
 from sdtpu_worker.diffusion.samplers import COLUMNS
-from sdtpu_worker.diffusion.slots import Decoded, Geometry, Phases, Picture, Slots
+from sdtpu_worker.diffusion.slots import Controls, Decoded, Geometry, Phases, Picture, Slots
 from sdtpu_worker.diffusion.tiled_decoding import decode_in_tiles
 
 _NOISE_OF_PICTURES = 2**32 - 1
@@ -45,6 +45,7 @@ def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: 
             conditioning={name: conditioning[name].astype(leaf.dtype) for name, leaf in geometry.conditioning.items()},
             table=todo.table,
             picture=picture,
+            controls=_controls_of(family, geometry, params, todo) if geometry.controls else None,
         )
         return jax.tree.map(lambda leaf, row: leaf.at[slot].set(row), slots, started)
 
@@ -75,6 +76,22 @@ def _picture_of(family: Family, geometry: Geometry, params: Any, todo: Phases, p
     return Picture(latents, kept)
 
 
+def _controls_of(family: Family, geometry: Geometry, params: Any, todo: Phases) -> Controls:
+    """Return what a slot keeps for ControlNets: those that the job asks see their pictures once."""
+
+    def embed(number: int, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        def see() -> jax.Array:
+            picture = todo.control_images[number].astype(jnp.float32) / 255
+            return family.embed_control(params, number, picture).astype(shape.dtype)
+
+        asked = todo.control_scale[number] != 0
+        embedded: jax.Array = jax.lax.cond(asked, see, lambda: jnp.zeros(shape.shape, shape.dtype))
+        return embedded
+
+    embedded = tuple(embed(number, shape) for number, shape in enumerate(geometry.controls))
+    return Controls(todo.control_scale, todo.control_first, todo.control_end, embedded)
+
+
 def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps: jax.Array) -> Slots:
     """Take `steps` denoising steps in all slots of the device; a slot keeps its values after its job's last step."""
     num_slots, halves = geometry.slots_per_device, family.rows
@@ -86,6 +103,7 @@ def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps
     }
 
     blend = _make_blend(slots, geometry.latent_shape)
+    add = _make_controls(family, geometry, params, slots, conditioning)
 
     def denoise(_: Any, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, history, step = carry
@@ -93,7 +111,7 @@ def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps
         column = {name: row[:, i, None, None, None] for i, name in enumerate(COLUMNS)}
         x_in = jnp.concatenate([x * column["c_in"]] * halves)
         t = jnp.concatenate([row[:, COLUMNS.index("t")]] * halves)
-        m = _guide(family.predict(params, x_in, t, conditioning), slots)
+        m = _guide(family.predict(params, x_in, t, conditioning, add(x_in, t, step)), slots)
         noise = _noise(slots.key_data, step, jnp.abs(column["n"]) + jnp.abs(column["r"]), x.shape)
         x_next = (
             column["a"] * x
@@ -116,6 +134,47 @@ def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps
 
     x, history, step = jax.lax.fori_loop(0, steps, denoise, (slots.latents, slots.history, slots.step))
     return slots._replace(latents=x, history=history, step=step)
+
+
+def _make_controls(
+    family: Family, geometry: Geometry, params: Any, slots: Slots, conditioning: dict[str, jax.Array]
+) -> Callable[[jax.Array, jax.Array, jax.Array], Any]:
+    """Return what adds up the ControlNets of a step: each runs only where a slot of the device asks it now.
+
+    Args:
+        family, geometry, params, slots: of this device.
+        conditioning: by name `(R, …)`.
+
+    Returns:
+        `add(x_in (R, C, h, w), t (R,), step (S,)) -> what `Family.predict` takes`. A slot that does not ask a
+        ControlNet gets zeros of it, exactly, whatever its neighbours ask.
+    """
+    controls = slots.controls
+    if controls is None:
+        return lambda x_in, t, step: None
+    repeats = family.rows
+    embedded = [jnp.concatenate([each] * repeats) for each in controls.embedded]
+
+    def add(x_in: jax.Array, t: jax.Array, step: jax.Array) -> Any:
+        def ask(number: int) -> Any:
+            return family.control(params, number, x_in, t, conditioning, embedded[number])
+
+        added = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: ask(0)))
+        for number in range(len(geometry.controls)):
+            now = (controls.first[:, number] <= step) & (step < jnp.minimum(controls.end[:, number], slots.num_steps))
+            scale = jnp.concatenate([jnp.where(now, controls.scale[:, number], 0)] * repeats)
+
+            def run(before: Any, number: int = number, scale: jax.Array = scale) -> Any:
+                def plus(total: jax.Array, leaf: jax.Array) -> jax.Array:
+                    amount = scale.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
+                    return total + jnp.where(amount != 0, amount * leaf, 0).astype(total.dtype)
+
+                return jax.tree.map(plus, before, ask(number))
+
+            added = jax.lax.cond(jnp.any(scale != 0), run, lambda before: before, added)
+        return added
+
+    return add
 
 
 def _make_blend(slots: Slots, latent_shape: tuple[int, ...]) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:

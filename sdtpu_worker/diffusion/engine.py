@@ -24,7 +24,7 @@ from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs
 from sdtpu_worker.diffusion.engine_io import Calibration, Tick, by_device
 from sdtpu_worker.diffusion.families.family import Family
-from sdtpu_worker.diffusion.memory import bytes_per_device, check_fits, memory_needs
+from sdtpu_worker.diffusion.memory import bytes_per_device, check_fits, memory_needs, memory_of
 from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
 from sdtpu_worker.diffusion.reference_image import find_lost_devices
 from sdtpu_worker.diffusion.safety import SafetyChecker
@@ -159,7 +159,7 @@ class Engine:
         self,
         task_id: str,
         request: GenerationRequest,
-        pictures: Mapping[str, np.ndarray] | None = None,
+        pictures: Mapping[str, Any] | None = None,
         key_data: np.ndarray | None = None,
     ) -> PreparedJob:
         """Do the host's part of a job: tokenise, make the coefficient table and the key.
@@ -167,8 +167,8 @@ class Engine:
         Args:
             task_id: names the job in plans.
             request: with a seed, unless `key_data` is given.
-            pictures: the request's pictures, by parameter: `image`, `(height, width, 3) uint8`, and `mask_image`,
-                `(height, width) bool`, True where the image is drawn again.
+            pictures: the request's pictures, by parameter: `image`, `(height, width, 3) uint8`; `mask_image`,
+                `(height, width) bool`, True where the image is drawn again; `control_image`, a list of images.
             key_data: `(2,) uint32`, raw key words (for split keys), instead of the request's seed.
 
         Raises:
@@ -264,6 +264,10 @@ class Engine:
         """
         return self._safety.flags(pixels) if self._safety is not None else None
 
+    def memory(self) -> dict[int, dict[str, int]]:
+        """Return the bytes of memory `used` by each device, at its `peak` and as its `limit`, if it says so."""
+        return {number: memory_of(device) for number, device in enumerate(self.mesh.devices.flat)}
+
     def close(self) -> None:
         """Stop counting traces. An engine that is garbage does so by itself."""
         self._unregister()
@@ -287,6 +291,10 @@ class Engine:
                     row.num_steps[i, p], row.first_level[i, p] = job.num_steps, job.first_level
                     row.image_guidance_scale[i, p] = job.image_guidance_scale
                     row.has_image[i, p] = job.image is not None
+                    for control in job.controls:
+                        row.control_scale[i, p, control.number] = control.scale
+                        row.control_first[i, p, control.number] = control.first
+                        row.control_end[i, p, control.number] = control.end
                     row.guidance_scale[i, p], row.guidance_rescale[i, p] = job.guidance_scale, job.guidance_rescale
         return todo
 
@@ -297,22 +305,26 @@ class Engine:
             device: by_phase
             for device, phases in enumerate(plan.devices)
             if (by_phase := {p: jobs[phase.insert[1]] for p, phase in enumerate(phases) if phase.insert})
-            and any(job.image is not None for job in by_phase.values())
+            and any(job.image is not None or job.controls for job in by_phase.values())
         }
         if not brought:
             return none
-        shards = {name: by_device(array) for name, array in none.items()}
+        shards = {name: by_device(array) for name, array in none.items() if array is not None}
         for device, by_phase in brought.items():
             host = geometry.no_pictures(1)
             for p, job in by_phase.items():
                 if job.image is not None:
                     host["image"][0, p], host["mask"][0, p] = job.image, True if job.mask is None else job.mask
-            for name, array in host.items():
+                for control in job.controls:
+                    host["control_images"][0, p, control.number] = control.image
+            for name in shards:
+                array = host[name]
                 shards[name][device] = jax.device_put(array, self.mesh.devices[device])
-        return {
-            name: jax.make_array_from_single_device_arrays(array.shape, array.sharding, list(shards[name].values()))
-            for name, array in none.items()
+        brought_to = {
+            name: jax.make_array_from_single_device_arrays(none[name].shape, none[name].sharding, list(each.values()))
+            for name, each in shards.items()
         }
+        return {**none, **brought_to}
 
     def _take_off(self, lane: Lane, places: Sequence[Place]) -> dict[str, JobSnapshot]:
         """Start copying the states of slots to the host."""

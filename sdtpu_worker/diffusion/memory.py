@@ -21,6 +21,13 @@ def device_memory(device: jax.Device) -> int | None:
     return stats.get("bytes_limit") or None
 
 
+def memory_of(device: jax.Device) -> dict[str, int]:
+    """Return the bytes of a device's memory in use (`used`), their `peak` and their `limit`, as far as it says."""
+    stats = device.memory_stats() or {}
+    names = {"used": "bytes_in_use", "peak": "peak_bytes_in_use", "limit": "bytes_limit"}
+    return {kind: stats[name] for kind, name in names.items() if stats.get(name) is not None}
+
+
 def bytes_per_device(tree: Any, num_devices: int = 1) -> int:
     """Return the bytes that arrays take on one device.
 

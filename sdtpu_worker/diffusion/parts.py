@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sdtpu_worker.diffusion.checkpoint_file import CheckpointFile
 from sdtpu_worker.diffusion.checkpoint_folder import Folder
+from sdtpu_worker.diffusion.control_nets import load_controlnets
 from sdtpu_worker.diffusion.families.stable_diffusion import StableDiffusion
 from sdtpu_worker.diffusion.families.stable_diffusion_xl import StableDiffusionXL
 from sdtpu_worker.diffusion.loading.load import iterate_weights
@@ -48,6 +49,7 @@ class Parts:
         dtype: of parameters and computation.
         loras: `(name, weight)` of what is merged into the parameters.
         takes_pictures: keep the half of the autoencoder that makes latents of pictures.
+        controlnets: by name, the folders or hub names of ControlNets.
 
     Attributes:
         params: by part, then by tensor name; empty until `family` has read them.
@@ -60,7 +62,9 @@ class Parts:
         dtype: Any,
         loras: Sequence[tuple[str, float]] = (),
         takes_pictures: bool = True,
+        controlnets: Mapping[str, str] | None = None,
     ) -> None:
+        self._controlnets = controlnets or {}
         self.source, self.dtype, self._loras_wanted, self._takes_pictures = source, dtype, loras, takes_pictures
         self.params: dict[str, dict[str, Any]] = {}
         self.loras: tuple[MergedLora, ...] = ()
@@ -140,10 +144,16 @@ class Parts:
         decoder, encoder = self._autoencoder(vae_config, decoder_dtype)
         factor = 2 ** (len(vae_config.block_out_channels) - 1)
         height, width = _pair(unet_config.sample_size, self.source.name)
+        controls, params = load_controlnets(
+            self._controlnets, unet_config, factor, vae_config.latent_channels, self.dtype
+        )
+        self.params |= params
+        self._configs |= {control.part: control.config for control in controls}
         return {
             "unet": unet,
             "decoder": decoder,
             "encoder": encoder,
+            "controls": controls,
             "default_size": (height * factor, width * factor),
             "scale_factor": factor,
             "size_multiple": factor * 2 ** (len(unet_config.block_out_channels) - 1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,30 @@ import numpy as np
 
 from sdtpu_worker.aggregator.jobs import NO_LOAD, Load
 from sdtpu_worker.aggregator.plan import Lane
-from sdtpu_worker.contract.request import DEFAULT_IMAGE_GUIDANCE_SCALE, DEFAULT_STRENGTH, GenerationRequest
+from sdtpu_worker.contract.request import DEFAULT_IMAGE_GUIDANCE_SCALE, DEFAULT_STRENGTH, LISTED, GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.families.family import Family, PictureUse
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.errors import InvalidRequest
+from sdtpu_worker.redaction import brief
+
+
+@dataclass(frozen=True)
+class ControlPicture:
+    """A ControlNet that a job asks.
+
+    Attributes:
+        number: of the ControlNet in the family.
+        image: `(height, width, 3) uint8`.
+        scale: how strongly it counts.
+        first, end: the first row of the table that it counts in, and the row that it no longer counts in.
+    """
+
+    number: int
+    image: np.ndarray
+    scale: float
+    first: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +52,7 @@ class PreparedJob:
         image: `(height, width, 3) uint8`, what the job starts from; None for noise alone.
         mask: `(height, width) bool`, True where the image is drawn again; None for everywhere.
         load: what the job asks of its device beyond words and steps.
+        controls: the ControlNets that it asks.
         preserve_unmasked: the picture has the image's own pixels where the mask does not cover them.
     """
 
@@ -52,6 +72,7 @@ class PreparedJob:
     mask: np.ndarray | None = None
     preserve_unmasked: bool = True
     load: Load = NO_LOAD
+    controls: tuple[ControlPicture, ...] = ()
 
     def finish(self, pixels: np.ndarray) -> np.ndarray:
         """Return the picture of decoded pixels, both `(height, width, 3) uint8`."""
@@ -66,7 +87,7 @@ def prepare_job(
     task_id: str,
     request: GenerationRequest,
     key_data: np.ndarray | None,
-    pictures: Mapping[str, np.ndarray],
+    pictures: Mapping[str, Any],
 ) -> PreparedJob:
     """Return a job that an engine can insert.
 
@@ -76,8 +97,8 @@ def prepare_job(
         task_id: names the job in plans.
         request: with a seed, unless `key_data` is given.
         key_data: `(2,) uint32`, raw key words (for split keys), instead of the request's seed.
-        pictures: the request's, by parameter: `image`, `(height, width, 3) uint8`, and `mask_image`,
-            `(height, width) bool`.
+        pictures: the request's, by parameter: `image`, `(height, width, 3) uint8`; `mask_image`,
+            `(height, width) bool`; `control_image`, a list of images.
 
     Raises:
         InvalidRequest: no lane has the size, the sampler is not known, there is no seed, or the model cannot do it.
@@ -102,6 +123,8 @@ def prepare_job(
             raise InvalidRequest("seed is missing: pass one, or the key's words")
         key_data = np.array([request.seed >> 32, request.seed & 0xFFFFFFFF], np.uint32)
     inputs, truncated = checkpoint.family.make_inputs(request, lane)
+    controls = _find_controls(checkpoint.family.control_names, request, pictures, table.num_rows)
+    encoded = _encoded_pictures(checkpoint.family.picture_use, request, is_noise_alone)
     return PreparedJob(
         task_id=task_id,
         lane=lane,
@@ -118,7 +141,8 @@ def prepare_job(
         image=pictures.get("image"),
         mask=pictures.get("mask_image"),
         preserve_unmasked=request.preserve_unmasked,
-        load=Load(pictures=_encoded_pictures(checkpoint.family.picture_use, request, is_noise_alone)),
+        load=Load(encoded, frozenset(control.number for control in controls)),
+        controls=controls,
     )
 
 
@@ -130,19 +154,67 @@ def _encoded_pictures(use: PictureUse, request: GenerationRequest, is_noise_alon
     return starts_at_image + (use in (PictureUse.INPAINT, PictureUse.EDIT))
 
 
+def _find_controls(
+    names: Sequence[str], request: GenerationRequest, pictures: Mapping[str, Any], num_rows: int
+) -> tuple[ControlPicture, ...]:
+    """Return the ControlNets that a request asks, with the rows in which they count by diffusers' rule.
+
+    Raises:
+        InvalidRequest: there is no such ControlNet, or as many pictures as ControlNets are not given.
+    """
+    images = pictures.get("control_image", ())
+    wanted = request.controlnet
+    if not images and wanted is None:
+        return ()
+    if not names:
+        raise InvalidRequest("control_image must be left out: this worker has no ControlNet (sdtpu_controlnets)")
+    if wanted is None and len(names) > 1:
+        raise InvalidRequest(f"controlnet must say which of {', '.join(names)} is meant, got none")
+    wanted = wanted or (names[0],)
+    if unknown := [name for name in wanted if name not in names]:
+        raise InvalidRequest(f"controlnet must be of {', '.join(names)} (sdtpu_controlnets), got {brief(unknown[0])}")
+    if len(images) != len(wanted):
+        raise InvalidRequest(
+            f"control_image must be one picture for each ControlNet ({', '.join(wanted)}), got {len(images)}"
+        )
+    found = []
+    for i, name in enumerate(wanted):
+        scale, start, end = (
+            _of(name, given, i, len(wanted))
+            for name, given in (
+                ("controlnet_conditioning_scale", request.controlnet_conditioning_scale),
+                ("control_guidance_start", request.control_guidance_start),
+                ("control_guidance_end", request.control_guidance_end),
+            )
+        )
+        counts = [row for row in range(num_rows) if row / num_rows >= start and (row + 1) / num_rows <= end]
+        if not counts or not scale:
+            continue
+        found.append(ControlPicture(names.index(name), images[i], scale, counts[0], counts[-1] + 1))
+    return tuple(found)
+
+
+def _of(name: str, values: Sequence[float], i: int, count: int) -> float:
+    """Return the value for a ControlNet, of one for all or one for each."""
+    if len(values) not in (1, count):
+        raise InvalidRequest(f"{name} must be one number, or {count}, one for each ControlNet, got {len(values)}")
+    return values[0] if len(values) == 1 else values[i]
+
+
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _find_lane(default: Lane, request: GenerationRequest, pictures: Mapping[str, np.ndarray]) -> Lane:
-    """Return the size that a request names, else that of its image, else the checkpoint's own.
+def _find_lane(default: Lane, request: GenerationRequest, pictures: Mapping[str, Any]) -> Lane:
+    """Return the size that a request names, else that of its first picture, else the checkpoint's own.
 
     Raises:
         InvalidRequest: a picture has another size.
     """
-    height, width = pictures["image"].shape[:2] if "image" in pictures else default
+    every = [(name, each) for name, given in pictures.items() for each in (given if name in LISTED else [given])]
+    height, width = every[0][1].shape[:2] if every else default
     lane = request.height or height, request.width or width
-    for name, pixels in pictures.items():
+    for name, pixels in every:
         if pixels.shape[:2] != lane:
             raise InvalidRequest(
                 f"{name} must have the size of the result, {format_size(lane)} (height x width),"

@@ -40,6 +40,7 @@ class Slots(NamedTuple):
     conditioning: dict[str, Any]  # by name (N, H, …), what the family keeps; the negative prompt first
     table: Any  # (N, MAX_STEPS, len(COLUMNS)) float32
     picture: Picture | None  # None for a family that takes no pictures
+    controls: Controls | None  # None for a worker without ControlNets
 
 
 class Picture(NamedTuple):
@@ -47,6 +48,15 @@ class Picture(NamedTuple):
 
     latents: Any  # (N, C, h, w) float32, of the image; zeros without one
     kept: Any  # (N, h, w) bool, True where the image stays as it is
+
+
+class Controls(NamedTuple):
+    """What a slot keeps for ControlNets; K of them."""
+
+    scale: Any  # (N, K) float32, how strongly each counts; 0 for those that the job does not ask
+    first: Any  # (N, K) int32, the first row that each counts in
+    end: Any  # (N, K) int32, the row that it no longer counts in
+    embedded: tuple[Any, ...]  # of each (N, …), what it made of its picture
 
 
 class Phases(NamedTuple):
@@ -66,6 +76,10 @@ class Phases(NamedTuple):
     has_image: Any  # (D, P) bool
     image: Any  # (D, P, height, width, 3) uint8; None for a family that takes no pictures
     mask: Any  # (D, P, height, width) bool, True where the image is drawn again; None likewise
+    control_scale: Any  # (D, P, K) float32; this and the next are None for a worker without ControlNets
+    control_first: Any  # (D, P, K) int32
+    control_end: Any  # (D, P, K) int32
+    control_images: Any  # (D, P, K, height, width, 3) uint8
 
 
 class Instructions(NamedTuple):
@@ -95,6 +109,7 @@ class Geometry:
         inputs: shapes and dtypes of what the family makes of a request.
         conditioning: by name `(H, …)`, shapes and dtypes of what a slot keeps for the family.
         takes_pictures: a job may start from an image.
+        controls: shapes and dtypes of what the ControlNets make of a picture.
         decode_tile: side in latents of the tiles that an image is decoded in; 0 for all of it at once.
     """
 
@@ -107,6 +122,7 @@ class Geometry:
     inputs: Shapes
     conditioning: Shapes
     takes_pictures: bool = False
+    controls: tuple[jax.ShapeDtypeStruct, ...] = ()
     decode_tile: int = 0
 
     @classmethod
@@ -136,6 +152,7 @@ class Geometry:
                 for name, leaf in family.conditioning_shapes(size).items()
             },
             takes_pictures=family.picture_use is not PictureUse.NONE,
+            controls=family.control_shapes(size),
             decode_tile=tile_side(height // factor, width // factor) if in_tiles else 0,
         )
 
@@ -151,9 +168,9 @@ class Geometry:
         """Return fresh instructions that do nothing. A dispatch aliases its arrays, so never use them twice.
 
         Args:
-            pictures: `image` and `mask`, for all devices; None for zeros, see `no_pictures`.
+            pictures: `image`, `mask` and `control_images`, for all devices; None for zeros, see `no_pictures`.
         """
-        d = self.num_devices
+        d, k = self.num_devices, len(self.controls)
         dp = d, self.phases
         phases = Phases(
             decode_slot=np.full(dp, NOTHING, np.int32),
@@ -168,16 +185,23 @@ class Geometry:
             table=np.zeros((*dp, MAX_STEPS, len(COLUMNS)), np.float32),
             steps=np.zeros(dp, np.int32),
             has_image=np.zeros(dp, bool),
+            control_scale=np.zeros((*dp, k), np.float32) if k else None,
+            control_first=np.zeros((*dp, k), np.int32) if k else None,
+            control_end=np.zeros((*dp, k), np.int32) if k else None,
             **(self.no_pictures(d) if pictures is None else pictures),
         )
         return Instructions(np.zeros(d, np.int32), phases)
 
     def no_pictures(self, num_devices: int) -> dict[str, Any]:
-        """Return `image` and `mask` of instructions without pictures, for this many devices."""
-        if not self.takes_pictures:
-            return {"image": None, "mask": None}
-        shape = num_devices, self.phases, self.height, self.width
-        return {"image": np.zeros((*shape, 3), np.uint8), "mask": np.zeros(shape, bool)}
+        """Return `image`, `mask` and `control_images` of instructions without any, for this many devices."""
+        leading, size = (num_devices, self.phases), (self.height, self.width)
+        found: dict[str, Any] = {"image": None, "mask": None, "control_images": None}
+        if self.takes_pictures:
+            found["image"] = np.zeros((*leading, *size, 3), np.uint8)
+            found["mask"] = np.zeros((*leading, *size), bool)
+        if self.controls:
+            found["control_images"] = np.zeros((*leading, len(self.controls), *size, 3), np.uint8)
+        return found
 
     def _empty_rows(self, n: int) -> Slots:
         return Slots(
@@ -192,10 +216,16 @@ class Geometry:
             conditioning=_zeros((n,), self.conditioning),
             table=np.zeros((n, MAX_STEPS, len(COLUMNS)), np.float32),
             picture=self._no_picture(n) if self.takes_pictures else None,
+            controls=self._no_controls(n) if self.controls else None,
         )
 
     def _no_picture(self, n: int) -> Picture:
         return Picture(np.zeros((n, *self.latent_shape), np.float32), np.zeros((n, *self.latent_shape[1:]), bool))
+
+    def _no_controls(self, n: int) -> Controls:
+        shape = n, len(self.controls)
+        embedded = tuple(np.zeros((n, *each.shape), each.dtype) for each in self.controls)
+        return Controls(np.zeros(shape, np.float32), np.zeros(shape, np.int32), np.zeros(shape, np.int32), embedded)
 
 
 def _zeros(leading: tuple[int, ...], shapes: Shapes) -> dict[str, Any]:

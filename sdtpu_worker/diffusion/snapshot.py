@@ -87,6 +87,7 @@ class JobSnapshot:
             and np.array_equal(state.key_data[0], job.key_data)
             and np.array_equal(state.table[0], job.table)
             and self._has_mask_of(job)
+            and self._has_controls_of(job)
         )
         if not is_of_job:
             raise SnapshotMismatch("the snapshot is of a job with other parameters: start the job anew")
@@ -102,6 +103,20 @@ class JobSnapshot:
             return False
         factor = job.mask.shape[0] // picture.kept.shape[1]
         return np.array_equal(picture.kept[0], ~job.mask[::factor, ::factor])
+
+    def _has_controls_of(self, job: PreparedJob) -> bool:
+        """Return whether a slot asks the ControlNets that the job asks, as strongly and in the same rows."""
+        controls = self.state.controls
+        if controls is None:
+            return not job.controls
+        found = {
+            number: (scale, first, end)
+            for number, (scale, first, end) in enumerate(
+                zip(*(leaf[0].tolist() for leaf in (controls.scale, controls.first, controls.end)), strict=True)
+            )
+            if scale
+        }
+        return found == {each.number: (float(np.float32(each.scale)), each.first, each.end) for each in job.controls}
 
     def to_bytes(self) -> bytes:
         """Return the snapshot compressed: a line with fingerprint and lane, then the leaves of `Slots` in order."""

@@ -49,6 +49,7 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
             config.prediction_type,
             config.loras_merged,
             config.image_inputs,
+            config.controlnets,
         )
         checkpoint = load_checkpoint(config.model, dtype, options)
         for lora in checkpoint.loras:

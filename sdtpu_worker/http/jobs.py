@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.client.cancel import cancel_job
 from sdtpu_worker.contract.queues import TASK_NAME
-from sdtpu_worker.contract.request import PICTURES, GenerationRequest, draw_seed
+from sdtpu_worker.contract.request import LISTED, PICTURES, GenerationRequest, draw_seed
 from sdtpu_worker.errors import InvalidRequest, SdtpuError, StorageError
 from sdtpu_worker.http.callers import Caller
 from sdtpu_worker.http.celery_threads import CeleryThreads
@@ -104,24 +104,30 @@ class Jobs:
         pictures: dict[str, Any] = {}
         for name in PICTURES:
             value = given.get(name)
-            if isinstance(value, str) and value.startswith(JOB_START):
-                record = await self.find(caller, value.removeprefix(JOB_START))
-                state = await self.read_state(record.id)
-                if state.result is None:
-                    raise InvalidRequest(f"{name} must name a job that has succeeded, got one that is {state.status}")
-                pictures[name] = named_image(state.result)[1].uri
-            elif isinstance(value, bytes) or (isinstance(value, str) and value.startswith(DATA_START)):
-                pictures[name] = value
+            if name in LISTED and isinstance(value, list):
+                pictures[name] = [await self._find_picture(caller, name, each) for each in value]
             elif value is not None:
-                raise InvalidRequest(
-                    f"{name} must be a data URI (data:image/png;base64,…), or job:ID of a job of yours that has"
-                    f" succeeded, got {brief(value)}"
-                )
+                pictures[name] = await self._find_picture(caller, name, value)
         try:
             return await self.threads.call(bring_pictures, self.app, pictures) if pictures else {}
         except StorageError as exc:
             text = "the picture cannot be stored now; try again later"
             raise Refusal(503, "StorageError", text, headers={"Retry-After": "5"}, hidden=str(exc)) from exc
+
+    async def _find_picture(self, caller: Caller, name: str, value: Any) -> bytes | str:
+        """Return a picture that a caller sends, or the URI of one of its own jobs'."""
+        if isinstance(value, bytes) or (isinstance(value, str) and value.startswith(DATA_START)):
+            return value
+        if not isinstance(value, str) or not value.startswith(JOB_START):
+            raise InvalidRequest(
+                f"{name} must be a data URI (data:image/png;base64,…), or job:ID of a job of yours that has succeeded,"
+                f" got {brief(value)}"
+            )
+        record = await self.find(caller, value.removeprefix(JOB_START))
+        state = await self.read_state(record.id)
+        if state.result is None:
+            raise InvalidRequest(f"{name} must name a job that has succeeded, got one that is {state.status}")
+        return named_image(state.result)[1].uri
 
     def _make_record(self, caller: Caller, given: Mapping[str, Any], kind: str) -> JobRecord:
         kwargs = without_options(given)

@@ -9,6 +9,7 @@ from typing import Any
 import sdtpu_worker
 from sdtpu_worker.contract.parameter_checks import (
     MAX_GUIDANCE_SCALE,
+    MAX_LISTED,
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
     MAX_SIDE,
@@ -93,6 +94,10 @@ def _optional(shape: Shape) -> Shape:
     return {"anyOf": [shape, {"type": "null"}]}
 
 
+def _one_or_more(shape: Shape) -> Shape:
+    return {"anyOf": [shape, {"type": "array", "items": shape, "minItems": 1, "maxItems": MAX_LISTED}]}
+
+
 _SIDE = _integer(SIDE_MULTIPLE, MAX_SIDE, multipleOf=SIDE_MULTIPLE)
 _FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
 _PICTURE = {
@@ -126,6 +131,11 @@ _JOB_FIELDS: dict[str, Shape] = {
     "mask_image": _optional(_PICTURE),
     "preserve_unmasked": {"type": "boolean"},
     "image_guidance_scale": _optional({"type": "number", "minimum": 0, "maximum": MAX_GUIDANCE_SCALE}),
+    "control_image": _optional(_one_or_more(_PICTURE)),
+    "controlnet": _optional(_one_or_more(_text(MAX_TENANT_CHARACTERS, minLength=1))),
+    "controlnet_conditioning_scale": _one_or_more({"type": "number", "minimum": 0, "maximum": MAX_GUIDANCE_SCALE}),
+    "control_guidance_start": _one_or_more(_FRACTION),
+    "control_guidance_end": _one_or_more(_FRACTION),
     "tenant": _optional(_text(MAX_TENANT_CHARACTERS, minLength=1)),
     "priority": _optional(_integer(0, 9)),
     "expires": _optional({"type": "number", "exclusiveMinimum": 0, "maximum": 1e9}),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.contract.picture_reference import DATA_URI
-from sdtpu_worker.contract.request import PICTURES
+from sdtpu_worker.contract.request import LISTED, PICTURES
 from sdtpu_worker.errors import ConfigurationError, InvalidRequest, StorageError
 from sdtpu_worker.images.pictures import MAX_PICTURE_BYTES, check_picture_bytes
 from sdtpu_worker.images.store import find_store
@@ -37,14 +37,24 @@ def bring_pictures(app: Celery, parameters: Mapping[str, Any]) -> dict[str, Any]
     """
     found = dict(parameters)
     for name in PICTURES:
-        data = _bytes_of(name, found.get(name))
-        if data is not None:
-            image_format = check_picture_bytes(name, data)
-            try:
-                found[name] = find_store(app, _BUDGET_S).put_picture(image_format, data)
-            except ConfigurationError as exc:
-                raise StorageError(f"{name} could not be stored: {exc}") from exc
+        given = found.get(name)
+        if name in LISTED and isinstance(given, list | tuple):
+            found[name] = [_bring(app, name, each) for each in given]
+        elif given is not None:
+            found[name] = _bring(app, name, given)
     return found
+
+
+def _bring(app: Celery, name: str, given: Any) -> Any:
+    """Return the URI of a picture that is brought; anything else as it is."""
+    data = _bytes_of(name, given)
+    if data is None:
+        return given
+    image_format = check_picture_bytes(name, data)
+    try:
+        return find_store(app, _BUDGET_S).put_picture(image_format, data)
+    except ConfigurationError as exc:
+        raise StorageError(f"{name} could not be stored: {exc}") from exc
 
 
 def data_of_uri(name: str, uri: str) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from sdtpu_worker.contract.request import PICTURES, GenerationRequest
+from sdtpu_worker.contract.request import LISTED, PICTURES, GenerationRequest
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.images.bring import data_of_uri
 from sdtpu_worker.images.pictures import decode_mask, decode_picture
@@ -28,19 +28,23 @@ class PictureOpener:
     def __init__(self, stores: Sequence[PictureStore], give_up: Callable[[], bool] = never) -> None:
         self._stores, self._give_up = stores, give_up
 
-    def open(self, request: GenerationRequest) -> dict[str, Image]:
-        """Return a request's pictures by parameter, decoded: images in RGB, masks of mode `1`.
+    def open(self, request: GenerationRequest) -> dict[str, Image | list[Image]]:
+        """Return a request's pictures by parameter, decoded: images in RGB, masks of mode `1`; a list of `LISTED` ones.
 
         Raises:
             InvalidRequest: a picture is not in these stores, is gone, or is none that is taken.
             StorageError: the store cannot be read.
         """
-        found = {}
+        found: dict[str, Image | list[Image]] = {}
         for name in PICTURES:
-            uri = getattr(request, name)
-            if uri is not None:
-                decode = decode_mask if name == "mask_image" else decode_picture
-                found[name] = decode(name, self._read(name, uri))
+            named = getattr(request, name)
+            if named is None:
+                continue
+            decode = decode_mask if name == "mask_image" else decode_picture
+            if name in LISTED:
+                found[name] = [decode(name, self._read(name, uri)) for uri in named]
+            else:
+                found[name] = decode(name, self._read(name, named))
         return found
 
     def _read(self, name: str, uri: str) -> bytes:

@@ -10,6 +10,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+START_PHASES = {
+    "settings": "looking at its settings",
+    "broker": "looking at the broker",
+    "store": "looking at the image store",
+    "import": "importing JAX",
+    "devices": "looking for devices",
+    "checkpoint": "loading the checkpoint",
+    "programs": "compiling and running",
+    "connection": "ready to consume",
+}
+"""Short names of what a worker does before it consumes, each with how `enter` is told of it."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -48,6 +60,7 @@ class WorkerHealth:
         self._disconnected_at: float | None = None
         self._refusal: str | None = None
         self._phase, self._phase_at = "looking at its settings", self._clock()
+        self._start_s: dict[str, float] = {}
         self.started = self.draining = False
 
     def watch_device(
@@ -58,7 +71,24 @@ class WorkerHealth:
 
     def enter(self, phase: str) -> None:
         """Report what the worker does before it consumes, as in `starting: compiling`."""
-        self._phase, self._phase_at = phase, self._clock()
+        self._leave_phase()
+        self._phase = phase
+
+    def start_s(self) -> dict[str, float]:
+        """Return the seconds that each phase of the start took, up to now, by its name in `START_PHASES`."""
+        phase, seconds = self._phase_name(), self._start_s.copy()
+        if not self.started:
+            seconds[phase] = seconds.get(phase, 0.0) + self._clock() - self._phase_at
+        return seconds
+
+    def _phase_name(self) -> str:
+        """Return the short name of the phase; `other` for one of another engine."""
+        return next((name for name, words in START_PHASES.items() if self._phase.startswith(words)), "other")
+
+    def _leave_phase(self) -> None:
+        now, phase = self._clock(), self._phase_name()
+        self._start_s[phase] = self._start_s.get(phase, 0.0) + now - self._phase_at
+        self._phase_at = now
 
     def watch_redis(self) -> None:
         """Expect that Redis is heard of from now on. A worker with another broker has nothing to report of it."""
@@ -87,6 +117,7 @@ class WorkerHealth:
         self.beat()
         if not self.started:
             self.contact()
+            self._leave_phase()
         self.started, self._disconnected_at, self._refusal = True, None, None
 
     def on_disconnect(self) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP endpoint `/livez` and `/readyz` (`sdtpu_health_address`), and the client that `sdtpu health` uses."""
+"""The HTTP endpoint `/livez`, `/readyz` and `/metrics` (`sdtpu_health_address`), and the client of `sdtpu health`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any, BinaryIO
@@ -21,6 +21,8 @@ from sdtpu_worker.operations.health import Check
 logger = logging.getLogger(__name__)
 
 Probe = Callable[[], list[Check]]
+Page = Callable[[str], tuple[str, bytes]]
+"""Returns the type of a page's content and the content, for the header `Accept` of the request."""
 
 _CLIENT_S = 5.0  # seconds that a client has, from its connection to its answer
 _MAX_CLIENTS = 16  # at the same time
@@ -62,12 +64,14 @@ def ask_health(address: tuple[str, int], path: str, timeout_s: float = 5.0) -> t
 
 
 class HealthServer:
-    """Answers `/livez` and `/readyz` from threads of its own, until it is closed.
+    """Answers `/livez`, `/readyz` and further pages from threads of its own, until it is closed.
 
     Args:
         address: host and port; an empty host means every interface, port 0 any free port.
         live: returns the checks of `/livez`, without waiting. An exception counts as a failing check.
         ready: returns the checks of `/readyz` likewise.
+        pages: further pages by path.
+        named_by: the setting or option that names the address, for errors.
 
     Attributes:
         address: the host and port that the server listens on.
@@ -76,20 +80,25 @@ class HealthServer:
         ConfigurationError: the address is in use, or does not belong to this host.
     """
 
-    def __init__(self, address: tuple[str, int], live: Probe, ready: Probe) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        live: Probe,
+        ready: Probe,
+        pages: Mapping[str, Page] | None = None,
+        named_by: str = "sdtpu_health_address",
+    ) -> None:
         try:
-            self._server = _Server(address, {"/livez": live, "/readyz": ready})
+            self._server = _Server(address, {"/livez": live, "/readyz": ready}, pages or {})
         except OSError as exc:
             remedy = "another process listens there; choose another port" if exc.errno == errno.EADDRINUSE else exc
-            raise ConfigurationError(
-                f"sdtpu_health_address: cannot listen on {format_address(address)}: {remedy}"
-            ) from exc
+            raise ConfigurationError(f"{named_by}: cannot listen on {format_address(address)}: {remedy}") from exc
         self.address: tuple[str, int] = self._server.server_address[:2]  # type: ignore[assignment]  # typed for any socket
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, name="sdtpu-health", daemon=True
         )
         self._thread.start()
-        logger.info("health: http://%s/livez and /readyz", format_address(self.address))
+        logger.info("health: http://%s with %s", format_address(self.address), " ".join(self._server.all_paths))
 
     def close(self) -> None:
         """Stop listening and hang up on connected clients. Safe to call again."""
@@ -106,12 +115,13 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_port = False
     request_queue_size = 64
 
-    def __init__(self, address: tuple[str, int], paths: dict[str, Probe]) -> None:
+    def __init__(self, address: tuple[str, int], paths: Mapping[str, Probe], pages: Mapping[str, Page]) -> None:
         host, port = address
         dual = host in ("", "::") and socket.has_dualstack_ipv6()
         host = "::" if dual else host or "0.0.0.0"
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        self.address_family, self._dual, self.paths = found[0], dual, paths
+        self.address_family, self._dual = found[0], dual
+        self.paths, self.pages, self.all_paths = paths, pages, (*paths, *pages)
         self._clients: dict[socket.socket, float] = {}  # oldest first
         self._lock = threading.Lock()
         super().__init__(found[4][:2], _Handler)  # type: ignore[arg-type]  # typed for any socket
@@ -188,8 +198,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile = _Lines(self.rfile, _MAX_REQUEST_BYTES)  # type: ignore[assignment, arg-type]  # what is used
 
     def do_GET(self) -> None:  # the standard library's name
-        """Answer with the verdict and its checks."""
-        probe = self.server.paths.get(self.path.partition("?")[0])
+        """Answer with the verdict and its checks, or with a page."""
+        path = self.path.partition("?")[0]
+        if page := self.server.pages.get(path):
+            self._answer_page(page)
+            return
+        probe = self.server.paths.get(path)
         if probe is None:
             self.send_error(404)
             return
@@ -206,12 +220,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer with an error in JSON; a method other than GET and HEAD is answered with 404 as well."""
-        self._answer(404 if code == 501 else code, {"status": "not found: ask GET /livez or GET /readyz", "checks": {}})
+        paths = " or ".join(f"GET {path}" for path in self.server.all_paths)
+        self._answer(404 if code == 501 else code, {"status": f"not found: ask {paths}", "checks": {}})
+
+    def _answer_page(self, page: Page) -> None:
+        try:
+            content_type, body = page(self.headers.get("Accept", ""))
+        except Exception as exc:
+            logger.warning("health: %s failed", self.path, exc_info=True)
+            self._answer(500, {"status": f"the page itself raised an error: {exc!r}", "checks": {}})
+            return
+        self._send(200, content_type, body)
 
     def _answer(self, code: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode() + b"\n"
+        self._send(code, "application/json", json.dumps(content).encode() + b"\n")
+
+    def _send(self, code: int, content_type: str, body: bytes) -> None:
         self.send_response(code)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
         self.end_headers()

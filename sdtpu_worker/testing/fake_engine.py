@@ -9,6 +9,7 @@ import copy
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -207,6 +208,12 @@ class FakeEngine:
     def reset(self) -> None:
         """Empty every slot."""
         self.slots.clear()
+
+    def memory(self) -> Mapping[int, Mapping[str, int]]:
+        """Return for each device a byte for each of its slots that hold a job, and a limit of a thousand."""
+        devices = {device for costs in self.costs.values() for device in range(costs.num_devices)}
+        used = Counter(device for _, device, _ in self.slots.copy())
+        return {device: {"used": used[device], "peak": used[device], "limit": 1000} for device in sorted(devices)}
 
     def _sick(self, lost: Collection[int]) -> Collection[int]:
         return {*self.nan_devices, *self.raising_devices} - {*self.unseen, *lost}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from billiard.common import TERM_SIGNAME
@@ -20,8 +21,9 @@ from sdtpu_worker.operations.prompt_guard import describe
 
 logger = logging.getLogger(__name__)
 
-JOB = "sdtpu_job"
-"""The name under which a task's request (`self.request`) has the `DeviceJob` that the pool runs for it."""
+current_job: ContextVar[Any] = ContextVar("sdtpu_current_job", default=None)
+"""The `DeviceJob` that the calling thread runs; None in any other thread. (Celery would take a job among a task's own
+fields for a header, and could not send the task again: `retry`.)"""
 
 
 class DeviceRequest(Request):
@@ -127,14 +129,14 @@ def is_revoked(request: Any) -> bool:
     )
 
 
-def count_failure_outside_task(sender: Any, request: Any, exception: BaseException, **_: Any) -> None:
+def count_failure_outside_task(sender: Any, task_id: str, exception: BaseException, **_: Any) -> None:
     """Take note that Celery failed around a task's code; mostly, the result backend took no state.
 
     A receiver of Celery's signal `task_internal_error`, in the job's thread.
     """
-    job = request.get(JOB) if isinstance(request, dict) else None
-    celery_request = getattr(job, "request", None)
-    if job is not None and isinstance(celery_request, DeviceRequest):
+    job = current_job.get()
+    if job is not None and job.task_id == task_id:
+        celery_request: DeviceRequest = job.request
         celery_request.failures_outside += 1
         if isinstance(exception, EngineUnavailable):  # the worker stops, and does not wait for the result backend
             celery_request.is_requeued = True

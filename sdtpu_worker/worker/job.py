@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery.backends.base import DisabledBackend
 from celery.backends.rpc import RPCBackend
-from celery.exceptions import SecurityError, SoftTimeLimitExceeded
+from celery.exceptions import SecurityError, SoftTimeLimitExceeded, TimeLimitExceeded
 from celery.states import READY_STATES, STARTED
 from celery.worker.state import task_ready
 from kombu.exceptions import ContentDisallowed, DecodeError
@@ -33,6 +33,8 @@ from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, Job
 from sdtpu_worker.errors import DeliveryLimitExceeded, EngineUnavailable, StorageError
 from sdtpu_worker.operations.prompt_guard import describe
 from sdtpu_worker.worker.celery_request import is_revoked
+from sdtpu_worker.worker.job_ends import JobLeft
+from sdtpu_worker.worker.job_record import JobRecord
 
 if TYPE_CHECKING:
     from celery import Task
@@ -47,24 +49,9 @@ _UNREADABLE = (
     NotImplementedError,
 )  # fmt: skip
 """What a result backend raises for a state that is none, or if it can read none; asking again would not help."""
+_REVOKED, _EXPIRED = ("revoked", "waiting"), ("expired", "")
 _PAUSE_S = 1.0
 """How long a job holds its message whose history cannot be read now, before the message is requeued."""
-
-
-class JobLeft(BaseException):
-    """Ends a task's code whose job ends in another way than with a result or an error of its own.
-
-    Celery's tracer makes no state of what is no `Exception`. It sends `task_postrun` with the state None, as when
-    Celery itself kills a task, and stores, logs and announces nothing. (`celery.exceptions.Ignore` is no such end:
-    `task_postrun` has the state IGNORED then, and listeners store it.) The job's end comes after that.
-
-    Args:
-        end: brings the job to its end, outside the tracer.
-    """
-
-    def __init__(self, end: Callable[[], None]) -> None:
-        super().__init__()
-        self.end = end
 
 
 class DeviceJob:
@@ -78,6 +65,10 @@ class DeviceJob:
         deliveries: the messages that the worker holds, if its broker is Redis.
         max_deliveries: after how many crashes with this job on the devices it fails.
         is_stopping: says whether the worker takes no more jobs.
+        record: where the job is measured; None for one of its own.
+
+    Attributes:
+        terminated: the client has asked for the job to be terminated.
     """
 
     def __init__(
@@ -90,6 +81,7 @@ class DeviceJob:
         deliveries: Deliveries | None = None,
         max_deliveries: int = 1,
         is_stopping: Callable[[], bool] = lambda: False,
+        record: JobRecord | None = None,
     ) -> None:
         self.request, self.serving = request, serving
         self.soft_time_limit_s, self.time_limit_s = map(_positive_seconds, (soft_time_limit_s, time_limit_s))
@@ -98,6 +90,7 @@ class DeviceJob:
         self._is_stopping = is_stopping
         self._signum: Any = None
         self._digest, self._facts = b"", JobFacts()
+        self.record = record or JobRecord(request.id)
         self.terminated = False
 
     @property
@@ -141,11 +134,16 @@ class DeviceJob:
         not wanted any more.
         """
         is_redelivered = self.request.delivery_info.get("redelivered")
+        if is_redelivered:
+            self.record.came_from = "requeued"
         if is_redelivered and self._deliveries is not None and (left := self._look_back(self._deliveries)):
             return left
         if self.terminated:
             return self._revoked()
-        return JobLeft(self.request.announce_unwanted) if self.request.is_unwanted() else None
+        is_known_to_be_revoked = is_revoked(self.request)  # which a job that has expired is, too, afterwards
+        if not self.request.is_unwanted():
+            return None
+        return JobLeft(self.request.announce_unwanted, *(_REVOKED if is_known_to_be_revoked else _EXPIRED))
 
     def _look_back(self, deliveries: Deliveries) -> JobLeft | None:
         """Read what earlier workers left of the job; return its end if that leaves nothing to do."""
@@ -153,12 +151,14 @@ class DeviceJob:
             meta = self._stored_end()
             self._facts = deliveries.job_facts(self.task_id)
             self.request.had_its_slot = self._facts.snapshot is not None or bool(self._facts.died_on)
+            if self.request.had_its_slot:
+                self.record.came_from = "died" if self._facts.died_on else "handed_over"
         except Exception as exc:  # each result backend has errors of its own
             logger.warning("the history of task %s could not be read, its message is requeued: %s", self.task_id,
                            describe(exc))  # fmt: skip
             self._pause()  # or the message would be claimed again at once
-            return JobLeft(self.request.requeue)
-        return None if meta is None else JobLeft(lambda: self._keep(meta))
+            return JobLeft(self.request.requeue, "handed_over", "history")
+        return None if meta is None else JobLeft(lambda: self._keep(meta), "done_before", meta["status"])
 
     def recall(self, parameters: GenerationRequest) -> JobFacts:
         """Return what earlier workers left of the job, if there were any.
@@ -272,10 +272,11 @@ class DeviceJob:
             if self.terminated:
                 raise self._revoked() from None
             self._save(exc)
-            if getattr(exc, "suspect", False) and self._deliveries is not None:
+            is_suspect = getattr(exc, "suspect", False)
+            if is_suspect and self._deliveries is not None:
                 self._deliveries.mark_suspect(self.request.message.delivery_tag)
             logger.info("task %s is handed over: its message is requeued and another worker continues it", self.task_id)
-            raise JobLeft(self.request.requeue) from None
+            raise JobLeft(self.request.requeue, "handed_over", "devices" if is_suspect else "stopping") from None
         except (JobCancelled, JobOverdue) as exc:
             reason = exc.reason if isinstance(exc, JobOverdue) else None
             if self.terminated:
@@ -283,8 +284,11 @@ class DeviceJob:
             if reason is Overdue.SOFT_TIME_LIMIT:
                 raise SoftTimeLimitExceeded(self.soft_time_limit_s) from None
             if reason is Overdue.TIME_LIMIT and self._on_time_limit and self.time_limit_s:
-                raise JobLeft(partial(self._on_time_limit, False, self.time_limit_s)) from None
-            raise JobLeft(partial(self.request.announce_unwanted, is_expired=reason is Overdue.EXPIRED)) from None
+                on_limit = partial(self._on_time_limit, False, self.time_limit_s)
+                raise JobLeft(on_limit, "failed", TimeLimitExceeded.__name__) from None
+            is_expired = reason is Overdue.EXPIRED
+            announce = partial(self.request.announce_unwanted, is_expired=is_expired)
+            raise JobLeft(announce, *(_EXPIRED if is_expired else _REVOKED)) from None
         except StorageError:
             if self.terminated:
                 raise self._revoked() from None
@@ -293,13 +297,13 @@ class DeviceJob:
             self.remember_slot()
             logger.warning("the image of task %s could not be stored before the worker stops: its message is requeued",
                            self.task_id)  # fmt: skip
-            raise JobLeft(self.request.requeue) from None
+            raise JobLeft(self.request.requeue, "handed_over", "storage") from None
         if self.terminated:
             raise self._revoked()
 
     def _revoked(self) -> JobLeft:
         """Return the end of a job that was terminated."""
-        return JobLeft(lambda: self.request.announce_terminated(self._signum))
+        return JobLeft(lambda: self.request.announce_terminated(self._signum), "revoked", "terminated")
 
     def _save(self, end: JobHandedOver | EngineUnavailable) -> None:
         """Keep a snapshot for the next worker; without one the job starts anew there."""

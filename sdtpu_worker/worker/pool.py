@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,8 +21,11 @@ from sdtpu_worker.config import Config
 from sdtpu_worker.device_loop.protocols import Policy, ServingEngine
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.images.store import make_image_store
-from sdtpu_worker.worker.celery_request import JOB, DeviceRequest, answer_directly
-from sdtpu_worker.worker.job import DeviceJob, JobLeft
+from sdtpu_worker.operations.log_format import task_on_lines
+from sdtpu_worker.worker.celery_request import DeviceRequest, answer_directly, current_job
+from sdtpu_worker.worker.job import DeviceJob
+from sdtpu_worker.worker.job_ends import JobLeft, end_of
+from sdtpu_worker.worker.job_record import count_end, log_end, record_of
 from sdtpu_worker.worker.urgent import UrgentPrefetch
 
 if TYPE_CHECKING:
@@ -141,9 +145,8 @@ class DevicePool(TaskPool):
             deliveries,
             services.config.max_deliveries,
             lambda: self._stage is not PoolStage.SERVING,
+            record_of(request),
         )
-        task_name, task_id, fields, *rest = args  # what Celery's tracer gets; `fields` become the task's own request
-        args = (task_name, task_id, {**fields, JOB: job}, *rest)
         future = self.executor.submit(self._run, job, target, args, kwargs, callback, accept_callback)
         self._results[job] = result = ApplyResult(future)
         future.add_done_callback(lambda _: self._results.pop(job, None))
@@ -263,20 +266,39 @@ class DevicePool(TaskPool):
             """Let Celery store the result and acknowledge the message."""
             if self.urgent is not None:
                 self.urgent.on_job_end()
+            record.outcome, record.reason = end_of(result)
             if isinstance(result, JobLeft):
                 job.leave(result)
             elif callback is not None:
                 callback(result)
+            if job.request.is_requeued and record.outcome != "handed_over":  # its end could not be stored
+                record.outcome, record.reason = "handed_over", "storage"
 
-        try:
-            if left := job.find_early_end():
-                end(left)
-            else:
-                apply_target(trace, args, kwargs, end, accept_callback, pid=threading.get_native_id())
-        except Exception:
-            logger.exception("task %s could not be brought to an end", job.task_id)
-        finally:
-            job.release()
+        record = job.record
+        with self._measured(job):
+            try:
+                if left := job.find_early_end():
+                    end(left)
+                else:
+                    apply_target(trace, args, kwargs, end, accept_callback, pid=threading.get_native_id())
+            except Exception:
+                logger.exception("task %s could not be brought to an end", job.task_id)
+                record.outcome, record.reason = "lost_hold", ""
+            finally:
+                job.release()
+
+    @contextlib.contextmanager
+    def _measured(self, job: DeviceJob) -> Iterator[None]:
+        """Let the calling thread's code know its job; log and count how that ended after the block."""
+        token = current_job.set(job)
+        with task_on_lines(job.task_id, job.request.name):
+            try:
+                yield
+            finally:
+                current_job.reset(token)
+                log_end(job.record)
+                if self.services is not None:
+                    count_end(job.record, self.services.observation.figures)
 
     def _get_info(self) -> dict[str, Any]:
         info = dict(super()._get_info())

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdtpu_worker.contract.queues import LATEST_SENT_AT, SENT_AT_HEADER
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.errors import EngineUnavailable
-from sdtpu_worker.worker.celery_request import JOB
-from sdtpu_worker.worker.job import DeviceJob
+from sdtpu_worker.worker.celery_request import current_job
 from sdtpu_worker.worker.serving import JobControl
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
     """Generate and store the image of the job that a task's request carries.
 
     Args:
-        task: the bound task; the pool has put the job into its request.
+        task: the bound task; the pool runs it in the job's thread.
         args: of the task.
         kwargs: of the task.
 
@@ -36,13 +34,12 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
         Exception: whatever else ends the job; see `Serving.run` and `DeviceJob.in_celerys_words`.
     """
     request = GenerationRequest.parse(args, kwargs).with_seed(task.request.id)
-    job = task.request.get(JOB)
-    if not isinstance(job, DeviceJob):  # a message may say anything under this name
+    job = current_job.get()
+    if job is None or job.task_id != task.request.id:
         raise EngineUnavailable(
             "no engine runs in this process: sdtpu.generate runs only in a worker with the pool"
             " sdtpu_worker.pool:DevicePool (call sdtpu_worker.install(app), then `celery worker -Q sdtpu`)"
         )
-    sent_at = read_sent_at(task.request.get(SENT_AT_HEADER))
     with job.in_celerys_words():
         facts = job.recall(request)
         job.begin(task)
@@ -52,11 +49,6 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
             lambda progress: job.publish_progress(task, progress),
             facts.snapshot,
             alone=len(facts.died_on) >= CRASHES_TO_RUN_ALONE,
+            record=job.record,
         )
-        return job.serving.run(task.request.id, request, sent_at, control).to_json()
-
-
-def read_sent_at(header: Any) -> float | None:
-    """Return the time at which the client sent a job, in seconds since 1970; None where the header is no such time."""
-    is_number = isinstance(header, int | float) and not isinstance(header, bool)
-    return header if is_number and 0 <= header <= LATEST_SENT_AT else None
+        return job.serving.run(task.request.id, request, control=control).to_json()

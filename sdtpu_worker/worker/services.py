@@ -14,7 +14,6 @@ has to be changed in kombu, in Celery's app or in the Python process is changed 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.states import FAILURE
 from celery.utils.functional import noop
-from celery.worker import state
 from kombu.transport.redis import Transport as RedisTransport
 from redis.exceptions import RedisError
 
@@ -42,8 +40,11 @@ from sdtpu_worker.images.store import further_stores
 from sdtpu_worker.operations.connections import connections_warning
 from sdtpu_worker.operations.health import WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer
+from sdtpu_worker.operations.log_format import remove_log_format
 from sdtpu_worker.operations.redis_checks import redis_warnings
+from sdtpu_worker.worker.observation import Observation
 from sdtpu_worker.worker.process_changes import change_app, freeze_start_up, watch_failures_outside_tasks
+from sdtpu_worker.worker.process_ends import end_process, leave_soon
 from sdtpu_worker.worker.result_patience import wait_for_results
 from sdtpu_worker.worker.serving import Hooks, Serving
 from sdtpu_worker.worker.start_recorder import StartRecorder
@@ -53,8 +54,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EX_ENGINE_LOST = 75
-"""Exit code of a worker whose devices are lost (EX_TEMPFAIL): its supervisor should start it anew."""
 _BROKER_TIMEOUT_S = 5.0
 _CLIENT_OPTIONS = {
     "socket_timeout": _BROKER_TIMEOUT_S,
@@ -64,7 +63,6 @@ _CLIENT_OPTIONS = {
 _HOLDERS_PER_DELIVERY = 10
 """How many more times than on the devices a message may be in the hands of workers that die: it is seldom why."""
 _REPORT_EVERY_S = 5.0
-_LEAVE_AFTER_S = 5.0
 
 
 class PartMakers(Protocol):
@@ -93,6 +91,7 @@ class DeviceServices:
 
     Attributes:
         health: what `/livez` and `/readyz` say.
+        observation: what `/metrics` and traces show.
         deliveries: the messages that this worker holds; None when the broker is not Redis, whose own guarantees hold
             then.
         serving: the engine with its device loop and image store; None before `start`.
@@ -102,6 +101,7 @@ class DeviceServices:
     def __init__(self, app: Any, hostname: str, config: Config) -> None:
         self.config = config
         self.health = WorkerHealth(config.lease_s, config.stall_s)
+        self.observation = Observation(self.health, config.log_prompts)
         self.deliveries: Deliveries | None = None
         self.serving: Serving | None = None
         self.stopping = threading.Event()
@@ -124,8 +124,10 @@ class DeviceServices:
         started = time.monotonic()
         with ExitStack() as undo:
             if self.config.health_address is not None:  # first, so that probes are answered while programs compile
-                server = HealthServer(self.config.health_address, self.health.live, self.health.ready)
+                pages = self.observation.pages()
+                server = HealthServer(self.config.health_address, self.health.live, self.health.ready, pages)
                 undo.callback(server.close)
+            undo.callback(remove_log_format)
             undo.enter_context(watch_failures_outside_tasks())
             self.health.enter("looking at the broker")
             self._connect_to_broker(undo)
@@ -134,10 +136,14 @@ class DeviceServices:
             engine = pool.make_engine(self.config, self.health.enter)
             undo.callback(engine.close)
             policy = pool.make_policy(engine, self.config)
-            hooks = Hooks(_end_process, self._make_start_recorder(undo), self.stopping.is_set)
+            on_tick = self.observation.watch_ticks(engine)
+            hooks = Hooks(end_process, self._make_start_recorder(undo), on_tick, self.stopping.is_set)
             opener = PictureOpener([store, *further_stores(self._app)], hooks.give_up)
-            self.serving = serving = Serving(engine, store, policy, self.config, hooks, opener)
+            self.serving = serving = Serving(
+                engine, store, policy, self.config, hooks, opener, self.observation.tracing
+            )
             undo.callback(serving.close)
+            self.observation.watch_serving(serving)
             if self._has_looked_at_redis:
                 self._warn_of_connections()
             loop = serving.loop
@@ -157,8 +163,7 @@ class DeviceServices:
         self.stopping.set()
         self._undo.close()
         if is_stuck:
-            logger.critical("some threads do not end; the process leaves without them in %.0f s", _LEAVE_AFTER_S)
-            threading.Thread(target=_leave, name="sdtpu-leave", daemon=True).start()
+            leave_soon()
 
     def on_consume(self, consumer: Any) -> None:
         """Take note of a new connection, before the first message is taken from it."""
@@ -166,6 +171,7 @@ class DeviceServices:
         if self.deliveries is None:
             return
         hub = consumer.hub
+        self.observation.follow(consumer, self.deliveries.keys.prefix)
         self.deliveries.on_free = lambda: hub.call_soon(noop)
         self._follow(consumer.connection)
         if not self._has_looked_at_redis:
@@ -174,6 +180,7 @@ class DeviceServices:
         if self._lease is None:
             self._lease = Lease(self.deliveries, self.devices_make_progress, self._on_contact)
             self._lease.start()
+            self.observation.watch_deliveries(self.deliveries, self._lease)
 
     def _follow(self, connection: Any) -> None:
         """Lease and acknowledge on the server from which the consumer takes messages: kombu may have failed over."""
@@ -228,6 +235,7 @@ class DeviceServices:
         self.deliveries = deliveries = Deliveries(
             self._make_client, Keys(options.get("global_keyprefix", "")), config.lease_s, self._hostname
         )
+        self.observation.watch_dead_letters(deliveries)
         options = {
             "socket_keepalive": True,
             "socket_timeout": 2 * _BROKER_TIMEOUT_S,
@@ -328,6 +336,8 @@ class DeviceServices:
             publish_load(self.deliveries.client, self.config.queue, load, self.deliveries.keys.prefix)
         except RedisError as exc:  # no memory, no permission; clients then estimate without this worker
             logger.warning("the load report of this worker could not be published: %s", exc)
+        if self.config.health_address is not None:
+            self.observation.queues.look(self.deliveries.client)
 
 
 def _client_of(connection: Any) -> Redis:
@@ -336,13 +346,3 @@ def _client_of(connection: Any) -> Redis:
 
     connection.connect()
     return Redis(connection_pool=connection.channel().pool)
-
-
-def _end_process() -> None:
-    """Have Celery end the worker with a code of its own, for its supervisor to start it anew on healthy devices."""
-    state.should_stop = EX_ENGINE_LOST
-
-
-def _leave() -> None:
-    time.sleep(_LEAVE_AFTER_S)
-    os._exit(1)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sdtpu_worker.aggregator.jobs import Terms
+from sdtpu_worker.aggregator.plan import Plan
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.load_report import WorkerLoad
 from sdtpu_worker.contract.request import GenerationRequest
@@ -23,6 +25,8 @@ from sdtpu_worker.errors import ConfigurationError, SnapshotMismatch
 from sdtpu_worker.images.encode import encode_image
 from sdtpu_worker.images.open_pictures import PictureOpener
 from sdtpu_worker.images.store import ImageStore
+from sdtpu_worker.operations.tracing import NoTracing, Tracing
+from sdtpu_worker.worker.job_record import JobRecord
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,7 @@ class JobControl:
         publish: called with the job's progress, in the caller's thread; None to publish none.
         snapshot: the bytes of a snapshot to continue from.
         alone: the job shares the devices with no other job.
+        record: where the job is measured; None for a record of its own.
     """
 
     terms: Terms = field(default_factory=Terms)
@@ -46,6 +51,7 @@ class JobControl:
     publish: Callable[[Progress], None] | None = None
     snapshot: bytes | None = None
     alone: bool = False
+    record: JobRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,13 @@ class Hooks:
         on_death: called when the device loop cannot continue.
         on_start: called in the device loop's thread with the jobs that are about to get a slot, and whether no other
             job has one.
+        on_tick: called in the device loop's thread with every tick that ended without a failure, and its start and end.
         give_up: asked while an image cannot be stored, or a picture not be read: whether to stop trying.
     """
 
     on_death: Callable[[], None] = lambda: None
     on_start: Callable[[Sequence[str], bool], None] = lambda task_ids, alone: None
+    on_tick: Callable[[Plan, float, float], None] = lambda plan, started_at, ended_at: None
     give_up: Callable[[], bool] = lambda: False
 
 
@@ -74,6 +82,7 @@ class Serving:
         config: the settings.
         hooks: what the process around it is told, and asked.
         pictures: opens the pictures that jobs start from; None for a worker whose jobs have none.
+        tracing: where the spans of jobs go.
 
     Raises:
         ConfigurationError: the file of `sdtpu_trace` cannot be written.
@@ -87,9 +96,10 @@ class Serving:
         config: Config,
         hooks: Hooks | None = None,
         pictures: PictureOpener | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         hooks = hooks or Hooks()
-        self._pictures = pictures or PictureOpener(())
+        self._pictures, self._tracing = pictures or PictureOpener(()), tracing or NoTracing()
         self.engine, self.store, self._progress_s, self._give_up = engine, store, config.progress_s, hooks.give_up
         self._held: dict[Submission, int] = {}  # with the priority of each
         self._mean_job_s: float | None = None
@@ -100,7 +110,9 @@ class Serving:
                 self.trace = Trace(Path(config.trace), costs, engine.info.num_devices)
             except (OSError, ValueError) as exc:
                 raise ConfigurationError(f"sdtpu_trace must be a file that can be written: {exc}") from exc
-        self.loop = DeviceLoop(engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start)
+        self.loop = DeviceLoop(
+            engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start, on_tick=hooks.on_tick
+        )
         self.loop.start()
 
     @property
@@ -147,20 +159,14 @@ class Serving:
             StorageError: the image could not be stored, or a picture not be read.
             JobCancelled, JobOverdue, JobHandedOver: see `DeviceLoop.submit`.
         """
-        received = time.monotonic()
-        waited_s = max(0.0, time.time() - sent_at) if sent_at is not None else 0.0
-        with self.trace.span("prepare", task_id):
+        control = control or JobControl()
+        record = control.record or JobRecord.of(task_id, sent_at)
+        self._describe(record, request)
+        with self._stage("prepare", record):
             job = self.engine.prepare(task_id, request, self._open_pictures(request))
-        finished = self._denoise(job, control or JobControl())
-        device_s = finished.finished_at - finished.started_at
-        image, parameters, is_unsafe = self._store(job, request, job.finish(finished.pixels))
-        total_s = waited_s + time.monotonic() - received
-        num_slots = self.num_slots
-        logger.info(
-            "task %s: %d steps in %.2f s on device %d slot %d, %d of %d slots in use",
-            task_id, job.num_steps, device_s, finished.device, finished.slot, finished.occupied,
-            num_slots,
-        )  # fmt: skip
+        finished = self._denoise(job, control, record)
+        image, parameters, is_unsafe = self._store(job, request, job.finish(finished.pixels), record)
+        stored_at = record.stored_at = time.monotonic()
         return GenerationResult(
             task_id=task_id,
             image=image,
@@ -168,14 +174,38 @@ class Serving:
             prompt_truncated=job.truncated,
             nsfw_content_detected=is_unsafe,
             timings=Timings(
-                queued_s=round(waited_s + finished.started_at - received, 4),
-                device_s=round(device_s, 4),
-                total_s=round(total_s, 4),
+                queued_s=round(record.queued_s(stored_at), 4),
+                device_s=round(record.device_s(stored_at), 4),
+                total_s=round(record.total_s(stored_at), 4),
             ),
-            batch=BatchPlace(finished.device, finished.slot, finished.occupied, num_slots),
+            batch=BatchPlace(finished.device, finished.slot, finished.occupied, record.num_slots),
             options=request.options(),
             loras=[{"name": name, "weight": weight} for name, weight in self.engine.info.loras],
         )
+
+    @contextlib.contextmanager
+    def _stage(self, name: str, record: JobRecord) -> Iterator[None]:
+        """Measure and draw what the calling thread does for a job in this block."""
+        with self.trace.span(name, record.task_id), record.stage(name), self._tracing.stage(name):
+            yield
+
+    def _describe(self, record: JobRecord, request: GenerationRequest) -> None:
+        """Say on the task's span what the job is, by OpenTelemetry's conventions for messaging and generative AI."""
+        attributes = {
+            "messaging.system": "celery",
+            "messaging.operation.type": "process",
+            "messaging.message.id": record.task_id,
+            "messaging.destination.name": record.queue or None,
+            "gen_ai.operation.name": "generate_content",
+            "gen_ai.provider.name": "sdtpu_worker",
+            "gen_ai.output.type": "image",
+            "gen_ai.request.model": self.engine.info.model,
+            "gen_ai.request.seed": request.seed,
+            "sdtpu.num_inference_steps": request.num_inference_steps,
+            "sdtpu.sampler": request.sampler,
+            "sdtpu.waited_before_s": record.waited_before_s,
+        }
+        self._tracing.describe(attributes, request.prompt, request.negative_prompt)
 
     def _open_pictures(self, request: GenerationRequest) -> Mapping[str, Any]:
         """Return the request's pictures as arrays."""
@@ -184,22 +214,33 @@ class Serving:
             return {}
         import numpy as np
 
-        return {name: np.asarray(picture) for name, picture in opened.items()}
+        return {
+            name: [np.asarray(each) for each in picture] if isinstance(picture, list) else np.asarray(picture)
+            for name, picture in opened.items()
+        }
 
-    def _denoise(self, job: ServableJob, control: JobControl) -> Finished:
+    def _denoise(self, job: ServableJob, control: JobControl, record: JobRecord) -> Finished:
         """Have the device loop run a prepared job, and wait for its pixels."""
         snapshot = self._read_snapshot(job, control.snapshot)
+        self._tracing.follow(record.task_id)
         submission = self.loop.submit(job, control.terms, control.may_start, snapshot, control.alone)
+        record.submission = submission
         self._held[submission] = control.terms.priority
+        error: BaseException | None = None
         try:
-            finished = self._wait(submission, control.publish)
+            finished = record.finished = self._wait(submission, control.publish)
+        except BaseException as exc:
+            error = exc
+            raise
         finally:
             del self._held[submission]
+            record.num_slots = self.num_slots
+            self._tracing.finish(record.task_id, record.way(error))
         self._learn(finished.finished_at - finished.started_at)
         return finished
 
     def _store(
-        self, job: ServableJob, request: GenerationRequest, pixels: Any
+        self, job: ServableJob, request: GenerationRequest, pixels: Any, record: JobRecord
     ) -> tuple[StoredImage, dict[str, Any], bool | None]:
         """Check, encode and store an image; return it, the parameters that made it, and the safety checker's verdict.
 
@@ -207,8 +248,9 @@ class Serving:
             job: the prepared job.
             request: its request.
             pixels: `(height, width, 3) uint8`; an unsafe image is stored black.
+            record: of the job.
         """
-        with self.trace.span("check safety", job.task_id):
+        with self._stage("check safety", record):
             is_unsafe = self.engine.check_safety(pixels)
         if is_unsafe:
             pixels = pixels * 0
@@ -219,12 +261,18 @@ class Serving:
             **job.parameters,
             "model": self.engine.info.model,
         }
-        with self.trace.span("encode", job.task_id):
+        with self._stage("encode", record):
             data = encode_image(pixels, request.image_format, {**parameters, **request.options()})
-        with self.trace.span("store", job.task_id):
+        with self._stage("store", record):
             uri = self.store.put(job.task_id, request.image_format, data, self._give_up)
         height, width = job.lane
         return StoredImage(uri, request.image_format, width, height, len(data)), parameters, is_unsafe
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many jobs have a slot, and how many wait in the device loop for one. Any thread."""
+        held = self._held.copy()
+        running = sum(submission.has_slot for submission in held)
+        return running, len(held) - running
 
     def load(self, host: str) -> WorkerLoad:
         """Return the load report of this worker, under the name that its host has for it. Any thread."""

@@ -17,6 +17,7 @@ from sdtpu_worker.client.routing import device_queues
 from sdtpu_worker.config import Config, read_config, read_setting
 from sdtpu_worker.contract.queues import shard_queues
 from sdtpu_worker.errors import ConfigurationError, SdtpuError
+from sdtpu_worker.operations.log_format import install_log_format
 from sdtpu_worker.operations.result_checks import check_results
 from sdtpu_worker.plugin import POOL, given_options, is_device_pool
 
@@ -59,6 +60,7 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
         if config is None:
             _stay_ordinary(worker, ours)
             return
+        install_log_format(config.log_format)
         _refuse_what_cannot_work(worker, config.queue)
         _say_what_is_ignored()
         _consume_device_queues(worker.app, ours, config)

@@ -16,7 +16,7 @@ import pytest
 
 from sdtpu_worker.operations.health_http import ask_health
 from sdtpu_worker.testing.processes import free_port
-from sdtpu_worker.worker.services import EX_ENGINE_LOST
+from sdtpu_worker.worker.process_ends import EX_ENGINE_LOST
 from tests.chaos.fleet import Fleet, Ledger, wait_until_no_key_is_left
 from tests.chaos.servers import RedisServer
 from tests.support.clients import client_app

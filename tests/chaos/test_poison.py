@@ -19,7 +19,7 @@ import pytest
 import redis
 
 from sdtpu_worker import DeliveryLimitExceeded, GenerationFailed
-from sdtpu_worker.worker.services import EX_ENGINE_LOST
+from sdtpu_worker.worker.process_ends import EX_ENGINE_LOST
 from tests.chaos.fleet import Fleet, Ledger, wait_until_no_key_is_left
 from tests.chaos.servers import RedisServer
 from tests.support.clients import client_app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ import pytest
 
 from sdtpu_worker.aggregator.plan import Phase
 from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.diffusion.calibration import calibrate
 from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.families.family import PictureUse
 from sdtpu_worker.diffusion.offline import generate
 from sdtpu_worker.diffusion.preparation import PreparedJob, prepare_job
 from sdtpu_worker.diffusion.samplers import NoiseSchedule
-from sdtpu_worker.errors import InvalidRequest, SnapshotMismatch
+from sdtpu_worker.errors import InvalidCheckpoint, InvalidRequest, SnapshotMismatch
 from tests.support import picture_cases
-from tests.support.checkpoints import make_random_checkpoint
+from tests.support.checkpoints import make_random_checkpoint, make_random_controlnet
 from tests.support.engines import on_one_device, run_alone
 from tests.support.picture_cases import MODELS, SIZE, make_image, make_mask
 
@@ -37,8 +39,15 @@ def golden() -> np.ndarray:
 
 
 def make_engine(model, devices, compile_cache, folder, slots=4) -> Engine:
-    make_random_checkpoint(folder, xl=model.startswith("xl"), tiny_vae=model == "tiny vae", unet=dict(MODELS[model]))
-    return Engine(load_checkpoint(str(folder)), devices[:2], slots, None, compile_cache)
+    is_xl, is_tiny = model.startswith("xl"), model == "tiny vae"
+    make_random_checkpoint(folder, xl=is_xl, tiny_vae=is_tiny, unet=dict(MODELS[model]))
+    controlnets = {}
+    if model in picture_cases.CONTROLNETS:
+        for name in picture_cases.CONTROL_NAMES:
+            config = picture_cases.CONTROLNETS[model]
+            controlnets[name] = str(make_random_controlnet(folder / f"controlnet-{name}", config, name))
+    checkpoint = load_checkpoint(str(folder), options=LoadOptions(controlnets=controlnets))
+    return Engine(checkpoint, devices[:2], slots, None, compile_cache)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +60,13 @@ def prepare_case(engine: Engine, number: int) -> PreparedJob:
     schedule = NoiseSchedule.from_config(case.scheduler, corrects_outdated=not case.model.startswith("xl"))
     defaults = dataclasses.replace(engine.checkpoint.defaults, sampler=schedule.default_sampler)
     checkpoint = dataclasses.replace(engine.checkpoint, schedule=schedule, defaults=defaults)
-    pictures = {"image": make_image(case.image)}
-    names: dict[str, Any] = {"image": NAMED}
+    pictures: dict[str, Any] = {}
+    names: dict[str, Any] = {}
+    if case.image is not None:
+        pictures["image"], names["image"] = make_image(case.image), NAMED
+    if case.controls:
+        pictures["control_image"] = [make_image(each) for each in case.controls.values()]
+        names |= {"control_image": [NAMED] * len(case.controls), "controlnet": list(case.controls)}
     if case.mask is not None:
         pictures["mask_image"], names["mask_image"] = make_mask(case.mask), NAMED
     request = GenerationRequest(**case.request, **names, seed=picture_cases.SEED, preserve_unmasked=False)
@@ -187,3 +201,109 @@ def test_a_model_says_which_pictures_it_needs(model, given, text, tmp_path):
     make_random_checkpoint(tmp_path / "c", unet=dict(MODELS[model]))
     with pytest.raises(InvalidRequest, match=text):
         load_checkpoint(str(tmp_path / "c")).family.make_inputs(GenerationRequest("x", seed=1, **given), (SIZE, SIZE))
+
+
+@pytest.fixture(scope="module")
+def controlled(devices, compile_cache, tmp_path_factory) -> Engine:
+    return make_engine("control", devices, compile_cache, tmp_path_factory.mktemp("controls") / "control", slots=2)
+
+
+def ask_control(engine: Engine, task_id: str, images=(), **parameters) -> PreparedJob:
+    named = {"control_image": [NAMED] * len(images)} if images else {}
+    asked: dict[str, Any] = {"num_inference_steps": 6, "seed": 5, "sampler": "ddim", **parameters, **named}
+    pictures = {"control_image": [make_image(each) for each in images]} if images else {}
+    return engine.prepare(task_id, GenerationRequest("a red circle", **asked), pictures)
+
+
+def test_jobs_with_and_without_controlnets_share_a_batch_and_draw_what_they_draw_alone(controlled):
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"images": (3,), "controlnet": "edges"},
+        {"images": (3,), "controlnet": "pose"},
+        {"images": (4, 3), "controlnet": ["pose", "edges"], "controlnet_conditioning_scale": 0.5},
+        {"images": (5,), "controlnet": "edges", "control_guidance_start": 0.5, "num_inference_steps": 8},
+    ]
+    jobs = [ask_control(controlled, str(i), **kind) for i, kind in enumerate(kinds * 4)]
+    together = {image.task_id: image.pixels for image in generate(controlled, jobs, steps_per_tick=2)}
+    for i, kind in enumerate(kinds):
+        job = ask_control(controlled, "alone", **kind)
+        alone = run_alone(controlled, job, 1, 1, [1] * job.num_steps).pixels
+        for j in range(i, len(jobs), len(kinds)):
+            np.testing.assert_array_equal(together[str(j)], alone)
+    assert len({together[str(i)].tobytes() for i in range(len(kinds))}) == len(kinds)
+    assert [jobs[i].load.controls for i in range(4)] == [set(), {0}, {1}, {0, 1}]
+    assert controlled.traces_since_ready == 0
+
+
+def test_a_job_with_a_controlnet_resumes_bit_for_bit(controlled):
+    job = ask_control(controlled, "job", (3,), controlnet="edges", num_inference_steps=8)
+    whole = run_alone(controlled, job, 0, 0, [8]).pixels
+    run_alone(controlled, job, 0, 1, [3])
+    data = controlled.snapshot(job.lane, 0, 1).to_bytes()
+    controlled.reset()
+    controlled.restore(job.lane, 1, 0, controlled.read_snapshot(data, job))
+    np.testing.assert_array_equal(run_rest(controlled, job, 1, 0, 5), whole)
+    for other in ({"images": (3,), "controlnet": "pose"}, {}):
+        with pytest.raises(SnapshotMismatch):
+            controlled.read_snapshot(data, ask_control(controlled, "job", **{"num_inference_steps": 8, **other}))
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"images": (3,)}, "controlnet must say which of edges, pose is meant, got none"),
+        ({"images": (3,), "controlnet": "depth"}, r"controlnet must be of edges, pose .*got 'depth'"),
+        ({"controlnet": "pose"}, r"control_image must be one picture for each ControlNet \(pose\), got 0"),
+        ({"images": (3, 4), "controlnet": "pose"}, "control_image must be one picture for each ControlNet"),
+        (
+            {"images": (3,), "controlnet": "pose", "control_guidance_end": [0.5, 1.0]},
+            "control_guidance_end must be one number, or 1, one for each ControlNet, got 2",
+        ),
+    ],
+)
+def test_a_controlnet_that_is_not_there_is_refused_with_those_that_are(controlled, given, text):
+    with pytest.raises(InvalidRequest, match=text):
+        ask_control(controlled, "x", **given)
+
+
+def test_a_worker_without_controlnets_says_so(sd):
+    with pytest.raises(InvalidRequest, match=r"control_image must be left out: .*sdtpu_controlnets"):
+        ask_control(sd, "x", (3,))
+
+
+def test_what_controlnets_and_pictures_cost_is_measured(controlled):
+    (costs,) = calibrate(controlled).costs.values()
+    assert len(costs.cost.control_s) == 2
+    assert costs.cost.step_s > 0
+    controlled.reset()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"cross_attention_dim": 48}, "edges .* is for another UNet: cross_attention_dim must be 32, .*got 48"),
+        ({"block_out_channels": [8, 8]}, r"block_out_channels must be \[8, 16\], .*got \[8, 8\]"),
+        ({"conditioning_embedding_out_channels": [4]}, "must be 2 pixels per latent, .*got 1"),
+        ({"global_pool_conditions": 3}, "global_pool_conditions must be"),
+        ({"a_new_key": 3}, "a_new_key"),
+    ],
+)
+def test_a_controlnet_of_another_model_is_refused_at_the_start(tmp_path, changes, text):
+    make_random_checkpoint(tmp_path / "c", unet=dict(MODELS["control"]))
+    folder = make_random_controlnet(tmp_path / "edges", picture_cases.CONTROLNETS["control"], "edges")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(InvalidCheckpoint, match=text):
+        load_checkpoint(str(tmp_path / "c"), options=LoadOptions(controlnets={"edges": str(folder)}))
+
+
+def test_a_controlnet_that_is_no_folder_is_refused_with_the_remedy(tmp_path):
+    make_random_checkpoint(tmp_path / "c", unet=dict(MODELS["control"]))
+    (tmp_path / "canny.safetensors").write_bytes(b"x")
+    for source, text in (
+        (str(tmp_path / "canny.safetensors"), "must be a folder in the diffusers layout"),
+        (str(tmp_path / "nowhere"), "must be a folder in the diffusers layout"),
+        (str(tmp_path), "config.json must be a ControlNet's config, it cannot be read"),
+    ):
+        with pytest.raises(InvalidCheckpoint, match=text):
+            load_checkpoint(str(tmp_path / "c"), options=LoadOptions(controlnets={"edges": source}))

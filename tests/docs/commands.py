@@ -16,8 +16,8 @@ from tests.docs.pages import Block
 from tests.support.paths import ROOT
 
 OUTSIDE = {
-    ".", "cd", "curl", "django-admin", "docker", "export", "flask", "journalctl", "mkdir", "pip", "redis-cli",
-    "systemctl",
+    ".", "cd", "curl", "django-admin", "docker", "export", "flask", "journalctl", "kubectl", "mkdir", "pip",
+    "redis-cli", "systemctl",
 }  # fmt: skip
 """Programs of others, whose options are not looked at here."""
 OTHER_VARIABLES = {

@@ -22,6 +22,7 @@ import yaml
 from celery.app.defaults import NAMESPACES, flatten
 
 from sdtpu_worker.config import SETTINGS
+from sdtpu_worker.operations.metric_table import METRICS, OUTCOMES
 from tests.docs.commands import (
     OTHER_VARIABLES,
     NoSuchCommand,
@@ -161,7 +162,8 @@ def test_every_word_that_looks_like_a_setting_is_one(path: Path) -> None:
     words = set(re.findall(r"\bsdtpu_[a-z_]*[a-z]\b", path.read_text()))
     variables = set(re.findall(r"\b(?:CELERY_)?(SDTPU_[A-Z_]*[A-Z])\b", path.read_text()))
     known = {setting.name for setting in SETTINGS}
-    assert words - known - OTHER_WORDS == set()
+    words = {re.sub(r"_seconds_(bucket|sum|count)$", "_seconds", word) for word in words}
+    assert words - known - set(METRICS) - OTHER_WORDS == set()
     assert {name.lower() for name in variables - OTHER_VARIABLES} - known == set()
 
 
@@ -169,7 +171,7 @@ def test_every_word_that_looks_like_a_setting_is_one(path: Path) -> None:
 def test_celerys_settings_exist(path: Path) -> None:
     words = {word for text in inline_code(path) for word in re.findall(r"^[a-z_]+$", text)}
     named = {word for word in words if re.match(r"(task|worker|result|broker|redis|accept)_", word)}
-    assert named - CELERY_SETTINGS - {"task_id", "worker_env", "worker_command"} == set()
+    assert named - CELERY_SETTINGS - {"task_id", "worker_env", "worker_command", "worker_process_init"} == set()
 
 
 def test_the_settings_page_has_every_setting_with_its_facts() -> None:
@@ -191,6 +193,18 @@ def test_a_settings_page_that_leaves_one_out_or_names_another_is_refused() -> No
         hooks.render("{{ setting sdtpu_model }}\n", "page.md")
     with pytest.raises(ValueError, match="sdtpu_typo"):
         hooks.render("{{ setting sdtpu_typo }}\n", "page.md")
+
+
+def test_the_metrics_page_has_every_figure_once_with_its_facts() -> None:
+    hooks = load_hooks()
+    page = hooks.render((ROOT / "docs" / "reference" / "metrics.md").read_text(), "metrics.md")
+    for metric in METRICS.values():
+        (row,) = re.findall(rf"^\| `{metric.name}` \|.*$", page, flags=re.MULTILINE)
+        assert f"| {metric.kind.value} |" in row
+        assert metric.help in row
+        assert [label for label in metric.labels if f"`{label}`" not in row] == []
+    assert [name for name in OUTCOMES if f"| `{name}` |" not in page] == []
+    assert "{{" not in page
 
 
 def test_every_command_is_documented() -> None:

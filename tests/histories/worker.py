@@ -28,7 +28,8 @@ from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.qos import Intake
 from sdtpu_worker.device_loop.submission import JobHandedOver
 from sdtpu_worker.errors import DeliveryLimitExceeded
-from sdtpu_worker.worker.job import DeviceJob, JobLeft
+from sdtpu_worker.worker.job import DeviceJob
+from sdtpu_worker.worker.job_ends import JobLeft
 from tests.histories.actors import Actor
 from tests.histories.messages import QUEUE, TASK
 from tests.histories.virtual_redis import make_pool

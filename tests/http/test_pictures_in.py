@@ -97,6 +97,7 @@ def test_a_job_starts_from_a_data_uri_or_from_an_earlier_job(client, redis_url):
     assert options_of(client, second["id"]) == {"image": "a picture", "strength": 0.3}
 
 
+@pytest.mark.parametrize("name", ["image", "control_image"])
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/images/generations"])
 @pytest.mark.parametrize(
     "reference",
@@ -109,10 +110,18 @@ def test_a_job_starts_from_a_data_uri_or_from_an_earlier_job(client, redis_url):
         7,
     ],
 )
-def test_no_place_of_a_store_can_be_named(client, path, reference):
-    answer = client.post(path, json={"prompt": "a fox", "image": reference})
+def test_no_place_of_a_store_can_be_named(client, path, name, reference):
+    answer = client.post(path, json={"prompt": "a fox", name: reference})
     assert answer.status_code == 400
     assert "data URI" in answer.text
+
+
+def test_several_pictures_for_controlnets_are_each_looked_at(client):
+    body = {"prompt": "a fox", "num_inference_steps": 2, "controlnet": ["edges", "depth"]}
+    job = client.post("/v1/jobs", json={**body, "control_image": [DATA_URI, DATA_URI]}).json()
+    assert job["parameters"]["control_image"] == "a picture"
+    answer = client.post("/v1/jobs", json={**body, "control_image": [DATA_URI, "redis:sdtpu:image:other"]})
+    assert answer.status_code == 400
 
 
 def test_the_picture_of_another_callers_job_cannot_be_started_from(redis_url, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sdtpu_worker.models import networks
 from sdtpu_worker.models.configs import (
     read_autoencoder_config,
     read_clip_text_config,
+    read_controlnet_config,
     read_safety_checker_config,
     read_unet_config,
 )
@@ -83,6 +85,19 @@ def make_random_checkpoint(
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
         _write_safety_checker(folder)
     (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def make_random_controlnet(folder: Path, config: Mapping[str, Any], name: str) -> Path:
+    """Write a ControlNet whose weights stand for its name; return its folder."""
+    network = networks.controlnet(read_controlnet_config(config))
+    tensors = {
+        tensor: random_tensor(f"{name} {tensor}", pytorch_shape(tensor, shape))
+        for tensor, shape in network.shapes.items()
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"_class_name": "ControlNetModel", **config}))
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     return folder
 
 

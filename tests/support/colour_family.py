@@ -17,7 +17,7 @@ COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, 
 class Colour:
     """A model that knows what every noisy latent is: the colour of the prompt; it has no network at all."""
 
-    rows, picture_use = 2, PictureUse.NONE
+    rows, picture_use, control_names = 2, PictureUse.NONE, ()
     latent_channels, scale_factor, size_multiple, default_size = 3, 1, 1, (4, 6)
 
     def input_shapes(self):
@@ -35,7 +35,16 @@ class Colour:
     def encode_image(self, params, image, noise):
         raise NotImplementedError("it takes no pictures")
 
-    def predict(self, params, latents, timesteps, conditioning):
+    def control_shapes(self, size):
+        return ()
+
+    def embed_control(self, params, number, picture):
+        raise NotImplementedError("it has no ControlNets")
+
+    def control(self, params, number, latents, timesteps, conditioning, embedded):
+        raise NotImplementedError("it has no ControlNets")
+
+    def predict(self, params, latents, timesteps, conditioning, added):
         return jnp.broadcast_to(conditioning["rgb"][:, :, None, None], latents.shape)
 
     def decode(self, params, latents):

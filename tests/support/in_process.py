@@ -28,12 +28,14 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.delivery.transport import ClaimingChannel
 from sdtpu_worker.device_loop.protocols import EngineInfo
+from sdtpu_worker.operations.figures import Figures
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob, FakeSnapshot, FakeTick
 from sdtpu_worker.worker.celery_request import DeviceRequest
 from sdtpu_worker.worker.pool import DevicePool, make_aggregator
 from sdtpu_worker.worker.process_changes import watch_failures_outside_tasks
 from sdtpu_worker.worker.result_patience import wait_for_results
 from sdtpu_worker.worker.serving import Hooks, Serving
+from sdtpu_worker.worker.tick_meter import TickMeter
 from tests.support.clients import client_app
 from tests.support.waiting import wait_until
 
@@ -165,14 +167,19 @@ class InProcessWorker:
     def __init__(self, app: Any, broker: Broker, step_s: float, **hooks: Any) -> None:
         self.app, self.broker, self.events = app, broker, Events()
         self.engine, self.images = CountingEngine(step_s), Images()
-        self.stopping = threading.Event()
+        self.stopping, self.figures = threading.Event(), Figures()
         config = read_config(app.conf)
         serving = Serving(
             self.engine, self.images, make_aggregator(self.engine, config), config,  # type: ignore[arg-type]  # double
-            Hooks(give_up=self.stopping.is_set),
+            Hooks(
+                on_tick=TickMeter(self.figures, self.engine.costs, self.engine.info.num_slots),
+                give_up=self.stopping.is_set,
+            ),
         )  # fmt: skip
         services: Any = SimpleNamespace(
-            serving=serving, deliveries=broker, config=config, health=SimpleNamespace(drain=lambda: None),
+            serving=serving, deliveries=broker, observation=SimpleNamespace(figures=self.figures),
+            config=config,
+            health=SimpleNamespace(drain=lambda: None),
             stopping=self.stopping, wait_for_results=lambda: wait_for_results(app.backend, self.stopping.is_set),
         )  # fmt: skip
         self.pool = DevicePool(2, app=app)

@@ -24,8 +24,20 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "xl inpainting": {**XL_UNET, **_NARROW, "in_channels": 9},
     "edit": {**UNET, **_NARROW, "in_channels": 8},
     "tiny vae": {**UNET, **_NARROW},
+    "control": {**UNET, **_NARROW},
+    "xl control": {**XL_UNET, **_NARROW},
 }
-"""The UNet of each tiny checkpoint; the last one has an `AutoencoderTiny`."""
+"""The UNet of each tiny checkpoint; one has an `AutoencoderTiny`, the last two have ControlNets."""
+_LEFT_OUT = ("sample_size", "up_block_types")
+CONTROLNETS: Mapping[str, Mapping[str, Any]] = {
+    model: {
+        **{key: value for key, value in MODELS[model].items() if key not in _LEFT_OUT},
+        "conditioning_embedding_out_channels": [4, 8],
+    }
+    for model in ("control", "xl control")
+}
+"""The ControlNets `edges` and `pose` of a model; they differ by their weights."""
+CONTROL_NAMES = ("edges", "pose")
 SEED = 11
 SIZE = 8
 _SAMPLERS = (
@@ -50,13 +62,15 @@ class Case:
         request: what is asked for, under the names of the job's parameters, without the seed.
         image: number of the image.
         mask: number of the mask; None for none.
+        controls: by name, the number of the image that a ControlNet sees.
     """
 
     model: str
     scheduler: Mapping[str, Any]
     request: Mapping[str, Any] = field(default_factory=dict)
-    image: int = 0
+    image: int | None = 0
     mask: int | None = None
+    controls: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.model} {self.scheduler['_class_name']} {dict(self.request)} {self.image} {self.mask}"
@@ -88,7 +102,7 @@ def make_mask(number: int) -> np.ndarray:
 
 def cases() -> list[Case]:
     """Return every case, in the order of the golden file."""
-    return [*_image_to_image(), *_masked("sd"), *_masked("xl"), *_inpainting(), *_edits(), *_tiny_vae()]
+    return [*_image_to_image(), *_masked("sd"), *_masked("xl"), *_inpainting(), *_edits(), *_tiny_vae(), *_controls()]
 
 
 def _asked(number: int, steps: int = 10, **more: Any) -> dict[str, Any]:
@@ -125,6 +139,22 @@ def _inpainting() -> Iterator[Case]:
 def _tiny_vae() -> Iterator[Case]:
     for i, strength in enumerate((0.3, 0.8, 1.0)):
         yield Case("tiny vae", scheduler_config("DDIMScheduler"), _asked(i, 10, strength=strength), image=i)
+
+
+def _controls() -> Iterator[Case]:
+    number = itertools.count()
+    asked: Sequence[tuple[dict[str, Any], dict[str, int]]] = (
+        ({}, {"edges": 3}),
+        ({"controlnet_conditioning_scale": 0.5}, {"pose": 4}),
+        ({"control_guidance_start": 0.3, "control_guidance_end": 0.8}, {"edges": 5}),
+        ({"controlnet_conditioning_scale": [0.8, 0.4], "control_guidance_end": [1.0, 0.5]}, {"edges": 3, "pose": 4}),
+    )
+    for model, name, (more, controls) in itertools.product(CONTROLNETS, _SAMPLERS[1:6], asked):
+        i = next(number)
+        yield Case(model, scheduler_config(name), _asked(i, 10, **more), None, None, controls)
+    for model in CONTROLNETS:  # from a picture
+        more = {"strength": 0.6, "control_guidance_end": 0.7, "controlnet_conditioning_scale": 0.9}
+        yield Case(model, scheduler_config("DDIMScheduler"), _asked(1, 10, **more), 1, None, {"edges": 3})
 
 
 def _edits() -> Iterator[Case]:

@@ -15,12 +15,12 @@ from celery import Celery, signals
 from celery.worker import state
 from celery.worker.request import Request
 
+from sdtpu_worker.contract.queues import read_sent_at
 from sdtpu_worker.errors import EngineUnavailable
-from sdtpu_worker.worker.celery_request import JOB, DeviceRequest
+from sdtpu_worker.worker.celery_request import DeviceRequest, current_job
 from sdtpu_worker.worker.job import DeviceJob
 from sdtpu_worker.worker.process_changes import watch_failures_outside_tasks
 from sdtpu_worker.worker.result_patience import wait_for_results
-from sdtpu_worker.worker.run_job import read_sent_at
 
 SERVING: Any = SimpleNamespace()
 
@@ -77,9 +77,11 @@ def request_of_a_job():
 def fail_outside(request: DeviceRequest, *errors: Exception) -> None:
     """Do what Celery does when it fails around a task, in the task's thread."""
     job = DeviceJob(request, SERVING)
+    token = current_job.set(job)
     with watch_failures_outside_tasks():
         for error in errors:
-            signals.task_internal_error.send(sender=None, task_id=request.id, request={JOB: job}, exception=error)
+            signals.task_internal_error.send(sender=None, task_id=request.id, request={}, exception=error)
+    current_job.reset(token)
 
 
 def test_a_job_whose_error_was_stored_is_acknowledged(request_of_a_job, told):
@@ -101,10 +103,12 @@ def test_a_job_that_a_stopping_worker_could_not_store_goes_back(request_of_a_job
     assert told == ["requeue"]
 
 
-@pytest.mark.parametrize("request_dict", [None, {}, {JOB: None}, {JOB: "forged"}, {JOB: {"request": "forged"}}])
-def test_an_error_around_a_task_that_is_no_job_of_the_pool_concerns_no_job(request_dict, caplog):
+@pytest.mark.parametrize("task_id", ["some-id", "x"])
+def test_an_error_around_a_task_that_is_no_job_of_the_pool_concerns_no_job(task_id, request_of_a_job, caplog):
+    token = current_job.set(DeviceJob(request_of_a_job, SERVING) if task_id == "x" else None)
     with watch_failures_outside_tasks():
-        signals.task_internal_error.send(sender=None, task_id="x", request=request_dict, exception=ValueError())
+        signals.task_internal_error.send(sender=None, task_id=task_id, request=None, exception=ValueError())
+    current_job.reset(token)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 

@@ -76,6 +76,20 @@ def test_a_worker_that_starts_says_what_it_is_at_and_for_how_long():
     assert (worker.live, worker.ready) == ([], ["serving"])
 
 
+def test_how_long_each_phase_of_the_start_took_is_known_by_short_names():
+    worker = Worker()
+    worker.now += 2
+    for phase in ("importing JAX", "compiling and running every program with 1 slots per device", "warming up a robot"):
+        worker.health.enter(phase)
+        worker.now += 5
+    worker.health.enter("compiling and running every program with 2 slots per device")
+    worker.now += 1
+    assert worker.health.start_s() == {"settings": 2, "import": 5, "programs": 6, "other": 5}
+    worker.start()
+    worker.run(100)
+    assert worker.health.start_s() == {"settings": 2, "import": 5, "programs": 6, "other": 5}
+
+
 def test_a_worker_at_work_is_live_and_ready():
     worker = Worker().start()
     worker.run(100)
@@ -189,8 +203,8 @@ def test_a_worker_that_drains_lives_although_nothing_turns_any_more():
 
 
 @contextlib.contextmanager
-def serving(live=lambda: FINE, ready=lambda: FINE, host="127.0.0.1"):
-    with contextlib.closing(HealthServer((host, 0), live, ready)) as server:
+def serving(live=lambda: FINE, ready=lambda: FINE, host="127.0.0.1", pages=None):
+    with contextlib.closing(HealthServer((host, 0), live, ready, pages)) as server:
         yield server.address
 
 
@@ -226,6 +240,20 @@ def test_the_endpoint_answers_with_verdict_and_checks():
 def test_everything_else_is_not_found(method, path):
     with serving() as address:
         assert get(address, path, method)[0] == 404
+
+
+def test_a_page_is_answered_with_its_type_and_an_error_of_it_is_told():
+    pages = {"/metrics": lambda accept: (f"text/{accept}", b"x 1\n"), "/broken": lambda accept: 1 / 0}
+    with serving(pages=pages) as address:
+        with contextlib.closing(http.client.HTTPConnection(address[0], address[1], timeout=10)) as connection:
+            connection.request("GET", "/metrics?x=1", headers={"Accept": "plain"})
+            response = connection.getresponse()
+            assert (response.status, response.headers["Content-Type"]) == (200, "text/plain")
+            assert response.read() == b"x 1\n"
+        status, body = get(address, "/broken")
+        assert status == 500
+        assert "ZeroDivisionError" in json.loads(body)["status"]
+        assert json.loads(get(address, "/")[1])["status"].endswith("or GET /readyz or GET /metrics or GET /broken")
 
 
 def test_a_check_that_raises_is_a_failing_check():

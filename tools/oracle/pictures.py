@@ -20,11 +20,12 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.support import picture_cases as pictures
+from tests.support.random_weights import random_tensor
 from tests.support.tiny_configs import SHIPPED, TEXT, TEXT_2, TINY_VAE, VAE
 from tools.oracle.pipelines import as_diffusers_knows_it, count_rows, fill, to_uint8
 from tools.oracle.samplers import Noise
@@ -34,6 +35,8 @@ _PIPELINES = {
     "image": ("StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline"),
     "mask": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
     "edit": ("StableDiffusionInstructPix2PixPipeline", ""),
+    "control": ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline"),
+    "control image": ("StableDiffusionControlNetImg2ImgPipeline", "StableDiffusionXLControlNetImg2ImgPipeline"),
 }
 
 
@@ -86,6 +89,14 @@ def make_parts(model: str) -> dict[str, Any]:
     return {**parts, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
+def make_controlnet(model: str, name: str) -> torch.nn.Module:
+    """Return a ControlNet with the weights that stand for its name."""
+    net = ControlNetModel(**pictures.CONTROLNETS[model])
+    for tensor_name, tensor in net.named_parameters():
+        tensor.copy_(torch.from_numpy(random_tensor(f"{name} {tensor_name}", tuple(tensor.shape))))
+    return net.eval()
+
+
 def draw(
     case: pictures.Case, parts: dict[str, Any], initial: np.ndarray, rows: np.ndarray, encoded: np.ndarray
 ) -> np.ndarray:
@@ -94,6 +105,10 @@ def draw(
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     is_xl = case.model.startswith("xl")
     kind = "edit" if case.model == "edit" else ("image" if case.mask is None else "mask")
+    if case.controls:
+        kind = "control" if case.image is None else "control image"
+        nets = [make_controlnet(case.model, name) for name in case.controls]
+        parts = {**parts, "controlnet": nets[0] if len(nets) == 1 else nets}
     pipeline = getattr(diffusers, _PIPELINES[kind][is_xl])(
         **parts, scheduler=scheduler, **({"add_watermarker": False} if is_xl else {})
     )
@@ -104,7 +119,12 @@ def draw(
     request = dict(case.request)
     if not request["negative_prompt"]:
         request.pop("negative_prompt")
-    request["image"] = Image.fromarray(pictures.make_image(case.image))
+    if case.image is not None:
+        request["image"] = Image.fromarray(pictures.make_image(case.image))
+    if case.controls:
+        seen = [Image.fromarray(pictures.make_image(number)) for number in case.controls.values()]
+        request["image" if case.image is None else "control_image"] = seen[0] if len(seen) == 1 else seen
+        request |= {"height": pictures.SIZE, "width": pictures.SIZE}
     if case.mask is not None:
         request["mask_image"] = Image.fromarray(pictures.make_mask(case.mask))
         request |= {"height": pictures.SIZE, "width": pictures.SIZE}

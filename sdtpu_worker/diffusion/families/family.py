@@ -90,6 +90,17 @@ class Family(Protocol):
     def picture_use(self) -> PictureUse:
         """What the model does with pictures."""
 
+    @property
+    def control_names(self) -> tuple[str, ...]:
+        """The ControlNets that jobs can ask for, by number; empty for a family or a worker without any."""
+
+    def control_shapes(self, size: Lane) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Return shape and dtype of what `embed_control` returns, for each ControlNet.
+
+        Args:
+            size: `(height, width)` of the image in pixels.
+        """
+
     def input_shapes(self) -> Shapes:
         """Return shapes and dtypes of what `make_inputs` makes of one request."""
 
@@ -135,7 +146,36 @@ class Family(Protocol):
             `(C, h, w) float32`, scaled as `decode` takes them.
         """
 
-    def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays) -> jax.Array:
+    def embed_control(self, params: Params, number: int, picture: jax.Array) -> jax.Array:
+        """Return what a ControlNet makes of a picture, once for all steps.
+
+        Args:
+            params: the parameters on the job's own device.
+            number: of the ControlNet.
+            picture: `(height, width, 3) float32`, colours from 0 to 1.
+        """
+
+    def control(
+        self,
+        params: Params,
+        number: int,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        conditioning: Arrays,
+        embedded: jax.Array,
+    ) -> Any:
+        """Return what a ControlNet adds to the model: a tree of arrays `(R, …)`, the same tree for all of them.
+
+        Args:
+            params: the parameters on this device.
+            number: of the ControlNet.
+            latents, timesteps, conditioning: as for `predict`.
+            embedded: of `embed_control`, `(R, …)`.
+        """
+
+    def predict(
+        self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays, added: Any
+    ) -> jax.Array:
         """Return the output of the model.
 
         Args:
@@ -143,6 +183,7 @@ class Family(Protocol):
             latents: `(R, C, h, w) float32`, scaled as the model wants them.
             timesteps: `(R,) float32`.
             conditioning: by name `(R, …)`.
+            added: the sum of what ControlNets add, as `control` returns it; None for a family without any.
 
         Returns:
             `(R, C, h, w) float32`.

@@ -13,6 +13,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.diffusion.control_nets import ControlNet
 from sdtpu_worker.diffusion.families.family import Arrays, Params, Pictures, PictureUse
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.models.network import Network
@@ -28,6 +29,7 @@ class LatentUNet:
         decoder: of the autoencoder; the part `vae`.
         encoder: of the autoencoder, also the part `vae`; None for a worker that takes no pictures.
         default_size: `(height, width)` in pixels.
+        controls: the ControlNets that jobs can ask for.
         scale_factor: pixels per latent, along one side.
         size_multiple: what the sides of an image must be a multiple of, in pixels.
         latent_channels: of a latent.
@@ -45,6 +47,7 @@ class LatentUNet:
     unet: Network
     decoder: Network
     encoder: Network | None
+    controls: tuple[ControlNet, ...]
     default_size: Lane
     scale_factor: int
     size_multiple: int
@@ -72,6 +75,36 @@ class LatentUNet:
         if self.picture_channels:
             return PictureUse.EDIT if self.picture_channels == self.latent_channels else PictureUse.INPAINT
         return PictureUse.START if self.encoder is not None else PictureUse.NONE
+
+    @property
+    def control_names(self) -> tuple[str, ...]:
+        """See `Family.control_names`."""
+        return tuple(control.name for control in self.controls)
+
+    def control_shapes(self, size: Lane) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """See `Family.control_shapes`."""
+        height, width = (side // self.scale_factor for side in size)
+        return tuple(jax.ShapeDtypeStruct((height, width, each.channels), self.dtype) for each in self.controls)
+
+    def embed_control(self, params: Params, number: int, picture: jax.Array) -> jax.Array:
+        """See `Family.embed_control`."""
+        control = self.controls[number]
+        embedded: jax.Array = control.network(params[control.part], picture[None], method="embed")[0]
+        return embedded
+
+    def control(
+        self,
+        params: Params,
+        number: int,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        conditioning: Arrays,
+        embedded: jax.Array,
+    ) -> Any:
+        """See `Family.control`."""
+        control, sample = self.controls[number], latents.transpose(0, 2, 3, 1).astype(self.dtype)
+        more = {name: conditioning[name] for name in ("text_embeds", "time_ids") if name in conditioning}
+        return control.network(params[control.part], sample, timesteps, conditioning["context"], embedded, **more)
 
     def encode_image(self, params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
         """See `Family.encode_image`."""
@@ -209,9 +242,11 @@ class LatentUNet:
         return {name: jnp.stack([inputs[name]] * self.rows) for name in self._guidance_shapes()}
 
     def _ask_unet(
-        self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays, **more: Any
+        self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays, added: Any, **more: Any
     ) -> jax.Array:
         """Return the UNet's output, channels first as the slots have them."""
+        if added is not None:
+            more |= {"down_residuals": added.down, "mid_residual": added.mid}
         if self.guidance_width:
             more["timestep_cond"] = conditioning["guidance_embedding"]
         sample = latents.transpose(0, 2, 3, 1).astype(self.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +74,11 @@ class StableDiffusion(LatentUNet):
         picture = self._picture_of(params, pictures)
         return {"context": states.last_hidden_state, **self._guidance_of(inputs), **picture}
 
-    def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays) -> jax.Array:
+    def predict(
+        self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays, added: Any
+    ) -> jax.Array:
         """See `Family.predict`."""
-        return self._ask_unet(params, latents, timesteps, conditioning)
+        return self._ask_unet(params, latents, timesteps, conditioning, added)
 
 
 _: type[Family] = StableDiffusion  # mypy reports here what it lacks of the contract

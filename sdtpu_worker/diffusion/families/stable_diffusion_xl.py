@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,10 +97,12 @@ class StableDiffusionXL(LatentUNet):
             **self._picture_of(params, pictures),
         }
 
-    def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays) -> jax.Array:
+    def predict(
+        self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays, added: Any
+    ) -> jax.Array:
         """See `Family.predict`."""
         more = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
-        return self._ask_unet(params, latents, timesteps, conditioning, **more)
+        return self._ask_unet(params, latents, timesteps, conditioning, added, **more)
 
 
 _: type[Family] = StableDiffusionXL  # mypy reports here what it lacks of the contract

@@ -11,7 +11,9 @@ from sdtpu_worker.diffusion.loading.safetensors_file import REMEDY, broken_file,
 from sdtpu_worker.diffusion.loading.tensors import StoredTensor, TensorSource, some
 from sdtpu_worker.errors import InvalidCheckpoint
 
-_DIFFUSERS_PARTS = ("unet", "vae")  # the others are transformers' models
+WHOLE_FOLDER = ""
+"""The part of a model that has a folder of its own, such as a ControlNet."""
+_DIFFUSERS_PARTS = ("unet", "vae", WHOLE_FOLDER)  # the others are transformers' models
 # Variants from the preferred to the last: the plain file, then fewer bits, then whatever there is, and last weights
 # that are there to be trained further: `non_ema` stands beside the averaged weights that are meant to be sampled.
 _PREFERRED, _LAST = ("", "fp16", "bf16", "fp32"), ("non_ema", "non-ema")

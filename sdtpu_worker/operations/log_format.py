@@ -1,0 +1,121 @@
+"""The form of a worker's log lines: Celery's own text or JSON, with the task's id on every line that a job's code logs.
+
+A formatter runs in the thread that logs, so it knows which task that thread runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+from celery import current_task
+
+_task: ContextVar[tuple[str, str] | None] = ContextVar("sdtpu_logged_task", default=None)
+_LOGGERS = ("", "celery", "celery.task")  # those that Celery gives handlers
+
+
+@contextmanager
+def task_on_lines(task_id: str, task_name: str) -> Iterator[None]:
+    """Have all that the calling thread logs in this block name a task, also before and after Celery runs its code."""
+    token = _task.set((task_id, task_name))
+    try:
+        yield
+    finally:
+        _task.reset(token)
+
+
+def install_log_format(name: str) -> None:
+    """Give every handler that Celery's worker logs to a formatter of this package. Safe to call again.
+
+    Args:
+        name: `sdtpu_log_format`: `text` keeps the handler's own lines and adds the task's id, `json` replaces them.
+    """
+    remove_log_format()
+    for handler in _handlers():
+        before = handler.formatter or logging.Formatter()
+        handler.setFormatter(JsonFormatter(before) if name == "json" else TextFormatter(before))
+
+
+def remove_log_format() -> None:
+    """Undo `install_log_format`; without it nothing happens."""
+    for handler in _handlers():
+        if isinstance(handler.formatter, TextFormatter):
+            handler.setFormatter(handler.formatter.before)
+
+
+class TextFormatter(logging.Formatter):
+    """Adds the id of the task that the thread runs to the end of a line that does not have it.
+
+    Args:
+        before: the formatter of the handler.
+    """
+
+    def __init__(self, before: logging.Formatter) -> None:
+        super().__init__()
+        self.before = before
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record."""
+        text = self.before.format(record)
+        task_id, _ = _running_task()
+        if not task_id or task_id in text:
+            return text
+        line, line_feed, rest = text.partition("\n")
+        return f"{line} [task {task_id}]{line_feed}{rest}"
+
+
+class JsonFormatter(TextFormatter):
+    """Makes one JSON object a line.
+
+    It has `time` (UTC, ISO 8601), `level`, `logger`, `message`, `process` and `thread`; where the thread runs a task
+    `task_id` and `task_name`, where it has a span of OpenTelemetry `trace_id` and `span_id`; `job` with the facts of a
+    job's end; and `error` with a traceback.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        task_id, task_name = _running_task()
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        facts = {
+            "time": at.replace("+00:00", "Z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "process": record.processName,
+            "thread": record.threadName,
+            "task_id": task_id,
+            "task_name": task_name,
+            **_running_span(),
+            "job": getattr(record, "job", None),
+            "error": record.exc_text or (self.formatException(record.exc_info) if record.exc_info else None),
+        }
+        return json.dumps({name: value for name, value in facts.items() if value is not None}, default=str)
+
+
+def _running_task() -> tuple[str | None, str | None]:
+    """Return the id and the name of the task that the calling thread runs."""
+    if (task := _task.get()) is not None:
+        return task
+    if current_task and current_task.request.id:
+        return current_task.request.id, current_task.name
+    return None, None
+
+
+def _running_span() -> dict[str, str]:
+    """Return the ids of the calling thread's trace and span, in hexadecimal; nothing without OpenTelemetry."""
+    trace: Any = sys.modules.get("opentelemetry.trace")
+    if trace is None:
+        return {}
+    context = trace.get_current_span().get_span_context()
+    return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"} if context.is_valid else {}
+
+
+def _handlers() -> list[logging.Handler]:
+    handlers = [handler for name in _LOGGERS for handler in logging.getLogger(name).handlers]
+    return list(dict.fromkeys(handlers))

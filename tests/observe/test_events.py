@@ -1,0 +1,65 @@
+"""Celery's own events of jobs, as Flower and celery-exporter read them, from a real worker process with `-E`."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from sdtpu_worker import generate
+from tests.chaos.fleet import Fleet
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def events(app) -> Iterator[dict[str, list[str]]]:
+    """Give the types of the events of each task, as they come."""
+    found: dict[str, list[str]] = defaultdict(list)
+    connection = app.connection_for_read()
+
+    def take(event: dict) -> None:
+        if event["type"].startswith("task-"):
+            found[event["uuid"]].append(event["type"])
+
+    receiver = app.events.Receiver(connection, handlers={"*": take})
+
+    def run() -> None:
+        receiver.capture(limit=None, timeout=None, wakeup=False)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield found
+    receiver.should_stop = True
+    thread.join(5)
+    connection.release()
+
+
+def test_every_job_has_its_events_from_receipt_to_end(redis_url, tmp_path, app, events):
+    redis.Redis.from_url(redis_url).flushdb()
+    app.conf.task_send_sent_event = True
+    with Fleet(redis_url, tmp_path, SDTPU_CPU_DEVICES="1", SDTPU_FAKE_STEP_MS="2") as fleet:
+        fleet.start("a", "-E")
+        done = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 5}).id
+        failed = generate.apply_async(("raise",), {"seed": 1, "num_inference_steps": 5}).id
+        refused = app.send_task("sdtpu.generate", ("x",), {"steps": 5}, queue="sdtpu").id
+        running = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 1000}).id
+        wait_until(lambda: events[running][-1:] == ["task-started"], lambda: dict(events))
+        waiting = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 5}).id
+        wait_until(lambda: "task-received" in events[waiting], lambda: dict(events))
+        app.control.revoke(waiting)
+        app.control.revoke(running, terminate=True)
+        expected = {
+            done: "task-succeeded", failed: "task-failed", refused: "task-failed", running: "task-revoked",
+            waiting: "task-revoked",
+        }  # fmt: skip
+        wait_until(
+            lambda: all(events[task_id][-1:] == [end] for task_id, end in expected.items()), lambda: dict(events)
+        )
+    for task_id in expected:
+        assert events[task_id][:2] in (["task-sent", "task-received"], ["task-received", "task-sent"])
+        assert events[task_id][2:] == ["task-started", expected[task_id]]

@@ -1,0 +1,124 @@
+"""The log of a real worker process: a line for each job, the task's id on every line of a job, text or JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+
+import pytest
+import redis
+
+from sdtpu_worker import generate
+from sdtpu_worker.operations.log_format import install_log_format, remove_log_format, task_on_lines
+from tests.chaos.fleet import Fleet, Ledger, WorkerProcess
+from tests.support.logs import logging_kept
+from tests.support.waiting import wait_until
+
+SECRET = "a prompt that nobody else may read"
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def fleet(redis_url, tmp_path):
+    redis.Redis.from_url(redis_url).flushdb()
+    with Fleet(redis_url, tmp_path, app="tests.observe.talking_worker", SDTPU_CPU_DEVICES="2") as fleet:
+        yield fleet
+
+
+def run_jobs(worker: WorkerProcess) -> tuple[str, str]:
+    """Have a job succeed and one fail; return their ids when the worker has stopped."""
+    ledger = Ledger()
+    done, failed = ledger.add(1, 12, SECRET), ledger.add(2, 12, "raise")
+    ledger.wait(30)
+    assert worker.stop() == 0
+    return done, failed
+
+
+def objects(worker: WorkerProcess) -> list[dict]:
+    """Return the JSON objects of a log; Celery's banner is no log line."""
+    return [json.loads(line) for line in worker.text().splitlines() if line.startswith("{")]
+
+
+def test_each_job_has_one_line_that_tells_its_way(fleet, app):
+    worker = fleet.start("a")
+    done, failed = run_jobs(worker)
+    (line,) = re.findall(rf"INFO/MainProcess\] task {done} (.+)", worker.text())
+    assert re.fullmatch(
+        r"succeeded: waited \d+\.\d\d s, 12 steps in \d+\.\d\d s on device [01] slot 0,"
+        r" with [01] neighbours in 2 slots",
+        line,
+    )
+    (line,) = re.findall(rf"INFO/MainProcess\] task {failed} (.+)", worker.text())
+    assert re.fullmatch(r"failed \(GenerationFailed\): waited .+", line)
+
+
+def test_a_job_that_had_no_slot_says_so(fleet, app):
+    worker = fleet.start("a")
+    job = app.send_task("sdtpu.generate", (SECRET,), {"steps": 1}, queue="sdtpu")
+    wait_until(lambda: f"task {job.id} refused (InvalidRequest): waited" in worker.text())
+    assert re.search(rf"task {job.id} refused \(InvalidRequest\): waited \d+\.\d\d s, had no slot", worker.text())
+
+
+def test_lines_of_a_jobs_code_name_the_task_and_no_prompt(fleet, app):
+    worker = fleet.start("a")
+    done, failed = run_jobs(worker)
+    said = [line for line in worker.text().splitlines() if "a line of a job's code" in line]
+    assert {match for line in said for match in re.findall(r" \[task ([\w-]+)\]$", line)} == {done, failed}
+    assert len(said) == 2
+    assert "[task" not in next(line for line in worker.text().splitlines() if "ready: " in line)
+    assert SECRET not in worker.text()
+
+
+def test_json_has_an_object_a_line_with_the_facts_of_each_jobs_end(fleet, app):
+    worker = fleet.start("a", SDTPU_LOG_FORMAT="json")
+    done, failed = run_jobs(worker)
+    lines = objects(worker)
+    ends = {line["task_id"]: line for line in lines if "job" in line}
+    assert set(ends) == {done, failed}
+    job = ends[done]["job"]
+    assert (job["outcome"], job["steps"], job["slot"], job["slots"]) == ("succeeded", 12, 0, 2)
+    assert job["device"] in (0, 1)
+    assert job["waited_s"] >= 0 < job["device_s"]
+    assert ends[failed]["job"]["reason"] == "GenerationFailed"
+    assert ends[done]["task_name"] == "sdtpu.generate"
+    assert {line["task_id"] for line in lines if "a line of a job's code" in line["message"]} == {done, failed}
+    assert any("GenerationFailed" in line.get("error", "") for line in lines if line.get("task_id") == failed)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}Z", line["time"]) for line in lines)
+    after_ready = worker.text().partition('"message": "ready: ')[2].splitlines()[1:]
+    of_celery = ("", "worker: Warm shutdown (MainProcess)")  # which it says past its log
+    assert [line for line in after_ready if not line.startswith("{") and line not in of_celery] == []
+    assert SECRET not in worker.text()
+
+
+def test_a_value_that_is_no_format_ends_the_start_with_one_line(fleet):
+    worker = fleet.launch("a", SDTPU_LOG_FORMAT="xml")
+    worker.process.wait(30)
+    assert "SDTPU_LOG_FORMAT must be one of text, json, got 'xml'" in worker.text()
+
+
+def test_the_format_is_taken_off_as_it_was_put_on(capsys):
+    with logging_kept():
+        logger, handler = logging.getLogger(), logging.StreamHandler()
+        plain = logging.Formatter("%(message)s")
+        handler.setFormatter(plain)
+        logger.addHandler(handler)
+        install_log_format("json")
+        install_log_format("text")
+        with task_on_lines("an-id", "a-task"):
+            logging.warning("first\nsecond")
+            logging.warning("an-id is in it")
+        logging.warning("outside")
+        remove_log_format()
+        assert handler.formatter is plain
+    assert capsys.readouterr().err.splitlines()[-4:] == [
+        "first [task an-id]", "second", "an-id is in it", "outside",
+    ]  # fmt: skip
+
+
+def test_a_job_of_a_tenant_is_logged_as_any_other(fleet, app):
+    worker = fleet.start("a")
+    job = generate.apply_async(("x",), {"tenant": "acme", "seed": 1, "num_inference_steps": 3})
+    wait_until(lambda: f"task {job.id} succeeded: waited" in worker.text())
+    assert "acme" not in worker.text()

@@ -9,7 +9,7 @@ import pytest
 from celery import Celery
 
 from sdtpu_worker import install
-from sdtpu_worker.config import read_config, read_setting
+from sdtpu_worker.config import read_config, read_setting, source_of
 from sdtpu_worker.errors import ConfigurationError
 from tests.support.paths import ROOT
 
@@ -108,3 +108,11 @@ def test_a_misspelt_setting_is_found_also_in_upper_case_and_under_a_namespace():
 def test_celeryconfig_holds_values_only():
     tree = ast.parse((ROOT / "celeryconfig.py").read_text())
     assert all(isinstance(node, ast.Assign | ast.Expr) for node in tree.body)
+
+
+def test_a_secret_is_not_shown(monkeypatch):
+    assert source_of("sdtpu_http_webhook_secret", {"sdtpu_http_webhook_secret": "s3cret"})[0] == "**"
+    assert source_of("sdtpu_http_webhook_secret", {}) == (None, "")
+    monkeypatch.setenv("SDTPU_HTTP_WEBHOOK_SECRET", "s3cret")
+    assert source_of("sdtpu_http_webhook_secret", {}) == ("**", "SDTPU_HTTP_WEBHOOK_SECRET")
+    assert "s3cret" not in repr(read_config({}))

@@ -209,6 +209,13 @@ def broker_client(app: Celery) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
+def broker_with_prefix(app: Celery) -> Iterator[tuple[Any, str]]:
+    """Give a client of the broker's Redis, and what every key there begins with; raises as `broker_client`."""
+    with _broker(app) as (redis, prefix, *_):
+        yield redis, prefix
+
+
+@contextlib.contextmanager
 def _broker(app: Celery) -> Iterator[tuple[Any, str, dict[str, list[str]], Sequence[int]]]:
     """Connect to the broker; yield its client, the prefix of keys, the lists of each queue, and the bands."""
     from kombu.exceptions import OperationalError

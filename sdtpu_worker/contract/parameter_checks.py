@@ -132,6 +132,12 @@ def check_name(name: str, value: Any) -> None:
         raise InvalidRequest(f"{name} must be a name of 1 to {MAX_TENANT_CHARACTERS} characters, got {brief(value)}")
 
 
+def check_optional_name(name: str, value: Any) -> None:
+    """Check a name, or None."""
+    if value is not None:
+        check_name(name, value)
+
+
 def check_flag(name: str, value: Any) -> None:
     """Check True or False."""
     if not isinstance(value, bool):

@@ -17,6 +17,7 @@ from sdtpu_worker.contract.parameter_checks import (
     check_guidance,
     check_integer,
     check_name,
+    check_optional_name,
     check_optional_text,
     check_pair,
     check_prompt,
@@ -154,6 +155,11 @@ class GenerationRequest:
             InvalidRequest: an argument is missing, unknown or not allowed.
         """
         check_arguments(args, kwargs)
+        if kwargs.get("idempotency_key") is not None:
+            raise InvalidRequest(
+                "idempotency_key must be given to generate.delay or apply_async of this package, which does not send"
+                " it; a client that writes messages itself repeats the task id"
+            )
         given = {name: value for name, value in _by_name(args, kwargs).items() if name in _CHECKS}
         if "prompt" not in given:
             raise InvalidRequest("prompt is missing: pass it as the first argument, a string")
@@ -290,4 +296,4 @@ _KINDS: dict[str, Any] = {
     "control_guidance_start": each_of(float),
     "control_guidance_end": each_of(float),
 }
-_ARGUMENT_CHECKS = {**_CHECKS, "tenant": check_tenant}
+_ARGUMENT_CHECKS = {**_CHECKS, "tenant": check_tenant, "idempotency_key": check_optional_name}

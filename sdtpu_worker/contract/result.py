@@ -73,7 +73,8 @@ class GenerationResult:
         timings: how long the job took.
         batch: the device and the slot that made the image.
         options: the other parameters that were given, such as `sigmas` and `clip_skip`.
-        loras: `{"name", "weight"}` of each LoRA that is merged into the worker's checkpoint.
+        loras: `{"name", "weight"}` of each LoRA that made the image: those that are merged into the worker's
+            checkpoint, then the job's own.
     """
 
     task_id: str

@@ -50,6 +50,8 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
             config.loras_merged,
             config.image_inputs,
             config.controlnets,
+            config.loras,
+            config.lora_rank,
         )
         checkpoint = load_checkpoint(config.model, dtype, options)
         for lora in checkpoint.loras:

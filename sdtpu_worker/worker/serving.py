@@ -180,7 +180,7 @@ class Serving:
             ),
             batch=BatchPlace(finished.device, finished.slot, finished.occupied, record.num_slots),
             options=request.options(),
-            loras=[{"name": name, "weight": weight} for name, weight in self.engine.info.loras],
+            loras=[{"name": name, "weight": weight} for name, weight in (*self.engine.info.loras, *request.loras)],
         )
 
     @contextlib.contextmanager

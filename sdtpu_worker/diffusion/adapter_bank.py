@@ -10,8 +10,10 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane, Place, Plan
 from sdtpu_worker.diffusion.adapters import AdapterLayout, JobAdapters, Stack
+from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.sharding import SHARDED, Mesh, put, replace_shards
 from sdtpu_worker.diffusion.slots import NOTHING
+from sdtpu_worker.diffusion.snapshot import JobSnapshot
 
 Entries = Mapping[Place, int]
 """By the place where a job starts or resumes, what of its device's bank it uses."""
@@ -65,12 +67,13 @@ class AdapterBank:
         """Return the LoRAs of the job that had a slot last."""
         return self._used.get((lane, place.device, place.slot), (0, None))[1]
 
-    def place(self, plan: Plan, jobs: Mapping[Place, JobAdapters | None]) -> Entries:
+    def place(self, plan: Plan, jobs: Mapping[str, PreparedJob], snapshots: Mapping[str, JobSnapshot]) -> Entries:
         """Bring what jobs need to their devices, and return where it is.
 
         Args:
             plan: what every device does.
-            jobs: the LoRAs of those that the plan resumes and then of those that it inserts; None for a job without.
+            jobs: by task id, those that the plan inserts.
+            snapshots: by task id, those of the jobs that it resumes.
         """
         for place in (*plan.parked, *plan.resumed):
             self._used.pop((plan.lane, place.device, place.slot), None)
@@ -79,7 +82,8 @@ class AdapterBank:
             pinned[device].add(entry)
         entries: dict[Place, int] = {}
         missing: list[dict[int, JobAdapters]] = [{} for _ in self._lying]
-        for place, adapters in jobs.items():
+        wanted = _wanted(plan, jobs, snapshots)
+        for place, adapters in wanted.items():
             if adapters is None:
                 entries[place] = 0
                 continue
@@ -88,7 +92,7 @@ class AdapterBank:
             entries[place] = entry
             if not is_there:
                 missing[place.device][entry] = adapters
-        for place, adapters in jobs.items():
+        for place, adapters in wanted.items():
             self._used[plan.lane, place.device, place.slot] = entries[place], adapters
         self._send(missing)
         return entries
@@ -115,3 +119,14 @@ class AdapterBank:
             stack = replace_shards(self._nothing, stacks, self._mesh)
             self.arrays = self._fill(self.arrays, put(entry, self._mesh, SHARDED), stack)
             self.fills += len(sent)
+
+
+def _wanted(
+    plan: Plan, jobs: Mapping[str, PreparedJob], snapshots: Mapping[str, JobSnapshot]
+) -> dict[Place, JobAdapters | None]:
+    """Return the LoRAs of the jobs that a plan resumes, then of those that it inserts; None for a job without."""
+    wanted = {place: snapshots[place.task_id].adapters for place in plan.resumed}
+    for device, phases in enumerate(plan.devices):
+        for slot, task_id in (phase.insert for phase in phases if phase.insert):
+            wanted[Place(task_id, device, slot)] = jobs[task_id].adapters
+    return wanted

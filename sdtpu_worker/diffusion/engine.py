@@ -21,7 +21,7 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.device_loop.protocols import EngineInfo, ServingEngine
 from sdtpu_worker.diffusion import failures
 from sdtpu_worker.diffusion.adapter_bank import AdapterBank, Entries, num_entries
-from sdtpu_worker.diffusion.adapters import AdapterLayout, JobAdapters
+from sdtpu_worker.diffusion.adapters import AdapterLayout
 from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs
@@ -86,7 +86,7 @@ class Engine:
         lanes = tuple(dict.fromkeys(resolutions or (family.default_size,)))
         _check_sizes(family, lanes)
         parameters = bytes_per_device(checkpoint.params)
-        layout = checkpoint.adapters and checkpoint.adapters.layout
+        layout = None if checkpoint.adapters is None else checkpoint.adapters.layout
         entries = num_entries(len(lanes), slots_per_device, phases_per_tick(slots_per_device))
         bank = (entries + 1) * layout.entry_bytes if layout else 0  # one stands for nothing while others are sent
         check_fits(devices[0], memory_needs(parameters, adapters=bank))  # before minutes of compiling
@@ -202,11 +202,11 @@ class Engine:
             snapshots[place.task_id].check(self.fingerprints[plan.lane])
         parked = self._take_off(plan.lane, plan.parked)
         resumed = {place: snapshots[place.task_id] for place in plan.resumed}
-        entries = self._place_adapters(plan, resumed, jobs)
+        entries = {} if self.bank is None else self.bank.place(plan, jobs, snapshots)
         if resumed:
             self._put_back(plan.lane, resumed, entries)
         todo = self._instructions[plan.lane].make(plan, jobs, entries)
-        bank = self.bank and self.bank.arrays
+        bank = None if self.bank is None else self.bank.arrays
         tick = self._programs.ticks[plan.lane]
         self._slots[plan.lane], decoded = tick(self.params, self._slots[plan.lane], todo, bank)
         return Tick(plan, decoded, parked, self._preview(plan.lane, plan.previews) if plan.previews else None)
@@ -240,7 +240,8 @@ class Engine:
         snapshot.check(self.fingerprints[lane])
         place = Place("", device, slot)
         plan = Plan(lane, ((),) * self.info.num_devices, resumed=(place,))
-        self._put_back(lane, {place: snapshot}, self._place_adapters(plan, {place: snapshot}, {}))
+        entries = {} if self.bank is None else self.bank.place(plan, {}, {"": snapshot})
+        self._put_back(lane, {place: snapshot}, entries)
 
     def reset(self) -> None:
         """Empty every slot, also after a program failed and took its donated state with it."""
@@ -301,21 +302,9 @@ class Engine:
             arrays: Slots = jax.tree.unflatten(structure, [leaf[place.device] for leaf in rows])
             for array in jax.tree.leaves(arrays):
                 array.copy_to_host_async()
-            adapters = self.bank and self.bank.used(lane, place)
+            adapters = None if self.bank is None else self.bank.used(lane, place)
             snapshots[place.task_id] = JobSnapshot(self.fingerprints[lane], lane, arrays, adapters)
         return snapshots
-
-    def _place_adapters(
-        self, plan: Plan, resumed: Mapping[Place, JobSnapshot], jobs: Mapping[str, PreparedJob]
-    ) -> Entries:
-        """Bring the LoRAs of the jobs that a plan resumes or inserts to their devices; return where they are."""
-        if self.bank is None:
-            return {}
-        wanted: dict[Place, JobAdapters | None] = {place: snapshot.adapters for place, snapshot in resumed.items()}
-        for device, phases in enumerate(plan.devices):
-            for slot, task_id in (phase.insert for phase in phases if phase.insert):
-                wanted[Place(task_id, device, slot)] = jobs[task_id].adapters
-        return self.bank.place(plan, wanted)
 
     def _put_back(self, lane: Lane, snapshots: Mapping[Place, JobSnapshot], entries: Entries) -> None:
         slots, states = self._slot_of_each_device(snapshots, NOTHING), self._geometries[lane].empty_states()

@@ -30,6 +30,7 @@ _KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "l
 _ROLES = {
     "kohya": ("lora_down.weight", "lora_up.weight"),
     "diffusers": ("lora.down.weight", "lora.up.weight"),
+    "diffusers text": ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
     "peft": ("lora_A.weight", "lora_B.weight"),
 }
 
@@ -94,9 +95,10 @@ def lora_tensors(layout: str, shapes: Mapping[str, Mapping[str, Sequence[int]]])
                 tensors[f"{key}.alpha"] = np.array(ALPHA, np.float32)
             elif part != "unet":
                 key = f"{part}.{_with_text_model(part, module)}"
+            roles = "diffusers text" if layout == "diffusers" and part != "unet" else layout
             kernel = shape[2:]
             for role, its_shape in zip(
-                _ROLES[layout], ((RANK, shape[1], *kernel), (shape[0], RANK, *[1] * len(kernel))), strict=True
+                _ROLES[roles], ((RANK, shape[1], *kernel), (shape[0], RANK, *[1] * len(kernel))), strict=True
             ):
                 tensors[f"{key}.{role}"] = random_tensor(f"{layout} {part} {module} {role}", its_shape)
     return tensors

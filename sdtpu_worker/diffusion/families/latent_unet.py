@@ -260,7 +260,7 @@ class LatentUNet:
         sample = latents.transpose(0, 2, 3, 1).astype(self.dtype)
         if self.picture_channels:
             sample = jnp.concatenate([sample, conditioning["picture"].astype(self.dtype)], axis=-1)
-        of_unet = adapters and adapters["unet"]
+        of_unet = None if adapters is None else adapters["unet"]
         out = self.unet(params["unet"], sample, timesteps, conditioning["context"], adapters=of_unet, **more)
         return out.transpose(0, 3, 1, 2).astype(jnp.float32)
 

@@ -82,7 +82,7 @@ class StableDiffusion(LatentUNet):
             params["text_encoder"],
             inputs["prompt_ids"],
             skip=inputs["clip_skip"],
-            adapters=adapters and adapters["text_encoder"],
+            adapters=None if adapters is None else adapters["text_encoder"],
         )
         picture = self._picture_of(params, pictures)
         return {"context": states.last_hidden_state, **self._guidance_of(inputs), **picture}

@@ -97,7 +97,8 @@ class StableDiffusionXL(LatentUNet):
         """See `Family.encode`."""
         # The last layer's states are never used, and none of them has the final norm.
         skip = 1 + inputs["clip_skip"]
-        of_first, of_second = (adapters and adapters[part] for part in ("text_encoder", "text_encoder_2"))
+        parts = "text_encoder", "text_encoder_2"
+        of_first, of_second = (None if adapters is None else adapters[part] for part in parts)
         first = self.text_encoder(params["text_encoder"], inputs["prompt_ids"], skip=skip, adapters=of_first)
         second = self.text_encoder_2(params["text_encoder_2"], inputs["prompt_ids_2"], skip=skip, adapters=of_second)
         context = jnp.concatenate([first.hidden_state, second.hidden_state], axis=-1)

@@ -143,7 +143,7 @@ def check_loras(name: str, value: Any) -> None:
             f"{name} must be a list of at most {MAX_LORAS} names or pairs of name and weight, like"
             f' [["pixel", 0.8]], got {brief(value)}'
         )
-    pairs = loras_of(value)
+    pairs = _pairs(value)
     for its_name, weight in pairs:
         check_name(f"{name}: a LoRA", its_name)
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
@@ -157,10 +157,13 @@ def check_loras(name: str, value: Any) -> None:
         raise InvalidRequest(f"{name} must name each LoRA once, got {brief(names)}")
 
 
-def loras_of(value: Any) -> tuple[tuple[Any, Any], ...]:
-    """Return the pairs of name and weight that a list of them and of names means; a name alone has the weight 1."""
-    pairs = (each if isinstance(each, list | tuple) and len(each) == 2 else (each, 1.0) for each in value)
-    return tuple((name, float(weight) if type(weight) is int else weight) for name, weight in pairs)
+def loras_of(value: Any) -> tuple[tuple[str, float], ...]:
+    """Return the pairs of name and weight that a sound list of them and of names means; a name alone has weight 1."""
+    return tuple((name, float(weight)) for name, weight in _pairs(value))
+
+
+def _pairs(value: Any) -> list[Any]:
+    return [each if isinstance(each, list | tuple) and len(each) == 2 else (each, 1.0) for each in value]
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 A bank has some entries on every device. An entry is what one combination of LoRAs adds to all layers that take one;
 entry 0 adds nothing. Layers of the same size are stacked, since every array of a bank makes a dispatch slower: SD 1.5
-has 264 such layers of 11 sizes. Pure functions of arrays, but for `JobAdapters`, which lie on the host.
+has 264 such layers of 15 sizes. Pure functions of arrays, but for `JobAdapters`, which lie on the host.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class AdapterLayout:
         Returns:
             By name of the weight `(B, in, r)` and `(B, r, out)`.
         """
+        picked = {size: Matrices(pair.down[entries], pair.up[entries]) for size, pair in bank[part].items()}
         return {
-            name: (bank[part][size].down[entries, number], bank[part][size].up[entries, number])
+            name: (picked[size].down[:, number], picked[size].up[:, number])
             for name, (size, number) in self.places[part].items()
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,11 @@ class BatchPlace:
     slot: int
     occupied: int
     num_slots: int
+
+
+def describe_loras(loras: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Return pairs of name and weight as results report them."""
+    return [{"name": name, "weight": weight} for name, weight in loras]
 
 
 @dataclass(frozen=True)

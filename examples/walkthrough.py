@@ -77,7 +77,7 @@ def main() -> None:
     def jobs_for(prompts: Sequence[str], keys: jax.Array) -> list[PreparedJob]:
         words = np.asarray(jax.random.key_data(keys))
         return [
-            engine.prepare(str(i), GenerationRequest(prompt, num_inference_steps=args.steps), words[i])
+            engine.prepare(str(i), GenerationRequest(prompt, num_inference_steps=args.steps), key_data=words[i])
             for i, prompt in enumerate(prompts)
         ]
 

@@ -7,25 +7,23 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from celery import Celery
-
-_app_option = click.option(
-    "-A",
-    "--app",
-    "app_path",
-    metavar="MODULE",
-    help="Your Celery app. Default: that of `celery -A`, or the ready-made.",
-)
+from sdtpu_worker.commands.check import check
+from sdtpu_worker.commands.door import key, serve
+from sdtpu_worker.commands.jobs import cancel, generate, status
+from sdtpu_worker.commands.options import app_option, find_app, parse_address
+from sdtpu_worker.commands.queue import queue
 
 
 @click.group("sdtpu")
 def sdtpu() -> None:
     """Image generation on a TPU host, behind Celery."""
+
+
+for command in (generate, status, cancel, queue, check, serve, key):
+    sdtpu.add_command(command)
 
 
 @sdtpu.command()
@@ -55,12 +53,12 @@ def demo(
 
 
 @sdtpu.command()
-@_app_option
+@app_option
 def settings(app_path: str | None) -> None:
     """List every setting with its default, its environment variable, what it does, and its value where it is set."""
     from sdtpu_worker.config import SETTINGS, source_of
 
-    conf = _find_app(app_path).conf
+    conf = find_app(app_path).conf
     for setting in SETTINGS:
         default = "not set" if setting.default in (None, ()) else setting.default
         click.echo(f"{setting.name}  (default: {default}; environment: {setting.name.upper()})\n    {setting.doc}.")
@@ -70,7 +68,7 @@ def settings(app_path: str | None) -> None:
 
 
 @sdtpu.command()
-@_app_option
+@app_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, for an autoscaler.")
 def queues(app_path: str | None, as_json: bool) -> None:
     """Say how many jobs wait in each of the task's queues, by priority, and how many workers hold."""
@@ -78,7 +76,7 @@ def queues(app_path: str | None, as_json: bool) -> None:
     from sdtpu_worker.errors import SdtpuError
 
     try:
-        states = read_queues(_find_app(app_path))
+        states = read_queues(find_app(app_path))
     except SdtpuError as exc:
         raise click.ClickException(str(exc)) from exc
     totals = {
@@ -107,7 +105,7 @@ def queues(app_path: str | None, as_json: bool) -> None:
 
 
 @sdtpu.command()
-@_app_option
+@app_option
 @click.option("--listen", metavar="HOST:PORT", help="Answer `/metrics` there until stopped, instead of printing once.")
 def metrics(app_path: str | None, listen: str | None) -> None:
     """Print what Redis knows of the queues and the workers, in Prometheus' text format; no worker has to run."""
@@ -119,7 +117,7 @@ def metrics(app_path: str | None, listen: str | None) -> None:
         from sdtpu_worker.operations.exposition import expose_queues
     except ImportError as exc:
         raise click.ClickException(f"{exc}: pip install 'sdtpu_worker[metrics]'") from exc
-    app = _find_app(app_path)
+    app = find_app(app_path)
     try:
         if listen:
             _serve_metrics(listen, lambda accept: expose_queues(broker_figures(read_broker(app)), accept))
@@ -130,7 +128,7 @@ def metrics(app_path: str | None, listen: str | None) -> None:
 
 
 @sdtpu.command()
-@_app_option
+@app_option
 @click.confirmation_option("-f", "--force", prompt="Delete all waiting and deferred jobs of all tenants?")
 def purge(app_path: str | None) -> None:
     """Delete the jobs that wait, those of all tenants and priorities, and those that wait for their time.
@@ -141,7 +139,7 @@ def purge(app_path: str | None) -> None:
     from sdtpu_worker.errors import SdtpuError
 
     try:
-        deleted = purge_queues(_find_app(app_path))
+        deleted = purge_queues(find_app(app_path))
     except SdtpuError as exc:
         raise click.ClickException(str(exc)) from exc
     click.echo(f"{deleted} jobs deleted")
@@ -160,24 +158,12 @@ def health(ready: bool, address: str | None) -> None:
             "no address to ask: give --address, or set SDTPU_HEALTH_ADDRESS to the worker's sdtpu_health_address"
         )
     try:
-        ok, checks = ask_health(_parse_address("--address", address), "/readyz" if ready else "/livez")
+        ok, checks = ask_health(parse_address(address), "/readyz" if ready else "/livez")
     except ConnectionError as exc:
         raise click.ClickException(str(exc)) from exc
-    for check in checks:
-        click.echo(f"{'ok' if check.ok else 'FAILING'}  {check.name}: {check.detail}")
+    for each in checks:
+        click.echo(f"{'ok' if each.ok else 'FAILING'}  {each.name}: {each.detail}")
     raise SystemExit(0 if ok else 1)
-
-
-def _parse_address(option: str, text: str) -> tuple[str, int]:
-    """Return the host and the port that an option names, as `sdtpu_health_address` takes them."""
-    from sdtpu_worker.config import SETTINGS
-
-    parse = next(setting.parse for setting in SETTINGS if setting.name == "sdtpu_health_address")
-    try:
-        address: tuple[str, int] = parse(text)
-    except ValueError as exc:
-        raise click.ClickException(f"{option} must be {exc}, got {text!r}") from exc
-    return address
 
 
 def _serve_metrics(listen: str, page: Callable[[str], tuple[str, bytes]]) -> None:
@@ -195,24 +181,7 @@ def _serve_metrics(listen: str, page: Callable[[str], tuple[str, bytes]]) -> Non
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    server = HealthServer(_parse_address("--listen", listen), alive, alive, {"/metrics": page}, "--listen")
+    server = HealthServer(parse_address(listen, "--listen"), alive, alive, {"/metrics": page}, "--listen")
     click.echo(f"metrics: http://{format_address(server.address)}/metrics")
     stopped.wait()
     server.close()
-
-
-def _find_app(path: str | None) -> Celery:
-    """Return the app that a command is about: that of its own option, of `celery -A`, or the ready-made one."""
-    if path:
-        from celery.app.utils import find_app
-
-        try:
-            return find_app(path)
-        except (ImportError, AttributeError) as exc:
-            raise click.ClickException(f"--app must name a module with a Celery app, got {path!r}: {exc}") from exc
-    context = click.get_current_context().find_root().obj  # of Celery's own command line
-    if app := getattr(context, "app", None):
-        return app
-    from sdtpu_worker.app import app as ready_made
-
-    return ready_made

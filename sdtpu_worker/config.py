@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdtpu_worker.config_values import (
+    HttpKey,
     parse_address,
     parse_choice,
+    parse_http_keys,
     parse_integer,
     parse_lora_sources,
     parse_loras,
     parse_named,
     parse_optional_text,
+    parse_origins,
     parse_queue,
     parse_resolutions,
     parse_seconds,
@@ -29,7 +32,7 @@ from sdtpu_worker.config_values import (
 )
 from sdtpu_worker.contract.queues import DEFAULT_QUEUE
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.redaction import brief, sanitize_url, without_passwords
+from sdtpu_worker.redaction import MASK, brief, sanitize_url, without_passwords
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,44 @@ SETTINGS = (
         " `sdtpu_image_store`, in a list, or in one string with commas between them. An image anywhere else is refused",
     ),
     Setting(
+        "sdtpu_http_address", ("127.0.0.1", 8090), parse_address,
+        "The address, `host:port`, at which `sdtpu serve` answers. An empty host means every interface",
+    ),
+    Setting(
+        "sdtpu_http_keys", (), parse_http_keys,
+        "The callers of the door, each with the SHA-256 of its key, as `sdtpu key` prints them. Without keys the door"
+        " serves its own machine only",
+    ),
+    Setting(
+        "sdtpu_http_open", False, parse_switch,
+        "Whether a door without keys serves callers on other machines too, all as one caller",
+    ),
+    Setting(
+        "sdtpu_http_cors_origins", (), parse_origins,
+        "The origins whose web pages may use the door from a browser, like `https://shop.example`. Not set, none may",
+    ),
+    Setting(
+        "sdtpu_http_webhook_origins", (), parse_origins,
+        "The origins to which the door may post jobs that have ended (`webhook`), like `https://shop.example`",
+    ),
+    Setting(
+        "sdtpu_http_webhook_secret", None, parse_optional_text,
+        "What the door signs webhooks with; their receivers know it too",
+    ),
+    Setting(
+        "sdtpu_http_max_body_bytes", 16_777_216, parse_integer(1024, 2**27),
+        "The largest body of a request to the door, in bytes; a picture that a job starts from is in it",
+    ),
+    Setting(
+        "sdtpu_http_wait_s", 300.0, parse_seconds(1, 86_400),
+        "Seconds that a request which waits for its pictures may wait, as those of OpenAI's API do. Its jobs are then"
+        " cancelled",
+    ),
+    Setting(
+        "sdtpu_http_max_streams", 4000, parse_integer(1, 1_000_000),
+        "How many event streams one door keeps open; each needs a file descriptor",
+    ),
+    Setting(
         "sdtpu_compile_cache", "auto", parse_text,
         "The folder of JAX's persistent compilation cache. `auto` is `~/.cache/sdtpu_worker/xla`; with `off` every"
         " start compiles anew",
@@ -269,6 +310,15 @@ class Config:
     log_format: str
     image_store: str = field(repr=False)  # this and the next may hold passwords
     read_image_stores: tuple[str, ...] = field(repr=False)
+    http_address: tuple[str, int]
+    http_keys: tuple[HttpKey, ...] = field(repr=False)
+    http_open: bool
+    http_cors_origins: tuple[str, ...]
+    http_webhook_origins: tuple[str, ...]
+    http_webhook_secret: str | None = field(repr=False)
+    http_max_body_bytes: int
+    http_wait_s: float
+    http_max_streams: int
     compile_cache: str
 
 
@@ -300,10 +350,10 @@ def source_of(name: str, conf: Mapping[str, Any]) -> tuple[Any, str]:
         name: the setting.
         conf: a Celery app's `conf`, or any mapping with `sdtpu_*` keys.
     """
-    if (variable := name.upper()) in os.environ:
-        return without_passwords(os.environ[variable]), variable
-    value = conf.get(name)
-    return without_passwords(value), "" if value is None else "the app's configuration"
+    variable = name.upper()
+    value: Any = os.environ.get(variable, conf.get(name))
+    source = variable if variable in os.environ else "" if value is None else "the app's configuration"
+    return (MASK if source and name.endswith("_secret") else without_passwords(value)), source
 
 
 def read_config(conf: Mapping[str, Any]) -> Config:

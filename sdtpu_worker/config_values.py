@@ -5,8 +5,9 @@ Each raises ValueError with the words for what is allowed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdtpu_worker.contract.parameter_checks import MAX_SIDE, SIDE_MULTIPLE
 
@@ -206,3 +207,53 @@ def parse_urls(value: Any) -> tuple[str, ...]:
     if not isinstance(urls, list | tuple) or not all(isinstance(url, str) for url in urls):
         raise ValueError("a list of `redis`, redis:// URLs and fsspec URLs, or one string with commas between them")
     return tuple(dict.fromkeys(url.strip() for url in urls if url.strip()))
+
+
+class HttpKey(NamedTuple):
+    """A caller's key, as `sdtpu_http_keys` has it.
+
+    Attributes:
+        name: of the caller.
+        sha256: the hash of the key, in 64 hexadecimal digits.
+        priorities: the most and the least urgent priority that the caller may ask for.
+        max_jobs: how many unfinished jobs it may have; 0 for any number.
+    """
+
+    name: str
+    sha256: str
+    priorities: tuple[int, int]
+    max_jobs: int
+
+
+_HTTP_KEY = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.@-]{0,63}):([0-9a-f]{64})(?::([0-9])-([0-9]))?(?::([0-9]{1,9}))?")
+
+
+def parse_http_keys(value: Any) -> tuple[HttpKey, ...]:
+    """Return the keys in "shop:HASH:3-9:100,other:HASH" or in a list of such texts; none for an empty one."""
+    entries = [entry for entry in value.split(",") if entry.strip()] if isinstance(value, str) else value
+    if not isinstance(entries, list | tuple):
+        raise ValueError(_KEYS_WANTED)
+    keys = []
+    for entry in entries:
+        match = _HTTP_KEY.fullmatch(entry.strip()) if isinstance(entry, str) else None
+        if match is None or int(match[3] or 0) > int(match[4] or 9):
+            raise ValueError(_KEYS_WANTED)
+        keys.append(HttpKey(match[1], match[2], (int(match[3] or 0), int(match[4] or 9)), int(match[5] or 0)))
+    if len({key.sha256 for key in keys}) < len(keys):
+        raise ValueError(f"{_KEYS_WANTED}; no key twice")
+    return tuple(keys)
+
+
+_KEYS_WANTED = (
+    "`NAME:SHA256` with `:LOW-HIGH` for priorities from 0 to 9 and `:MAX_JOBS` after it, or several, with commas"
+    " between them or in a list"
+)
+
+
+def parse_origins(value: Any) -> tuple[str, ...]:
+    """Return the origins in "https://a.example,https://b.example" or in a list; none for an empty one."""
+    origins = [origin.strip() for origin in value.split(",")] if isinstance(value, str) else value
+    origins = [origin for origin in origins if origin] if isinstance(origins, list | tuple) else [None]
+    if any(not isinstance(each, str) or not re.fullmatch(r"https?://[^/\s*?#]+", each) for each in origins):
+        raise ValueError("origins like https://shop.example, with commas between them or in a list")
+    return tuple(origins)

@@ -197,6 +197,25 @@ def purge_queues(app: Celery) -> int:
 
 
 @contextlib.contextmanager
+def broker_client(app: Celery) -> Iterator[Any]:
+    """Give a client of the broker's Redis for the block.
+
+    Raises:
+        ConfigurationError: the broker is not Redis.
+        BrokerUnavailable: Redis does not answer.
+    """
+    with _broker(app) as (redis, *_):
+        yield redis
+
+
+@contextlib.contextmanager
+def broker_with_prefix(app: Celery) -> Iterator[tuple[Any, str]]:
+    """Give a client of the broker's Redis, and what every key there begins with; raises as `broker_client`."""
+    with _broker(app) as (redis, prefix, *_):
+        yield redis, prefix
+
+
+@contextlib.contextmanager
 def _broker(app: Celery) -> Iterator[tuple[Any, str, dict[str, list[str]], Sequence[int]]]:
     """Connect to the broker; yield its client, the prefix of keys, the lists of each queue, and the bands."""
     from kombu.exceptions import OperationalError

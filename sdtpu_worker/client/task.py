@@ -14,6 +14,7 @@ from kombu.exceptions import OperationalError
 from sdtpu_worker.client.admission import check_admission
 from sdtpu_worker.client.backend_wait import bounded_wait
 from sdtpu_worker.client.broker_errors import unavailable
+from sdtpu_worker.client.once import send_once
 from sdtpu_worker.client.options import check_options, plain_options, seconds_until
 from sdtpu_worker.client.routing import generation_route, name_of
 from sdtpu_worker.contract.queues import SENT_AT_HEADER, TASK_NAME
@@ -54,7 +55,9 @@ class GenerateTask(Task):
         """Enqueue the job; see `GenerationRequest` for the parameters.
 
         The further parameter `tenant` chooses the job's queue, so that tenants are served in turn. A picture may be
-        given as bytes, a PIL image or a `pathlib.Path`: it is put into the image store first.
+        given as bytes, a PIL image or a `pathlib.Path`: it is put into the image store first. With an
+        `idempotency_key`, a text of the caller's, a repeated call returns the first one's job, for as long as results
+        are kept; a `task_id` that the caller chose does without it.
 
         Raises:
             InvalidRequest: a parameter is not allowed.
@@ -64,6 +67,14 @@ class GenerateTask(Task):
             BrokerUnavailable: Redis cannot be reached or refuses the job.
         """
         args, kwargs = tuple(args or ()), bring_pictures(self.app, kwargs or {})
+        key = kwargs.pop("idempotency_key", None)
+        if key is not None and not options.get("task_id"):
+            check_arguments(args, {**kwargs, "idempotency_key": key})
+
+            def send(task_id: str) -> Any:
+                return self.apply_async(args, kwargs, *rest, **{**options, "task_id": task_id})
+
+            return send_once(self.app, key, args, kwargs, send)
         options = plain_options({"expires": self.expires, **options})
         request = None if current_task else GenerationRequest.parse(args, kwargs)
         if kwargs.get("seed") is None:

@@ -166,6 +166,12 @@ def _pairs(value: Any) -> list[Any]:
     return [each if isinstance(each, list | tuple) and len(each) == 2 else (each, 1.0) for each in value]
 
 
+def check_optional_name(name: str, value: Any) -> None:
+    """Check a name, or None."""
+    if value is not None:
+        check_name(name, value)
+
+
 def check_flag(name: str, value: Any) -> None:
     """Check True or False."""
     if not isinstance(value, bool):

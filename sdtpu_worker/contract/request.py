@@ -18,6 +18,7 @@ from sdtpu_worker.contract.parameter_checks import (
     check_integer,
     check_loras,
     check_name,
+    check_optional_name,
     check_optional_text,
     check_pair,
     check_prompt,
@@ -160,6 +161,11 @@ class GenerationRequest:
             InvalidRequest: an argument is missing, unknown or not allowed.
         """
         check_arguments(args, kwargs)
+        if kwargs.get("idempotency_key") is not None:
+            raise InvalidRequest(
+                "idempotency_key must be given to generate.delay or apply_async of this package, which does not send"
+                " it; a client that writes messages itself repeats the task id"
+            )
         given = {name: value for name, value in _by_name(args, kwargs).items() if name in _CHECKS}
         if "prompt" not in given:
             raise InvalidRequest("prompt is missing: pass it as the first argument, a string")
@@ -299,4 +305,4 @@ _KINDS: dict[str, Any] = {
     "control_guidance_start": each_of(float),
     "control_guidance_end": each_of(float),
 }
-_ARGUMENT_CHECKS = {**_CHECKS, "tenant": check_tenant}
+_ARGUMENT_CHECKS = {**_CHECKS, "tenant": check_tenant, "idempotency_key": check_optional_name}

@@ -50,5 +50,6 @@ PRIVATE_NAMES = (
     # Apps: `plugin.py` and `images/store.py` find them.
     PrivateName("celery.app.amqp:Queues", "_consume_from", "whether -Q chose the queues"),
     PrivateName("celery", "_state", "whether there is a default app"),
+    PrivateName("celery.backends.redis:SentinelBackend", "_transport_options", "how the door reaches the sentinels"),
     PrivateName("celery.local:Proxy", "_get_current_object", "the app behind `current_app`"),
 )

@@ -104,6 +104,8 @@ class DyingStore:
         die(task_id, "storing")
         uri = self._store.put(task_id, image_format, data, give_up)
         die(task_id, "stored")
+        with (Path(os.environ["SDTPU_FAKE_MARKS"]) / f"{task_id}.stored").open("a") as file:
+            file.write("x")
         return uri
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import prod
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
+from sdtpu_worker.diffusion.families.family import PictureUse
 from sdtpu_worker.diffusion.loading import architectures
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 from sdtpu_worker.models import networks
@@ -163,12 +165,13 @@ def test_a_file_of_another_size_is_told_by_its_shapes(case, monkeypatch):
         load_checkpoint(str(file), options=options)
 
 
-def test_an_inpainting_file_is_refused_as_such(case):
+def test_an_inpainting_file_is_known_by_its_first_convolution(case):
     folder, file, architecture, options = case
     entry = np.zeros((32, 9, 3, 3), np.float32)
     to_single_file(folder, file, architecture, model__diffusion_model__input_blocks__0__0__weight=entry)
-    with pytest.raises(InvalidCheckpoint, match="takes 9 channels and the VAE has 4; inpainting"):
-        load_checkpoint(str(file), options=options)
+    assert load_checkpoint(str(file), options=options).family.picture_use is PictureUse.INPAINT
+    with pytest.raises(ConfigurationError, match=r"sdtpu_image_inputs must be on"):
+        load_checkpoint(str(file), options=replace(options, image_inputs=False))
 
 
 def test_the_vocabulary_is_found_in_a_checkpoints_folder_too(case, tmp_path):

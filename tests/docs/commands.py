@@ -23,6 +23,8 @@ OUTSIDE = {
 OTHER_VARIABLES = {
     "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "HF_HOME", "HF_TOKEN", "MALLOC_ARENA_MAX",
     "GLIBC_TUNABLES", "REDIS_PORT", "FLOWER_PORT", "REDIS_MAXMEMORY",
+    "FORWARDED_ALLOW_IPS",  # of uvicorn
+    "OPENAI_BASE_URL", "OPENAI_API_KEY",  # of OpenAI's client
     "SDTPU_TARGET", "SDTPU_PRIVILEGED",  # read by docker/compose.yaml
     "SDTPU_TEST_COMPILE_CACHE",  # read by the tests
 }  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 
 from sdtpu_worker.testing.processes import private_redis, running, wait_for_line, worker_env
 from tests.docs.pages import write_files
+from tests.http.doors import start_door
 from tests.support.paths import ROOT, XLA_CACHE
 
 
@@ -19,7 +20,7 @@ class Stage:
     """What a reader of the pages has around them: a Redis, a worker that is ready, the tutorials' folders.
 
     Attributes:
-        env: an environment in which any Celery app uses this Redis.
+        env: an environment in which any Celery app uses this Redis, and OpenAI's client the door.
         folders: the tutorials' files, by the name of the page.
     """
 
@@ -47,4 +48,5 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         command = [sys.executable, "-m", "celery", "-A", "website", "worker", "--queues", "sdtpu", "--loglevel", "INFO"]
         with running(command, log, env=env, cwd=folders["django"]) as process:
             wait_for_line(process, log, " ready.", 180)
-            yield Stage(env, folders)
+            with start_door(url, folder) as door:
+                yield Stage({**env, "OPENAI_BASE_URL": f"{door.url}/v1", "OPENAI_API_KEY": "none"}, folders)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from celery import Celery, group
 
-from sdtpu_worker import BrokerUnavailable, EngineUnavailable, InvalidRequest, generate, generate_many
+from sdtpu_worker import BrokerUnavailable, EngineUnavailable, InvalidRequest, QueueFull, generate, generate_many
 from sdtpu_worker.testing.processes import free_port
 from tests.support.clients import client_app
 
@@ -108,3 +109,46 @@ def test_many_pictures_with_a_bad_parameter_enqueue_nothing(app, n, more, text):
     with pytest.raises(InvalidRequest, match=text):
         generate_many("a fox", n, **more)
     assert queued(app) == []
+
+
+def test_a_repeated_call_with_an_idempotency_key_returns_the_first_job(app, redis):
+    first = generate.delay("a fox", idempotency_key="order-7")
+    again = generate.delay("a fox", idempotency_key="order-7")
+    assert again.id == first.id
+    (message,) = queued(app)
+    _, kwargs, _ = json.loads(base64.b64decode(message["body"]))
+    assert set(kwargs) == {"seed"}, "the message does not carry it"
+    others = [
+        generate.delay("a fox", idempotency_key="order-8"),
+        generate.delay("a fox", idempotency_key="order-7", tenant="another"),
+        generate.delay("a fox"),
+    ]
+    assert len({first.id, *(other.id for other in others)}) == 4
+    with pytest.raises(InvalidRequest, match="idempotency_key must be a new one for other parameters, got 'order-7'"):
+        generate.delay("a bear", idempotency_key="order-7")
+    for key in redis.keys("sdtpu:once:*"):
+        assert redis.ttl(key) > 3600
+
+
+def test_a_job_that_was_not_enqueued_leaves_its_key_free(app, redis, monkeypatch):
+    with pytest.raises(InvalidRequest, match="sampler"):
+        generate.delay("a fox", sampler="x", idempotency_key="order-9")
+    monkeypatch.setitem(app.conf, "sdtpu_max_queue", 1)
+    generate.delay("a fox")
+    with pytest.raises(QueueFull):
+        generate.delay("a fox", idempotency_key="order-9")
+    assert not redis.keys("sdtpu:once:*")
+    monkeypatch.setitem(app.conf, "sdtpu_max_queue", 0)
+    assert generate.delay("a fox", idempotency_key="order-9").id
+
+
+@pytest.mark.parametrize("key", ["", "x" * 129, 7, "a\nb"])
+def test_a_key_that_is_none_is_refused(app, key):
+    with pytest.raises(InvalidRequest, match="idempotency_key must be a name of 1 to 128 characters"):
+        generate.delay("a fox", idempotency_key=key)
+
+
+def test_two_calls_at_the_same_time_make_one_job(app):
+    with ThreadPoolExecutor(8) as threads:
+        ids = set(threads.map(lambda _: generate.delay("a fox", idempotency_key="order-10").id, range(16)))
+    assert len(ids) == len(queued(app)) == 1

@@ -39,6 +39,7 @@ def test_the_public_names_are_these():
         "SdtpuError",
         "StorageError",
         "generate",
+        "generate_many",
         "image_content_type",
         "image_grid",
         "install",

@@ -44,7 +44,7 @@ def is_set_on_instances(found: type, name: str) -> bool:
 
 def names_defined(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
@@ -55,7 +55,7 @@ def names_defined(tree: ast.AST) -> Iterator[str]:
 def private_names_used(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         names = []
-        if isinstance(node, ast.Attribute | ast.FunctionDef):
+        if isinstance(node, ast.Attribute | ast.FunctionDef | ast.AsyncFunctionDef):
             names = [node.attr if isinstance(node, ast.Attribute) else node.name]
         elif isinstance(node, ast.ImportFrom):
             names = [alias.name for alias in node.names]

@@ -9,7 +9,7 @@ import pytest
 from celery import Celery
 
 from sdtpu_worker import install
-from sdtpu_worker.config import read_config, read_setting
+from sdtpu_worker.config import read_config, read_setting, source_of
 from sdtpu_worker.errors import ConfigurationError
 from tests.support.paths import ROOT
 
@@ -127,3 +127,11 @@ def test_loras_are_a_folder_or_names_with_sources(monkeypatch):
         app.conf.sdtpu_loras = wrong
         with pytest.raises(ConfigurationError, match="sdtpu_loras must be a folder, or names with sources"):
             read_config(app.conf)
+
+
+def test_a_secret_is_not_shown(monkeypatch):
+    assert source_of("sdtpu_http_webhook_secret", {"sdtpu_http_webhook_secret": "s3cret"})[0] == "**"
+    assert source_of("sdtpu_http_webhook_secret", {}) == (None, "")
+    monkeypatch.setenv("SDTPU_HTTP_WEBHOOK_SECRET", "s3cret")
+    assert source_of("sdtpu_http_webhook_secret", {}) == ("**", "SDTPU_HTTP_WEBHOOK_SECRET")
+    assert "s3cret" not in repr(read_config({}))

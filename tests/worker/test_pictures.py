@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from celery import chain, group
 from PIL import Image, ImageDraw
 
 from sdtpu_worker import InvalidRequest, generate, generate_many, open_image
+from tests.support.paths import ROOT, XLA_CACHE
 from tests.worker.workers import start_worker
 from tools.embedded_checkpoint.scenes import judge
 
@@ -202,3 +206,16 @@ def test_an_image_store_in_files_serves_pictures_too_and_no_link_leads_out_of_it
         ):
             with pytest.raises(Exception, match=text):
                 generate.apply_async([BLUE], {"image": f"file://{images}/{name}"}, queue="files").get(timeout=60)
+
+
+def test_the_example_makes_its_pictures(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "pictures.py"), "--out", str(tmp_path)]
+    env = {**os.environ, "SDTPU_COMPILE_CACHE": XLA_CACHE}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    red, blue, star = (Image.open(tmp_path / f"{name}.png") for name in ("red", "blue", "star"))
+    assert (judge(red).colour, judge(blue).colour) == ("red", "blue")
+    left = (0, 0, 34, 64)
+    assert np.array_equal(np.asarray(star.crop(left)), np.asarray(blue.crop(left))), "the mask leaves it alone"
+    assert distance(star, blue) > 1
+    assert Image.open(tmp_path / "grid.png").size == (256, 64)

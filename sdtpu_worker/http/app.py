@@ -1,0 +1,147 @@
+"""`create_app`: the ASGI app with its routes. It wires; each API has a module of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from sdtpu_worker.config import read_setting
+from sdtpu_worker.http import jobs_api, openai_edits, openai_images, web_ui
+from sdtpu_worker.http.departures import CallerLeft
+from sdtpu_worker.http.door import Door, door_of
+from sdtpu_worker.http.openapi import describe
+from sdtpu_worker.http.problems import Refusal, as_openai_error, as_problem, refusal_for
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+logger = logging.getLogger(__name__)
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+_CLIENT_CLOSED = 499
+
+
+def create_app(app: Celery) -> Starlette:
+    """Return the door of a Celery app: an ASGI app, to be served alone or mounted in another one.
+
+    Its connections open with the first request, in the event loop of that. They close with the lifespan of the ASGI
+    app; where it is mounted in an app that gives it none, `await door.state.door.close()` does that.
+
+    Args:
+        app: the client's app, with `install(app)`; its configuration and the environment have the settings.
+
+    Raises:
+        ConfigurationError: a setting is not allowed, or the result backend is not Redis.
+    """
+    door = Door(app)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        door.webhooks.start()
+        try:
+            yield
+        finally:
+            await door.close()
+
+    origins = read_setting("sdtpu_http_cors_origins", app.conf)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],  # clients in browsers send headers of their own
+        expose_headers=["Location", "Retry-After", "ETag", "Preference-Applied"],
+    )
+    asgi = Starlette(
+        routes=make_routes(),
+        middleware=[cors] if origins else [],
+        exception_handlers={HTTPException: _answer_http_exception},
+        lifespan=lifespan,
+    )
+    asgi.state.door = door
+    return asgi
+
+
+def make_routes() -> list[Route]:
+    """Return every route of the door."""
+    openai = functools.partial(_route, form=as_openai_error)
+    problem = functools.partial(_route, form=as_problem)
+    return [
+        openai("/v1/images/generations", openai_images.generate_images, "POST"),
+        openai("/v1/images/edits", openai_edits.edit_images, "POST"),
+        openai("/v1/images/variations", openai_images.refuse_variations, "POST"),
+        openai("/v1/models", openai_images.list_models, "GET"),
+        openai("/v1/models/{model:path}", openai_images.show_model, "GET"),
+        problem("/v1/jobs", jobs_api.create_job, "POST"),
+        problem("/v1/jobs", jobs_api.list_jobs, "GET"),
+        problem("/v1/jobs/{job_id}", jobs_api.show_job, "GET"),
+        problem("/v1/jobs/{job_id}", jobs_api.cancel_job, "DELETE"),
+        problem("/v1/jobs/{job_id}/image", jobs_api.send_image, "GET", name="job_image"),
+        problem("/v1/jobs/{job_id}/events", jobs_api.stream_events, "GET"),
+        problem("/sdapi/v1/txt2img", web_ui.txt2img, "POST"),
+        problem("/sdapi/v1/img2img", web_ui.img2img, "POST"),
+        problem("/sdapi/v1/options", web_ui.show_options, "GET"),
+        problem("/sdapi/v1/options", web_ui.set_options, "POST"),
+        problem("/sdapi/v1/sd-models", web_ui.list_models, "GET"),
+        problem("/sdapi/v1/samplers", web_ui.list_samplers, "GET"),
+        problem("/sdapi/v1/schedulers", web_ui.list_schedulers, "GET"),
+        problem("/sdapi/v1/progress", web_ui.show_progress, "GET"),
+        problem("/sdapi/v1/interrupt", web_ui.interrupt, "POST"),
+        problem("/openapi.json", _describe, "GET"),
+        problem("/livez", _live, "GET"),
+        problem("/readyz", _ready, "GET"),
+    ]
+
+
+def _route(
+    path: str, endpoint: Endpoint, method: str, form: Callable[[Refusal], Response], name: str | None = None
+) -> Route:
+    """Return a route whose endpoint's errors are answered in a form."""
+
+    @functools.wraps(endpoint)
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except CallerLeft:
+            return Response(status_code=_CLIENT_CLOSED)
+        except Exception as exc:
+            refusal = refusal_for(exc)
+            if refusal.code == "InternalError":
+                logger.exception("%s %s failed", request.method, path)
+            elif refusal.hidden:
+                logger.warning("%s %s was refused: %s", request.method, path, refusal.hidden)
+            return form(refusal)
+
+    return Route(path, answer, methods=[method], name=name or endpoint.__name__)
+
+
+async def _answer_http_exception(_: Request, exc: Exception) -> Response:
+    """Answer what the router refuses: an unknown path, a method that a path has not."""
+    assert isinstance(exc, HTTPException)
+    return as_problem(Refusal(exc.status_code, exc.detail.replace(" ", ""), exc.detail, headers=exc.headers))
+
+
+async def _describe(request: Request) -> Response:
+    """Answer `GET /openapi.json`."""
+    return JSONResponse(describe(str(request.base_url).rstrip("/")))
+
+
+async def _live(_: Request) -> Response:
+    """Answer `GET /livez`: the event loop turns."""
+    return JSONResponse({"status": "ok"})
+
+
+async def _ready(request: Request) -> Response:
+    """Answer `GET /readyz`: Redis answers."""
+    await door_of(request).jobs.ping()
+    return JSONResponse({"status": "ok"})

@@ -1,0 +1,72 @@
+"""Server-sent events: how one is written, and the answer that sends them until they end or the caller leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from sdtpu_worker.http.departures import wait_for_departure
+
+HEARTBEAT = b": still there\n\n"
+HEARTBEAT_S = 15.0
+"""Seconds without an event after which a comment is sent, so that no proxy takes the stream for dead."""
+
+
+def write_event(name: str, data: Any, event_id: str | None = None) -> bytes:
+    """Return one event.
+
+    Args:
+        name: of the event.
+        data: JSON-compatible.
+        event_id: what a client that comes back names in `Last-Event-ID`.
+    """
+    lines = [f"event: {name}", f"data: {json.dumps(data, separators=(',', ':'))}"]
+    if event_id is not None:
+        lines.insert(0, f"id: {event_id}")
+    return ("\n".join(lines) + "\n\n").encode()
+
+
+class EventStream(Response):
+    """Sends events until they end; when the caller leaves or the door stops, their generator is closed at once.
+
+    Args:
+        events: yields whole events and comments.
+        stopping: is set when the door stops: the stream ends as if there were nothing more, and its client comes back.
+        on_end: called once, when the stream has ended.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], stopping: asyncio.Event, on_end: Callable[[], None]
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+                         media_type="text/event-stream")  # fmt: skip
+        del self.headers["Content-Length"]
+        self._events, self._stopping, self._on_end = events, stopping, on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        sending = asyncio.ensure_future(self._send_all(send))
+        left = asyncio.ensure_future(wait_for_departure(receive))
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait([sending, left, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for task in (sending, left, stopping):
+                task.cancel()
+            await asyncio.gather(sending, left, stopping, return_exceptions=True)
+            self._on_end()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})

@@ -19,6 +19,7 @@ from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.slots import Controls, Decoded, Geometry, Phases, Picture, Slots
 from sdtpu_worker.diffusion.tiled_decoding import decode_in_tiles
 
+_State = tuple[jax.Array, jax.Array, jax.Array]
 _NOISE_OF_PICTURES = 2**32 - 1
 """What the noise of encoded pictures is drawn with; the noise of steps is with their numbers."""
 
@@ -126,10 +127,10 @@ def advance(
 
     blend = _make_blend(slots, geometry.latent_shape)
     add = _make_controls(family, geometry, params, slots, conditioning)
-    adapters = _adapters_of(geometry, bank, slots.adapters and slots.adapters.entry, halves)
+    state = slots.latents, slots.history, slots.step
 
-    def denoise(_: Any, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x, history, step = carry
+    def denoise(adapters: Adapted | None, _: Any, state: _State) -> _State:
+        x, history, step = state
         row = slots.table[rows, jnp.minimum(step, MAX_STEPS - 1)]  # (S, len(COLUMNS))
         column = {name: row[:, i, None, None, None] for i, name in enumerate(COLUMNS)}
         x_in = jnp.concatenate([x * column["c_in"]] * halves)
@@ -155,7 +156,13 @@ def advance(
             step + running[:, 0, 0, 0],
         )
 
-    x, history, step = jax.lax.fori_loop(0, steps, denoise, (slots.latents, slots.history, slots.step))
+    def run() -> _State:
+        adapters = _adapters_of(geometry, bank, slots.adapters and slots.adapters.entry, halves)
+        after: _State = jax.lax.fori_loop(0, steps, partial(denoise, adapters), state)
+        return after
+
+    # A phase without steps, as one that decodes, has nothing to gather.
+    x, history, step = run() if bank is None else jax.lax.cond(steps > 0, run, lambda: state)
     return slots._replace(latents=x, history=history, step=step)
 
 

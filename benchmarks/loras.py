@@ -3,11 +3,11 @@
     python benchmarks/loras.py [--model embedded] [--rank 16] [--slots-per-device 1] [--repeats 9] [--sd15 SIDE]
 
 Needs `pip install -e '.[worker]'`. Compares, in turn and in one run, the ticks of two engines, one without and one
-with `sdtpu_loras`, whose jobs name no LoRA, one that lies on the device, and one that has to be sent. A step is the same
-program for all of these. `--sd15 32` also runs the UNet of Stable Diffusion
-1.5 alone, with parameters of one value, on latents of this side (64 is 512 pixels; it needs 8 GB of memory). Prints
-medians in ms and ratios to the first. About a minute with the shipped checkpoint on two CPU cores, where eight devices
-are simulated, and two more with `--sd15 32`.
+with `sdtpu_loras`, whose jobs name no LoRA, one that lies on the device, and one that has to be sent. A step is the
+same program for all of these. `--sd15 32` also runs the UNet of Stable Diffusion 1.5 alone, with parameters of one
+value, on latents of this side (64 is 512 pixels; it needs 8 GB of memory). Prints medians in ms and ratios to the
+first. About a minute with the shipped checkpoint on two CPU cores, where eight devices are simulated, and one or two
+more with `--sd15 32`.
 """
 
 from __future__ import annotations

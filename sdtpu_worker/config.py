@@ -17,6 +17,7 @@ from sdtpu_worker.config_values import (
     parse_choice,
     parse_http_keys,
     parse_integer,
+    parse_lora_sources,
     parse_loras,
     parse_named,
     parse_optional_text,
@@ -79,6 +80,18 @@ SETTINGS = (
         "LoRAs to merge into the checkpoint when the worker starts: `.safetensors` files, folders with one, or names on"
         " the hub (`owner/name` or `owner/name/file.safetensors`), each with a weight after an equals sign (1 without),"
         " with commas between them, or pairs of name and weight. Results name them",
+    ),
+    Setting(
+        "sdtpu_loras", None, parse_lora_sources,
+        "LoRAs that single jobs can name (`loras`): `name=source` with commas between them, or a dictionary, with"
+        " sources as in `sdtpu_loras_merged`; or a folder, each of whose `.safetensors` files is a LoRA under its name"
+        " without the ending. A file that is added to the folder is found without a restart. Not set, the program has"
+        " no place for them and costs nothing more",
+    ),
+    Setting(
+        "sdtpu_lora_rank", 16, parse_integer(1, 256),
+        "The rank that the programs of `sdtpu_loras` have room for: the ranks of all LoRAs of a job add up to no more."
+        " A larger one takes more memory and time in every step",
     ),
     Setting(
         "sdtpu_guidance", "auto", parse_choice("auto", "on", "off"),
@@ -268,6 +281,8 @@ class Config:
     tokenizer: str | None
     prediction_type: str
     loras_merged: tuple[tuple[str, float], ...]
+    loras: Mapping[str, str] | str | None
+    lora_rank: int
     guidance: str
     image_inputs: bool
     controlnets: Mapping[str, str]

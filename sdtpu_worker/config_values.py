@@ -146,6 +146,21 @@ def parse_named(value: Any) -> dict[str, str]:
     return dict(value)
 
 
+def parse_lora_sources(value: Any) -> dict[str, str] | str | None:
+    """Return what `parse_named` returns, or the path of a folder; None where the value is empty."""
+    if value is None or value == "" or value == {}:
+        return None
+    if isinstance(value, str) and "=" not in value:
+        return value
+    try:
+        return parse_named(value)
+    except ValueError:
+        raise ValueError(
+            "a folder, or names with sources, like 'pixel=/models/pixel.safetensors,toy=owner/name' or"
+            " {'pixel': '/models/pixel.safetensors'}"
+        ) from None
+
+
 def parse_address(value: Any) -> tuple[str, int]:
     """Return host and port of "127.0.0.1:8080", ":8080" (every interface) or "[::1]:8080"."""
     host, separator, text = value.strip().rpartition(":") if isinstance(value, str) else ("", "", "")

@@ -20,6 +20,7 @@ class Cost:
         decode_s: of a decode.
         picture_s: of each picture that an insert encodes besides.
         control_s: of each ControlNet, for a step in which a slot of the device asks it.
+        adapter_s: of the transfer of a job's LoRAs, before its insert.
     """
 
     step_s: float
@@ -27,10 +28,11 @@ class Cost:
     decode_s: float = 0.0
     picture_s: float = 0.0
     control_s: tuple[float, ...] = ()
+    adapter_s: float = 0.0
 
-    def insert_of(self, pictures: int) -> float:
-        """Return the seconds of an insert with some pictures."""
-        return self.insert_s + pictures * self.picture_s
+    def insert_of(self, pictures: int, adapters: int = 0) -> float:
+        """Return the seconds of an insert with some pictures, and with LoRAs that are sent first."""
+        return self.insert_s + pictures * self.picture_s + adapters * self.adapter_s
 
     def step_of(self, controls: Iterable[int]) -> float:
         """Return the seconds of a step in which these ControlNets are asked."""
@@ -40,7 +42,7 @@ class Cost:
         """Return the seconds that one device needs for phases."""
         return sum(
             phase.steps * self.step_of(phase.controls)
-            + (phase.insert is not None) * self.insert_of(phase.pictures)
+            + (phase.insert is not None) * self.insert_of(phase.pictures, phase.adapters)
             + (phase.decode is not None) * self.decode_s
             for phase in phases
         )

@@ -41,10 +41,12 @@ class Load:
     Attributes:
         pictures: how many are encoded when the job gets its slot.
         controls: the numbers of the ControlNets that its steps ask.
+        adapters: how many combinations of LoRAs are sent to the device when the job gets its slot, 0 or 1.
     """
 
     pictures: int = 0
     controls: frozenset[int] = frozenset()
+    adapters: int = 0
 
 
 NO_LOAD = Load()
@@ -125,5 +127,5 @@ class QueuedJob:
 
     def work_s(self, cost: Cost) -> float:
         """Return the seconds that one device, working alone, needs until the job's image is decoded."""
-        insert_s = 0.0 if self.has_started else cost.insert_of(self.load.pictures)
+        insert_s = 0.0 if self.has_started else cost.insert_of(self.load.pictures, self.load.adapters)
         return self.remaining * cost.step_of(self.load.controls) + cost.decode_s + insert_s

@@ -20,6 +20,7 @@ class Phase:
         steps: denoising steps for the device's slots; a slot whose job has taken all of its steps keeps its values.
         pictures: how many pictures the insert encodes.
         controls: the ControlNets that the steps may ask.
+        adapters: how many combinations of LoRAs are sent before the insert.
     """
 
     decode: tuple[int, str] | None = None
@@ -27,6 +28,7 @@ class Phase:
     steps: int = 0
     pictures: int = 0
     controls: frozenset[int] = frozenset()
+    adapters: int = 0
 
 
 @dataclass(frozen=True)

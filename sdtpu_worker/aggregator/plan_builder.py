@@ -142,7 +142,6 @@ class PlanBuilder:
             self._resume(device)
         elapsed_s = self.elapsed_s[device]
         budget_s = (self.steps + 0.25) * cost.step_s  # what other devices need at least, and a little
-        pictures = 0
         decode = next(((i, job) for i, job in enumerate(slots) if job and not job.remaining), None)
         if phases and decode and elapsed_s + cost.decode_s > budget_s:
             return False
@@ -151,11 +150,12 @@ class PlanBuilder:
             elapsed_s += cost.decode_s
         insert = None
         if self._takes_another(device):
-            pictures = self.queue[0].load.pictures
-            if not phases or elapsed_s + cost.insert_of(pictures) < budget_s:
+            load = self.queue[0].load
+            insert_s = cost.insert_of(load.pictures, load.adapters)
+            if not phases or elapsed_s + insert_s < budget_s:
                 insert = slots.index(None), self.queue.popleft()
                 self._give_slot(device, *insert)
-                elapsed_s += cost.insert_of(pictures)
+                elapsed_s += insert_s
         controls = frozenset(control for job in slots if job for control in job.load.controls)
         step_s = cost.step_of(controls)
         steps = 0 if self._more_to_do_first(device) else self._steps(device, budget_s - elapsed_s, step_s)
@@ -169,8 +169,9 @@ class PlanBuilder:
                 (decode[0], decode[1].task_id) if decode else None,
                 (insert[0], insert[1].task_id) if insert else None,
                 steps,
-                pictures if insert else 0,
+                insert[1].load.pictures if insert else 0,
                 controls if steps else frozenset(),
+                insert[1].load.adapters if insert else 0,
             )
         )
         self.elapsed_s[device] = elapsed_s + steps * step_s

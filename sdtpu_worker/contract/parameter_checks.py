@@ -19,6 +19,8 @@ MAX_SIDE = 4096
 MAX_TOLD_SIDE = 65_536
 SIDE_MULTIPLE = 8
 MAX_LISTED = 8
+MAX_LORAS = 4
+MAX_LORA_WEIGHT = 100.0
 _SEED_DIGITS = re.compile("[0-9]{1,19}")
 
 
@@ -130,6 +132,38 @@ def check_name(name: str, value: Any) -> None:
     """Check a name out of the worker's settings."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_TENANT_CHARACTERS or not value.isprintable():
         raise InvalidRequest(f"{name} must be a name of 1 to {MAX_TENANT_CHARACTERS} characters, got {brief(value)}")
+
+
+def check_loras(name: str, value: Any) -> None:
+    """Check a list of names, and of pairs of name and weight; each name once."""
+    if value is None:
+        return
+    if not isinstance(value, list | tuple) or len(value) > MAX_LORAS:
+        raise InvalidRequest(
+            f"{name} must be a list of at most {MAX_LORAS} names or pairs of name and weight, like"
+            f' [["pixel", 0.8]], got {brief(value)}'
+        )
+    pairs = _pairs(value)
+    for its_name, weight in pairs:
+        check_name(f"{name}: a LoRA", its_name)
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not -MAX_LORA_WEIGHT <= weight <= MAX_LORA_WEIGHT:  # also of NaN
+            raise InvalidRequest(
+                f"{name} must have finite weights from -{MAX_LORA_WEIGHT:.0f} to {MAX_LORA_WEIGHT:.0f}, got"
+                f" {brief(weight)} for {brief(its_name)}; several LoRAs are a list of pairs"
+            )
+    names = [its_name for its_name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise InvalidRequest(f"{name} must name each LoRA once, got {brief(names)}")
+
+
+def loras_of(value: Any) -> tuple[tuple[str, float], ...]:
+    """Return the pairs of name and weight that a sound list of them and of names means; a name alone has weight 1."""
+    return tuple((name, float(weight)) for name, weight in _pairs(value))
+
+
+def _pairs(value: Any) -> list[Any]:
+    return [each if isinstance(each, list | tuple) and len(each) == 2 else (each, 1.0) for each in value]
 
 
 def check_optional_name(name: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from sdtpu_worker.contract.parameter_checks import (
     check_fraction,
     check_guidance,
     check_integer,
+    check_loras,
     check_name,
     check_optional_name,
     check_optional_text,
@@ -26,6 +27,7 @@ from sdtpu_worker.contract.parameter_checks import (
     check_side,
     check_tenant,
     each_of,
+    loras_of,
 )
 from sdtpu_worker.contract.picture_reference import check_picture, is_result, named_picture, shown_picture
 from sdtpu_worker.contract.samplers import SIGMA_SPACINGS, resolve_sampler
@@ -90,6 +92,8 @@ class GenerationRequest:
             `conditioning_scale`.
         control_guidance_start, control_guidance_end: 0 to 1, the shares of the steps at which it begins and ceases to
             count; one number, or one for each.
+        loras: at most 4 LoRAs of the worker (`sdtpu_loras`), each as a name or as a pair of name and weight, -100 to
+            100; kept as pairs.
 
     Raises:
         InvalidRequest: a value is not allowed; the text says what was got and what is allowed.
@@ -123,6 +127,7 @@ class GenerationRequest:
     controlnet_conditioning_scale: tuple[float, ...] = (1.0,)
     control_guidance_start: tuple[float, ...] = (0.0,)
     control_guidance_end: tuple[float, ...] = (1.0,)
+    loras: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -131,6 +136,7 @@ class GenerationRequest:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, kind(value))
         object.__setattr__(self, "negative_prompt", self.negative_prompt or "")
+        object.__setattr__(self, "loras", loras_of(self.loras or ()))
         if self.sampler is not None:
             self._resolve_sampler(self.sampler)
         for name in ("mask_image", "strength", "image_guidance_scale"):
@@ -199,6 +205,8 @@ def _plain(name: str, value: Any) -> Any:
     """Return a parameter as results report it."""
     if name in PICTURES:
         return [shown_picture(uri) for uri in value] if name in LISTED else shown_picture(value)
+    if name == "loras":
+        return [list(pair) for pair in value]
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -275,6 +283,7 @@ _CHECKS: dict[str, Any] = {
     "controlnet_conditioning_scale": check_each(check_guidance),
     "control_guidance_start": check_each(check_fraction(optional=False)),
     "control_guidance_end": check_each(check_fraction(optional=False)),
+    "loras": check_loras,
 }
 _ALIASES = {"conditioning_scale": "controlnet_conditioning_scale"}
 _OPTIONS = (*list(_CHECKS)[list(_CHECKS).index("image_format") + 1 :],)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,11 @@ class BatchPlace:
     num_slots: int
 
 
+def describe_loras(loras: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Return pairs of name and weight as results report them."""
+    return [{"name": name, "weight": weight} for name, weight in loras]
+
+
 @dataclass(frozen=True)
 class GenerationResult:
     """The result of one job, with the parameters that it was run with: every default is filled in.
@@ -73,7 +78,8 @@ class GenerationResult:
         timings: how long the job took.
         batch: the device and the slot that made the image.
         options: the other parameters that were given, such as `sigmas` and `clip_skip`.
-        loras: `{"name", "weight"}` of each LoRA that is merged into the worker's checkpoint.
+        loras: `{"name", "weight"}` of each LoRA that made the image: those that are merged into the worker's
+            checkpoint, then the job's own.
     """
 
     task_id: str

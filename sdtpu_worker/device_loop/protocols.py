@@ -200,7 +200,7 @@ class EngineInfo:
         trace_s, compile_s: seconds that tracing and compiling the programs took.
         cache_hits, cache_misses: programs that came from the persistent compilation cache, and that did not.
         default_steps: denoising steps of a request that names none.
-        loras: `(name, weight)` of those that are merged into the model.
+        loras: `(name, weight)` of those that are merged into the model; jobs may name more.
     """
 
     model: str

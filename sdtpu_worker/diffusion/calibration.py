@@ -10,6 +10,7 @@ import numpy as np
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
 from sdtpu_worker.diffusion import previews
+from sdtpu_worker.diffusion.adapters import JobAdapters
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.engine_io import Calibration
 from sdtpu_worker.diffusion.families.family import PictureUse
@@ -67,13 +68,29 @@ def _measure_costs(engine: Engine, lane: Lane) -> TickCosts:
         picture = ControlPicture(number, np.zeros((*lane, 3), np.uint8), 1.0, 0, 2 * _STEPS)
         seconds(1, insert, replace(job, num_steps=2 * _STEPS, controls=(picture,)))
         control_s.append(max(0.0, seconds(1, steps) - overhead_s - steps_s) / _STEPS)
+    adapter_s = 0.0
+    if engine.checkpoint.adapters is not None:
+        adapter_s = max(0.0, _adapters_s(engine, job) - overhead_s - insert_s)
     slowdown = {
         busy: max(1.0, (seconds(busy, steps) - overhead_s) / steps_s)
         for busy in (2, num_devices // 2, num_devices)
         if 1 < busy <= num_devices
     }
-    cost = Cost(steps_s / _STEPS, insert_s, decode_s, picture_s, tuple(control_s))
+    cost = Cost(steps_s / _STEPS, insert_s, decode_s, picture_s, tuple(control_s), adapter_s)
     return TickCosts(num_devices, cost, slowdown, overhead_s)
+
+
+def _adapters_s(engine: Engine, job: PreparedJob, count: int = 2) -> float:
+    """Return the seconds of an insert whose LoRAs are not on the device yet, the shortest of a few."""
+    assert engine.checkpoint.adapters is not None
+    plan = Plan(job.lane, ((Phase(insert=(0, _TASK_ID)),), *[()] * (engine.info.num_devices - 1)))
+    stack, times = engine.checkpoint.adapters.layout.zeros(leading=(1,)), []
+    for number in range(1 + count):  # the first is not counted
+        adapters = JobAdapters(np.array([0, number], np.uint32), stack)
+        started = time.monotonic()
+        engine.execute(plan, {_TASK_ID: replace(job, adapters=adapters)}).wait()
+        times.append(time.monotonic() - started)
+    return min(times[1:])
 
 
 def _empty_tick_s(engine: Engine, lane: Lane, count: int = 8) -> float:

@@ -14,9 +14,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from sdtpu_worker.contract.request import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, GenerationRequest
+from sdtpu_worker.diffusion.adapters import AdapterLayout
 from sdtpu_worker.diffusion.checkpoint_file import CheckpointFile
 from sdtpu_worker.diffusion.checkpoint_folder import Folder, find_folder
 from sdtpu_worker.diffusion.families.family import Family, Params
+from sdtpu_worker.diffusion.loading.adapters import AdapterFiles
 from sdtpu_worker.diffusion.loading.load import read_weights
 from sdtpu_worker.diffusion.loading.lora import MergedLora
 from sdtpu_worker.diffusion.parts import Parts
@@ -82,6 +84,7 @@ class Checkpoint:
         defaults: what a request gets that asks for nothing else.
         safety_checker: None for a checkpoint without one.
         loras: what was merged into the parameters.
+        adapters: the LoRAs that single jobs can name; None for a worker without.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Checkpoint:
     defaults: Defaults
     safety_checker: LoadedSafetyChecker | None
     loras: tuple[MergedLora, ...] = ()
+    adapters: AdapterFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ class LoadOptions:
         loras_merged: `(name, weight)` of LoRAs to merge; see `loading.lora_files.find_lora` for names.
         image_inputs: jobs may start from a picture.
         controlnets: by name, the folders or hub names of ControlNets.
+        loras: of single jobs: by name, what `loras_merged` has without names; or a folder of them; None for none.
+        lora_rank: that the programs have room for.
     """
 
     revision: str = "main"
@@ -115,6 +121,8 @@ class LoadOptions:
     loras_merged: tuple[tuple[str, float], ...] = ()
     image_inputs: bool = True
     controlnets: Mapping[str, str] = field(default_factory=dict)
+    loras: Mapping[str, str] | str | None = None
+    lora_rank: int = 16
 
 
 def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | None = None) -> Checkpoint:
@@ -146,6 +154,10 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
     if needs_guidance and not is_guided:
         defaults = replace(defaults, guidance_scale=1.0)
     family = parts.family(is_guided)
+    adapters = None
+    if options.loras is not None:
+        layout = AdapterLayout(options.lora_rank, dtype, family.adapter_layers)
+        adapters = AdapterFiles(options.loras, layout, parts.lora_shapes)
     return Checkpoint(
         name=name,
         dtype=dtype,
@@ -155,6 +167,7 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
         defaults=defaults,
         safety_checker=_load_safety_checker(source) if source.has_safety_checker else None,
         loras=parts.loras,
+        adapters=adapters,
     )
 
 

@@ -16,12 +16,20 @@ from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.failures import is_out_of_memory
 from sdtpu_worker.diffusion.memory import WHAT_MAKES_IT_SMALLER
-from sdtpu_worker.diffusion.programs import lower_preview, lower_restore, lower_snapshot, lower_tick
+from sdtpu_worker.diffusion.programs import (
+    lower_empty_bank,
+    lower_fill_bank,
+    lower_preview,
+    lower_restore,
+    lower_snapshot,
+    lower_tick,
+)
 from sdtpu_worker.diffusion.safety import lower_safety_check
 from sdtpu_worker.diffusion.slots import Geometry
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 
 _TICK, _SNAPSHOT, _RESTORE, _PREVIEW, _SAFETY = "tick", "snapshot", "restore", "preview", "safety check"
+_EMPTY_BANK, _FILL_BANK = "empty bank", "fill bank"
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class CompiledPrograms:
     Attributes:
         previews: empty for an engine without previews.
         safety_check: None for a checkpoint without a safety checker.
+        empty_bank, fill_bank: None for a worker whose jobs name no LoRAs.
         trace_s, compile_s: seconds that tracing and compiling took.
         cache_hits, cache_misses: programs that came from the persistent compilation cache, and that did not.
     """
@@ -40,6 +49,8 @@ class CompiledPrograms:
     restores: Mapping[Lane, jax.stages.Compiled]
     previews: Mapping[Lane, jax.stages.Compiled]
     safety_check: jax.stages.Compiled | None
+    empty_bank: jax.stages.Compiled | None
+    fill_bank: jax.stages.Compiled | None
     trace_s: float
     compile_s: float
     cache_hits: int
@@ -75,6 +86,10 @@ def compile_programs(
     if checkpoint.safety_checker is not None:
         checker = checkpoint.safety_checker
         lowered[_SAFETY, None] = lower_safety_check(checker.network, checker.crop, safety_params, mesh)
+    geometry = next(iter(geometries.values()))
+    if geometry.adapters is not None:
+        lowered[_EMPTY_BANK, None] = lower_empty_bank(geometry.adapters, geometry.adapter_entries, mesh)
+        lowered[_FILL_BANK, None] = lower_fill_bank(geometry.adapters, geometry.adapter_entries, mesh)
     traced = time.monotonic()
     counts = cache.counts() if cache else (0, 0)
     with ThreadPoolExecutor(len(lowered)) as threads:
@@ -90,6 +105,8 @@ def compile_programs(
         restores=by_lane(_RESTORE),
         previews=by_lane(_PREVIEW),
         safety_check=compiled.get((_SAFETY, None)),
+        empty_bank=compiled.get((_EMPTY_BANK, None)),
+        fill_bank=compiled.get((_FILL_BANK, None)),
         trace_s=traced - started,
         compile_s=time.monotonic() - traced,
         cache_hits=hits,

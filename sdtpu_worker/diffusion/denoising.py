@@ -13,22 +13,27 @@ import jax
 import jax.numpy as jnp
 
 from sdtpu_worker.contract.request import MAX_STEPS
+from sdtpu_worker.diffusion.adapters import Adapted, Stack
 from sdtpu_worker.diffusion.families.family import Family, Pictures, PictureUse
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.slots import Controls, Decoded, Geometry, Phases, Picture, Slots
 from sdtpu_worker.diffusion.tiled_decoding import decode_in_tiles
 
+_State = tuple[jax.Array, jax.Array, jax.Array]
 _NOISE_OF_PICTURES = 2**32 - 1
 """What the noise of encoded pictures is drawn with; the noise of steps is with their numbers."""
 
 
-def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: Phases) -> Slots:
+def insert(
+    family: Family, geometry: Geometry, params: Any, slots: Slots, todo: Phases, bank: Stack | None = None
+) -> Slots:
     """Encode the prompt and start the job in its slot; the noise comes from nothing but the job's own key."""
     slot = todo.insert_slot
 
     def start(slots: Slots) -> Slots:
         pictures = _pictures(geometry, todo) if geometry.takes_pictures else None
-        conditioning = family.encode(params, todo.inputs, pictures)
+        adapters = _adapters_of(geometry, bank, todo.adapters and todo.adapters.entry[None], family.rows)
+        conditioning = family.encode(params, todo.inputs, pictures, adapters)
         latents, picture = _initial_noise(todo.key_data, geometry.latent_shape) * todo.first_level[1], None
         if pictures is not None:
             picture = _picture_of(family, geometry, params, todo, pictures)
@@ -46,6 +51,7 @@ def insert(family: Family, geometry: Geometry, params: Any, slots: Slots, todo: 
             table=todo.table,
             picture=picture,
             controls=_controls_of(family, geometry, params, todo) if geometry.controls else None,
+            adapters=todo.adapters,
         )
         return jax.tree.map(lambda leaf, row: leaf.at[slot].set(row), slots, started)
 
@@ -92,7 +98,24 @@ def _controls_of(family: Family, geometry: Geometry, params: Any, todo: Phases) 
     return Controls(todo.control_scale, todo.control_first, todo.control_end, embedded)
 
 
-def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps: jax.Array) -> Slots:
+def _adapters_of(geometry: Geometry, bank: Stack | None, entries: Any, repeats: int) -> Adapted | None:
+    """Return what is added to the layers for the rows of a batch, gathered once; None without a bank.
+
+    Args:
+        geometry: the sizes.
+        bank: of this device.
+        entries: `(jobs,) int32`.
+        repeats: rows of a job; the jobs' order repeats as often.
+    """
+    if geometry.adapters is None or bank is None:
+        return None
+    rows = jnp.concatenate([entries] * repeats)
+    return {part: geometry.adapters.pick(bank, rows, part) for part in bank}
+
+
+def advance(
+    family: Family, geometry: Geometry, params: Any, slots: Slots, steps: jax.Array, bank: Stack | None = None
+) -> Slots:
     """Take `steps` denoising steps in all slots of the device; a slot keeps its values after its job's last step."""
     num_slots, halves = geometry.slots_per_device, family.rows
     rows = jnp.arange(num_slots)
@@ -104,14 +127,15 @@ def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps
 
     blend = _make_blend(slots, geometry.latent_shape)
     add = _make_controls(family, geometry, params, slots, conditioning)
+    state = slots.latents, slots.history, slots.step
 
-    def denoise(_: Any, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x, history, step = carry
+    def denoise(adapters: Adapted | None, _: Any, state: _State) -> _State:
+        x, history, step = state
         row = slots.table[rows, jnp.minimum(step, MAX_STEPS - 1)]  # (S, len(COLUMNS))
         column = {name: row[:, i, None, None, None] for i, name in enumerate(COLUMNS)}
         x_in = jnp.concatenate([x * column["c_in"]] * halves)
         t = jnp.concatenate([row[:, COLUMNS.index("t")]] * halves)
-        m = _guide(family.predict(params, x_in, t, conditioning, add(x_in, t, step)), slots)
+        m = _guide(family.predict(params, x_in, t, conditioning, add(x_in, t, step), adapters), slots)
         noise = _noise(slots.key_data, step, jnp.abs(column["n"]) + jnp.abs(column["r"]), x.shape)
         x_next = (
             column["a"] * x
@@ -132,7 +156,13 @@ def advance(family: Family, geometry: Geometry, params: Any, slots: Slots, steps
             step + running[:, 0, 0, 0],
         )
 
-    x, history, step = jax.lax.fori_loop(0, steps, denoise, (slots.latents, slots.history, slots.step))
+    def run() -> _State:
+        adapters = _adapters_of(geometry, bank, slots.adapters and slots.adapters.entry, halves)
+        after: _State = jax.lax.fori_loop(0, steps, partial(denoise, adapters), state)
+        return after
+
+    # A phase without steps, as one that decodes, has nothing to gather.
+    x, history, step = run() if bank is None else jax.lax.cond(steps > 0, run, lambda: state)
     return slots._replace(latents=x, history=history, step=step)
 
 

@@ -6,6 +6,7 @@ take, and which job's state leaves its slot or comes back. The engine knows noth
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -15,21 +16,23 @@ import jax
 import numpy as np
 
 from sdtpu_worker.aggregator.costs import TickCosts
-from sdtpu_worker.aggregator.plan import Lane, Place, Plan
+from sdtpu_worker.aggregator.plan import Lane, Place, Plan, phases_per_tick
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.device_loop.protocols import EngineInfo, ServingEngine
 from sdtpu_worker.diffusion import failures
+from sdtpu_worker.diffusion.adapter_bank import AdapterBank, Entries, num_entries
+from sdtpu_worker.diffusion.adapters import AdapterLayout
 from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs
-from sdtpu_worker.diffusion.engine_io import Calibration, Tick, by_device
+from sdtpu_worker.diffusion.engine_io import Calibration, Tick
 from sdtpu_worker.diffusion.families.family import Family
 from sdtpu_worker.diffusion.instructions import InstructionMaker
 from sdtpu_worker.diffusion.memory import bytes_per_device, check_fits, memory_needs, memory_of
 from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
 from sdtpu_worker.diffusion.reference_image import find_lost_devices
 from sdtpu_worker.diffusion.safety import SafetyChecker
-from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, put
+from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, by_device, make_mesh, put
 from sdtpu_worker.diffusion.slots import NOTHING, Geometry, Slots
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of, layout_of
 from sdtpu_worker.errors import ConfigurationError
@@ -60,6 +63,7 @@ class Engine:
         info: what the worker reads of the engine.
         has_previews: plans may ask for previews.
         params: the parameters on the devices.
+        bank: the LoRAs of single jobs on the devices; None for a worker whose jobs name none.
         fingerprints: by lane, what a snapshot's fingerprint must be to resume from it here.
 
     Raises:
@@ -82,18 +86,22 @@ class Engine:
         lanes = tuple(dict.fromkeys(resolutions or (family.default_size,)))
         _check_sizes(family, lanes)
         parameters = bytes_per_device(checkpoint.params)
-        check_fits(devices[0], memory_needs(parameters))  # before minutes of compiling
+        layout = None if checkpoint.adapters is None else checkpoint.adapters.layout
+        entries = num_entries(len(lanes), slots_per_device, phases_per_tick(slots_per_device))
+        bank = (entries + 1) * layout.entry_bytes if layout else 0  # one stands for nothing while others are sent
+        check_fits(devices[0], memory_needs(parameters, adapters=bank))  # before minutes of compiling
         self.params = put(checkpoint.params, self.mesh, REPLICATED)
         checker = checkpoint.safety_checker
         safety_params = None if checker is None else put(checker.params, self.mesh, REPLICATED)
 
         def compile_all(in_tiles: bool) -> tuple[dict[Lane, Geometry], CompiledPrograms]:
-            geometries = {lane: Geometry.of(family, len(devices), slots_per_device, lane, in_tiles) for lane in lanes}
+            sizes = len(devices), slots_per_device
+            geometries = {lane: Geometry.of(family, *sizes, lane, in_tiles, layout, entries) for lane in lanes}
             programs = compile_programs(
                 checkpoint, self.params, safety_params, geometries, self.mesh, with_previews, compile_cache
             )
             slots = sum(bytes_per_device(each.empty_slots(), len(devices)) for each in geometries.values())
-            check_fits(devices[0], memory_needs(parameters, slots, programs.ticks.values()))
+            check_fits(devices[0], memory_needs(parameters, slots, programs.ticks.values(), bank))
             return geometries, programs
 
         self._geometries, self._programs = _in_tiles_if_needed(compile_all, vae_tiling)
@@ -107,6 +115,7 @@ class Engine:
             self._safety = SafetyChecker(self._programs.safety_check, safety_params, checker.extractor, self.mesh)
         self.info = _describe(checkpoint, devices, self._geometries, self._programs)
         self._instructions = {lane: InstructionMaker(each, self.mesh) for lane, each in self._geometries.items()}
+        self.bank = _make_bank(layout, entries, self.mesh, self._programs)
         self._calibration: Calibration | None = None
         self._preview_colours: dict[Lane, jax.Array] = {}
         self.reset()
@@ -192,10 +201,14 @@ class Engine:
         for place in plan.resumed:
             snapshots[place.task_id].check(self.fingerprints[plan.lane])
         parked = self._take_off(plan.lane, plan.parked)
-        if plan.resumed:
-            self._put_back(plan.lane, {place: snapshots[place.task_id] for place in plan.resumed})
-        todo = self._instructions[plan.lane].make(plan, jobs)
-        self._slots[plan.lane], decoded = self._programs.ticks[plan.lane](self.params, self._slots[plan.lane], todo)
+        resumed = {place: snapshots[place.task_id] for place in plan.resumed}
+        entries = {} if self.bank is None else self.bank.place(plan, jobs, snapshots)
+        if resumed:
+            self._put_back(plan.lane, resumed, entries)
+        todo = self._instructions[plan.lane].make(plan, jobs, entries)
+        bank = None if self.bank is None else self.bank.arrays
+        tick = self._programs.ticks[plan.lane]
+        self._slots[plan.lane], decoded = tick(self.params, self._slots[plan.lane], todo, bank)
         return Tick(plan, decoded, parked, self._preview(plan.lane, plan.previews) if plan.previews else None)
 
     def read_snapshot(self, data: bytes, job: PreparedJob) -> JobSnapshot:
@@ -207,7 +220,7 @@ class Engine:
         snapshot = JobSnapshot.from_bytes(data, self._layouts)
         snapshot.check(self.fingerprints[job.lane])
         snapshot.check_job(job)
-        return snapshot
+        return dataclasses.replace(snapshot, adapters=job.adapters)
 
     def accepts(self, snapshot: JobSnapshot) -> bool:
         """Return whether a job can resume from a snapshot here, bit for bit."""
@@ -225,11 +238,16 @@ class Engine:
             SnapshotMismatch: the snapshot was made by another configuration.
         """
         snapshot.check(self.fingerprints[lane])
-        self._put_back(lane, {Place("", device, slot): snapshot})
+        place = Place("", device, slot)
+        plan = Plan(lane, ((),) * self.info.num_devices, resumed=(place,))
+        entries = {} if self.bank is None else self.bank.place(plan, {}, {"": snapshot})
+        self._put_back(lane, {place: snapshot}, entries)
 
     def reset(self) -> None:
         """Empty every slot, also after a program failed and took its donated state with it."""
         self._slots = {size: put(g.empty_slots(), self.mesh, SHARDED) for size, g in self._geometries.items()}
+        if self.bank is not None:
+            self.bank.reset()
 
     def recover(self, lost: Collection[int] = ()) -> frozenset[int]:
         """Empty every slot after a failure; then as `check_devices`."""
@@ -284,14 +302,17 @@ class Engine:
             arrays: Slots = jax.tree.unflatten(structure, [leaf[place.device] for leaf in rows])
             for array in jax.tree.leaves(arrays):
                 array.copy_to_host_async()
-            snapshots[place.task_id] = JobSnapshot(self.fingerprints[lane], lane, arrays)
+            adapters = None if self.bank is None else self.bank.used(lane, place)
+            snapshots[place.task_id] = JobSnapshot(self.fingerprints[lane], lane, arrays, adapters)
         return snapshots
 
-    def _put_back(self, lane: Lane, snapshots: Mapping[Place, JobSnapshot]) -> None:
+    def _put_back(self, lane: Lane, snapshots: Mapping[Place, JobSnapshot], entries: Entries) -> None:
         slots, states = self._slot_of_each_device(snapshots, NOTHING), self._geometries[lane].empty_states()
         for place, snapshot in snapshots.items():
             for leaf, row in zip(jax.tree.leaves(states), jax.tree.leaves(snapshot.state), strict=True):
                 leaf[place.device] = row[0]
+            if states.adapters is not None:
+                states.adapters.entry[place.device] = entries[place]
         restored = self._programs.restores[lane](self._slots[lane], *put((slots, states), self.mesh, SHARDED))
         self._slots[lane] = restored
 
@@ -337,6 +358,14 @@ def _in_tiles_if_needed(
                 raise
             logger.warning("%s; compiling again, to decode images in tiles (sdtpu_vae_tiling)", exc)
     return compile_all(vae_tiling != "off")
+
+
+def _make_bank(
+    layout: AdapterLayout | None, entries: int, mesh: jax.sharding.Mesh, programs: CompiledPrograms
+) -> AdapterBank | None:
+    if layout is None or programs.empty_bank is None or programs.fill_bank is None:
+        return None
+    return AdapterBank(layout, entries, mesh, programs.empty_bank, programs.fill_bank)
 
 
 def _describe(

@@ -12,6 +12,7 @@ import numpy as np
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Plan
 from sdtpu_worker.diffusion.programs import Decoded
+from sdtpu_worker.diffusion.sharding import by_device
 from sdtpu_worker.diffusion.snapshot import JobSnapshot
 
 
@@ -97,8 +98,3 @@ class Tick:
         """Return the pixels of the devices that decoded something."""
         wanted = {image.device for image in self._wanted}
         return {device: shard for device, shard in by_device(self._decoded.pixels).items() if device in wanted}
-
-
-def by_device(array: jax.Array) -> dict[int, jax.Array]:
-    """Return every device's shard of an array with one row per device."""
-    return {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}

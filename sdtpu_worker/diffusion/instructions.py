@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from sdtpu_worker.aggregator.plan import Plan
-from sdtpu_worker.diffusion.engine_io import by_device
+from sdtpu_worker.aggregator.plan import Place, Plan
+from sdtpu_worker.diffusion.adapter_bank import Entries
+from sdtpu_worker.diffusion.adapters import digest_of
 from sdtpu_worker.diffusion.preparation import PreparedJob
-from sdtpu_worker.diffusion.sharding import SHARDED, Mesh, put
+from sdtpu_worker.diffusion.sharding import SHARDED, Mesh, put, replace_shards
 from sdtpu_worker.diffusion.slots import Geometry, Instructions
 
 
@@ -26,12 +25,13 @@ class InstructionMaker:
         self._geometry, self._mesh = geometry, mesh
         self._no_pictures = put(geometry.no_pictures(geometry.num_devices), mesh, SHARDED)
 
-    def make(self, plan: Plan, jobs: Mapping[str, PreparedJob]) -> Instructions:
+    def make(self, plan: Plan, jobs: Mapping[str, PreparedJob], entries: Entries) -> Instructions:
         """Return a plan's instructions on the devices.
 
         Args:
             plan: what every device does.
             jobs: by task id, the prepared jobs that the plan inserts.
+            entries: where their LoRAs lie; empty for a worker whose jobs name none.
         """
         todo = self._geometry.no_instructions(self._put_pictures(plan, jobs))
         row = todo.phases
@@ -43,7 +43,7 @@ class InstructionMaker:
                     row.decode_slot[i, p] = phase.decode[0]
                 if phase.insert:
                     row.insert_slot[i, p], task_id = phase.insert
-                    _insert(row, i, p, jobs[task_id])
+                    _insert(row, i, p, jobs[task_id], entries.get(Place(task_id, i, phase.insert[0]), 0))
         on_devices: Instructions = put(todo, self._mesh, SHARDED)
         return on_devices
 
@@ -58,7 +58,7 @@ class InstructionMaker:
         }
         if not brought:
             return none
-        shards = {name: by_device(array) for name, array in none.items() if array is not None}
+        hosts = {}
         for device, by_phase in brought.items():
             host = geometry.no_pictures(1)
             for p, job in by_phase.items():
@@ -66,17 +66,12 @@ class InstructionMaker:
                     host["image"][0, p], host["mask"][0, p] = job.image, True if job.mask is None else job.mask
                 for control in job.controls:
                     host["control_images"][0, p, control.number] = control.image
-            for name in shards:
-                array = host[name]
-                shards[name][device] = jax.device_put(array, self._mesh.devices[device])
-        brought_to = {
-            name: jax.make_array_from_single_device_arrays(none[name].shape, none[name].sharding, list(each.values()))
-            for name, each in shards.items()
-        }
-        return {**none, **brought_to}
+            hosts[device] = host
+        on_devices: Mapping[str, Any] = replace_shards(none, hosts, self._mesh)
+        return on_devices
 
 
-def _insert(row: Any, device: int, phase: int, job: PreparedJob) -> None:
+def _insert(row: Any, device: int, phase: int, job: PreparedJob, entry: int) -> None:
     """Write a job that starts into the arrays of the phases."""
     at = device, phase
     for name, array in job.inputs.items():
@@ -89,3 +84,6 @@ def _insert(row: Any, device: int, phase: int, job: PreparedJob) -> None:
         row.control_scale[(*at, control.number)] = control.scale
         row.control_first[(*at, control.number)] = control.first
         row.control_end[(*at, control.number)] = control.end
+    if row.adapters is not None:
+        row.adapters.entry[at] = entry
+        row.adapters.digest[at] = digest_of(job.adapters)

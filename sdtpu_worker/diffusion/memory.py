@@ -38,18 +38,22 @@ def bytes_per_device(tree: Any, num_devices: int = 1) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // num_devices
 
 
-def memory_needs(parameters: int, slots: int = 0, programs: Iterable[jax.stages.Compiled] = ()) -> dict[str, int]:
+def memory_needs(
+    parameters: int, slots: int = 0, programs: Iterable[jax.stages.Compiled] = (), adapters: int = 0
+) -> dict[str, int]:
     """Return what a device must hold at a time, in bytes by kind.
 
     Args:
         parameters: bytes.
         slots: bytes of the slots of all resolutions.
         programs: the compiled programs; only one runs at a time, but all are loaded.
+        adapters: bytes of the bank for the LoRAs of single jobs.
     """
     analyses = [program.memory_analysis() for program in programs]
     return {
         "parameters": parameters,
         "slots": slots,
+        "LoRAs": adapters,
         "programs": sum(each.generated_code_size_in_bytes for each in analyses),
         # What a program gets and gives back in place are the parameters and the slots.
         "working memory": max(

@@ -77,6 +77,11 @@ class Parts:
         """Width of the embedding by which a distilled UNet is told the guidance scale; 0 for other UNets."""
         return self._unet_config.time_cond_proj_dim or 0
 
+    @property
+    def lora_shapes(self) -> dict[str, Shapes]:
+        """Shapes of the parameters of each part that LoRAs may change; empty until `family` has read them."""
+        return {part: wanted.shapes for part, wanted in self._wanted.items() if wanted.takes_loras}
+
     def family(self, is_guided: bool) -> StableDiffusion | StableDiffusionXL:
         """Read everything, and return the family.
 
@@ -92,8 +97,7 @@ class Parts:
 
     def _load(self) -> None:
         """Read every part's parameters, when all configs are known to be good and LoRAs to fit."""
-        shapes = {part: wanted.shapes for part, wanted in self._wanted.items() if wanted.takes_loras}
-        merge = merge_loras(self._loras_wanted, shapes)
+        merge = merge_loras(self._loras_wanted, self.lora_shapes)
         for part, wanted in self._wanted.items():
             tensors = self.source.open(part, wanted.shapes)
             weights = iterate_weights(tensors, wanted.shapes, wanted.dtype, merge.changes.get(part))

@@ -11,6 +11,7 @@ import numpy as np
 from sdtpu_worker.aggregator.jobs import NO_LOAD, Load
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import DEFAULT_IMAGE_GUIDANCE_SCALE, DEFAULT_STRENGTH, LISTED, GenerationRequest
+from sdtpu_worker.diffusion.adapters import JobAdapters
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.families.family import Family, PictureUse
 from sdtpu_worker.diffusion.samplers import make_table
@@ -53,6 +54,7 @@ class PreparedJob:
         mask: `(height, width) bool`, True where the image is drawn again; None for everywhere.
         load: what the job asks of its device beyond words and steps.
         controls: the ControlNets that it asks.
+        adapters: its LoRAs; None for a job without.
         preserve_unmasked: the picture has the image's own pixels where the mask does not cover them.
     """
 
@@ -73,6 +75,7 @@ class PreparedJob:
     preserve_unmasked: bool = True
     load: Load = NO_LOAD
     controls: tuple[ControlPicture, ...] = ()
+    adapters: JobAdapters | None = None
 
     def finish(self, pixels: np.ndarray) -> np.ndarray:
         """Return the picture of decoded pixels, both `(height, width, 3) uint8`."""
@@ -101,7 +104,8 @@ def prepare_job(
             `(height, width) bool`; `control_image`, a list of images.
 
     Raises:
-        InvalidRequest: no lane has the size, the sampler is not known, there is no seed, or the model cannot do it.
+        InvalidRequest: no lane has the size, the sampler is not known, there is no seed, a LoRA does not fit, or the
+            model cannot do it.
     """
     request = checkpoint.defaults.fill(request)
     assert request.num_inference_steps is not None
@@ -124,6 +128,7 @@ def prepare_job(
         key_data = np.array([request.seed >> 32, request.seed & 0xFFFFFFFF], np.uint32)
     inputs, truncated = checkpoint.family.make_inputs(request, lane)
     controls = _find_controls(checkpoint.family.control_names, request, pictures, table.num_rows)
+    adapters = _find_adapters(checkpoint, request)
     encoded = _encoded_pictures(checkpoint.family.picture_use, request, is_noise_alone)
     return PreparedJob(
         task_id=task_id,
@@ -141,8 +146,9 @@ def prepare_job(
         image=pictures.get("image"),
         mask=pictures.get("mask_image"),
         preserve_unmasked=request.preserve_unmasked,
-        load=Load(encoded, frozenset(control.number for control in controls)),
+        load=Load(encoded, frozenset(control.number for control in controls), int(adapters is not None)),
         controls=controls,
+        adapters=adapters,
     )
 
 
@@ -152,6 +158,21 @@ def _encoded_pictures(use: PictureUse, request: GenerationRequest, is_noise_alon
         return 0
     starts_at_image = not is_noise_alone or (use is PictureUse.START and request.mask_image is not None)
     return starts_at_image + (use in (PictureUse.INPAINT, PictureUse.EDIT))
+
+
+def _find_adapters(checkpoint: Checkpoint, request: GenerationRequest) -> JobAdapters | None:
+    """Return the LoRAs that a request names.
+
+    Raises:
+        InvalidRequest: the worker has none, or one is not known, broken or for another model.
+    """
+    if not request.loras:
+        return None
+    if checkpoint.adapters is None:
+        raise InvalidRequest(
+            f"loras must be left out: this worker has none for single jobs (sdtpu_loras), got {brief(request.loras)}"
+        )
+    return checkpoint.adapters.load(request.loras)
 
 
 def _find_controls(

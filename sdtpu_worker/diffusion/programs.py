@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from sdtpu_worker.diffusion.adapters import AdapterLayout, Stack
 from sdtpu_worker.diffusion.denoising import advance, decode, insert
 from sdtpu_worker.diffusion.families.family import Family
 from sdtpu_worker.diffusion.samplers import COLUMNS
@@ -31,11 +32,12 @@ def lower_tick(family: Family, params: Any, geometry: Geometry, mesh: Mesh) -> j
         mesh: the devices.
 
     Returns:
-        What `.compile()` makes `tick(params, slots, instructions) -> (slots, Decoded)` of; the slots passed in are
-        donated. A wrong shape, dtype or sharding is an error: the result never compiles again.
+        What `.compile()` makes `tick(params, slots, instructions, bank) -> (slots, Decoded)` of; the slots passed in
+        are donated. The bank is that of `lower_empty_bank`, or None where the geometry has no adapters. A wrong shape,
+        dtype or sharding is an error: the result never compiles again.
     """
 
-    def local_tick(params: Any, slots: Slots, todo: Instructions) -> tuple[Slots, Decoded]:
+    def local_tick(params: Any, slots: Slots, todo: Instructions, bank: Stack | None) -> tuple[Slots, Decoded]:
         todo = jax.tree.map(lambda leaf: leaf[0], todo)  # this device's own row
 
         def phase(i: jax.Array, carry: tuple[Slots, Decoded]) -> tuple[Slots, Decoded]:
@@ -43,17 +45,19 @@ def lower_tick(family: Family, params: Any, geometry: Geometry, mesh: Mesh) -> j
             now = jax.tree.map(lambda leaf: leaf[i], todo.phases)
             image = decode(family, geometry, params, slots, now.decode_slot)
             decoded = jax.tree.map(lambda all_, one: all_.at[0, i].set(one), decoded, image)
-            slots = insert(family, geometry, params, slots, now)
-            return advance(family, geometry, params, slots, now.steps), decoded
+            slots = insert(family, geometry, params, slots, now, bank)
+            return advance(family, geometry, params, slots, now.steps, bank), decoded
 
         pixels = jnp.zeros((1, geometry.phases, geometry.height, geometry.width, 3), jnp.uint8)
         nothing = Decoded(pixels, jnp.ones((1, geometry.phases), bool))
         return jax.lax.fori_loop(0, todo.num_phases, phase, (slots, nothing))
 
     tick = jax.shard_map(
-        local_tick, mesh=mesh, in_specs=(REPLICATED, SHARDED, SHARDED), out_specs=SHARDED, check_vma=False
+        local_tick, mesh=mesh, in_specs=(REPLICATED, SHARDED, SHARDED, SHARDED), out_specs=SHARDED, check_vma=False
     )
-    shapes = sharded_shapes(mesh, (geometry.empty_slots(), geometry.no_instructions()))
+    layout, entries = geometry.adapters, geometry.num_devices * geometry.adapter_entries
+    bank = None if layout is None else layout.shapes((entries,))
+    shapes = sharded_shapes(mesh, (geometry.empty_slots(), geometry.no_instructions(), bank))
     return jax.jit(tick, donate_argnums=1).lower(params, *shapes)
 
 
@@ -87,6 +91,50 @@ def lower_restore(geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:
 
     shapes = geometry.empty_slots(), np.zeros(geometry.num_devices, np.int32), geometry.empty_states()
     return _lower_sharded(local_restore, mesh, *shapes, donate=0)
+
+
+def lower_empty_bank(layout: AdapterLayout, entries: int, mesh: Mesh) -> jax.stages.Lowered:
+    """Trace and lower the program that makes a bank of adapters on the devices: nothing is sent to them for it.
+
+    Args:
+        layout: how the adapters lie.
+        entries: of every device.
+        mesh: the devices.
+
+    Returns:
+        What `.compile()` makes `empty() -> bank (D * entries, …)` of, all zeros.
+    """
+
+    def empty() -> Stack:
+        bank: Stack = layout.zeros(jnp.zeros, (mesh.devices.size * entries,))
+        return bank
+
+    return jax.jit(empty, out_shardings=NamedSharding(mesh, SHARDED)).lower()
+
+
+def lower_fill_bank(layout: AdapterLayout, entries: int, mesh: Mesh) -> jax.stages.Lowered:
+    """Trace and lower the program that writes one entry of each device's bank.
+
+    Args:
+        layout, entries, mesh: as for `lower_empty_bank`.
+
+    Returns:
+        What `.compile()` makes `fill(bank, entry (D,) int32, stack (D, …)) -> bank` of; the bank passed in is donated,
+        devices with the entry NOTHING keep theirs.
+    """
+
+    def local_fill(bank: Stack, entry: jax.Array, stack: Stack) -> Stack:
+        def write() -> Stack:
+            put_row = jax.lax.dynamic_update_slice_in_dim
+            filled: Stack = jax.tree.map(lambda leaf, row: put_row(leaf, row, entry[0], 0), bank, stack)
+            return filled
+
+        filled: Stack = jax.lax.cond(entry[0] >= 0, write, lambda: bank)
+        return filled
+
+    num_devices = mesh.devices.size
+    shapes = layout.shapes((num_devices * entries,)), np.zeros(num_devices, np.int32), layout.shapes((num_devices,))
+    return _lower_sharded(local_fill, mesh, *shapes, donate=0)
 
 
 def lower_preview(geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:

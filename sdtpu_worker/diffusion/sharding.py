@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -52,6 +53,29 @@ def make_mesh(devices: list[jax.Device]) -> Mesh:
 def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """Place host arrays on the mesh, replicated or split along their first axis."""
     return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def by_device(array: jax.Array) -> dict[int, jax.Array]:
+    """Return every device's shard of an array with one row per device."""
+    return {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+
+
+def replace_shards(tree: Any, shards: Mapping[int, Any], mesh: Mesh) -> Any:
+    """Return arrays on the mesh with other rows on some devices; only those devices get data.
+
+    Args:
+        tree: of arrays with one row per device.
+        shards: by device, the same tree of host arrays `(1, …)`.
+        mesh: the devices.
+    """
+
+    def replace(array: jax.Array, *rows: Any) -> jax.Array:
+        there = by_device(array)
+        for device, row in zip(shards, rows, strict=True):
+            there[device] = jax.device_put(row, mesh.devices[device])
+        return jax.make_array_from_single_device_arrays(array.shape, array.sharding, list(there.values()))
+
+    return jax.tree.map(replace, tree, *shards.values())
 
 
 def _configure(option: str, value: Any) -> None:

@@ -65,7 +65,9 @@ def saved_choice_file(folder: Path | None, checkpoint: Checkpoint, device: jax.D
     """Return the file that keeps the choice for one configuration; None without a cache folder."""
     if folder is None:
         return None
-    facts = (checkpoint.name, str(checkpoint.dtype), device.device_kind, resolutions, jax.__version__)
+    facts: tuple[Any, ...] = checkpoint.name, str(checkpoint.dtype), device.device_kind, resolutions, jax.__version__
+    if checkpoint.adapters is not None:
+        facts = *facts, checkpoint.adapters.layout.rank
     return folder / f"slots-per-device-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
 
 

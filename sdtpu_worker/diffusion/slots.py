@@ -1,8 +1,7 @@
 """What is on the devices while they serve: the state of every slot, and what a tick tells every device to do.
 
 Shapes: D devices, S slots per device, N = D * S slots, P phases per tick, C latent channels, h x w latents, H rows of
-the batch per job (see `Family.rows`). Everything with a
-leading N or D is sharded over the mesh's one axis.
+the batch per job (see `Family.rows`). Everything with a leading N or D is sharded over the mesh's one axis.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane, phases_per_tick
 from sdtpu_worker.contract.request import MAX_STEPS
+from sdtpu_worker.diffusion.adapters import AdapterLayout
 from sdtpu_worker.diffusion.families.family import Family, PictureUse, Shapes
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.tiled_decoding import tile_side
@@ -41,6 +41,7 @@ class Slots(NamedTuple):
     table: Any  # (N, MAX_STEPS, len(COLUMNS)) float32
     picture: Picture | None  # None for a family that takes no pictures
     controls: Controls | None  # None for a worker without ControlNets
+    adapters: AdapterUse | None  # None for a worker whose jobs name no LoRAs
 
 
 class Picture(NamedTuple):
@@ -57,6 +58,13 @@ class Controls(NamedTuple):
     first: Any  # (N, K) int32, the first row that each counts in
     end: Any  # (N, K) int32, the row that it no longer counts in
     embedded: tuple[Any, ...]  # of each (N, …), what it made of its picture
+
+
+class AdapterUse(NamedTuple):
+    """What a slot keeps of its job's LoRAs, which lie in the bank of its device."""
+
+    entry: Any  # (N,) int32, of the device's bank; 0 for a job without LoRAs
+    digest: Any  # (N, 2) uint32, of what is in it; zeros for a job without
 
 
 class Phases(NamedTuple):
@@ -80,6 +88,7 @@ class Phases(NamedTuple):
     control_first: Any  # (D, P, K) int32
     control_end: Any  # (D, P, K) int32
     control_images: Any  # (D, P, K, height, width, 3) uint8
+    adapters: AdapterUse | None  # of the job, (D, P, …); None for a worker whose jobs name no LoRAs
 
 
 class Instructions(NamedTuple):
@@ -111,6 +120,8 @@ class Geometry:
         takes_pictures: a job may start from an image.
         controls: shapes and dtypes of what the ControlNets make of a picture.
         decode_tile: side in latents of the tiles that an image is decoded in; 0 for all of it at once.
+        adapters: how the LoRAs of single jobs lie in a bank; None for a worker whose jobs name none.
+        adapter_entries: of a device's bank.
     """
 
     num_devices: int
@@ -124,10 +135,19 @@ class Geometry:
     takes_pictures: bool = False
     controls: tuple[jax.ShapeDtypeStruct, ...] = ()
     decode_tile: int = 0
+    adapters: AdapterLayout | None = None
+    adapter_entries: int = 0
 
     @classmethod
     def of(
-        cls, family: Family, num_devices: int, slots_per_device: int, size: Lane, in_tiles: bool = False
+        cls,
+        family: Family,
+        num_devices: int,
+        slots_per_device: int,
+        size: Lane,
+        in_tiles: bool = False,
+        adapters: AdapterLayout | None = None,
+        adapter_entries: int = 0,
     ) -> Geometry:
         """Return the sizes for a model and a resolution.
 
@@ -137,6 +157,7 @@ class Geometry:
             slots_per_device: S.
             size: `(height, width)` of an image in pixels.
             in_tiles: images are decoded in tiles.
+            adapters, adapter_entries: see the attributes.
         """
         factor, rows, (height, width) = family.scale_factor, family.rows, size
         return cls(
@@ -154,6 +175,8 @@ class Geometry:
             takes_pictures=family.picture_use is not PictureUse.NONE,
             controls=family.control_shapes(size),
             decode_tile=tile_side(height // factor, width // factor) if in_tiles else 0,
+            adapters=adapters,
+            adapter_entries=adapter_entries,
         )
 
     def empty_slots(self) -> Slots:
@@ -188,6 +211,7 @@ class Geometry:
             control_scale=np.zeros((*dp, k), np.float32) if k else None,
             control_first=np.zeros((*dp, k), np.int32) if k else None,
             control_end=np.zeros((*dp, k), np.int32) if k else None,
+            adapters=self._no_adapters(dp),
             **(self.no_pictures(d) if pictures is None else pictures),
         )
         return Instructions(np.zeros(d, np.int32), phases)
@@ -217,6 +241,7 @@ class Geometry:
             table=np.zeros((n, MAX_STEPS, len(COLUMNS)), np.float32),
             picture=self._no_picture(n) if self.takes_pictures else None,
             controls=self._no_controls(n) if self.controls else None,
+            adapters=self._no_adapters((n,)),
         )
 
     def _no_picture(self, n: int) -> Picture:
@@ -226,6 +251,11 @@ class Geometry:
         shape = n, len(self.controls)
         embedded = tuple(np.zeros((n, *each.shape), each.dtype) for each in self.controls)
         return Controls(np.zeros(shape, np.float32), np.zeros(shape, np.int32), np.zeros(shape, np.int32), embedded)
+
+    def _no_adapters(self, leading: tuple[int, ...]) -> AdapterUse | None:
+        if self.adapters is None:
+            return None
+        return AdapterUse(np.zeros(leading, np.int32), np.zeros((*leading, 2), np.uint32))
 
 
 def _zeros(leading: tuple[int, ...], shapes: Shapes) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import ml_dtypes  # noqa: F401  makes np.dtype("bfloat16") known
 import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
+from sdtpu_worker.diffusion.adapters import JobAdapters, digest_of
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.slots import Geometry, Slots
@@ -36,11 +37,13 @@ class JobSnapshot:
         fingerprint: of the configuration that it was made in; see `fingerprint_of`.
         lane: its resolution.
         arrays: `Slots` of `(1, …)` arrays, on their way from the device or on the host.
+        adapters: the job's LoRAs, which its bytes only name by their digest; None for a job without.
     """
 
     fingerprint: str
     lane: Lane
     arrays: Slots
+    adapters: JobAdapters | None = None
 
     @functools.cached_property
     def state(self) -> Slots:
@@ -70,7 +73,7 @@ class JobSnapshot:
             )
 
     def check_job(self, job: PreparedJob) -> None:
-        """Make sure that the snapshot is of this job: its coefficients, guidance, key and step counts are the same.
+        """Make sure that the snapshot is of this job: its coefficients, guidance, key, LoRAs and steps are its own.
 
         Bytes that somebody forged can then choose only latents, their history and encoded prompts.
 
@@ -88,6 +91,7 @@ class JobSnapshot:
             and np.array_equal(state.table[0], job.table)
             and self._has_mask_of(job)
             and self._has_controls_of(job)
+            and self._has_adapters_of(job)
         )
         if not is_of_job:
             raise SnapshotMismatch("the snapshot is of a job with other parameters: start the job anew")
@@ -117,6 +121,13 @@ class JobSnapshot:
             if scale
         }
         return found == {each.number: (float(np.float32(each.scale)), each.first, each.end) for each in job.controls}
+
+    def _has_adapters_of(self, job: PreparedJob) -> bool:
+        """Return whether a slot uses the job's LoRAs; where they lay in its device's bank does not matter."""
+        adapters = self.state.adapters
+        if adapters is None:
+            return job.adapters is None
+        return np.array_equal(adapters.digest[0], digest_of(job.adapters))
 
     def to_bytes(self) -> bytes:
         """Return the snapshot compressed: a line with fingerprint and lane, then the leaves of `Slots` in order."""
@@ -171,6 +182,7 @@ def fingerprint_of(checkpoint: Checkpoint, lane: Lane, geometry: Geometry, devic
     digest = hashlib.blake2b(digest_size=16)
     facts: list[Any] = [jax.__version__, jaxlib.__version__, device_kind, jax.local_device_count()]
     facts += [str(checkpoint.dtype), lane, geometry.slots_per_device, geometry.decode_tile]
+    facts += [geometry.adapters and (geometry.adapters.rank, geometry.adapter_entries)]
     facts += [_plain(checkpoint.schedule.config), _plain(checkpoint.family.facts()), checkpoint.loras]
     digest.update(repr(facts).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):

@@ -50,10 +50,15 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
             config.loras_merged,
             config.image_inputs,
             config.controlnets,
+            config.loras,
+            config.lora_rank,
         )
         checkpoint = load_checkpoint(config.model, dtype, options)
         for lora in checkpoint.loras:
             logger.info("merged the LoRA %s with the weight %g into %d tensors", lora.name, lora.weight, lora.count)
+        if checkpoint.adapters is not None:
+            names = ", ".join(checkpoint.adapters.names()) or "none yet"
+            logger.info("LoRAs that jobs can name (sdtpu_loras): %s; room for a rank of %d", names, config.lora_rank)
         logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
 
         def make(slots_per_device: int) -> Engine:

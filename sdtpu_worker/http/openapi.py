@@ -10,6 +10,8 @@ import sdtpu_worker
 from sdtpu_worker.contract.parameter_checks import (
     MAX_GUIDANCE_SCALE,
     MAX_LISTED,
+    MAX_LORA_WEIGHT,
+    MAX_LORAS,
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
     MAX_SIDE,
@@ -107,6 +109,13 @@ _PICTURE = {
 _SIZE = "^(auto|[0-9]{1,5}x[0-9]{1,5})$"
 _TIME = "^[0-9]{1,12}([.][0-9]{1,9})?$"
 _PAIR = {"type": "array", "items": _integer(0, MAX_TOLD_SIDE), "minItems": 2, "maxItems": 2}
+_LORA = _text(MAX_TENANT_CHARACTERS, minLength=1)
+_LORA_WITH_WEIGHT = {
+    "type": "array",
+    "prefixItems": [_LORA, {"type": "number", "minimum": -MAX_LORA_WEIGHT, "maximum": MAX_LORA_WEIGHT}],
+    "minItems": 2,
+    "maxItems": 2,
+}
 _JOB_FIELDS: dict[str, Shape] = {
     "prompt": _text(MAX_PROMPT_CHARACTERS, minLength=1),
     "negative_prompt": _optional(_text(MAX_PROMPT_CHARACTERS)),
@@ -136,6 +145,7 @@ _JOB_FIELDS: dict[str, Shape] = {
     "controlnet_conditioning_scale": _one_or_more({"type": "number", "minimum": 0, "maximum": MAX_GUIDANCE_SCALE}),
     "control_guidance_start": _one_or_more(_FRACTION),
     "control_guidance_end": _one_or_more(_FRACTION),
+    "loras": _optional({"type": "array", "items": {"anyOf": [_LORA, _LORA_WITH_WEIGHT]}, "maxItems": MAX_LORAS}),
     "tenant": _optional(_text(MAX_TENANT_CHARACTERS, minLength=1)),
     "priority": _optional(_integer(0, 9)),
     "expires": _optional({"type": "number", "exclusiveMinimum": 0, "maximum": 1e9}),

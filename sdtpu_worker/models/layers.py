@@ -17,6 +17,8 @@ from flax import nnx
 
 Activation = Callable[[jax.Array], jax.Array]
 Padding = int | Sequence[tuple[int, int]]
+Adapter = tuple[jax.Array, jax.Array]
+"""What a LoRA adds to a layer, for every row of the batch: `down (B, in, r)` and `up (B, r, out)`."""
 
 
 def parameter(shape: Sequence[int], torch_axes: Sequence[int] | None = None) -> nnx.Param:
@@ -49,8 +51,19 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+def _adapt(y: jax.Array, x: jax.Array, adapter: Adapter | None) -> jax.Array:
+    """Return a layer's output `y (B, …, out)` with what the adapter of each row makes of the input `x (B, …, in)`."""
+    if adapter is None:
+        return y
+    down, up = adapter
+    change = (x.reshape(x.shape[0], -1, x.shape[-1]) @ down.astype(x.dtype)) @ up.astype(x.dtype)
+    return y + change.reshape(y.shape)
+
+
 class Linear(nnx.Module):
     """A dense layer; `weight (in, out)`."""
+
+    adapter: Adapter | None = None  # set by `Network` for one run
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         self.weight = parameter((in_features, out_features), (1, 0))
@@ -59,7 +72,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `(..., in)` to `(..., out)`."""
         y = x @ self.weight[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return _adapt(y, x, self.adapter)
 
 
 class Conv(nnx.Module):
@@ -73,6 +87,8 @@ class Conv(nnx.Module):
         padding: zeros at all four sides, or `(before, after)` for each axis.
         bias: whether there is one.
     """
+
+    adapter: Adapter | None = None  # set by `Network` for one run, of a convolution of 1 × 1 alone
 
     def __init__(
         self,
@@ -98,7 +114,8 @@ class Conv(nnx.Module):
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return _adapt(y, x, self.adapter)
 
 
 class GroupNorm(nnx.Module):

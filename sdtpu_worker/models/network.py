@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from sdtpu_worker.models.layers import Adapter
+
 Params = Mapping[str, jax.Array]
 
 
@@ -52,13 +54,21 @@ class Network:
         """How many numbers the parameters hold."""
         return sum(int(variable.size) for variable in self._variables.values())
 
-    def __call__(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        params: Params,
+        *args: Any,
+        method: str = "__call__",
+        adapters: Mapping[str, Adapter] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run the model; can be traced.
 
         Args:
             params: an array for each name in `shapes`; others are left alone.
             *args: of the module's method.
             method: name of the method.
+            adapters: by the name of a weight, of a `Linear` or of a `Conv` of 1 × 1, what is added to its layer.
             **kwargs: of the module's method.
 
         Raises:
@@ -67,4 +77,13 @@ class Network:
         state = nnx.from_flat_state(
             [(path, self._variables[name].replace(params[name])) for name, path in self._paths.items()]
         )
-        return getattr(nnx.merge(self._graph, state), method)(*args, **kwargs)
+        model = nnx.merge(self._graph, state)
+        for name, adapter in (adapters or {}).items():
+            self._layer(model, name).adapter = adapter
+        return getattr(model, method)(*args, **kwargs)
+
+    def _layer(self, model: Any, name: str) -> Any:
+        """Return the layer of a model that has the parameter of this name."""
+        for key in self._paths[name][:-1]:
+            model = model[key] if isinstance(key, int) else getattr(model, key)
+        return model

@@ -18,7 +18,7 @@ from celery import Task
 from sdtpu_worker.client.task import GenerateTask
 from sdtpu_worker.config import read_setting
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
+from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings, describe_loras
 from sdtpu_worker.contract.samplers import SAMPLER_NAMES
 from sdtpu_worker.images.store import FileImageStore, make_image_store
 
@@ -76,6 +76,7 @@ def _draw(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
         timings=Timings(queued_s=0.0, device_s=0.0, total_s=0.0),
         batch=BatchPlace(device=0, slot=0, occupied=1, num_slots=1),
         options=request.options(),
+        loras=describe_loras(request.loras),
     ).to_json()
 
 

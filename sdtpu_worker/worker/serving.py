@@ -16,7 +16,7 @@ from sdtpu_worker.aggregator.plan import Plan
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.load_report import WorkerLoad
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
+from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings, describe_loras
 from sdtpu_worker.device_loop.loop import DeviceLoop
 from sdtpu_worker.device_loop.protocols import Policy, ServableJob, ServingEngine, Snapshot
 from sdtpu_worker.device_loop.submission import Finished, Progress, Submission
@@ -180,7 +180,7 @@ class Serving:
             ),
             batch=BatchPlace(finished.device, finished.slot, finished.occupied, record.num_slots),
             options=request.options(),
-            loras=[{"name": name, "weight": weight} for name, weight in self.engine.info.loras],
+            loras=describe_loras([*self.engine.info.loras, *request.loras]),
         )
 
     @contextlib.contextmanager

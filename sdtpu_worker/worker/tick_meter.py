@@ -52,7 +52,7 @@ class TickMeter:
                 if phase.steps:
                     step_s = max(step_s, cost.step_of(phase.controls) if phase.controls else cost.step_s)
                 if phase.insert is not None:
-                    self._insert.observe(cost.insert_of(phase.pictures) * scale)
+                    self._insert.observe(cost.insert_of(phase.pictures, phase.adapters) * scale)
                 if phase.decode is not None:
                     self._decode.observe(cost.decode_s * scale)
         if step_s:

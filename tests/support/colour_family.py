@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdtpu_worker.diffusion.adapters import Layers
 from sdtpu_worker.diffusion.checkpoint import Checkpoint, Defaults
 from sdtpu_worker.diffusion.families.family import Family, PictureUse
 from sdtpu_worker.diffusion.samplers import NoiseSchedule
@@ -18,6 +21,7 @@ class Colour:
     """A model that knows what every noisy latent is: the colour of the prompt; it has no network at all."""
 
     rows, picture_use, control_names = 2, PictureUse.NONE, ()
+    adapter_layers: ClassVar[Layers] = {}
     latent_channels, scale_factor, size_multiple, default_size = 3, 1, 1, (4, 6)
 
     def input_shapes(self):
@@ -29,7 +33,7 @@ class Colour:
     def conditioning_shapes(self, size):
         return {"rgb": jax.ShapeDtypeStruct((3,), jnp.float32)}
 
-    def encode(self, params, inputs, pictures):
+    def encode(self, params, inputs, pictures, adapters=None):
         return inputs
 
     def encode_image(self, params, image, noise):
@@ -44,7 +48,7 @@ class Colour:
     def control(self, params, number, latents, timesteps, conditioning, embedded):
         raise NotImplementedError("it has no ControlNets")
 
-    def predict(self, params, latents, timesteps, conditioning, added):
+    def predict(self, params, latents, timesteps, conditioning, added, adapters=None):
         return jnp.broadcast_to(conditioning["rgb"][:, :, None, None], latents.shape)
 
     def decode(self, params, latents):

@@ -161,6 +161,7 @@ def test_the_documented_defaults():
         "controlnet_conditioning_scale": (1.0,),
         "control_guidance_start": (0.0,),
         "control_guidance_end": (1.0,),
+        "loras": (),
         "guidance_rescale": 0.0,
         "clip_skip": 0,
         "prompt_2": None,
@@ -254,3 +255,45 @@ def test_a_result_crosses_json_unchanged():
         "loras": [{"name": "a.safetensors", "weight": 0.5}],
     }
     assert GenerationResult.from_json(data).to_json() == data
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (None, ()),
+        ([], ()),
+        (["pixel"], (("pixel", 1.0),)),
+        ([("pixel", 0.8)], (("pixel", 0.8),)),
+        ([["pixel", -100], "toy"], (("pixel", -100.0), ("toy", 1.0))),
+        (["a", "b", "c", "d"], (("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 1.0))),
+        (["ab"], (("ab", 1.0),)),
+    ],
+)
+def test_loras_are_names_or_pairs_and_are_kept_as_pairs(given, kept):
+    request = GenerationRequest.parse(("a fox",), {"loras": given})
+    assert request.loras == kept
+    assert request.options() == ({"loras": [list(pair) for pair in kept]} if kept else {})
+    assert GenerationRequest.parse((), json.loads(json.dumps(request.to_json()))) == request
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("pixel", "loras must be a list of at most 4 names or pairs of name and weight"),
+        ({"pixel": 0.8}, "loras must be a list"),
+        (["a", "b", "c", "d", "e"], "loras must be a list of at most 4"),
+        (["pixel", 0.8], "loras: a LoRA must be a name of 1 to 128 characters, got 0.8"),
+        ([["pixel", 0.8, 1]], "loras: a LoRA must be a name"),
+        ([["", 0.8]], "loras: a LoRA must be a name"),
+        ([["pixel", float("nan")]], "finite weights from -100 to 100, got nan for 'pixel'"),
+        ([["pixel", float("inf")]], "finite weights from -100 to 100, got inf"),
+        ([["pixel", 101]], "finite weights from -100 to 100, got 101"),
+        ([["pixel", 10**400]], "finite weights from -100 to 100"),
+        ([["pixel", True]], "finite weights"),
+        ([["pixel", None]], "finite weights"),
+        (["pixel", ("pixel", 0.5)], "loras must name each LoRA once"),
+    ],
+)
+def test_other_loras_are_refused(given, text):
+    with pytest.raises(InvalidRequest, match=text):
+        GenerationRequest("a fox", loras=given)

@@ -110,6 +110,25 @@ def test_celeryconfig_holds_values_only():
     assert all(isinstance(node, ast.Assign | ast.Expr) for node in tree.body)
 
 
+def test_loras_are_a_folder_or_names_with_sources(monkeypatch):
+    app = Celery("settings", set_as_current=False)
+    assert read_config(app.conf).loras is None
+    for written, read in (
+        ("", None),
+        ("/models/loras", "/models/loras"),
+        ("pixel=/a.safetensors, toy=owner/toy", {"pixel": "/a.safetensors", "toy": "owner/toy"}),
+    ):
+        monkeypatch.setenv("SDTPU_LORAS", written)
+        assert read_config(app.conf).loras == read
+    monkeypatch.delenv("SDTPU_LORAS")
+    app.conf.sdtpu_loras = {"pixel": "/a.safetensors"}
+    assert read_config(app.conf).loras == {"pixel": "/a.safetensors"}
+    for wrong in ("pixel=", "a=x,a=y", ["a"], {"a": 1}):
+        app.conf.sdtpu_loras = wrong
+        with pytest.raises(ConfigurationError, match="sdtpu_loras must be a folder, or names with sources"):
+            read_config(app.conf)
+
+
 def test_a_secret_is_not_shown(monkeypatch):
     assert source_of("sdtpu_http_webhook_secret", {"sdtpu_http_webhook_secret": "s3cret"})[0] == "**"
     assert source_of("sdtpu_http_webhook_secret", {}) == (None, "")

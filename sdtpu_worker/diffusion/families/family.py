@@ -18,6 +18,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.diffusion.adapters import Adapted, Layers
 
 Params = Mapping[str, Mapping[str, Any]]
 """The parameters of a checkpoint: by part, then by the name of the tensor."""
@@ -94,6 +95,10 @@ class Family(Protocol):
     def control_names(self) -> tuple[str, ...]:
         """The ControlNets that jobs can ask for, by number; empty for a family or a worker without any."""
 
+    @property
+    def adapter_layers(self) -> Layers:
+        """The layers that LoRAs of single jobs may change, by part; empty for a family that takes none."""
+
     def control_shapes(self, size: Lane) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Return shape and dtype of what `embed_control` returns, for each ControlNet.
 
@@ -122,13 +127,16 @@ class Family(Protocol):
             size: `(height, width)` of the image in pixels.
         """
 
-    def encode(self, params: Params, inputs: Arrays, pictures: Pictures | None) -> Arrays:
+    def encode(
+        self, params: Params, inputs: Arrays, pictures: Pictures | None, adapters: Adapted | None = None
+    ) -> Arrays:
         """Return what a slot keeps of a job besides its latents.
 
         Args:
             params: the parameters on the job's own device.
             inputs: of one job, as `make_inputs` made them.
             pictures: of the job, zeros where it has none; None for a family that takes no pictures.
+            adapters: what is added to `adapter_layers`, for `rows` rows; None for a worker whose jobs name no LoRAs.
 
         Returns:
             By name `(rows, …)`.
@@ -174,7 +182,13 @@ class Family(Protocol):
         """
 
     def predict(
-        self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays, added: Any
+        self,
+        params: Params,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        conditioning: Arrays,
+        added: Any,
+        adapters: Adapted | None = None,
     ) -> jax.Array:
         """Return the output of the model.
 
@@ -184,6 +198,7 @@ class Family(Protocol):
             timesteps: `(R,) float32`.
             conditioning: by name `(R, …)`.
             added: the sum of what ControlNets add, as `control` returns it; None for a family without any.
+            adapters: what is added to `adapter_layers`, for R rows; None for a worker whose jobs name no LoRAs.
 
         Returns:
             `(R, C, h, w) float32`.

@@ -13,6 +13,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.diffusion.adapters import Adapted
 from sdtpu_worker.diffusion.control_nets import ControlNet
 from sdtpu_worker.diffusion.families.family import Arrays, Params, Pictures, PictureUse
 from sdtpu_worker.errors import InvalidRequest
@@ -242,7 +243,14 @@ class LatentUNet:
         return {name: jnp.stack([inputs[name]] * self.rows) for name in self._guidance_shapes()}
 
     def _ask_unet(
-        self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays, added: Any, **more: Any
+        self,
+        params: Params,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        conditioning: Arrays,
+        added: Any,
+        adapters: Adapted | None,
+        **more: Any,
     ) -> jax.Array:
         """Return the UNet's output, channels first as the slots have them."""
         if added is not None:
@@ -252,5 +260,20 @@ class LatentUNet:
         sample = latents.transpose(0, 2, 3, 1).astype(self.dtype)
         if self.picture_channels:
             sample = jnp.concatenate([sample, conditioning["picture"].astype(self.dtype)], axis=-1)
-        out = self.unet(params["unet"], sample, timesteps, conditioning["context"], **more)
+        of_unet = None if adapters is None else adapters["unet"]
+        out = self.unet(params["unet"], sample, timesteps, conditioning["context"], adapters=of_unet, **more)
         return out.transpose(0, 3, 1, 2).astype(jnp.float32)
+
+
+def transformer_layers(unet: Network) -> dict[str, tuple[int, int]]:
+    """Return the linear layers and the convolutions of 1 × 1 in a UNet's transformers: by weight, its features."""
+    return {name: sizes for name, sizes in linear_layers(unet).items() if ".attentions." in name}
+
+
+def linear_layers(network: Network) -> dict[str, tuple[int, int]]:
+    """Return the linear layers and the convolutions of 1 × 1: by the name of the weight `(in, out)`."""
+    return {
+        name: (shape[-2], shape[-1])
+        for name, shape in network.shapes.items()
+        if name in network.torch_axes and len(shape) in (2, 4) and set(shape[:-2]) <= {1}
+    }

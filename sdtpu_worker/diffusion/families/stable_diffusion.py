@@ -11,8 +11,9 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.diffusion.adapters import Adapted, Layers
 from sdtpu_worker.diffusion.families.family import Arrays, Family, Params, Pictures, Shapes
-from sdtpu_worker.diffusion.families.latent_unet import LatentUNet
+from sdtpu_worker.diffusion.families.latent_unet import LatentUNet, linear_layers, transformer_layers
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.models.network import Network
@@ -36,6 +37,11 @@ class StableDiffusion(LatentUNet):
     tokenizer: PromptTokenizer
     width: int
     layers: int
+
+    @property
+    def adapter_layers(self) -> Layers:
+        """See `Family.adapter_layers`."""
+        return {"unet": transformer_layers(self.unet), "text_encoder": linear_layers(self.text_encoder)}
 
     def input_shapes(self) -> Shapes:
         """See `Family.input_shapes`."""
@@ -68,17 +74,30 @@ class StableDiffusion(LatentUNet):
         context = jax.ShapeDtypeStruct((self.tokenizer.length, self.width), self.dtype)
         return {"context": context, **self._guidance_shapes(), **self._picture_shapes(size)}
 
-    def encode(self, params: Params, inputs: Arrays, pictures: Pictures | None) -> Arrays:
+    def encode(
+        self, params: Params, inputs: Arrays, pictures: Pictures | None, adapters: Adapted | None = None
+    ) -> Arrays:
         """See `Family.encode`."""
-        states = self.text_encoder(params["text_encoder"], inputs["prompt_ids"], skip=inputs["clip_skip"])
+        states = self.text_encoder(
+            params["text_encoder"],
+            inputs["prompt_ids"],
+            skip=inputs["clip_skip"],
+            adapters=None if adapters is None else adapters["text_encoder"],
+        )
         picture = self._picture_of(params, pictures)
         return {"context": states.last_hidden_state, **self._guidance_of(inputs), **picture}
 
     def predict(
-        self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays, added: Any
+        self,
+        params: Params,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        conditioning: Arrays,
+        added: Any,
+        adapters: Adapted | None = None,
     ) -> jax.Array:
         """See `Family.predict`."""
-        return self._ask_unet(params, latents, timesteps, conditioning, added)
+        return self._ask_unet(params, latents, timesteps, conditioning, added, adapters)
 
 
 _: type[Family] = StableDiffusion  # mypy reports here what it lacks of the contract

@@ -11,8 +11,9 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.diffusion.adapters import Adapted, Layers
 from sdtpu_worker.diffusion.families.family import Arrays, Family, Params, Pictures, Shapes
-from sdtpu_worker.diffusion.families.latent_unet import LatentUNet
+from sdtpu_worker.diffusion.families.latent_unet import LatentUNet, linear_layers, transformer_layers
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.models.network import Network
 
@@ -40,6 +41,15 @@ class StableDiffusionXL(LatentUNet):
     layers: int
     pooled_width: int
     zeroes_empty: bool
+
+    @property
+    def adapter_layers(self) -> Layers:
+        """See `Family.adapter_layers`."""
+        encoders = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return {
+            "unet": transformer_layers(self.unet),
+            **{part: linear_layers(encoder) for part, encoder in encoders.items()},
+        }
 
     def input_shapes(self) -> Shapes:
         """See `Family.input_shapes`."""
@@ -81,12 +91,16 @@ class StableDiffusionXL(LatentUNet):
             **self._picture_shapes(size),
         }
 
-    def encode(self, params: Params, inputs: Arrays, pictures: Pictures | None) -> Arrays:
+    def encode(
+        self, params: Params, inputs: Arrays, pictures: Pictures | None, adapters: Adapted | None = None
+    ) -> Arrays:
         """See `Family.encode`."""
         # The last layer's states are never used, and none of them has the final norm.
         skip = 1 + inputs["clip_skip"]
-        first = self.text_encoder(params["text_encoder"], inputs["prompt_ids"], skip=skip)
-        second = self.text_encoder_2(params["text_encoder_2"], inputs["prompt_ids_2"], skip=skip)
+        parts = "text_encoder", "text_encoder_2"
+        of_first, of_second = (None if adapters is None else adapters[part] for part in parts)
+        first = self.text_encoder(params["text_encoder"], inputs["prompt_ids"], skip=skip, adapters=of_first)
+        second = self.text_encoder_2(params["text_encoder_2"], inputs["prompt_ids_2"], skip=skip, adapters=of_second)
         context = jnp.concatenate([first.hidden_state, second.hidden_state], axis=-1)
         counts = inputs["counts"]
         return {
@@ -98,11 +112,17 @@ class StableDiffusionXL(LatentUNet):
         }
 
     def predict(
-        self, params: Params, latents: jax.Array, timesteps: jax.Array, conditioning: Arrays, added: Any
+        self,
+        params: Params,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        conditioning: Arrays,
+        added: Any,
+        adapters: Adapted | None = None,
     ) -> jax.Array:
         """See `Family.predict`."""
         more = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
-        return self._ask_unet(params, latents, timesteps, conditioning, added, **more)
+        return self._ask_unet(params, latents, timesteps, conditioning, added, adapters, **more)
 
 
 _: type[Family] = StableDiffusionXL  # mypy reports here what it lacks of the contract

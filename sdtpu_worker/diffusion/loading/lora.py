@@ -54,11 +54,12 @@ class LoraMerge:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class LoraLayer:
     """One module of a LoRA.
 
     Attributes:
         label: the file and the module; errors begin with it.
+        down, up, mid: its matrices as stored.
         scale: alpha / rank.
     """
 
@@ -88,7 +89,7 @@ def merge_loras(loras: Sequence[tuple[str, float]], shapes: Mapping[str, Shapes]
     for name, weight in loras:
         if not math.isfinite(weight):
             raise InvalidCheckpoint(f"sdtpu_loras_merged: the weight of {name!r} must be a finite number, got {weight}")
-        layers = _read_layers(find_lora(name), names, shapes)
+        layers = read_layers(find_lora(name), names, shapes)
         for (part, parameter), layer in layers.items():
             before = changes[part].get(parameter)
             changes[part][parameter] = partial(_add, layer=layer, weight=weight, name=parameter, before=before)
@@ -96,13 +97,24 @@ def merge_loras(loras: Sequence[tuple[str, float]], shapes: Mapping[str, Shapes]
     return LoraMerge(changes, tuple(merged))
 
 
-def _read_layers(path: Path, names: ModuleNames, shapes: Mapping[str, Shapes]) -> dict[tuple[str, str], _Layer]:
-    """Return the layers of a file by part and parameter; every key belongs to one, or the file is refused."""
+def read_layers(path: Path, names: ModuleNames, shapes: Mapping[str, Shapes]) -> dict[tuple[str, str], LoraLayer]:
+    """Return the layers of a file by part and parameter; every key belongs to one, or the file is refused.
+
+    Only the header and the alphas are read.
+
+    Args:
+        path: the file.
+        names: of the model's modules.
+        shapes: by part, those of the model's parameters.
+
+    Raises:
+        InvalidCheckpoint: the file is broken, has keys that are no LoRA's, or does not fit the model.
+    """
     tensors, metadata = open_safetensors(path)
     modules = _group(path, tensors)
     targets = _targets(path, modules, names, shapes)
     alphas = PeftAlphas(path, metadata)
-    layers: dict[tuple[str, str], _Layer] = {}
+    layers: dict[tuple[str, str], LoraLayer] = {}
     for module, target in targets.items():
         if target in layers:
             raise InvalidCheckpoint(
@@ -111,7 +123,7 @@ def _read_layers(path: Path, names: ModuleNames, shapes: Mapping[str, Shapes]) -
         of = modules[module]
         _check_shapes(path, module, of, pytorch_shape(target[1], shapes[target[0]][target[1]]))
         scale = _scale(path, module, of, alphas)
-        layers[target] = _Layer(f"{path}: {module}", of["down"], of["up"], of.get("mid"), scale)
+        layers[target] = LoraLayer(f"{path}: {module}", of["down"], of["up"], of.get("mid"), scale)
     return layers
 
 
@@ -189,7 +201,7 @@ def _scale(path: Path, module: str, of: Mapping[str, StoredTensor], alphas: Peft
 
 
 def _add(
-    array: np.ndarray, *, layer: _Layer, weight: float, name: str, before: Callable[[np.ndarray], np.ndarray] | None
+    array: np.ndarray, *, layer: LoraLayer, weight: float, name: str, before: Callable[[np.ndarray], np.ndarray] | None
 ) -> np.ndarray:
     """Return a weight (float32, our layout) with one more LoRA in it.
 

@@ -16,12 +16,13 @@ _PEFT_NAME, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _USUAL_NAMES = ("pytorch_lora_weights.safetensors", _PEFT_NAME)
 
 
-def find_lora(name: str) -> Path:
+def find_lora(name: str, setting: str = "sdtpu_loras_merged") -> Path:
     """Return the file of a LoRA.
 
     Args:
         name: a `.safetensors` file, a folder with one, or `owner/name` or `owner/name/file.safetensors` on the hub,
             which is downloaded.
+        setting: where the name stands; errors begin with it.
 
     Raises:
         InvalidCheckpoint: there is no such file, or several, or the hub does not give it; a pickle is never taken.
@@ -29,23 +30,23 @@ def find_lora(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file() or path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
         if path.suffix != ".safetensors":
-            raise InvalidCheckpoint(f"sdtpu_loras_merged: {name} must be a .safetensors file, never a pickle; {REMEDY}")
+            raise InvalidCheckpoint(f"{setting}: {name} must be a .safetensors file, never a pickle; {REMEDY}")
         return path
     if path.is_dir():
-        return _one_file(path, name)
+        return _one_file(path, name, setting)
     owner, _, rest = name.partition("/")
     repository, _, file = rest.partition("/")
     is_hub_name = owner and repository and not name.startswith((".", "~")) and ".." not in name
     if not is_hub_name or repository.endswith(".safetensors") or (file and not file.endswith(".safetensors")):
         raise InvalidCheckpoint(
-            f"sdtpu_loras_merged: there is no file or folder {name!r}, and a hub name is like 'owner/name' or"
+            f"{setting}: there is no file or folder {name!r}, and a hub name is like 'owner/name' or"
             " 'owner/name/file.safetensors'"
         )
-    folder = _download(f"{owner}/{repository}", file, name)
-    return folder / file if file else _one_file(folder, name)
+    folder = _download(f"{owner}/{repository}", file, name, setting)
+    return folder / file if file else _one_file(folder, name, setting)
 
 
-def _download(repository: str, file: str, name: str) -> Path:
+def _download(repository: str, file: str, name: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [file or "*.safetensors", str(Path(file).parent / _PEFT_CONFIG)]
@@ -53,12 +54,12 @@ def _download(repository: str, file: str, name: str) -> Path:
         return Path(snapshot_download(repository, revision="main", allow_patterns=patterns))
     except Exception as exc:  # the hub client raises its own, requests' and OS errors alike
         raise InvalidCheckpoint(
-            f"sdtpu_loras_merged: no file or folder {name!r} here, and the hub did not give it"
+            f"{setting}: no file or folder {name!r} here, and the hub did not give it"
             f" ({type(exc).__name__}: {exc}); check the name"
         ) from exc
 
 
-def _one_file(folder: Path, name: str) -> Path:
+def _one_file(folder: Path, name: str, setting: str) -> Path:
     found = sorted(folder.glob("*.safetensors"))
     for usual in _USUAL_NAMES:
         if folder / usual in found:
@@ -66,7 +67,7 @@ def _one_file(folder: Path, name: str) -> Path:
     if len(found) != 1:
         listed = ", ".join(path.name for path in found) or "none"
         raise InvalidCheckpoint(
-            f"sdtpu_loras_merged: {name} must hold one .safetensors file (found {listed}); name the file itself"
+            f"{setting}: {name} must hold one .safetensors file (found {listed}); name the file itself"
         )
     return found[0]
 

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -93,9 +92,10 @@ def test_status_and_cancel_are_about_any_job(shell):
 @pytest.mark.usefixtures("worker")
 def test_ctrl_c_cancels_what_is_not_done(shell, app):
     with shell.start("generate", "a fox", "--steps", "1000", "--json") as process:
-        time.sleep(0.5)
-        loaded = wait_until(lambda: app.control.inspect(timeout=1).active(), "the job to be in the worker")
-        (job,) = next(iter(loaded.values()))
+        (job,) = wait_until(
+            lambda: [job for jobs in (app.control.inspect(timeout=1).active() or {}).values() for job in jobs],
+            "the job to be in the worker",
+        )
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sdtpu_worker.contract.parameter_checks import MAX_SIDE, SIDE_MULTIPLE
 from sdtpu_worker.errors import InvalidRequest
+from sdtpu_worker.images.decode import CONTENT_TYPES
 from sdtpu_worker.images.pictures import check_picture_bytes, decode_mask, decode_picture
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def mask_of_transparency(name: str, data: bytes, size: tuple[int, int] | None) -
 
     check_picture_bytes(name, data)
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data), formats=list(CONTENT_TYPES))
         picture.load()
     except Exception as exc:  # foreign bytes make Pillow raise any kind of error
         raise InvalidRequest(f"{name} must be a whole picture, got one that cannot be decoded to the end") from exc

@@ -48,12 +48,7 @@ def _measure_costs(engine: Engine, lane: Lane) -> TickCosts:
     def seconds(busy: int, phase: Phase, job: PreparedJob = job) -> float:
         """Return the shorter of two runs."""
         plan = Plan(lane, ((phase,),) * busy + ((),) * (num_devices - busy))
-        times = []
-        for _ in range(2):
-            started = time.monotonic()
-            engine.execute(plan, {_TASK_ID: job}).wait()
-            times.append(time.monotonic() - started)
-        return min(times)
+        return min(_tick_s(engine, plan, job) for _ in range(2))
 
     for phase in (insert, steps, decode):
         seconds(1, phase)
@@ -84,13 +79,17 @@ def _adapters_s(engine: Engine, job: PreparedJob, count: int = 2) -> float:
     """Return the seconds of an insert whose LoRAs are not on the device yet, the shortest of a few."""
     assert engine.checkpoint.adapters is not None
     plan = Plan(job.lane, ((Phase(insert=(0, _TASK_ID)),), *[()] * (engine.info.num_devices - 1)))
-    stack, times = engine.checkpoint.adapters.layout.zeros(leading=(1,)), []
-    for number in range(1 + count):  # the first is not counted
-        adapters = JobAdapters(np.array([0, number], np.uint32), stack)
-        started = time.monotonic()
-        engine.execute(plan, {_TASK_ID: replace(job, adapters=adapters)}).wait()
-        times.append(time.monotonic() - started)
-    return min(times[1:])
+    stack = engine.checkpoint.adapters.layout.zeros(leading=(1,))
+    others = [JobAdapters(np.array([0, number], np.uint32), stack) for number in range(1 + count)]
+    times = [_tick_s(engine, plan, replace(job, adapters=adapters)) for adapters in others]
+    return min(times[1:])  # the first is not counted
+
+
+def _tick_s(engine: Engine, plan: Plan, job: PreparedJob) -> float:
+    """Return the seconds of one tick, from the call to its end."""
+    started = time.monotonic()
+    engine.execute(plan, {_TASK_ID: job}).wait()
+    return time.monotonic() - started
 
 
 def _empty_tick_s(engine: Engine, lane: Lane, count: int = 8) -> float:

@@ -15,6 +15,7 @@ from celery.result import AsyncResult
 from celery.utils import uuid
 
 from sdtpu_worker.client.queue_state import broker_with_prefix
+from sdtpu_worker.client.waiting import as_text
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.redaction import brief
 
@@ -50,7 +51,7 @@ def send_once(
         if not redis.set(name, f"{task_id} {digest}", nx=True, ex=_PENDING_S):
             first = redis.get(name)
             if first is not None:
-                return _first_job(app, key, first.decode() if isinstance(first, bytes) else first, digest)
+                return _first_job(app, key, as_text(first), digest)
             redis.set(name, f"{task_id} {digest}", ex=_PENDING_S)  # it expired between the two
         try:
             result = send(task_id)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.client.admission import messages_ahead
 from sdtpu_worker.client.routing import device_queues
-from sdtpu_worker.client.waiting import read_waiting
+from sdtpu_worker.client.waiting import as_text, read_waiting
 from sdtpu_worker.config import read_setting
 from sdtpu_worker.contract.load_report import WorkerLoad, estimated_start_s, read_loads
 from sdtpu_worker.contract.queues import (
@@ -132,7 +132,7 @@ def read_broker(app: Celery) -> BrokerState:
         states = _queue_states(redis, prefix, queues, bands)
         loads = {queue: read_loads(redis, queue, prefix) for queue in (main, *(set(queues) - shards))}
         memory = _memory_of(redis)
-        dead = {_text(kind): int(count) for kind, count in redis.hgetall(prefix + DEAD_COUNTS_KEY).items()}
+        dead = {as_text(kind): int(count) for kind, count in redis.hgetall(prefix + DEAD_COUNTS_KEY).items()}
     lengths = {state.queue: list(state.waiting.values()) for state in states}
     band = max(0, bisect(bands, DEFAULT_PRIORITY) - 1)
     wait_s = {}
@@ -197,20 +197,13 @@ def purge_queues(app: Celery) -> int:
 
 
 @contextlib.contextmanager
-def broker_client(app: Celery) -> Iterator[Any]:
-    """Give a client of the broker's Redis for the block.
+def broker_with_prefix(app: Celery) -> Iterator[tuple[Any, str]]:
+    """Give a client of the broker's Redis for the block, and what every key there begins with.
 
     Raises:
         ConfigurationError: the broker is not Redis.
         BrokerUnavailable: Redis does not answer.
     """
-    with _broker(app) as (redis, *_):
-        yield redis
-
-
-@contextlib.contextmanager
-def broker_with_prefix(app: Celery) -> Iterator[tuple[Any, str]]:
-    """Give a client of the broker's Redis, and what every key there begins with; raises as `broker_client`."""
     with _broker(app) as (redis, prefix, *_):
         yield redis, prefix
 
@@ -245,9 +238,5 @@ def _count_by_list(redis: Any, prefix: str, tags_key: str) -> dict[str, int]:
     for start in range(0, size, _AT_ONCE):
         lists = redis.eval(_LISTS_OF_TAGS, 2, prefix + HELD_KEY, prefix + tags_key, start, start + _AT_ONCE - 1)
         for name in lists:
-            counts[_text(name)] = counts.get(_text(name), 0) + 1
+            counts[as_text(name)] = counts.get(as_text(name), 0) + 1
     return counts
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value

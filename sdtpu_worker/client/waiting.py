@@ -69,7 +69,7 @@ def read_waiting(redis: Any, lists: Mapping[str, Sequence[str]], bands: Sequence
 
 def _waiting_since(sent: bytes | str, due: bytes | str) -> float | None:
     """Return when a job was sent or due, whichever is later, in seconds since 1970; None if no client said so."""
-    times = [at for at in (_seconds(_text(sent)), _timestamp(_text(due))) if at is not None]
+    times = [at for at in (_seconds(as_text(sent)), _timestamp(as_text(due))) if at is not None]
     return max(times, default=None)
 
 
@@ -88,5 +88,6 @@ def _timestamp(text: str) -> float | None:
     return at if math.isfinite(at) else None
 
 
-def _text(value: bytes | str) -> str:
+def as_text(value: bytes | str) -> str:
+    """Return what Redis answered as text, whether its client decodes answers or not."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value

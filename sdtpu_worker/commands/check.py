@@ -77,12 +77,12 @@ def _settings(app: Celery) -> Iterator[tuple[str, str]]:
 
 
 def _broker(app: Celery) -> Iterator[tuple[str, str]]:
-    from sdtpu_worker.client.queue_state import broker_client
+    from sdtpu_worker.client.queue_state import broker_with_prefix
     from sdtpu_worker.config import read_setting
     from sdtpu_worker.operations.redis_checks import redis_warnings
     from sdtpu_worker.redaction import without_password
 
-    with broker_client(app) as client:
+    with broker_with_prefix(app) as (client, _):
         warnings = redis_warnings(client, images_in_redis=read_setting("sdtpu_image_store", app.conf) == "redis")
     yield "ok", f"Redis answers at {without_password(app.conf.broker_url)}"
     for warning in warnings:

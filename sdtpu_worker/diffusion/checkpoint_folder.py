@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sdtpu_worker.diffusion.loading.hub import download_weights
 from sdtpu_worker.diffusion.loading.part_files import has_weights, open_part
 from sdtpu_worker.diffusion.loading.tensors import Shapes, TensorSource
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
@@ -16,15 +17,6 @@ from sdtpu_worker.errors import InvalidCheckpoint
 EMBEDDED = {"embedded": "checkpoint", "embedded-turbo": "checkpoint_turbo"}
 """The checkpoints that the package brings, by name, with their folders in it."""
 _FILES = ["*.json", "*/*.json", "tokenizer*/*.txt"]
-# One after the other, until every part has its weights: a hub often has the same weights in several variants and
-# formats. The order is that of `find_weights`.
-_WEIGHTS = (
-    ["*/*model.safetensors", "*/*model-?????-of-?????.safetensors"],
-    ["*/*fp16*.safetensors"],
-    ["*/*bf16*.safetensors"],
-    ["*/*model[.-]*.safetensors"],
-    ["*/*.msgpack"],
-)
 _PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _XL_PARTS = {**_PARTS, "text_encoder_2": "CLIPTextModelWithProjection"}
 _ALSO = {"vae": ("AutoencoderTiny",)}
@@ -55,7 +47,7 @@ def find_folder(name: str, revision: str) -> Path:
             f" {', '.join(EMBEDDED)}; there is no folder {name!r}"
         )
     try:
-        return _download(name, revision)
+        return download_weights(name, revision, _FILES, _is_whole, prefix="*/")
     except InvalidCheckpoint:
         raise
     except Exception as exc:  # the hub client raises its own, requests' and OS errors alike
@@ -108,16 +100,9 @@ class Folder:
         return open_part(self.path, part)
 
 
-def _download(name: str, revision: str) -> Path:
-    """Download a hub checkpoint, each part in one variant; a pickle is never downloaded."""
-    from huggingface_hub import snapshot_download
-
-    for patterns in _WEIGHTS:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_FILES, *patterns]))
-        parts = {*_XL_PARTS, "safety_checker"} & set(read_classes(folder))
-        if all(has_weights(folder, part) for part in parts):
-            break
-    return folder
+def _is_whole(folder: Path) -> bool:
+    """Return whether every part has its weights."""
+    return all(has_weights(folder, part) for part in {*_XL_PARTS, "safety_checker"} & set(read_classes(folder)))
 
 
 def read_classes(folder: Path) -> dict[str, str]:

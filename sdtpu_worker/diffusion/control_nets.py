@@ -8,21 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtpu_worker.diffusion.loading.load import iterate_weights
+from sdtpu_worker.diffusion.loading.hub import download_weights
 from sdtpu_worker.diffusion.loading.part_files import WHOLE_FOLDER, has_weights, open_part
+from sdtpu_worker.diffusion.loading.tensors import TensorSource
 from sdtpu_worker.errors import InvalidCheckpoint
 from sdtpu_worker.models import networks
 from sdtpu_worker.models.configs import read_controlnet_config
 from sdtpu_worker.models.network import Network
 
 _CONFIG = "config.json"
-_PATTERNS = (
-    ["*model.safetensors", "*model-?????-of-?????.safetensors", "*.index.json"],
-    ["*fp16*.safetensors"],
-    ["*.safetensors"],
-    ["*.msgpack"],
-)
-"""Files of weights to download, one after the other until they are whole."""
 
 
 @dataclass(frozen=True)
@@ -34,49 +28,51 @@ class ControlNet:
         network: the model, whose parameters are the part `part`.
         channels: of what a picture is embedded to.
         config: its config as JSON.
+        folder: with its weights.
     """
 
     name: str
     network: Network
     channels: int
     config: Mapping[str, Any]
+    folder: Path
 
     @property
     def part(self) -> str:
         """The name of its parameters among a checkpoint's."""
         return f"controlnet {self.name}"
 
+    def open(self) -> TensorSource:
+        """Open its weights; only headers are read.
 
-def load_controlnets(
-    sources: Mapping[str, str], unet: Any, factor: int, latent_channels: int, dtype: Any
-) -> tuple[tuple[ControlNet, ...], dict[str, dict[str, Any]]]:
-    """Load ControlNets, and make sure that they are for the UNet.
+        Raises:
+            InvalidCheckpoint: there are none of an allowed format, or they are broken.
+        """
+        return open_part(self.folder, WHOLE_FOLDER)
+
+
+def find_controlnets(
+    sources: Mapping[str, str], unet: Any, factor: int, latent_channels: int
+) -> tuple[ControlNet, ...]:
+    """Find ControlNets, and make sure that they are for the UNet; return them in the order of their names.
 
     Args:
         sources: by name, a folder or a hub name like `owner/name`.
         unet: the config of the checkpoint's UNet.
         factor: pixels per latent, along one side.
         latent_channels: of a latent.
-        dtype: of the parameters.
-
-    Returns:
-        The networks in the order of their names, and their parameters by part.
 
     Raises:
-        InvalidCheckpoint: one is missing or broken, or is for another UNet.
+        InvalidCheckpoint: one is missing, its config is broken, or it is for another UNet.
     """
-    found, params = [], {}
+    found = []
     for name, source in sorted(sources.items()):
         folder = _find(name, source)
         raw = _read_json(folder / _CONFIG)
         config = read_controlnet_config(raw, str(folder / _CONFIG))
         _check(name, folder, config, unet, factor, latent_channels)
-        network = networks.controlnet(config)
-        control = ControlNet(name, network, config.block_out_channels[0], raw)
-        tensors = open_part(folder, WHOLE_FOLDER)
-        params[control.part] = dict(iterate_weights(tensors, network.shapes, dtype))
-        found.append(control)
-    return tuple(found), params
+        found.append(ControlNet(name, networks.controlnet(config), config.block_out_channels[0], raw, folder))
+    return tuple(found)
 
 
 def _find(name: str, source: str) -> Path:
@@ -89,19 +85,13 @@ def _find(name: str, source: str) -> Path:
             f" name like 'owner/name', got {source!r}; convert a single file where it is trusted, with diffusers'"
             " `ControlNetModel.from_single_file` and `save_pretrained`"
         )
-    from huggingface_hub import snapshot_download
-
     try:
-        for patterns in _PATTERNS:
-            found = Path(snapshot_download(source, revision="main", allow_patterns=[_CONFIG, *patterns]))
-            if has_weights(found, WHOLE_FOLDER):
-                break
+        return download_weights(source, "main", ["*.json"], lambda found: has_weights(found, WHOLE_FOLDER))
     except Exception as exc:  # the hub client raises its own, requests' and OS errors alike
         raise InvalidCheckpoint(
             f"sdtpu_controlnets: {name} is no folder {source!r} here, and the hub did not give it"
             f" ({type(exc).__name__}: {exc}); check the name"
         ) from exc
-    return found
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

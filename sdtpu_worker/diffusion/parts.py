@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
 from sdtpu_worker.diffusion.checkpoint_file import CheckpointFile
 from sdtpu_worker.diffusion.checkpoint_folder import Folder
-from sdtpu_worker.diffusion.control_nets import load_controlnets
+from sdtpu_worker.diffusion.control_nets import find_controlnets
 from sdtpu_worker.diffusion.families.stable_diffusion import StableDiffusion
 from sdtpu_worker.diffusion.families.stable_diffusion_xl import StableDiffusionXL
 from sdtpu_worker.diffusion.loading.load import iterate_weights
 from sdtpu_worker.diffusion.loading.lora import MergedLora, merge_loras
-from sdtpu_worker.diffusion.loading.tensors import Shapes
+from sdtpu_worker.diffusion.loading.tensors import Shapes, TensorSource
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 from sdtpu_worker.models import networks
@@ -29,16 +30,18 @@ class _Wanted:
     """What a part is loaded for.
 
     Attributes:
+        open: opens its tensors.
         shapes: of all parameters that the part must have.
         dtype: of the parameters.
-        kept: the names of those that are used.
+        kept: the names of those that are used; None for all.
         takes_loras: LoRAs may change it.
     """
 
+    open: Callable[[], TensorSource]
     shapes: Shapes
     dtype: Any
-    kept: Collection[str]
-    takes_loras: bool
+    kept: Collection[str] | None = None
+    takes_loras: bool = False
 
 
 class Parts:
@@ -99,9 +102,8 @@ class Parts:
         """Read every part's parameters, when all configs are known to be good and LoRAs to fit."""
         merge = merge_loras(self._loras_wanted, self.lora_shapes)
         for part, wanted in self._wanted.items():
-            tensors = self.source.open(part, wanted.shapes)
-            weights = iterate_weights(tensors, wanted.shapes, wanted.dtype, merge.changes.get(part))
-            self.params[part] = {name: array for name, array in weights if name in wanted.kept}
+            weights = iterate_weights(wanted.open(), wanted.shapes, wanted.dtype, merge.changes.get(part))
+            self.params[part] = {name: array for name, array in weights if wanted.kept is None or name in wanted.kept}
         self.loras = merge.merged
 
     def _stable_diffusion(self, is_guided: bool) -> StableDiffusion:
@@ -148,11 +150,10 @@ class Parts:
         decoder, encoder = self._autoencoder(vae_config, decoder_dtype)
         factor = 2 ** (len(vae_config.block_out_channels) - 1)
         height, width = _pair(unet_config.sample_size, self.source.name)
-        controls, params = load_controlnets(
-            self._controlnets, unet_config, factor, vae_config.latent_channels, self.dtype
-        )
-        self.params |= params
-        self._configs |= {control.part: control.config for control in controls}
+        controls = find_controlnets(self._controlnets, unet_config, factor, vae_config.latent_channels)
+        for control in controls:
+            self._configs[control.part] = control.config
+            self._wanted[control.part] = _Wanted(control.open, control.network.shapes, self.dtype)
         return {
             "unet": unet,
             "decoder": decoder,
@@ -199,8 +200,8 @@ class Parts:
         decoder = self._make(lambda: networks.decoder(config), "vae")
         encoder = self._make(lambda: networks.encoder(config), "vae")
         shapes = {**decoder.shapes, **encoder.shapes}
-        kept = shapes.keys() if self._takes_pictures else decoder.shapes.keys()
-        self._wanted["vae"] = _Wanted(shapes, dtype, kept, takes_loras=False)
+        kept = None if self._takes_pictures else decoder.shapes.keys()
+        self._wanted["vae"] = _Wanted(partial(self.source.open, "vae", shapes), shapes, dtype, kept)
         return decoder, encoder if self._takes_pictures else None
 
     def _text_encoder(self, part: str, tokenizer: str, projection: bool) -> tuple[Network, PromptTokenizer, Any]:
@@ -221,7 +222,8 @@ class Parts:
     def _network(self, part: str, make: Callable[[], Network], dtype: Any) -> Network:
         """Return a network; its parameters are loaded later."""
         network = self._make(make, part)
-        self._wanted[part] = _Wanted(network.shapes, dtype, network.shapes.keys(), takes_loras=True)
+        opener = partial(self.source.open, part, network.shapes)
+        self._wanted[part] = _Wanted(opener, network.shapes, dtype, takes_loras=True)
         return network
 
     def _make(self, make: Callable[[], Network], part: str) -> Network:

@@ -58,11 +58,12 @@ def _with_old_attention(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _write(folder: Path, stem: str, variant: str, shards: int, tensors: dict[str, np.ndarray]) -> None:
+    dot = f".{variant}" if variant else ""
     if shards == 1:
-        save_file(tensors, folder / ".".join(filter(None, (stem, variant, "safetensors"))), {"format": "pt"})
+        save_file(tensors, folder / f"{stem}{dot}.safetensors", {"format": "pt"})
         return
-    names = [f"{stem}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    names = [f"{stem}{dot}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     chosen = {name: names[i % shards] for i, name in enumerate(tensors)}
     for file in names:
         save_file({name: value for name, value in tensors.items() if chosen[name] == file}, folder / file)
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": chosen}))
+    (folder / f"{stem}.safetensors.index{dot}.json").write_text(json.dumps({"weight_map": chosen}))

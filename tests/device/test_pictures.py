@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from sdtpu_worker.diffusion.offline import generate
 from sdtpu_worker.diffusion.preparation import PreparedJob, prepare_job
 from sdtpu_worker.diffusion.samplers import NoiseSchedule
 from sdtpu_worker.errors import InvalidCheckpoint, InvalidRequest, SnapshotMismatch
+from tests.device.pytorch_layout import rewrite
 from tests.support import picture_cases
 from tests.support.checkpoints import make_random_checkpoint, make_random_controlnet
 from tests.support.engines import on_one_device, run_alone
@@ -307,3 +310,30 @@ def test_a_controlnet_that_is_no_folder_is_refused_with_the_remedy(tmp_path):
     ):
         with pytest.raises(InvalidCheckpoint, match=text):
             load_checkpoint(str(tmp_path / "c"), options=LoadOptions(controlnets={"edges": source}))
+
+
+@pytest.mark.parametrize("change", [{}, {"variant": "bf16"}, {"variant": "fp16", "shards": 2}], ids=str)
+def test_a_controlnet_of_a_hub_is_downloaded_in_any_variant_and_without_a_pickle(monkeypatch, tmp_path, change):
+    make_random_checkpoint(tmp_path / "c", unet=dict(MODELS["control"]))
+    source = make_random_controlnet(tmp_path / "hub" / "unet", picture_cases.CONTROLNETS["control"], "edges")
+    options = LoadOptions(controlnets={"edges": str(source)})
+    own = load_checkpoint(str(tmp_path / "c"), options=options).params["controlnet edges"]
+    rewrite(tmp_path / "hub", **change)
+    (source / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+
+    def snapshot_download(name, revision, allow_patterns):
+        assert (name, revision) == ("owner/name", "main")
+        target = tmp_path / "cache"
+        target.mkdir(exist_ok=True)
+        for path in source.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, target)
+        return str(target)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    options = LoadOptions(controlnets={"edges": "owner/name"})
+    params = load_checkpoint(str(tmp_path / "c"), options=options).params["controlnet edges"]
+    assert params.keys() == own.keys()
+    for name, array in own.items():
+        np.testing.assert_array_equal(params[name], array)
+    assert not (tmp_path / "cache" / "diffusion_pytorch_model.bin").exists()

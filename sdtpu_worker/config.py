@@ -140,6 +140,12 @@ SETTINGS = (
         " otherwise",
     ),
     Setting(
+        "sdtpu_attention", "auto", parse_choice("auto", "plain", "packed", "cudnn"),
+        "How the devices compute attention. `auto`: as a table says for the platform and each layer's size; the worker"
+        " logs what it chose. `plain` is the compiler's own everywhere, `packed` the kernel for TPUs, `cudnn` that of"
+        " NVIDIA's library; a platform that has not what is asked for is refused. It changes pixels by rounding",
+    ),
+    Setting(
         "sdtpu_tick_s", 0.1, parse_seconds(0.001, 60),
         "How many seconds of device work one dispatch holds, at least one denoising step. Jobs join and leave between"
         " two dispatches, so a shorter tick reacts sooner and a longer one costs the host less",
@@ -292,6 +298,7 @@ class Config:
     slots_per_device: int | str
     resolutions: tuple[tuple[int, int], ...] | None
     vae_tiling: str
+    attention: str
     tick_s: float
     preemption: bool
     progress_s: float

@@ -36,6 +36,7 @@ from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, by_device, make
 from sdtpu_worker.diffusion.slots import NOTHING, Geometry, Slots
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of, layout_of
 from sdtpu_worker.errors import ConfigurationError
+from sdtpu_worker.models.attention import AUTO, check_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Engine:
         compile_cache: the persistent compilation cache, for its counts.
         with_previews: compile the programs that plans with previews need.
         vae_tiling: `on` decodes images in tiles, `off` does not, `auto` does if the programs do not fit without.
+        attention: how attentions are computed, see `sdtpu_attention`.
 
     Attributes:
         info: what the worker reads of the engine.
@@ -67,7 +69,8 @@ class Engine:
         fingerprints: by lane, what a snapshot's fingerprint must be to resume from it here.
 
     Raises:
-        ConfigurationError: a resolution does not fit the model, or the model does not fit the devices' memory.
+        ConfigurationError: a resolution does not fit the model, the model does not fit the devices' memory, or the
+            devices have not the attention that is asked for.
         InvalidCheckpoint: the parameters do not fit the configs.
     """
 
@@ -80,11 +83,13 @@ class Engine:
         compile_cache: CompileCache | None = None,
         with_previews: bool = False,
         vae_tiling: str = "auto",
+        attention: str = AUTO,
     ) -> None:
         self.checkpoint, self.has_previews, self.mesh = checkpoint, with_previews, make_mesh(devices)
         family = checkpoint.family
         lanes = tuple(dict.fromkeys(resolutions or (family.default_size,)))
         _check_sizes(family, lanes)
+        check_wanted(devices[0].platform, attention)
         parameters = bytes_per_device(checkpoint.params)
         layout = None if checkpoint.adapters is None else checkpoint.adapters.layout
         entries = num_entries(len(lanes), slots_per_device, phases_per_tick(slots_per_device))
@@ -96,7 +101,9 @@ class Engine:
 
         def compile_all(in_tiles: bool) -> tuple[dict[Lane, Geometry], CompiledPrograms]:
             sizes = len(devices), slots_per_device
-            geometries = {lane: Geometry.of(family, *sizes, lane, in_tiles, layout, entries) for lane in lanes}
+            geometries = {
+                lane: Geometry.of(family, *sizes, lane, in_tiles, layout, entries, attention) for lane in lanes
+            }
             programs = compile_programs(
                 checkpoint, self.params, safety_params, geometries, self.mesh, with_previews, compile_cache
             )

@@ -7,6 +7,7 @@ no collective and a device with nothing to do costs nothing. What the model is, 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from sdtpu_worker.diffusion.families.family import Family
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED
 from sdtpu_worker.diffusion.slots import Decoded, Geometry, Instructions, Slots
+from sdtpu_worker.models.attention import Selection, selecting
+
+logger = logging.getLogger(__name__)
 
 
 def lower_tick(family: Family, params: Any, geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:
@@ -37,6 +41,8 @@ def lower_tick(family: Family, params: Any, geometry: Geometry, mesh: Mesh) -> j
         dtype or sharding is an error: the result never compiles again.
     """
 
+    selection = Selection(mesh.devices.flat[0].platform, geometry.attention)
+
     def local_tick(params: Any, slots: Slots, todo: Instructions, bank: Stack | None) -> tuple[Slots, Decoded]:
         todo = jax.tree.map(lambda leaf: leaf[0], todo)  # this device's own row
 
@@ -50,7 +56,8 @@ def lower_tick(family: Family, params: Any, geometry: Geometry, mesh: Mesh) -> j
 
         pixels = jnp.zeros((1, geometry.phases, geometry.height, geometry.width, 3), jnp.uint8)
         nothing = Decoded(pixels, jnp.ones((1, geometry.phases), bool))
-        return jax.lax.fori_loop(0, todo.num_phases, phase, (slots, nothing))
+        with selecting(selection):
+            return jax.lax.fori_loop(0, todo.num_phases, phase, (slots, nothing))
 
     tick = jax.shard_map(
         local_tick, mesh=mesh, in_specs=(REPLICATED, SHARDED, SHARDED, SHARDED), out_specs=SHARDED, check_vma=False
@@ -58,7 +65,10 @@ def lower_tick(family: Family, params: Any, geometry: Geometry, mesh: Mesh) -> j
     layout, entries = geometry.adapters, geometry.num_devices * geometry.adapter_entries
     bank = None if layout is None else layout.shapes((entries,))
     shapes = sharded_shapes(mesh, (geometry.empty_slots(), geometry.no_instructions(), bank))
-    return jax.jit(tick, donate_argnums=1).lower(params, *shapes)
+    lowered = jax.jit(tick, donate_argnums=1).lower(params, *shapes)
+    for shape, choice in selection.chosen.items():
+        logger.info("attention of %s: %s (%s)", shape, choice.implementation, choice.reason)
+    return lowered
 
 
 def lower_snapshot(geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:

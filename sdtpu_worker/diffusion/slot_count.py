@@ -20,6 +20,7 @@ import jax
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.failures import is_out_of_memory
+from sdtpu_worker.models.attention import AUTO
 from sdtpu_worker.redaction import brief
 
 logger = logging.getLogger(__name__)
@@ -61,13 +62,17 @@ def choose_slots_per_device(make_engine: Callable[[int], Engine], saved_choice: 
     return engine if engine.info.slots_per_device == best else make_engine(best)
 
 
-def saved_choice_file(folder: Path | None, checkpoint: Checkpoint, device: jax.Device, resolutions: Any) -> Path | None:
+def saved_choice_file(
+    folder: Path | None, checkpoint: Checkpoint, device: jax.Device, resolutions: Any, attention: str = AUTO
+) -> Path | None:
     """Return the file that keeps the choice for one configuration; None without a cache folder."""
     if folder is None:
         return None
     facts: tuple[Any, ...] = checkpoint.name, str(checkpoint.dtype), device.device_kind, resolutions, jax.__version__
     if checkpoint.adapters is not None:
         facts = *facts, checkpoint.adapters.layout.rank
+    if attention != AUTO:
+        facts = *facts, attention
     return folder / f"slots-per-device-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
 
 

@@ -19,6 +19,7 @@ from sdtpu_worker.diffusion.adapters import AdapterLayout
 from sdtpu_worker.diffusion.families.family import Family, PictureUse, Shapes
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.tiled_decoding import tile_side
+from sdtpu_worker.models.attention import AUTO
 
 NOTHING = -1
 
@@ -122,6 +123,7 @@ class Geometry:
         decode_tile: side in latents of the tiles that an image is decoded in; 0 for all of it at once.
         adapters: how the LoRAs of single jobs lie in a bank; None for a worker whose jobs name none.
         adapter_entries: of a device's bank.
+        attention: how attentions are computed, see `sdtpu_attention`.
     """
 
     num_devices: int
@@ -137,6 +139,7 @@ class Geometry:
     decode_tile: int = 0
     adapters: AdapterLayout | None = None
     adapter_entries: int = 0
+    attention: str = AUTO
 
     @classmethod
     def of(
@@ -148,6 +151,7 @@ class Geometry:
         in_tiles: bool = False,
         adapters: AdapterLayout | None = None,
         adapter_entries: int = 0,
+        attention: str = AUTO,
     ) -> Geometry:
         """Return the sizes for a model and a resolution.
 
@@ -157,7 +161,7 @@ class Geometry:
             slots_per_device: S.
             size: `(height, width)` of an image in pixels.
             in_tiles: images are decoded in tiles.
-            adapters, adapter_entries: see the attributes.
+            adapters, adapter_entries, attention: see the attributes.
         """
         factor, rows, (height, width) = family.scale_factor, family.rows, size
         return cls(
@@ -177,6 +181,7 @@ class Geometry:
             decode_tile=tile_side(height // factor, width // factor) if in_tiles else 0,
             adapters=adapters,
             adapter_entries=adapter_entries,
+            attention=attention,
         )
 
     def empty_slots(self) -> Slots:

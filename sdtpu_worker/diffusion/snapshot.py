@@ -23,6 +23,7 @@ from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.slots import Geometry, Slots
 from sdtpu_worker.errors import SnapshotMismatch
+from sdtpu_worker.models.attention.table import TABLE
 
 _SAMPLE_BYTES = 4096
 _HEAD_BYTES = 64
@@ -183,6 +184,7 @@ def fingerprint_of(checkpoint: Checkpoint, lane: Lane, geometry: Geometry, devic
     facts: list[Any] = [jax.__version__, jaxlib.__version__, device_kind, jax.local_device_count()]
     facts += [str(checkpoint.dtype), lane, geometry.slots_per_device, geometry.decode_tile]
     facts += [geometry.adapters and (geometry.adapters.rank, geometry.adapter_entries)]
+    facts += [geometry.attention, TABLE]
     facts += [_plain(checkpoint.schedule.config), _plain(checkpoint.family.facts()), checkpoint.loras]
     digest.update(repr(facts).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):

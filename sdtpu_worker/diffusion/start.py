@@ -18,6 +18,7 @@ from sdtpu_worker.diffusion.checkpoint import Checkpoint, LoadOptions, load_chec
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import find_devices
 from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, saved_choice_file
+from sdtpu_worker.models.attention import AUTO, check_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
         on_phase: called with what begins, as in "compiling": each part may take minutes.
 
     Raises:
-        ConfigurationError: a device, a checkpoint or a size that is configured is not there.
+        ConfigurationError: a device, a checkpoint, a size or an attention that is configured is not there.
     """
     started = time.monotonic()
     on_phase("looking for devices")
@@ -41,6 +42,7 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
     )  # fmt: skip
     with CompileCache(config.compile_cache) as cache:
         dtype = choose_dtype(config.dtype, devices[0].platform)
+        check_wanted(devices[0].platform, config.attention)  # before the checkpoint is read
         on_phase(f"loading the checkpoint {config.model}")
         options = LoadOptions(
             config.revision,
@@ -65,13 +67,20 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
             on_phase(f"compiling and running every program with {slots_per_device} slots per device")
             has_previews = config.preview_every > 0
             return make_warm_engine(
-                checkpoint, devices, slots_per_device, config.resolutions, cache, has_previews, config.vae_tiling
+                checkpoint,
+                devices,
+                slots_per_device,
+                config.resolutions,
+                cache,
+                has_previews,
+                config.vae_tiling,
+                config.attention,
             )
 
         if isinstance(config.slots_per_device, int):
             engine = make(config.slots_per_device)
         else:
-            saved_choice = saved_choice_file(cache.path, checkpoint, devices[0], config.resolutions)
+            saved_choice = saved_choice_file(cache.path, checkpoint, devices[0], config.resolutions, config.attention)
             engine = choose_slots_per_device(make, saved_choice)
     info = engine.info
     logger.info(
@@ -89,9 +98,12 @@ def make_warm_engine(
     compile_cache: CompileCache | None = None,
     with_previews: bool = False,
     vae_tiling: str = "auto",
+    attention: str = AUTO,
 ) -> Engine:
     """Return an engine that is compiled and calibrated; see `Engine` for the arguments and what it raises."""
-    engine = Engine(checkpoint, devices, slots_per_device, resolutions, compile_cache, with_previews, vae_tiling)
+    engine = Engine(
+        checkpoint, devices, slots_per_device, resolutions, compile_cache, with_previews, vae_tiling, attention
+    )
     engine.adopt(calibrate(engine))
     return engine
 

@@ -53,11 +53,13 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def _adapt(y: jax.Array, x: jax.Array, adapter: Adapter | None) -> jax.Array:
     """Return a layer's output `y (B, …, out)` with what the adapter of each row makes of the input `x (B, …, in)`."""
-    if adapter is None:
-        return y
+    return y if adapter is None else y + adapter_change(x, adapter).reshape(y.shape)
+
+
+def adapter_change(x: jax.Array, adapter: Adapter) -> jax.Array:
+    """Return what the adapter of each row makes of the input `x (B, …, in)`, `(B, L, out)`."""
     down, up = adapter
-    change = (x.reshape(x.shape[0], -1, x.shape[-1]) @ down.astype(x.dtype)) @ up.astype(x.dtype)
-    return y + change.reshape(y.shape)
+    return (x.reshape(x.shape[0], -1, x.shape[-1]) @ down.astype(x.dtype)) @ up.astype(x.dtype)
 
 
 class Linear(nnx.Module):

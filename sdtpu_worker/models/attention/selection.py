@@ -1,0 +1,52 @@
+"""Which choices count while a program is traced: layers ask here, whoever traces the program says it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from sdtpu_worker.models.attention.table import AUTO, TABLE, Choice, Implementation, Row, Shape, choose
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How attentions are chosen in one program, and what was chosen for it.
+
+    Attributes:
+        platform: of the devices that it is compiled for.
+        wanted: the setting `sdtpu_attention`.
+        interpret: kernels run in JAX's interpreter, so that they can be tried on the CPU.
+        table: the rows that are chosen from.
+        chosen: by shape, what layers were told; it grows while the program is traced.
+    """
+
+    platform: str
+    wanted: str = AUTO
+    interpret: bool = False
+    table: Sequence[Row] = TABLE
+    chosen: dict[Shape, Choice] = field(default_factory=dict)
+
+    def choose(self, shape: Shape) -> Choice:
+        """Return the choice for a shape, and remember it."""
+        return self.chosen.setdefault(shape, choose(self.platform, self.wanted, shape, self.table))
+
+
+_PLAIN = Selection("cpu", Implementation.PLAIN)
+_current: ContextVar[Selection] = ContextVar("attention selection", default=_PLAIN)
+
+
+def current_selection() -> Selection:
+    """Return the selection that counts now; the plain one where nobody said another."""
+    return _current.get()
+
+
+@contextmanager
+def selecting(selection: Selection) -> Iterator[Selection]:
+    """Let a selection count for what is traced inside the `with`."""
+    token = _current.set(selection)
+    try:
+        yield selection
+    finally:
+        _current.reset(token)

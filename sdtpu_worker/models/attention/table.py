@@ -1,0 +1,161 @@
+"""Which implementation an attention gets: a table by platform and shape, each row with the reason for it.
+
+The first row that fits counts. Estimates are those of the TPU's compiler (libtpu 0.0.42, v5e), in million cycles for
+one image with guidance, two rows of the batch; `docs/explanation/tpu-program.md` says how they were got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import jax.numpy as jnp
+
+from sdtpu_worker.errors import ConfigurationError
+
+AUTO = "auto"
+_ANY = (1, 2**31)
+
+
+class Implementation(StrEnum):
+    """The ways to compute an attention, by the names that `sdtpu_attention` has for them."""
+
+    PLAIN = "plain"
+    PACKED = "packed"
+    CUDNN = "cudnn"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the choice depends on besides the platform.
+
+    Attributes:
+        queries, keys: how many of each.
+        heads: how many.
+        dim: of a head.
+        dtype: of the computation.
+    """
+
+    queries: int
+    keys: int
+    heads: int
+    dim: int
+    dtype: str
+
+    def __str__(self) -> str:
+        """Return it for a log line."""
+        return f"{self.queries} x {self.keys} tokens, {self.heads} heads of {self.dim}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: where it fits, what it says, and why.
+
+    Attributes:
+        platform: JAX's name of it; `*` for any.
+        queries, keys, dim: the least and the most that it fits.
+        dim_multiple: what the size of a head must be a multiple of.
+        dtypes: those that it fits; empty for any.
+        implementation: the choice.
+        block_queries: the most queries that a step of the packed kernel takes.
+        reason: what was measured, compiled or documented.
+    """
+
+    platform: str
+    implementation: Implementation
+    reason: str
+    queries: tuple[int, int] = _ANY
+    keys: tuple[int, int] = _ANY
+    dim: tuple[int, int] = _ANY
+    dim_multiple: int = 1
+    dtypes: tuple[str, ...] = ()
+    block_queries: int = 0
+
+    def fits(self, platform: str, shape: Shape) -> bool:
+        """Return whether the row is for this shape on this platform."""
+        sizes = (shape.queries, self.queries), (shape.keys, self.keys), (shape.dim, self.dim)
+        return (
+            self.platform in ("*", platform)
+            and (not self.dtypes or shape.dtype in self.dtypes)
+            and shape.dim % self.dim_multiple == 0
+            and all(low <= size <= high for size, (low, high) in sizes)
+        )
+
+
+_PACKED_TPU: dict[str, Any] = {
+    "platform": "tpu", "implementation": Implementation.PACKED, "dtypes": ("bfloat16",), "dim": (8, 128),
+}  # fmt: skip
+TABLE = (
+    Row(
+        **_PACKED_TPU, queries=(512, 16_384), keys=(512, 9_216), block_queries=256,
+        reason="4,096 tokens, 8 heads of 40: 1.05 against 5.6 of XLA, whose scores pass through memory; 1,024 tokens,"
+        " 8 heads of 80: 0.08",
+    ),
+    Row(
+        **_PACKED_TPU, queries=(512, 16_384), keys=(9_217, 16_384), block_queries=128,
+        reason="as above; half the block, so that its scores fit the chip's vector memory",
+    ),
+    Row(
+        **_PACKED_TPU, queries=(512, 16_384), keys=(1, 511), block_queries=512,
+        reason="a prompt of 77 tokens, 4,096 queries, 8 heads of 40: 0.09 against 0.42 of XLA",
+    ),
+    Row(
+        "gpu", Implementation.CUDNN, dtypes=("bfloat16", "float16"), queries=(512, 2**31), keys=(64, 2**31),
+        dim=(8, 128), dim_multiple=8,
+        reason="cuDNN's fused attention keeps scores on the chip; its documented limits; not measured",
+    ),
+    Row("*", Implementation.PLAIN, "few tokens, or a type, a head or a platform that nothing else is for"),
+)  # fmt: skip
+"""Every row that there is, the last one for all that is left."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an attention gets, and why.
+
+    Attributes:
+        implementation: of it.
+        block_queries: for the packed kernel, the most queries of a step.
+        reason: the row's.
+    """
+
+    implementation: Implementation
+    block_queries: int
+    reason: str
+
+
+def choose(platform: str, wanted: str, shape: Shape, table: Sequence[Row] = TABLE) -> Choice:
+    """Return the choice for a shape.
+
+    Args:
+        platform: JAX's name of it.
+        wanted: `auto` for what the table says. An implementation's name: that one for every shape that a row gives to
+            it, and the plain one for the others.
+        shape: of the attention.
+        table: the rows; the last one fits everything.
+    """
+    row = next(row for row in table if row.fits(platform, shape))
+    if wanted not in (AUTO, row.implementation):
+        return Choice(Implementation.PLAIN, 0, f"sdtpu_attention is {wanted}")
+    return Choice(row.implementation, row.block_queries, row.reason)
+
+
+def check_wanted(platform: str, wanted: str) -> None:
+    """Make sure that a platform has what the setting asks for.
+
+    Raises:
+        ConfigurationError: it has not.
+    """
+    possible = dict.fromkeys([AUTO, Implementation.PLAIN])
+    possible |= dict.fromkeys(row.implementation for row in TABLE if row.platform == platform)
+    if wanted not in possible:
+        raise ConfigurationError(
+            f"sdtpu_attention must be one of {', '.join(possible)} on the platform {platform}, got {wanted}"
+        )
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return a dtype's name as the table has it."""
+    return jnp.dtype(dtype).name

@@ -1,0 +1,192 @@
+"""Attention on a TPU as one kernel: scores stay in the chip's vector memory, and no array is transposed.
+
+A TPU computes in rows of 128 lanes, and its matrix unit multiplies tiles of 128 × 128. Heads of 40 or 64 are therefore
+*packed*: as many as fit lie beside each other in 128 lanes, a *group*; lanes that are left over are zeros. The packed
+layout costs nothing: the projections write it by themselves, from weights whose columns are packed (`pack`), and the
+projection after the attention reads it with packed rows. Within a group a head is singled out by zeros in the lanes of
+the others, so that no lane ever moves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+_LOWEST = -1e30  # a score of this vanishes in the softmax; an infinity would make NaN of its difference with itself
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the heads of a layer lie in packed lanes.
+
+    Attributes:
+        heads: of the layer.
+        dim: of a head.
+    """
+
+    heads: int
+    dim: int
+
+    @property
+    def heads_per_group(self) -> int:
+        """How many heads lie in one group."""
+        return max(1, LANES // self.dim)
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a group, a multiple of 128."""
+        return -(-self.heads_per_group * self.dim // LANES) * LANES
+
+    @property
+    def groups(self) -> int:
+        """How many groups there are; the last one may hold fewer heads than the others."""
+        return -(-self.heads // self.heads_per_group)
+
+    @property
+    def heads_of_last(self) -> int:
+        """Heads in the last group."""
+        return self.heads - (self.groups - 1) * self.heads_per_group
+
+    @property
+    def width(self) -> int:
+        """Lanes of all groups."""
+        return self.groups * self.lanes
+
+    @property
+    def ones_lane(self) -> int | None:
+        """The lane of a group that holds ones in packed values, if one is left over."""
+        used = self.heads_per_group * self.dim
+        return used if used < self.lanes else None
+
+    def pack(self, x: jax.Array, axis: int = -1) -> jax.Array:
+        """Return an array whose axis of `heads · dim` has `width` lanes, zeros in those of no head."""
+        axis %= x.ndim
+        before, after, used = x.shape[:axis], x.shape[axis + 1 :], self.heads_per_group * self.dim
+        x = _fill_up(x, axis, self.groups * used).reshape(*before, self.groups, used, *after)
+        return _fill_up(x, axis + 1, self.lanes).reshape(*before, self.width, *after)
+
+    def unpack(self, x: jax.Array) -> jax.Array:
+        """Return `(…, width)` as `(…, heads · dim)`."""
+        leading = x.shape[:-1]
+        x = x.reshape(*leading, self.groups, self.lanes)[..., : self.heads_per_group * self.dim]
+        return x.reshape(*leading, -1)[..., : self.heads * self.dim]
+
+    def ones(self, dtype: Any) -> jax.Array:
+        """Return `(width,)`, one in the lane of ones of each group and zero elsewhere: the bias of packed values."""
+        lane = jnp.arange(self.width) % self.lanes
+        return (lane == (-1 if self.ones_lane is None else self.ones_lane)).astype(dtype)
+
+
+def _fill_up(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """Return an array with zeros at the end of an axis, so that it has this length."""
+    return jnp.pad(x, [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+
+
+def packed_attention(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    packing: Packing,
+    *,
+    offsets: tuple[int, int, int] = (0, 0, 0),
+    num_keys: int | None = None,
+    block_queries: int,
+    with_lse: bool = False,
+    interpret: bool = False,
+) -> Any:
+    """Return scaled dot-product attention of packed heads.
+
+    Args:
+        queries: `(B, Lq, …)`, whose lanes from `offsets[0]` groups on are the packed queries; bfloat16 or float32.
+        keys: `(B, Lk, …)`, likewise from `offsets[1]` groups on. May be the same array as the queries.
+        values: `(B, Lk, …)`, likewise from `offsets[2]` groups on, with `Packing.ones` added.
+        packing: of the heads.
+        offsets: in groups.
+        num_keys: how many of the keys count; the rest is there to fill the tiles. None for all.
+        block_queries: how many queries one step of the kernel takes; divides Lq.
+        with_lse: also return the logarithms of the sums of exponentials.
+        interpret: run the kernel in JAX's interpreter, on any platform.
+
+    Returns:
+        `(B, Lq, width)` in the dtype of the values, zeros in the lanes of no head. With `with_lse` also
+        `(B, Lq, width) float32`, in each lane that of its head, to combine attentions to several sets of keys.
+
+    Raises:
+        ValueError: the blocks do not divide the queries; a kernel would leave the rest as it was, without a word.
+    """
+    batch, num_queries, _ = queries.shape
+    if num_queries % block_queries:
+        raise ValueError(f"block_queries must divide the {num_queries} queries, got {block_queries}")
+    lanes, key_rows = packing.lanes, keys.shape[1]
+
+    def block(rows: int, offset: int, follows_queries: bool) -> pl.BlockSpec:
+        return pl.BlockSpec((1, rows, lanes), lambda b, g, i: (b, i if follows_queries else 0, g + offset))
+
+    shapes = [jax.ShapeDtypeStruct((batch, num_queries, packing.width), values.dtype)]
+    shapes += [jax.ShapeDtypeStruct(shapes[0].shape, jnp.float32)] * with_lse
+    found = pl.pallas_call(
+        partial(_kernel, packing=packing, num_keys=key_rows if num_keys is None else num_keys),
+        grid=(batch, packing.groups, num_queries // block_queries),
+        in_specs=[
+            block(block_queries, offsets[0], True),
+            block(key_rows, offsets[1], False),
+            block(key_rows, offsets[2], False),
+        ],
+        out_specs=[block(block_queries, 0, True)] * len(shapes),
+        out_shape=shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 * 2**20
+        ),
+        interpret=interpret,
+        name="packed_attention",
+    )(queries, keys, values)
+    return tuple(found) if with_lse else found[0]
+
+
+def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, *out_refs: Any, packing: Packing, num_keys: int) -> None:
+    """Attend with a block of queries of one group to all keys of the group.
+
+    The heads of a group stand one after the other in straight code, not in a loop: the compiler then begins a head's
+    products while it still weighs those of the head before, which a v5e rewards with a fifth of the time.
+    """
+    attend = partial(_attend, q_ref[0], k_ref[0], v_ref[0], out_refs, packing, num_keys)
+    if packing.heads_of_last == packing.heads_per_group:
+        attend(packing.heads_per_group)
+        return
+    is_last = pl.program_id(1) == packing.groups - 1
+    pl.when(is_last)(partial(attend, packing.heads_of_last))
+    pl.when(~is_last)(partial(attend, packing.heads_per_group))
+
+
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, out_refs: tuple[Any, ...], packing: Packing, num_keys: int, heads: int
+) -> None:
+    """Write the attention of the first heads of a group, and where it is wanted the logarithm of the sums."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, q.shape, 1)
+    found = [jnp.zeros(q.shape, jnp.float32) for _ in out_refs]
+    scale = packing.dim**-0.5
+    for head in range(heads):
+        is_mine = (lane >= head * packing.dim) & (lane < (head + 1) * packing.dim)
+        own = jnp.where(is_mine, q, jnp.zeros_like(q)) if packing.heads_per_group > 1 else q
+        scores = jax.lax.dot_general(own, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        if num_keys < k.shape[0]:
+            key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            scores = jnp.where(key < num_keys, scores, _LOWEST)
+        highest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp((scores - highest) * scale)
+        summed = jax.lax.dot_general(
+            weights.astype(v.dtype), v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        ones = packing.ones_lane
+        total = weights.sum(-1, keepdims=True) if ones is None else summed[:, ones : ones + 1]
+        of_head = [summed / total, highest * scale + jnp.log(total)]
+        found = [jnp.where(is_mine, each, before) for each, before in zip(of_head, found, strict=False)]
+    for ref, each in zip(out_refs, found, strict=True):
+        ref[0] = each.astype(ref.dtype)

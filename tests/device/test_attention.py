@@ -1,0 +1,235 @@
+"""Attention on each platform: what the table chooses, and that every way gives what the plain one gives."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdtpu_worker.diffusion.programs import lower_tick
+from sdtpu_worker.diffusion.sharding import REPLICATED, make_mesh, put
+from sdtpu_worker.diffusion.slots import Geometry
+from sdtpu_worker.diffusion.snapshot import fingerprint_of
+from sdtpu_worker.errors import ConfigurationError
+from sdtpu_worker.models import configs, networks
+from sdtpu_worker.models.attention import Attention, Selection, attention, merge_attentions, selecting, split_heads
+from sdtpu_worker.models.attention.selection import current_selection
+from sdtpu_worker.models.attention.table import TABLE, Implementation, Row, Shape, check_wanted, choose
+from sdtpu_worker.models.attention.tpu_kernel import LANES, Packing, packed_attention
+from sdtpu_worker.models.network import Network
+from tests.device.test_models import TOLERANCE, draw_params, error, golden
+from tests.support import model_variants as variants
+
+PACKED_EVERYWHERE = (Row("*", Implementation.PACKED, "for tests", block_queries=32),)
+# Heads and their size: three of Stable Diffusion 1.x, that of 2.x and XL, one that fills the lanes, many small ones.
+HEADS = [(8, 40), (2, 80), (2, 160), (5, 64), (1, 128), (9, 16)]
+
+
+def interpreted() -> Selection:
+    """Return a selection of the TPU's kernel for every attention, in the interpreter."""
+    return Selection("tpu", interpret=True, table=PACKED_EVERYWHERE)
+
+
+def draw(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def pack_keys_and_values(packing: Packing, k, v):
+    """Return keys and values as the kernel takes them, with keys of zeros behind that fill the tile."""
+    spare = ((0, 0), (0, -k.shape[1] % LANES), (0, 0))
+    return jnp.pad(packing.pack(k), spare), jnp.pad(packing.pack(v) + packing.ones(v.dtype), spare)
+
+
+@pytest.mark.parametrize(("heads", "dim"), HEADS)
+@pytest.mark.parametrize("num_keys", [128, 77])
+def test_the_kernel_gives_what_the_plain_attention_gives(heads, dim, num_keys):
+    packing = Packing(heads, dim)
+    q, k, v = draw(0, 2, 32, heads * dim), draw(1, 2, num_keys, heads * dim), draw(2, 2, num_keys, heads * dim)
+    packed = packing.pack(q), *pack_keys_and_values(packing, k, v)
+    got, lse = packed_attention(*packed, packing, num_keys=num_keys, block_queries=16, with_lse=True, interpret=True)
+    wanted, wanted_lse = attention(*(split_heads(x, heads) for x in (q, k, v)), with_lse=True)
+    np.testing.assert_allclose(packing.unpack(got), wanted.reshape(q.shape), atol=2e-6, rtol=0)
+    in_every_lane = jnp.broadcast_to(wanted_lse, wanted.shape).reshape(q.shape)
+    np.testing.assert_allclose(packing.unpack(lse), in_every_lane, atol=1e-5, rtol=0)
+    assert (packing.pack(packing.unpack(got)) == got).all(), "lanes of no head must be zeros, or they reach the output"
+
+
+def test_the_kernel_gives_in_bfloat16_what_the_plain_attention_gives_within_its_rounding():
+    packing = Packing(8, 40)
+    q, k, v = (draw(seed, 2, 128, 320, dtype=jnp.bfloat16) for seed in range(3))
+    got = packed_attention(
+        packing.pack(q), *pack_keys_and_values(packing, k, v), packing, block_queries=64, interpret=True
+    )
+    wanted = attention(*(split_heads(x.astype(jnp.float32), 8) for x in (q, k, v))).reshape(q.shape)
+    difference = np.abs(np.asarray(packing.unpack(got), np.float32) - wanted)
+    assert difference.max() < 2**-7
+    assert difference.mean() < 2**-10
+
+
+def test_a_row_has_the_same_result_at_every_place_of_the_batch():
+    packing = Packing(5, 64)
+    q, k, v = (draw(seed, 3, 32, 320, dtype=jnp.bfloat16) for seed in range(3))
+
+    def attend(*rows):
+        return packed_attention(
+            packing.pack(rows[0]), *pack_keys_and_values(packing, *rows[1:]), packing, block_queries=16,
+            num_keys=32, interpret=True,
+        )  # fmt: skip
+
+    together = attend(q, k, v)
+    turned = attend(*(jnp.roll(x, 1, axis=0) for x in (q, k, v)))
+    assert (jnp.roll(together, 1, axis=0) == turned).all()
+
+
+def test_a_block_that_does_not_divide_the_queries_is_an_error_and_not_silence():
+    packing, q = Packing(1, 64), draw(0, 1, 48, 128)
+    with pytest.raises(ValueError, match="block_queries must divide the 48 queries, got 32"):
+        packed_attention(q, q, q, packing, block_queries=32, interpret=True)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_attentions_to_two_sets_of_keys_merge_into_the_attention_to_both(is_packed):
+    heads, dim = 8, 40
+    packing = Packing(heads, dim)
+    q, k, v = draw(0, 2, 32, 320), draw(1, 2, 154, 320), draw(2, 2, 154, 320)
+
+    def attend(window: slice):
+        if not is_packed:
+            return attention(*(split_heads(x, heads) for x in (q, k[:, window], v[:, window])), with_lse=True)
+        keys_values = pack_keys_and_values(packing, k[:, window], v[:, window])
+        return packed_attention(
+            packing.pack(q), *keys_values, packing, num_keys=77, block_queries=32, with_lse=True, interpret=True
+        )
+
+    out, _ = merge_attentions(attend(slice(0, 77)), attend(slice(77, 154)))
+    got = packing.unpack(out) if is_packed else out.reshape(q.shape)
+    wanted = attention(*(split_heads(x, heads) for x in (q, k, v))).reshape(q.shape)
+    np.testing.assert_allclose(got, wanted, atol=2e-6, rtol=0)
+
+
+def run_layer(heads: int, dim: int, bias: bool, x, context, selection: Selection, loras=()) -> jax.Array:
+    """Run a layer with drawn parameters, and drawn LoRAs at some of its projections."""
+    network = Network(lambda: Attention(heads * dim, context.shape[-1], heads, bias))
+    params = {name: draw(seed, *shape) * shape[0] ** -0.5 for seed, (name, shape) in enumerate(network.shapes.items())}
+    adapters = {
+        name: (draw(20 + seed, len(x), network.shapes[name][0], 4) * 0.05, draw(30 + seed, len(x), 4, heads * dim))
+        for seed, name in enumerate(loras)
+    }
+
+    def run(x, context, adapters):
+        # The same array for both is how a layer knows that it attends to its own input.
+        return network(params, x, x if context is None else context, adapters=adapters)
+
+    with selecting(selection):
+        return jax.jit(run)(x, None if context is x else context, adapters)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "bias", "tokens", "of_prompt"),
+    [
+        (8, 40, False, 64, False),
+        (8, 40, False, 45, False),
+        (8, 40, False, 64, True),
+        (8, 40, True, 45, True),
+        (3, 64, True, 45, False),
+        (2, 80, True, 45, False),
+    ],
+)
+def test_a_packed_layer_gives_what_the_plain_one_gives(heads, dim, bias, tokens, of_prompt):
+    x = draw(9, 2, tokens, heads * dim)
+    context = draw(10, 2, 77, 24) if of_prompt else x
+    wanted = run_layer(heads, dim, bias, x, context, Selection("cpu"))
+    got = run_layer(heads, dim, bias, x, context, interpreted())
+    assert error(got, np.asarray(wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("of_prompt", [False, True])
+@pytest.mark.parametrize(
+    "loras", [("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"), ("to_v.weight",), ("to_out.0.weight",)]
+)
+def test_a_packed_layer_takes_the_loras_of_each_row(loras, of_prompt):
+    x = draw(9, 2, 32, 320)
+    context = draw(10, 2, 77, 24) if of_prompt else x
+    without = run_layer(8, 40, False, x, context, Selection("cpu"))
+    wanted = run_layer(8, 40, False, x, context, Selection("cpu"), loras)
+    assert error(without, np.asarray(wanted)) > 1e-2
+    got = run_layer(8, 40, False, x, context, interpreted(), loras)
+    assert error(got, np.asarray(wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_a_unet_with_packed_attention_gives_what_pytorchs_gives(name):
+    network = networks.unet(configs.read_unet_config(variants.UNETS[name]))
+    inputs = {key: jnp.asarray(value) for key, value in variants.unet_inputs(name).items()}
+    with selecting(interpreted()) as selection:
+        got = jax.jit(lambda params: network(params, **inputs))(draw_params(network))
+    assert {choice.implementation for choice in selection.chosen.values()} == {Implementation.PACKED}
+    assert error(got, golden("unet")[name]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "implementation"),
+    [
+        ("tpu", Shape(4096, 4096, 8, 40, "bfloat16"), "packed"),  # Stable Diffusion 1.x at 512 x 512, the top level
+        ("tpu", Shape(4096, 77, 8, 40, "bfloat16"), "packed"),
+        ("tpu", Shape(1024, 1024, 8, 80, "bfloat16"), "packed"),
+        ("tpu", Shape(9216, 9216, 5, 64, "bfloat16"), "packed"),  # 2.x at 768 x 768
+        ("tpu", Shape(256, 256, 8, 160, "bfloat16"), "plain"),
+        ("tpu", Shape(4096, 4096, 1, 512, "bfloat16"), "plain"),  # the autoencoder
+        ("tpu", Shape(4096, 4096, 8, 40, "float32"), "plain"),
+        ("gpu", Shape(4096, 4096, 8, 40, "bfloat16"), "cudnn"),
+        ("gpu", Shape(4096, 4096, 8, 40, "float32"), "plain"),
+        ("cpu", Shape(4096, 4096, 8, 40, "bfloat16"), "plain"),
+    ],
+)  # fmt: skip
+def test_the_table_chooses(platform, shape, implementation):
+    assert choose(platform, "auto", shape).implementation == implementation
+    assert choose(platform, "plain", shape).implementation == "plain"
+    assert choose(platform, implementation, shape).implementation == implementation
+
+
+def test_the_table_has_a_row_for_everything_and_a_reason_for_every_row():
+    assert TABLE[-1].fits("a platform of the future", Shape(1, 1, 1, 1, "float8"))
+    assert all(row.reason for row in TABLE)
+    assert all(row.block_queries % 16 == 0 for row in TABLE)
+    assert all(bool(row.block_queries) == (row.implementation is Implementation.PACKED) for row in TABLE)
+
+
+@pytest.mark.parametrize(
+    ("platform", "wanted", "allowed"),
+    [("cpu", "packed", "auto, plain"), ("cpu", "cudnn", "auto, plain"), ("tpu", "cudnn", "auto, plain, packed")],
+)  # fmt: skip
+def test_an_attention_that_the_platform_has_not_is_refused(platform, wanted, allowed):
+    with pytest.raises(
+        ConfigurationError, match=f"sdtpu_attention must be one of {allowed} on the platform {platform}"
+    ):
+        check_wanted(platform, wanted)
+
+
+def test_a_tick_says_once_what_its_attentions_are(shipped, caplog):
+    mesh = make_mesh(jax.local_devices()[:1])
+    geometry = Geometry.of(shipped.family, 1, 1, shipped.family.default_size)
+    with caplog.at_level(logging.INFO, "sdtpu_worker"):
+        lower_tick(shipped.family, put(shipped.params, mesh, REPLICATED), geometry, mesh)
+    said = [record.getMessage() for record in caplog.records]
+    assert said
+    assert len(set(said)) == len(said)
+    assert all(line.startswith("attention of ") and ": plain (" in line for line in said)
+
+
+def test_a_fingerprint_knows_the_setting(shipped):
+    lane = shipped.family.default_size
+    geometry = Geometry.of(shipped.family, 1, 1, lane)
+    prints = {fingerprint_of(shipped, lane, replace(geometry, attention=wanted), "cpu") for wanted in ("auto", "plain")}
+    assert len(prints) == 2
+
+
+def test_a_choice_counts_inside_its_with_and_nowhere_else():
+    with selecting(interpreted()) as selection:
+        assert current_selection() is selection
+    assert current_selection().choose(Shape(4096, 4096, 8, 40, "bfloat16")).implementation == "plain"
+    assert not selection.chosen

@@ -36,7 +36,7 @@ from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, by_device, make
 from sdtpu_worker.diffusion.slots import NOTHING, Geometry, Slots
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of, layout_of
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.models.attention import AUTO, check_wanted
+from sdtpu_worker.models.kernel_table import AUTO, check_wanted
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from sdtpu_worker.diffusion.families.family import Family
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED
 from sdtpu_worker.diffusion.slots import Decoded, Geometry, Instructions, Slots
-from sdtpu_worker.models.attention import Selection, selecting
+from sdtpu_worker.models.selection import Selection, selecting
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import jax
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.failures import is_out_of_memory
-from sdtpu_worker.models.attention import AUTO
+from sdtpu_worker.models.kernel_table import AUTO
 from sdtpu_worker.redaction import brief
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from sdtpu_worker.diffusion.adapters import AdapterLayout
 from sdtpu_worker.diffusion.families.family import Family, PictureUse, Shapes
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.tiled_decoding import tile_side
-from sdtpu_worker.models.attention import AUTO
+from sdtpu_worker.models.kernel_table import AUTO
 
 NOTHING = -1
 

@@ -23,7 +23,7 @@ from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.slots import Geometry, Slots
 from sdtpu_worker.errors import SnapshotMismatch
-from sdtpu_worker.models.attention.table import TABLE
+from sdtpu_worker.models.kernel_table import TABLE
 
 _SAMPLE_BYTES = 4096
 _HEAD_BYTES = 64

@@ -18,7 +18,7 @@ from sdtpu_worker.diffusion.checkpoint import Checkpoint, LoadOptions, load_chec
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.sharding import find_devices
 from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, saved_choice_file
-from sdtpu_worker.models.attention import AUTO, check_wanted
+from sdtpu_worker.models.kernel_table import AUTO, check_wanted
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdtpu_worker.models.attention import Attention
+from sdtpu_worker.models.feed_forward_kernel import gated_feed_forward
 from sdtpu_worker.models.layers import Conv, GroupNorm, LayerNorm, Linear, Nothing, gelu
+from sdtpu_worker.models.selection import current_selection
 
 _GROUP_NORM_EPS = 1e-6  # here always, whatever the config's `norm_eps`, which is of the residual blocks
 
@@ -32,6 +34,12 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `(B, L, features)` to the same shape."""
+        first, last, selection = self.net[0].proj, self.net[2], current_selection()
+        sizes = selection.platform, selection.wanted, x.shape[1], x.shape[2], x.dtype
+        block_rows = selection.dense_block_rows(*sizes)
+        if block_rows and first.adapter is None and last.adapter is None:
+            parts = (leaf[...].astype(x.dtype) for leaf in (first.weight, first.bias, last.weight, last.bias))
+            return gated_feed_forward(x, *parts, block_rows=block_rows, interpret=selection.interpret)
         for layer in self.net:
             x = layer(x)
         return x

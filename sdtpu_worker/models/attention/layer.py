@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdtpu_worker.models.attention.plain import attention, merge_heads, split_heads
-from sdtpu_worker.models.attention.selection import current_selection
-from sdtpu_worker.models.attention.table import Choice, Implementation, Shape, dtype_name
 from sdtpu_worker.models.attention.tpu_kernel import LANES, Packing, packed_attention
+from sdtpu_worker.models.kernel_table import Choice, Implementation, Shape, dtype_name
 from sdtpu_worker.models.layers import Linear, adapter_change
+from sdtpu_worker.models.selection import current_selection
 
 _SUBLANES = 16  # of a tile of bfloat16
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
-from sdtpu_worker.models.attention.table import AUTO, TABLE, Choice, Implementation, Row, Shape, choose
+from sdtpu_worker.models.kernel_table import (
+    AUTO,
+    TABLE,
+    Choice,
+    Implementation,
+    Row,
+    Shape,
+    choose,
+    dense_block_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,7 @@ class Selection:
         wanted: the setting `sdtpu_attention`.
         interpret: kernels run in JAX's interpreter, so that they can be tried on the CPU.
         table: the rows that are chosen from.
+        dense_block_rows: the same for the dense layers after an attention.
         chosen: by shape, what layers were told; it grows while the program is traced.
     """
 
@@ -26,6 +37,7 @@ class Selection:
     wanted: str = AUTO
     interpret: bool = False
     table: Sequence[Row] = TABLE
+    dense_block_rows: Callable[[str, str, int, int, Any], int] = dense_block_rows
     chosen: dict[Shape, Choice] = field(default_factory=dict)
 
     def choose(self, shape: Shape) -> Choice:

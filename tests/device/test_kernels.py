@@ -16,11 +16,21 @@ from sdtpu_worker.diffusion.slots import Geometry
 from sdtpu_worker.diffusion.snapshot import fingerprint_of
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.models import configs, networks
-from sdtpu_worker.models.attention import Attention, Selection, attention, merge_attentions, selecting, split_heads
-from sdtpu_worker.models.attention.selection import current_selection
-from sdtpu_worker.models.attention.table import TABLE, Implementation, Row, Shape, check_wanted, choose
+from sdtpu_worker.models.attention import Attention, attention, merge_attentions, split_heads
 from sdtpu_worker.models.attention.tpu_kernel import LANES, Packing, packed_attention
+from sdtpu_worker.models.kernel_table import (
+    TABLE,
+    Implementation,
+    Row,
+    Shape,
+    check_wanted,
+    choose,
+    dense_block_rows,
+)
+from sdtpu_worker.models.layers import GroupNorm
 from sdtpu_worker.models.network import Network
+from sdtpu_worker.models.selection import Selection, current_selection, selecting
+from sdtpu_worker.models.transformer import FeedForward
 from tests.device.test_models import TOLERANCE, draw_params, error, golden
 from tests.support import model_variants as variants
 
@@ -38,6 +48,11 @@ def draw(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+def plain(q, k, v, heads: int, with_lse: bool = False):
+    """Return the plain attention of arrays `(B, L, heads · dim)`."""
+    return attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), with_lse=with_lse)
+
+
 def pack_keys_and_values(packing: Packing, k, v):
     """Return keys and values as the kernel takes them, with keys of zeros behind that fill the tile."""
     spare = ((0, 0), (0, -k.shape[1] % LANES), (0, 0))
@@ -50,8 +65,10 @@ def test_the_kernel_gives_what_the_plain_attention_gives(heads, dim, num_keys):
     packing = Packing(heads, dim)
     q, k, v = draw(0, 2, 32, heads * dim), draw(1, 2, num_keys, heads * dim), draw(2, 2, num_keys, heads * dim)
     packed = packing.pack(q), *pack_keys_and_values(packing, k, v)
-    got, lse = packed_attention(*packed, packing, num_keys=num_keys, block_queries=16, with_lse=True, interpret=True)
-    wanted, wanted_lse = attention(*(split_heads(x, heads) for x in (q, k, v)), with_lse=True)
+    got, lse = packed_attention(
+        *packed, packing=packing, num_keys=num_keys, block_queries=16, with_lse=True, interpret=True
+    )
+    wanted, wanted_lse = plain(q, k, v, heads, with_lse=True)
     np.testing.assert_allclose(packing.unpack(got), wanted.reshape(q.shape), atol=2e-6, rtol=0)
     in_every_lane = jnp.broadcast_to(wanted_lse, wanted.shape).reshape(q.shape)
     np.testing.assert_allclose(packing.unpack(lse), in_every_lane, atol=1e-5, rtol=0)
@@ -62,9 +79,9 @@ def test_the_kernel_gives_in_bfloat16_what_the_plain_attention_gives_within_its_
     packing = Packing(8, 40)
     q, k, v = (draw(seed, 2, 128, 320, dtype=jnp.bfloat16) for seed in range(3))
     got = packed_attention(
-        packing.pack(q), *pack_keys_and_values(packing, k, v), packing, block_queries=64, interpret=True
+        packing.pack(q), *pack_keys_and_values(packing, k, v), packing=packing, block_queries=64, interpret=True
     )
-    wanted = attention(*(split_heads(x.astype(jnp.float32), 8) for x in (q, k, v))).reshape(q.shape)
+    wanted = plain(*(x.astype(jnp.float32) for x in (q, k, v)), heads=8).reshape(q.shape)
     difference = np.abs(np.asarray(packing.unpack(got), np.float32) - wanted)
     assert difference.max() < 2**-7
     assert difference.mean() < 2**-10
@@ -76,7 +93,7 @@ def test_a_row_has_the_same_result_at_every_place_of_the_batch():
 
     def attend(*rows):
         return packed_attention(
-            packing.pack(rows[0]), *pack_keys_and_values(packing, *rows[1:]), packing, block_queries=16,
+            packing.pack(rows[0]), *pack_keys_and_values(packing, *rows[1:]), packing=packing, block_queries=16,
             num_keys=32, interpret=True,
         )  # fmt: skip
 
@@ -88,7 +105,7 @@ def test_a_row_has_the_same_result_at_every_place_of_the_batch():
 def test_a_block_that_does_not_divide_the_queries_is_an_error_and_not_silence():
     packing, q = Packing(1, 64), draw(0, 1, 48, 128)
     with pytest.raises(ValueError, match="block_queries must divide the 48 queries, got 32"):
-        packed_attention(q, q, q, packing, block_queries=32, interpret=True)
+        packed_attention(q, q, q, packing=packing, block_queries=32, interpret=True)
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
@@ -99,15 +116,15 @@ def test_attentions_to_two_sets_of_keys_merge_into_the_attention_to_both(is_pack
 
     def attend(window: slice):
         if not is_packed:
-            return attention(*(split_heads(x, heads) for x in (q, k[:, window], v[:, window])), with_lse=True)
+            return plain(q, k[:, window], v[:, window], heads, with_lse=True)
         keys_values = pack_keys_and_values(packing, k[:, window], v[:, window])
         return packed_attention(
-            packing.pack(q), *keys_values, packing, num_keys=77, block_queries=32, with_lse=True, interpret=True
+            packing.pack(q), *keys_values, packing=packing, num_keys=77, block_queries=32, with_lse=True, interpret=True
         )
 
     out, _ = merge_attentions(attend(slice(0, 77)), attend(slice(77, 154)))
     got = packing.unpack(out) if is_packed else out.reshape(q.shape)
-    wanted = attention(*(split_heads(x, heads) for x in (q, k, v))).reshape(q.shape)
+    wanted = plain(q, k, v, heads).reshape(q.shape)
     np.testing.assert_allclose(got, wanted, atol=2e-6, rtol=0)
 
 
@@ -233,3 +250,54 @@ def test_a_choice_counts_inside_its_with_and_nowhere_else():
         assert current_selection() is selection
     assert current_selection().choose(Shape(4096, 4096, 8, 40, "bfloat16")).implementation == "plain"
     assert not selection.chosen
+
+
+@pytest.mark.parametrize("tokens", [64, 45])
+def test_the_dense_layers_as_one_kernel_give_what_the_layers_give(tokens):
+    network = Network(lambda: FeedForward(40))
+    params = {name: draw(seed, *shape) * 40**-0.5 for seed, (name, shape) in enumerate(network.shapes.items())}
+    x = draw(9, 2, tokens, 40)
+    wanted = network(params, x)
+    with selecting(replace(interpreted(), dense_block_rows=lambda *_: 32)):
+        got = network(params, x)
+    assert error(got, np.asarray(wanted)) < 1e-6
+
+
+@pytest.mark.parametrize("layer", ["net.0.proj.weight", "net.2.weight"])
+def test_dense_layers_with_loras_are_layers_as_everywhere(layer):
+    network = Network(lambda: FeedForward(40))
+    params = {name: draw(seed, *shape) * 40**-0.5 for seed, (name, shape) in enumerate(network.shapes.items())}
+    x, (inner, outer) = draw(9, 2, 32, 40), network.shapes[layer]
+
+    def run(x, down, up):
+        return network(params, x, adapters={layer: (down, up)})
+
+    loras = draw(20, 2, inner, 4) * 0.1, draw(21, 2, 4, outer)
+    wanted = jax.jit(run)(x, *loras)
+    with selecting(replace(interpreted(), dense_block_rows=lambda *_: 32)):
+        assert (jax.jit(lambda *arrays: run(*arrays))(x, *loras) == wanted).all()
+    assert error(network(params, x), np.asarray(wanted)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("platform", "wanted", "tokens", "features", "dtype", "is_kernel"),
+    [
+        ("tpu", "auto", 4096, 320, jnp.bfloat16, True),
+        ("tpu", "auto", 1024, 640, jnp.bfloat16, False),
+        ("tpu", "auto", 4096, 320, jnp.float32, False),
+        ("tpu", "plain", 4096, 320, jnp.bfloat16, False),
+        ("cpu", "auto", 4096, 320, jnp.bfloat16, False),
+    ],
+)
+def test_the_table_knows_where_dense_layers_are_one_kernel(platform, wanted, tokens, features, dtype, is_kernel):
+    assert bool(dense_block_rows(platform, wanted, tokens, features, dtype)) == is_kernel
+
+
+def test_a_group_norm_by_channel_gives_what_the_norm_gives():
+    network = Network(lambda: GroupNorm(4, 24, 1e-5))
+    params = {"weight": draw(0, 24), "bias": draw(1, 24)}
+    x = 3 * draw(2, 2, 5, 7, 24) + 10 * draw(3, 24)  # channels with means of their own
+    wanted = network(params, x)
+    with selecting(Selection("tpu")):
+        got = network(params, x)
+    assert error(got, np.asarray(wanted)) < 1e-6

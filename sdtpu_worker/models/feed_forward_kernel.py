@@ -1,4 +1,7 @@
-"""The dense layers of a transformer block as one kernel on a TPU: what lies between them never leaves the chip."""
+"""The dense layers of a transformer block, their norm and shortcut, as one kernel on a TPU.
+
+What lies between them never leaves the chip, and the image is read and written once.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +18,30 @@ _SQRT_HALF = 0.5**0.5
 
 def gated_feed_forward(
     x: jax.Array,
+    norm_weight: jax.Array,
+    norm_bias: jax.Array,
     weight_in: jax.Array,
     bias_in: jax.Array,
     weight_out: jax.Array,
     bias_out: jax.Array,
     *,
+    eps: float,
     block_rows: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Return `(values · gelu(gates)) @ weight_out + bias_out`, where `x @ weight_in + bias_in` is values beside gates.
+    """Return `x + (values · gelu(gates)) @ weight_out + bias_out`.
 
-    Between the two products everything is float32, but the operand of the second one.
+    Values and gates lie beside each other in `norm(x) @ weight_in + bias_in`. All is float32 but the operands of the
+    two products.
 
     Args:
         x: `(B, L, C)`.
+        norm_weight, norm_bias: `(C,)`, of the norm over the last axis.
         weight_in: `(C, 2 · I)`.
         bias_in: `(2 · I,)`.
         weight_out: `(I, C)`.
         bias_out: `(C,)`.
+        eps: of the norm.
         block_rows: how many of the B · L rows one step of the kernel takes.
         interpret: run the kernel in JAX's interpreter, on any platform.
 
@@ -50,9 +59,10 @@ def gated_feed_forward(
         return pl.BlockSpec(array.shape, lambda i: (0, 0))
 
     block = pl.BlockSpec((block_rows, features), lambda i: (i, 0))
-    fixed = [weight_in, bias_in.astype(jnp.float32)[None], weight_out, bias_out.astype(jnp.float32)[None]]
+    row = [each.astype(jnp.float32)[None] for each in (norm_weight, norm_bias, bias_in, bias_out)]
+    fixed = [row[0], row[1], weight_in.astype(x.dtype), row[2], weight_out.astype(x.dtype), row[3]]
     out: jax.Array = pl.pallas_call(
-        partial(_kernel, inner=inner),
+        partial(_kernel, inner=inner, eps=eps),
         grid=(rows // block_rows,),
         in_specs=[block, *map(whole, fixed)],
         out_specs=block,
@@ -65,15 +75,29 @@ def gated_feed_forward(
 
 
 def _kernel(
-    x_ref: Any, weight_in: Any, bias_in: Any, weight_out: Any, bias_out: Any, out_ref: Any, *, inner: int
+    x_ref: Any,
+    norm_weight: Any,
+    norm_bias: Any,
+    weight_in: Any,
+    bias_in: Any,
+    weight_out: Any,
+    bias_out: Any,
+    out_ref: Any,
+    *,
+    inner: int,
+    eps: float,
 ) -> None:
-    x = x_ref[...]
+    """Do it for a block of rows."""
+    x = x_ref[...].astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    unit = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    normed = (unit * norm_weight[...] + norm_bias[...]).astype(x_ref.dtype)
 
     def product(columns: slice) -> jax.Array:
-        found = jnp.dot(x, weight_in[:, columns], preferred_element_type=jnp.float32)
+        found = jnp.dot(normed, weight_in[:, columns], preferred_element_type=jnp.float32)
         return found + bias_in[:, columns]
 
     values, gates = product(slice(0, inner)), product(slice(inner, 2 * inner))
     gated = values * (0.5 * gates * (1 + jax.lax.erf(gates * _SQRT_HALF)))
-    out = jnp.dot(gated.astype(x.dtype), weight_out[...], preferred_element_type=jnp.float32)
-    out_ref[...] = (out + bias_out[...]).astype(out_ref.dtype)
+    out = jnp.dot(gated.astype(normed.dtype), weight_out[...], preferred_element_type=jnp.float32)
+    out_ref[...] = (x + out + bias_out[...]).astype(out_ref.dtype)

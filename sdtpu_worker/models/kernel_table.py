@@ -60,6 +60,8 @@ class Row:
         dtypes: those that it fits; empty for any.
         implementation: the choice.
         block_queries: the most queries that a step of the packed kernel takes.
+        fused: up to how many heads and keys the projections of queries and output are in the kernel too. Its code grows
+            with both, and a model such as XL has seventy of these layers to compile.
         reason: what was measured, compiled or documented.
     """
 
@@ -72,6 +74,7 @@ class Row:
     dim_multiple: int = 1
     dtypes: tuple[str, ...] = ()
     block_queries: int = 0
+    fused: tuple[int, int] = (0, 0)
 
     def fits(self, platform: str, shape: Shape) -> bool:
         """Return whether the row is for this shape on this platform."""
@@ -89,17 +92,18 @@ _PACKED_TPU: dict[str, Any] = {
 }  # fmt: skip
 TABLE = (
     Row(
-        **_PACKED_TPU, queries=(512, 16_384), keys=(512, 9_216), block_queries=256,
-        reason="4,096 tokens, 8 heads of 40: 1.05 against 5.6 of XLA, whose scores pass through memory; 1,024 tokens,"
-        " 8 heads of 80: 0.08",
+        **_PACKED_TPU, queries=(512, 16_384), keys=(512, 9_216), block_queries=256, fused=(8, 4096),
+        reason="4,096 tokens, 8 heads of 40: 1.05 against 5.6 of XLA, whose scores pass through memory, and 1.06 with"
+        " norm, projections and shortcut; 1,024 tokens, 8 heads of 80: 0.08",
     ),
     Row(
         **_PACKED_TPU, queries=(512, 16_384), keys=(9_217, 16_384), block_queries=128,
         reason="as above; half the block, so that its scores fit the chip's vector memory",
     ),
     Row(
-        **_PACKED_TPU, queries=(512, 16_384), keys=(1, 511), block_queries=512,
-        reason="a prompt of 77 tokens, 4,096 queries, 8 heads of 40: 0.09 against 0.42 of XLA",
+        **_PACKED_TPU, queries=(512, 16_384), keys=(1, 511), block_queries=512, fused=(8, 511),
+        reason="a prompt of 77 tokens, 4,096 queries, 8 heads of 40: 0.09 against 0.42 of XLA, and 0.12 with"
+        " norm, projections and shortcut",
     ),
     Row(
         "gpu", Implementation.CUDNN, dtypes=("bfloat16", "float16"), queries=(512, 2**31), keys=(64, 2**31),
@@ -157,12 +161,14 @@ class Choice:
     Attributes:
         implementation: of it.
         block_queries: for the packed kernel, the most queries of a step.
+        fuses: whether the packed kernel does the norm, the projections of queries and output and the shortcut too.
         reason: the row's.
     """
 
     implementation: Implementation
     block_queries: int
     reason: str
+    fuses: bool = False
 
 
 def choose(platform: str, wanted: str, shape: Shape, table: Sequence[Row] = TABLE) -> Choice:
@@ -178,7 +184,8 @@ def choose(platform: str, wanted: str, shape: Shape, table: Sequence[Row] = TABL
     row = next(row for row in table if row.fits(platform, shape))
     if wanted not in (AUTO, row.implementation):
         return Choice(Implementation.PLAIN, 0, f"sdtpu_attention is {wanted}")
-    return Choice(row.implementation, row.block_queries, row.reason)
+    fuses = shape.heads <= row.fused[0] and shape.keys <= row.fused[1]
+    return Choice(row.implementation, row.block_queries, row.reason, fuses)
 
 
 def check_wanted(platform: str, wanted: str) -> None:

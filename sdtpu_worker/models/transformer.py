@@ -34,15 +34,19 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `(B, L, features)` to the same shape."""
-        first, last, selection = self.net[0].proj, self.net[2], current_selection()
-        sizes = selection.platform, selection.wanted, x.shape[1], x.shape[2], x.dtype
-        block_rows = selection.dense_block_rows(*sizes)
-        if block_rows and first.adapter is None and last.adapter is None:
-            parts = (leaf[...].astype(x.dtype) for leaf in (first.weight, first.bias, last.weight, last.bias))
-            return gated_feed_forward(x, *parts, block_rows=block_rows, interpret=selection.interpret)
         for layer in self.net:
             x = layer(x)
         return x
+
+    def beside_shortcut(self, x: jax.Array, norm: LayerNorm) -> jax.Array:
+        """Return `x (B, L, features)` with what the layers make of its norm added; on a TPU perhaps by one kernel."""
+        first, last, selection = self.net[0].proj, self.net[2], current_selection()
+        sizes = selection.platform, selection.wanted, x.shape[1], x.shape[2], x.dtype
+        block_rows = selection.dense_block_rows(*sizes)
+        if not block_rows or first.adapter is not None or last.adapter is not None:
+            return x + self(norm(x))
+        parts = (leaf[...] for leaf in (norm.weight, norm.bias, first.weight, first.bias, last.weight, last.bias))
+        return gated_feed_forward(x, *parts, eps=norm.eps, block_rows=block_rows, interpret=selection.interpret)
 
 
 class TransformerBlock(nnx.Module):
@@ -66,10 +70,9 @@ class TransformerBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """Map `x (B, h · w, features)` with `context (B, L, context_features)` to the shape of `x`."""
-        y = self.norm1(x)
-        x = x + self.attn1(y, context if self.only_cross_attention else y)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = self.attn1.beside_shortcut(x, self.norm1, context if self.only_cross_attention else None)
+        x = self.attn2.beside_shortcut(x, self.norm2, context)
+        return self.ff.beside_shortcut(x, self.norm3)
 
 
 class SpatialTransformer(nnx.Module):

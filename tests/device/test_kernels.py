@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sdtpu_worker.diffusion.programs import lower_tick
 from sdtpu_worker.diffusion.sharding import REPLICATED, make_mesh, put
@@ -27,7 +28,7 @@ from sdtpu_worker.models.kernel_table import (
     choose,
     dense_block_rows,
 )
-from sdtpu_worker.models.layers import GroupNorm
+from sdtpu_worker.models.layers import GroupNorm, LayerNorm
 from sdtpu_worker.models.network import Network
 from sdtpu_worker.models.selection import Selection, current_selection, selecting
 from sdtpu_worker.models.transformer import FeedForward
@@ -53,7 +54,7 @@ def plain(q, k, v, heads: int, with_lse: bool = False):
     return attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), with_lse=with_lse)
 
 
-def pack_keys_and_values(packing: Packing, k, v):
+def pack_keys_and_values(packing: Packing, k, v) -> tuple[jax.Array, jax.Array]:
     """Return keys and values as the kernel takes them, with keys of zeros behind that fill the tile."""
     spare = ((0, 0), (0, -k.shape[1] % LANES), (0, 0))
     return jnp.pad(packing.pack(k), spare), jnp.pad(packing.pack(v) + packing.ones(v.dtype), spare)
@@ -81,7 +82,7 @@ def test_the_kernel_gives_in_bfloat16_what_the_plain_attention_gives_within_its_
     got = packed_attention(
         packing.pack(q), *pack_keys_and_values(packing, k, v), packing=packing, block_queries=64, interpret=True
     )
-    wanted = plain(*(x.astype(jnp.float32) for x in (q, k, v)), heads=8).reshape(q.shape)
+    wanted = plain(q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32), heads=8).reshape(q.shape)
     difference = np.abs(np.asarray(packing.unpack(got), np.float32) - wanted)
     assert difference.max() < 2**-7
     assert difference.mean() < 2**-10
@@ -93,7 +94,7 @@ def test_a_row_has_the_same_result_at_every_place_of_the_batch():
 
     def attend(*rows):
         return packed_attention(
-            packing.pack(rows[0]), *pack_keys_and_values(packing, *rows[1:]), packing=packing, block_queries=16,
+            packing.pack(rows[0]), *pack_keys_and_values(packing, rows[1], rows[2]), packing=packing, block_queries=16,
             num_keys=32, interpret=True,
         )  # fmt: skip
 
@@ -178,11 +179,12 @@ def test_a_packed_layer_takes_the_loras_of_each_row(loras, of_prompt):
     assert error(got, np.asarray(wanted)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2"])
-def test_a_unet_with_packed_attention_gives_what_pytorchs_gives(name):
+@pytest.mark.parametrize(("name", "fuses"), [("sd1", False), ("sd2", True)])
+def test_a_unet_with_packed_attention_gives_what_pytorchs_gives(name, fuses):
     network = networks.unet(configs.read_unet_config(variants.UNETS[name]))
     inputs = {key: jnp.asarray(value) for key, value in variants.unet_inputs(name).items()}
-    with selecting(interpreted()) as selection:
+    table = (replace(PACKED_EVERYWHERE[0], fused=(100 * fuses, 100)),)
+    with selecting(replace(interpreted(), table=table)) as selection:
         got = jax.jit(lambda params: network(params, **inputs))(draw_params(network))
     assert {choice.implementation for choice in selection.chosen.values()} == {Implementation.PACKED}
     assert error(got, golden("unet")[name]) < TOLERANCE
@@ -252,31 +254,87 @@ def test_a_choice_counts_inside_its_with_and_nowhere_else():
     assert not selection.chosen
 
 
+class AttentionLayer(nnx.Module):
+    """An attention with its norm and shortcut."""
+
+    def __init__(self, heads: int, dim: int, prompt: int) -> None:
+        features = heads * dim
+        self.norm, self.attention = LayerNorm(features), Attention(features, prompt or features, heads)
+
+    def __call__(self, x, context):
+        return self.attention.beside_shortcut(x, self.norm, context)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "tokens", "of_prompt"),
+    [(8, 40, 64, False), (8, 40, 45, True), (5, 64, 45, False), (2, 80, 64, True)],
+)
+def test_an_attention_fused_with_its_projections_gives_what_the_layers_give(heads, dim, tokens, of_prompt):
+    x, context = draw(9, 2, tokens, heads * dim), draw(10, 2, 77, 24) if of_prompt else None
+    network = Network(lambda: AttentionLayer(heads, dim, 24 if of_prompt else 0))
+    params = {name: draw(seed, *shape) * shape[0] ** -0.5 for seed, (name, shape) in enumerate(network.shapes.items())}
+    wanted = network(params, x, context)
+    fused = (replace(PACKED_EVERYWHERE[0], fused=(100, 100)),)
+    with selecting(replace(interpreted(), table=fused)) as selection:
+        got = jax.jit(lambda x: network(params, x, context))(x)
+    assert all(choice.fuses for choice in selection.chosen.values())
+    assert error(got, np.asarray(wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("layer", ["attention.to_q.weight", "attention.to_out.0.weight", "attention.to_v.weight"])
+def test_a_fused_attention_takes_loras_or_is_not_fused(layer):
+    x, network = draw(9, 2, 32, 320), Network(lambda: AttentionLayer(8, 40, 0))
+    params = {name: draw(seed, *shape) * 0.2 for seed, (name, shape) in enumerate(network.shapes.items())}
+    params["norm.weight"] = jnp.ones(320)
+    loras = {layer: (draw(20, 2, 320, 4) * 0.05, draw(21, 2, 4, 320))}
+
+    def run(x, loras):
+        return network(params, x, None, adapters=loras)
+
+    wanted = jax.jit(run)(x, loras)
+    fused = (replace(PACKED_EVERYWHERE[0], fused=(100, 100)),)
+    with selecting(replace(interpreted(), table=fused)):
+        got = jax.jit(lambda *arguments: run(*arguments))(x, loras)
+    assert error(got, np.asarray(wanted)) < 1e-5
+    assert error(jax.jit(run)(x, {}), np.asarray(wanted)) > 1e-3
+
+
+class DenseLayers(nnx.Module):
+    """Dense layers with their norm and shortcut."""
+
+    def __init__(self) -> None:
+        self.norm, self.ff = LayerNorm(40), FeedForward(40)
+
+    def __call__(self, x):
+        return self.ff.beside_shortcut(x, self.norm)
+
+
+def run_dense_layers(x, selection: Selection, loras=()) -> jax.Array:
+    """Run dense layers with drawn parameters, and drawn LoRAs at some of them."""
+    network = Network(DenseLayers)
+    params = {name: draw(seed, *shape) * 40**-0.5 for seed, (name, shape) in enumerate(network.shapes.items())}
+    adapters = {}
+    for seed, name in enumerate(loras):
+        inner, outer = network.shapes[name]
+        adapters[name] = draw(20 + seed, len(x), inner, 4) * 0.1, draw(30 + seed, len(x), 4, outer)
+    with selecting(selection):
+        return jax.jit(lambda x, adapters: network(params, x, adapters=adapters))(x, adapters)
+
+
 @pytest.mark.parametrize("tokens", [64, 45])
-def test_the_dense_layers_as_one_kernel_give_what_the_layers_give(tokens):
-    network = Network(lambda: FeedForward(40))
-    params = {name: draw(seed, *shape) * 40**-0.5 for seed, (name, shape) in enumerate(network.shapes.items())}
+def test_dense_layers_as_one_kernel_give_what_the_layers_give(tokens):
     x = draw(9, 2, tokens, 40)
-    wanted = network(params, x)
-    with selecting(replace(interpreted(), dense_block_rows=lambda *_: 32)):
-        got = network(params, x)
-    assert error(got, np.asarray(wanted)) < 1e-6
+    got = run_dense_layers(x, replace(interpreted(), dense_block_rows=lambda *_: 32))
+    assert error(got, np.asarray(run_dense_layers(x, Selection("cpu")))) < 1e-6
 
 
-@pytest.mark.parametrize("layer", ["net.0.proj.weight", "net.2.weight"])
+@pytest.mark.parametrize("layer", ["ff.net.0.proj.weight", "ff.net.2.weight"])
 def test_dense_layers_with_loras_are_layers_as_everywhere(layer):
-    network = Network(lambda: FeedForward(40))
-    params = {name: draw(seed, *shape) * 40**-0.5 for seed, (name, shape) in enumerate(network.shapes.items())}
-    x, (inner, outer) = draw(9, 2, 32, 40), network.shapes[layer]
-
-    def run(x, down, up):
-        return network(params, x, adapters={layer: (down, up)})
-
-    loras = draw(20, 2, inner, 4) * 0.1, draw(21, 2, 4, outer)
-    wanted = jax.jit(run)(x, *loras)
-    with selecting(replace(interpreted(), dense_block_rows=lambda *_: 32)):
-        assert (jax.jit(lambda *arrays: run(*arrays))(x, *loras) == wanted).all()
-    assert error(network(params, x), np.asarray(wanted)) > 1e-2
+    x = draw(9, 2, 32, 40)
+    wanted = run_dense_layers(x, Selection("cpu"), [layer])
+    got = run_dense_layers(x, replace(interpreted(), dense_block_rows=lambda *_: 32), [layer])
+    assert (got == wanted).all()
+    assert error(run_dense_layers(x, Selection("cpu")), np.asarray(wanted)) > 1e-2
 
 
 @pytest.mark.parametrize(

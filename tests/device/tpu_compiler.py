@@ -34,7 +34,7 @@ def compile_layers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         text=True,
         cwd=ROOT,
         env={**os.environ, **_VARIABLES},
-        timeout=280,
+        timeout=880,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -46,7 +46,7 @@ def compile_layer(
     """Compile a layer in bfloat16 as it stands in a UNet's tick.
 
     Args:
-        layer: `attention` or `feed forward`.
+        layer: `attention`, or `block` for a transformer block with both its attentions and its dense layers.
         topology: such as `v5e:2x4`.
         tokens: of the image.
         features: of each.
@@ -65,17 +65,23 @@ def compile_layer(
     from sdtpu_worker.models.attention import Attention
     from sdtpu_worker.models.network import Network
     from sdtpu_worker.models.selection import Selection, selecting
-    from sdtpu_worker.models.transformer import FeedForward
+    from sdtpu_worker.models.transformer import TransformerBlock
 
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     mesh = Mesh(np.array(devices), ("device",))
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*names)) for names in ([], ["device"]))
     is_attention = layer == "attention"
-    network = Network(lambda: Attention(features, prompt or features, heads) if is_attention else FeedForward(features))
+
+    def make() -> Any:
+        if is_attention:
+            return Attention(features, prompt or features, heads)
+        return TransformerBlock(features, prompt, heads, only_cross_attention=False)
+
+    network = Network(make)
 
     def run(params: Any, x: jax.Array, context: jax.Array | None) -> jax.Array:
         with selecting(Selection(devices[0].platform)):
-            return network(params, x, *([x if context is None else context] if is_attention else []))
+            return network(params, x, x if context is None else context)
 
     def shaped(shape: tuple[int, ...], sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)

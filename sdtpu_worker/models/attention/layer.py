@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sdtpu_worker.models.attention.fused_kernel import fused_attention
 from sdtpu_worker.models.attention.plain import attention, merge_heads, split_heads
 from sdtpu_worker.models.attention.tpu_kernel import LANES, Packing, packed_attention
 from sdtpu_worker.models.kernel_table import Choice, Implementation, Shape, dtype_name
-from sdtpu_worker.models.layers import Linear, adapter_change
+from sdtpu_worker.models.layers import LayerNorm, Linear, adapter_change
 from sdtpu_worker.models.selection import current_selection
 
 _SUBLANES = 16  # of a tile of bfloat16
@@ -38,17 +39,57 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """Map `x (B, L, features)`, attending to `context (B, Lk, context_features)`, to the shape of `x`."""
-        features = self.to_out[0].weight.shape[0]
-        shape = Shape(x.shape[1], context.shape[1], self.heads, features // self.heads, dtype_name(x.dtype))
-        choice = current_selection().choose(shape)
+        choice, packing = self._choose(x, context)
         if choice.implementation is Implementation.PACKED:
-            return self._packed(x, context, Packing(self.heads, shape.dim), choice)
+            return self._packed(x, context, packing, choice)
         q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         if choice.implementation is Implementation.CUDNN:
             y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
         else:
             y = attention(q, k, v)
         return self.to_out[0](merge_heads(y))
+
+    def beside_shortcut(self, x: jax.Array, norm: LayerNorm, context: jax.Array | None = None) -> jax.Array:
+        """Return `x` with the attention of its norm added; on a TPU perhaps by one kernel.
+
+        Args:
+            x: `(B, L, features)`.
+            norm: of the features.
+            context: `(B, Lk, context_features)`; None to attend to the norm itself.
+        """
+        choice, packing = self._choose(x, x if context is None else context)
+        is_plain = self.to_q.adapter is None and self.to_out[0].adapter is None and self.to_q.bias is None
+        if choice.fuses and is_plain:
+            return self._fused(x, norm, context, packing, choice)
+        y = norm(x)
+        return x + self(y, y if context is None else context)
+
+    def _choose(self, x: jax.Array, context: jax.Array) -> tuple[Choice, Packing]:
+        dim = self.to_out[0].weight.shape[0] // self.heads
+        shape = Shape(x.shape[1], context.shape[1], self.heads, dim, dtype_name(x.dtype))
+        return current_selection().choose(shape), Packing(self.heads, dim)
+
+    def _fused(
+        self, x: jax.Array, norm: LayerNorm, context: jax.Array | None, packing: Packing, choice: Choice
+    ) -> jax.Array:
+        """Do what `beside_shortcut` does by one kernel, and a product for keys and values before it."""
+        context = norm(x) if context is None else context
+        both = _fill(_project(context, [self.to_k, self.to_v], packing, packing.ones(x.dtype)), LANES)
+        back, block = self.to_out[0], _block(x.shape[1], choice.block_queries)
+        return fused_attention(
+            _fill(x, block),
+            norm.weight[...],
+            norm.bias[...],
+            packing.pack(self.to_q.weight[...].astype(x.dtype)),
+            both,
+            packing.pack(back.weight[...].astype(x.dtype), axis=-2),
+            back.bias[...],
+            packing,
+            eps=norm.eps,
+            num_keys=context.shape[1],
+            block_queries=block,
+            interpret=current_selection().interpret,
+        )[:, : x.shape[1]]
 
     def _packed(self, x: jax.Array, context: jax.Array, packing: Packing, choice: Choice) -> jax.Array:
         """Do the same with packed heads: projections from packed weights, without a transposition in between."""

@@ -169,8 +169,28 @@ def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, out_refs: tuple[Any, ...], packing: Packing, num_keys: int, heads: int
 ) -> None:
     """Write the attention of the first heads of a group, and where it is wanted the logarithm of the sums."""
+    for ref, each in zip(out_refs, attend_group(q, k, v, packing, num_keys, heads, len(out_refs)), strict=True):
+        ref[0] = each.astype(ref.dtype)
+
+
+def attend_group(
+    q: jax.Array, k: jax.Array, v: jax.Array, packing: Packing, num_keys: int, heads: int, num_results: int = 1
+) -> list[jax.Array]:
+    """Return the attention of the first heads of a group inside a kernel.
+
+    Args:
+        q: `(queries, lanes)`.
+        k, v: `(keys, lanes)`.
+        packing: of the heads.
+        num_keys: how many of the keys count.
+        heads: how many of the group.
+        num_results: 2 for the logarithms of the sums too.
+
+    Returns:
+        Arrays `(queries, lanes) float32`.
+    """
     lane = jax.lax.broadcasted_iota(jnp.int32, q.shape, 1)
-    found = [jnp.zeros(q.shape, jnp.float32) for _ in out_refs]
+    found = [jnp.zeros(q.shape, jnp.float32) for _ in range(num_results)]
     scale = packing.dim**-0.5
     for head in range(heads):
         is_mine = (lane >= head * packing.dim) & (lane < (head + 1) * packing.dim)
@@ -188,5 +208,4 @@ def _attend(
         total = weights.sum(-1, keepdims=True) if ones is None else summed[:, ones : ones + 1]
         of_head = [summed / total, highest * scale + jnp.log(total)]
         found = [jnp.where(is_mine, each, before) for each, before in zip(of_head, found, strict=False)]
-    for ref, each in zip(out_refs, found, strict=True):
-        ref[0] = each.astype(ref.dtype)
+    return found

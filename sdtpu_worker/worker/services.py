@@ -46,6 +46,7 @@ from sdtpu_worker.worker.observation import Observation
 from sdtpu_worker.worker.process_changes import change_app, freeze_start_up, watch_failures_outside_tasks
 from sdtpu_worker.worker.process_ends import end_process, leave_soon
 from sdtpu_worker.worker.result_patience import wait_for_results
+from sdtpu_worker.worker.reuse import Reuse, make_reuse
 from sdtpu_worker.worker.serving import Hooks, Serving
 from sdtpu_worker.worker.start_recorder import StartRecorder
 
@@ -139,8 +140,9 @@ class DeviceServices:
             on_tick = self.observation.watch_ticks(engine)
             hooks = Hooks(end_process, self._make_start_recorder(undo), on_tick, self.stopping.is_set)
             opener = PictureOpener([store, *further_stores(self._app)], hooks.give_up)
+            reuse = self._make_reuse(engine, store, undo)
             self.serving = serving = Serving(
-                engine, store, policy, self.config, hooks, opener, self.observation.tracing
+                engine, store, policy, self.config, hooks, opener, self.observation.tracing, reuse
             )
             undo.callback(serving.close)
             self.observation.watch_serving(serving)
@@ -274,6 +276,15 @@ class DeviceServices:
         undo.callback(recorder.close)
         return recorder.record
 
+    def _make_reuse(self, engine: Any, store: Any, undo: ExitStack) -> Reuse | None:
+        """Return what finds images of equal jobs, if the settings ask for it."""
+        count = partial(self.observation.figures.count, "sdtpu_reuse_total")
+        reuse = make_reuse(self._app, self.config, engine, store, self.deliveries, count, self.devices_make_progress)
+        if reuse is not None:
+            reuse.leads.start()
+            undo.callback(reuse.leads.close)
+        return reuse
+
     def _leave_redis(self) -> None:
         """Requeue every message, withdraw the load report, close the connections."""
         assert self.deliveries is not None
@@ -321,7 +332,8 @@ class DeviceServices:
         """
         assert self.deliveries is not None
         assert self.serving is not None
-        warning = connections_warning(self.deliveries.client, self.serving.engine.info.num_slots)
+        slots, more = self.serving.engine.info.num_slots, self.serving.most_followers
+        warning = connections_warning(self.deliveries.client, slots, more)
         if warning:
             logger.warning("%s", warning)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import PIL
+from redis.exceptions import ResponseError
 
 import sdtpu_worker
 from sdtpu_worker.contract.request import GenerationRequest
@@ -143,7 +144,7 @@ class Reuse:
             except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
                 logger.warning("Redis could not be asked for an image to reuse, so task %s is drawn: %s",
                                entry.job.task_id, describe(exc))  # fmt: skip
-                self._asks_again_at = time.monotonic() + _DISTRUST_S
+                self._distrust(exc)
                 outcome, found = "unknown", None
         self._count(outcome)
         return found
@@ -229,10 +230,15 @@ class Reuse:
             self._ledger.leave(entry.key, entry.token, pointer, life_s)
             entry.leads = False
         except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
-            self._asks_again_at = time.monotonic() + _DISTRUST_S
+            self._distrust(exc)
             logger.warning("Redis could not be told of the image of task %s: %s", entry.job.task_id, describe(exc))
         with self._changed:
             self._changed.notify_all()
+
+    def _distrust(self, exc: Exception) -> None:
+        """Have jobs run without asking for a while, unless Redis did answer: then only this one cannot be asked for."""
+        if not isinstance(exc, ResponseError):
+            self._asks_again_at = time.monotonic() + _DISTRUST_S
 
 
 class NoReuse:

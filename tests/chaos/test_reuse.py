@@ -2,7 +2,8 @@
 
     pytest tests/chaos/test_reuse.py -n 0
 
-Two cores, two workers on the fake engine with two slots each, steps of 2 ms. A job's picture shows its seed and steps.
+Two cores, two workers on the fake engine with two slots each, and one with a queue of its own; steps of 2 ms. A job's
+picture shows its seed and steps.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from celery.exceptions import TaskRevokedError
 
 from sdtpu_worker import generate
 from sdtpu_worker.images.store import read_image_bytes
+from sdtpu_worker.reuse.notes import token_of
 from tests.chaos.fleet import Fleet
 from tests.chaos.pictures import expected_count, shown_count
 from tests.support.waiting import wait_until
@@ -40,6 +42,7 @@ def fleet(redis_url, tmp_path_factory) -> Iterator[Fleet]:
     with Fleet(redis_url, tmp_path_factory.mktemp("reuse"), **SETTINGS) as fleet:
         fleet.start("one")
         fleet.start("two")
+        fleet.start("alone", "-Q", "alone", SDTPU_QUEUE="alone")
         yield fleet
 
 
@@ -59,6 +62,11 @@ def order(seed: int, steps: int = 20, **options: Any) -> Any:
     kwargs = {"seed": seed, "num_inference_steps": steps}
     kwargs |= {name: options.pop(name) for name in ("tenant", "image_format") if name in options}
     return generate.apply_async((options.pop("prompt", "x"),), kwargs, **options)
+
+
+def leads(client: redis.Redis) -> dict[bytes, bytes]:
+    """Return the leads that there are."""
+    return {key: client.get(key) or b"" for key in client.scan_iter("sdtpu:reuse:*:lead")}
 
 
 def steps_done(app: Any) -> int:
@@ -119,14 +127,13 @@ def test_equal_jobs_in_flight_run_once_on_all_workers_and_show_the_leaders_progr
         assert_shows(result, seed, 500)
 
 
-def test_waiting_jobs_take_no_place_from_others(fleet, app, seed):
-    leaders = [order(seed, 700), order(seed + 5000, 700)]
-    wait_for(is_denoising, *leaders)
-    others = [order(seed, 700) for _ in range(10)]  # two workers hold eight jobs
+def test_waiting_jobs_take_no_place_from_others(app, seed):
+    leader = order(seed, 1000, queue="alone")
+    wait_for(is_denoising, leader)
+    others = [order(seed, 1000, queue="alone") for _ in range(10)]  # the worker holds four jobs
     wait_for(follows, *others)
-    another = order(seed + 6000, 5)
-    assert_shows(another.get(timeout=5), seed + 6000, 5)
-    assert not leaders[0].ready()
+    assert_shows(order(seed + 5000, 5, queue="alone").get(timeout=5), seed + 5000, 5)
+    assert not leader.ready()
     assert [job.get(timeout=20)["reused"] for job in others] == [True] * 10
 
 
@@ -164,31 +171,66 @@ def test_a_waiting_job_is_revoked_at_once_and_the_others_do_not_notice(app, seed
     assert second.get(timeout=20)["reused"]
 
 
-def test_a_waiting_job_expires_with_its_leader_while_neither_has_a_slot(app, seed):
-    busy = [order(seed + 5000 + i, 1000, priority=0) for i in range(4)]
-    wait_for(is_denoising, *busy)
-    late = {"expires": 0.7, "priority": 6, "queue": "sdtpu"}  # our own client would refuse such a deadline
+@pytest.fixture
+def busy(app, seed) -> Iterator[list[Any]]:
+    """Give both slots of the worker that is alone to long jobs."""
+    jobs = [order(seed + 5000 + i, 1000, queue="alone") for i in range(2)]
+    wait_for(is_denoising, *jobs)
+    yield jobs
+    for job in jobs:
+        job.revoke(terminate=True)
+
+
+def test_a_waiting_job_expires_in_time_with_its_leader_while_that_has_no_slot(app, busy, seed):
+    # our own client would refuse such a deadline
+    options = {"expires": 0.8, "priority": 6, "queue": "alone", "args": ("x",)}
     kwargs = {"seed": seed, "num_inference_steps": 5}
-    jobs = [app.send_task("sdtpu.generate", ("x",), kwargs, **late) for _ in range(2)]
+    started = time.monotonic()
+    jobs = [app.send_task("sdtpu.generate", kwargs=kwargs, **options) for _ in range(2)]
+    wait_for(lambda job: "equal" in str(state_of(job)["result"]), jobs[1])
     for job in jobs:
         with pytest.raises(TaskRevokedError):
             job.get(timeout=20)
+    assert time.monotonic() - started < 1.9
     assert not any(job.ready() for job in busy)
-    for job in busy:
-        job.revoke(terminate=True)
 
 
-def test_a_more_urgent_job_does_not_wait_for_a_less_urgent_one(app, seed):
-    busy = [order(seed + 5000 + i, 1000, priority=6) for i in range(4)]
-    wait_for(is_denoising, *busy)
-    patient = order(seed, 300, priority=9)
+def test_a_job_does_not_expire_while_its_leader_has_a_slot(app, client, seed):
+    leader = order(seed, 1000, queue="alone")
+    wait_for(is_denoising, leader)
+    kwargs = {"seed": seed, "num_inference_steps": 1000}
+    token = token_of(leader.id).encode()
+
+    def says_that_it_has_a_slot() -> bool:
+        return any(lead.startswith(token) and b" 1 0 " in lead for lead in leads(client).values())
+
+    wait_until(says_that_it_has_a_slot, "the lead to say that there is a slot", 10)
+    late = app.send_task("sdtpu.generate", ("x",), kwargs, expires=0.5, priority=6, queue="alone")
+    assert late.get(timeout=20)["reused"]
+    assert leader.get(timeout=20)
+
+
+def test_a_job_that_would_expire_before_its_leader_has_a_slot_does_not_wait_for_it(app, busy, seed):
+    patient = order(seed, 300, queue="alone")
     wait_for(lambda job: state_of(job)["status"] == "PROGRESS", patient)
-    urgent = order(seed, 300, priority=0)
+    hurried = order(seed, 300, expires=60, queue="alone")
+    wait_for(lambda job: state_of(job)["status"] == "PROGRESS", hurried)
+    assert state_of(hurried)["result"]["description"] == "waiting for a slot", "it goes first, having a deadline"
+    busy[0].revoke(terminate=True)
+    assert not hurried.get(timeout=20)["reused"]
+    assert_shows(patient.get(timeout=20), seed, 300)
+
+
+def test_a_more_urgent_job_does_not_wait_for_a_less_urgent_one_but_others_wait_for_it(app, busy, seed):
+    patient = order(seed, 900, priority=9, queue="alone")
+    wait_for(lambda job: state_of(job)["status"] == "PROGRESS", patient)
+    urgent = order(seed, 900, priority=0, queue="alone")
+    wait_for(is_denoising, urgent)
+    another = order(seed, 900, priority=0, queue="alone")
+    wait_for(follows, another)
     assert not urgent.get(timeout=20)["reused"]
-    result = patient.get(timeout=20)
-    assert_shows(result, seed, 300)
-    for job in busy:
-        job.revoke(terminate=True)
+    assert another.get(timeout=20)["reused"]
+    assert_shows(patient.get(timeout=20), seed, 900)
 
 
 def test_tenants_do_not_get_each_others_pictures(app, seed):
@@ -257,14 +299,15 @@ def test_a_forged_lead_makes_nobody_wait(app, client, seed):
 
 def test_nothing_is_left_but_pointers_that_expire(app, client, seed):
     order(seed).get(timeout=20)
-    wait_until(lambda: not list(client.scan_iter("sdtpu:reuse:*:lead")), "all leads to be given up", 10)
+    wait_until(lambda: not leads(client), "all leads to be given up", 10)
     lifetimes = [client.ttl(key) for key in pointers(client)]
     assert lifetimes
     assert all(0 < life <= 24 * 3600 for life in lifetimes)
 
 
 def test_a_killed_leader_is_followed_by_a_waiting_job(redis_url, tmp_path, app, seed):
-    with Fleet(redis_url, tmp_path, **SETTINGS, SDTPU_QUEUE="killed") as fleet:
+    settings = {**SETTINGS, "SDTPU_QUEUE": "killed", "SDTPU_FAKE_STEP_MS": "10"}
+    with Fleet(redis_url, tmp_path, **settings) as fleet:
         doomed = fleet.start("doomed", "-Q", "killed")
         leader = order(seed, 1000, queue="killed")
         wait_for(is_denoising, leader)
@@ -273,8 +316,8 @@ def test_a_killed_leader_is_followed_by_a_waiting_job(redis_url, tmp_path, app, 
         others = [order(seed, 1000, queue="killed") for _ in range(3)]
         wait_for(follows, *others)
         doomed.kill()
-        results = [job.get(timeout=40) for job in (leader, *others)]
-    assert sum(not result["reused"] for result in results) == 1, "one job drew, the redelivered leader perhaps"
+        results = [job.get(timeout=60) for job in (leader, *others)]
+    assert sum(not result["reused"] for result in results) == 1
     for result in results:
         assert_shows(result, seed, 1000)
 

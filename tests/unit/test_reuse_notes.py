@@ -87,7 +87,7 @@ def test_a_lead_is_read_as_it_was_written(lead):
 
 
 @pytest.mark.parametrize(
-    "old, new", [(" ", "  "), ("6", "-6"), ("4250", "nan"), ("1795875600.500", "1.2.3"), (" 1 ", " 2 ")]
+    ("old", "new"), [(" ", "  "), ("6", "-6"), ("4250", "nan"), ("1795875600.500", "1.2.3"), (" 1 ", " 2 ")]
 )
 def test_what_is_no_lead_is_none(old, new):
     text = LEAD.to_bytes().decode()

@@ -257,7 +257,21 @@ def followers_for(num_slots: int) -> int:
     return max(_FEWEST_FOLLOWERS, _FOLLOWERS_PER_SLOT * num_slots)
 
 
-def make_reuse(
+def refuse_reuse(config: Config) -> None:
+    """Refuse what cannot work with a broker that is not Redis.
+
+    Raises:
+        ConfigurationError: reuse is on.
+    """
+    if config.reuse != "off":
+        raise ConfigurationError(
+            f"sdtpu_reuse must be off with a broker that is not Redis, got {config.reuse}: workers find each other's"
+            " images there"
+        )
+
+
+@contextlib.contextmanager
+def reusing(
     app: Any,
     config: Config,
     engine: ServingEngine,
@@ -265,30 +279,23 @@ def make_reuse(
     deliveries: Deliveries | None,
     count: Callable[[str], None],
     devices_make_progress: Callable[[], bool],
-) -> Reuse | None:
-    """Return what `sdtpu_reuse` asks for; None where it is off.
+) -> Iterator[Reuse | None]:
+    """Give what `sdtpu_reuse` asks for, for the block; None where it is off.
 
     Args:
         app: the app, for its `result_expires`.
         config: the settings.
-        engine: the worker's.
+        engine: the worker's; its weights are read.
         store: the worker's image store.
         deliveries: the messages that the worker holds; None with a broker that is not Redis.
         count: adds to `sdtpu_reuse_total`.
         devices_make_progress: whether this worker's leads should stand.
-
-    Raises:
-        ConfigurationError: it is on, and the broker is not Redis.
     """
-    if config.reuse == "off":
-        return None
-    if deliveries is None:
-        raise ConfigurationError(
-            f"sdtpu_reuse must be off with a broker that is not Redis, got {config.reuse}: workers find each other's"
-            " images there"
-        )
+    if config.reuse == "off" or deliveries is None:
+        yield None
+        return
     expires = app.conf.result_expires
-    return Reuse(
+    reuse = Reuse(
         engine,
         Ledger(lambda: deliveries.client, deliveries.keys),
         store,
@@ -300,3 +307,8 @@ def make_reuse(
         count=count,
         devices_make_progress=devices_make_progress,
     )
+    reuse.leads.start()
+    try:
+        yield reuse
+    finally:
+        reuse.leads.close()

@@ -51,7 +51,7 @@ from sdtpu_worker.worker.process_changes import (
 )
 from sdtpu_worker.worker.process_ends import end_process, leave_soon
 from sdtpu_worker.worker.result_patience import wait_for_results
-from sdtpu_worker.worker.reuse import Reuse, make_reuse
+from sdtpu_worker.worker.reuse import refuse_reuse, reusing
 from sdtpu_worker.worker.serving import Hooks, Serving
 from sdtpu_worker.worker.start_recorder import StartRecorder
 
@@ -146,7 +146,10 @@ class DeviceServices:
             on_tick = self.observation.watch_ticks(engine)
             hooks = Hooks(end_process, self._make_start_recorder(undo), on_tick, self.stopping.is_set)
             opener = PictureOpener([store, *further_stores(self._app)], hooks.give_up)
-            reuse = self._make_reuse(engine, store, undo)
+            count = partial(self.observation.figures.count, "sdtpu_reuse_total")
+            reuse = undo.enter_context(
+                reusing(self._app, self.config, engine, store, self.deliveries, count, self.devices_make_progress)
+            )
             self.serving = serving = Serving(
                 engine, store, policy, self.config, hooks, opener, self.observation.tracing, reuse
             )
@@ -232,6 +235,7 @@ class DeviceServices:
         """Have kombu claim messages through our transport, if the broker is Redis."""
         app, config = self._app, self.config
         if not isinstance(app.connection_for_read().transport, RedisTransport):
+            refuse_reuse(config)
             logger.warning(
                 "the broker is not Redis: leases, hand-over, delivery limits and message checks are off; jobs of a"
                 " worker that dies come back as its broker sees fit"
@@ -281,15 +285,6 @@ class DeviceServices:
         recorder = StartRecorder(self.deliveries)
         undo.callback(recorder.close)
         return recorder.record
-
-    def _make_reuse(self, engine: Any, store: Any, undo: ExitStack) -> Reuse | None:
-        """Return what finds images of equal jobs, if the settings ask for it."""
-        count = partial(self.observation.figures.count, "sdtpu_reuse_total")
-        reuse = make_reuse(self._app, self.config, engine, store, self.deliveries, count, self.devices_make_progress)
-        if reuse is not None:
-            reuse.leads.start()
-            undo.callback(reuse.leads.close)
-        return reuse
 
     def _leave_redis(self) -> None:
         """Requeue every message, withdraw the load report, close the connections."""

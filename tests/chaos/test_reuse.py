@@ -66,7 +66,8 @@ def order(seed: int, steps: int = 20, **options: Any) -> Any:
 
 def leads(client: redis.Redis) -> dict[bytes, bytes]:
     """Return the leads that there are."""
-    return {key: client.get(key) or b"" for key in client.scan_iter("sdtpu:reuse:*:lead")}
+    found: dict[bytes, Any] = {key: client.get(key) for key in client.scan_iter("sdtpu:reuse:*:lead")}
+    return {key: lead for key, lead in found.items() if lead is not None}
 
 
 def steps_done(app: Any) -> int:

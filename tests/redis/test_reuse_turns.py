@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import threading
 import time
 from collections import Counter
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from PIL import Image
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.contract.request import GenerationRequest
@@ -125,7 +123,7 @@ def test_an_image_that_started_from_the_same_picture_elsewhere_says_where_its_ow
     first, second = room.run(reuse, "one", here), room.run(reuse, "two", there)
     assert second.reused
     assert second.data == room.image(there) != first.data, "as if it had been drawn"
-    assert Image.open(io.BytesIO(second.data)).text["image"].endswith("there")
+    assert b"image:there" in second.data
 
 
 @pytest.mark.parametrize(

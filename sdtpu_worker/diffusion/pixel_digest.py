@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -29,7 +31,7 @@ _NOT_PIXELS = frozenset({"task_id", "load"})
 
 
 def pixel_digests(checkpoint: Checkpoint, fingerprints: Mapping[Lane, str]) -> Callable[[PreparedJob], str]:
-    """Return what gives the digest of a job; every weight is read once, which takes a second for each GB or two.
+    """Return what gives the digest of a job; every weight is read once, 1.7 GiB a second by each core (SHA-256).
 
     Args:
         checkpoint: the loaded model.
@@ -50,13 +52,21 @@ def pixel_digests(checkpoint: Checkpoint, fingerprints: Mapping[Lane, str]) -> C
 
 def digest_weights(checkpoint: Checkpoint) -> str:
     """Return a digest of every parameter of a checkpoint, its ControlNets and its safety checker."""
-    digest = hashlib.blake2b(digest_size=32)
     checker = checkpoint.safety_checker
     parts: list[Any] = [checkpoint.params, None if checker is None else checker.params]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(parts):
-        _add(digest.update, [jax.tree_util.keystr(path), np.asarray(leaf)])
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(os.cpu_count(), "sdtpu-digest") as threads:  # a digest of much data lets others run
+        for each in threads.map(_digest_leaf, jax.tree_util.tree_leaves_with_path(parts)):
+            digest.update(each)
     _add(digest.update, None if checker is None else repr(checker.extractor))
     return digest.hexdigest()
+
+
+def _digest_leaf(leaf: tuple[Any, Any]) -> bytes:
+    path, array = leaf
+    digest = hashlib.sha256()
+    _add(digest.update, [jax.tree_util.keystr(path), np.asarray(array)])
+    return digest.digest()
 
 
 def _add(update: Callable[[Any], None], value: Any) -> None:

@@ -1,9 +1,9 @@
 """A digest of everything that decides a job's pixels: two jobs with the same one get the same pixels, bit for bit.
 
-This is the one place where such facts come together. What an engine is stands in the fingerprint of its snapshots,
-and every byte of its weights is added here; what a job is stands in the prepared job, as the programs get it: token
-ids and not the prompt, coefficients and not the sampler's name, the contents of pictures and LoRAs and not their names.
-A field that `PreparedJob` gets comes in by itself.
+This is the one place where such facts come together. What an engine is stands in the fingerprint of its snapshots, to
+which every byte of its weights and what its compiler was told are added here. What a job is stands in the prepared job,
+as the programs get it: token ids and not the prompt, coefficients and not the sampler's name, the contents of pictures
+and LoRAs and not their names. A field that `PreparedJob` gets comes in by itself.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _NOT_PIXELS = frozenset({"task_id", "load"})
 """Fields of a prepared job that change no pixel: its name, and what it costs."""
+_COMPILER_OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+"""Variables of the environment by which the compiler may round otherwise."""
 
 
 def pixel_digests(checkpoint: Checkpoint, fingerprints: Mapping[Lane, str]) -> Callable[[PreparedJob], str]:
@@ -37,11 +39,12 @@ def pixel_digests(checkpoint: Checkpoint, fingerprints: Mapping[Lane, str]) -> C
         checkpoint: the loaded model.
         fingerprints: by lane, what a snapshot's fingerprint is; see `snapshot.fingerprint_of`.
     """
-    weights = digest_weights(checkpoint)
+    engine = [digest_weights(checkpoint), jax.devices()[0].client.platform_version]
+    engine += [os.environ.get(name) for name in _COMPILER_OPTIONS]
 
     def digest_of(job: PreparedJob) -> str:
         digest = hashlib.blake2b(digest_size=32)
-        _add(digest.update, [weights, fingerprints[job.lane]])
+        _add(digest.update, [*engine, fingerprints[job.lane]])
         for field in dataclasses.fields(job):
             if field.name not in _NOT_PIXELS:
                 _add(digest.update, [field.name, getattr(job, field.name)])

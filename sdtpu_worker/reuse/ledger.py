@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 LEAD_S = 6.0
 """Seconds that a lead lasts without renewal: after a worker's death another job draws the image."""
+HANDED_OVER_S = 60.0
+"""Seconds that the lead of a job lasts which is handed over: its message is the first of its queue."""
 
 
 class Ledger:
@@ -29,19 +31,21 @@ class Ledger:
     def __init__(self, connect: Callable[[], Redis], keys: Keys) -> None:
         self._connect, self._keys = connect, keys
 
-    def enter(self, reuse_key: str, lead: Lead, take: bool = False) -> tuple[bytes, bytes]:
+    def enter(self, reuse_key: str, lead: Lead, take: bool = False, life_s: float = LEAD_S) -> tuple[bytes, bytes]:
         """Find what answers a job, else take the lead.
 
         Args:
             reuse_key: of the job.
             lead: the job's own.
             take: take the lead from another job that has it.
+            life_s: how long the lead lasts without renewal.
 
         Returns:
             What the pointer is, and what another job's lead is; at most one of them is not empty. Where both are
             empty, the job has the lead. Both may come from anybody.
         """
-        args = [lead.token, lead.to_bytes(), _ms(LEAD_S), int(take), MAX_POINTER_BYTES + 1, MAX_LEAD_BYTES]
+        args = [lead.token, lead.to_bytes(), _ms(life_s), int(take), MAX_POINTER_BYTES + 1, MAX_LEAD_BYTES]
+        args.append(_ms(HANDED_OVER_S))
         pointer, other = self._eval(scripts.REUSE_ENTER, self._both(reuse_key), args)
         return bytes(pointer), bytes(other)
 

@@ -28,7 +28,7 @@ from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, Job
 from sdtpu_worker.errors import ConfigurationError, EngineUnavailable
 from sdtpu_worker.operations.prompt_guard import describe
 from sdtpu_worker.reuse.leads import Leads
-from sdtpu_worker.reuse.ledger import Ledger
+from sdtpu_worker.reuse.ledger import HANDED_OVER_S, Ledger
 from sdtpu_worker.reuse.notes import Lead, Pointer
 from sdtpu_worker.reuse.reuse_key import Maker, reuse_key
 from sdtpu_worker.reuse.stored_image import Drawn, ReadableStore, read_stored
@@ -115,7 +115,12 @@ class Reuse:
             JobCancelled, JobOverdue, JobHandedOver: as the device loop does, while the job waits.
         """
         group = "everybody" if self._across_tenants else f"tenant {control.tenant!r}"
-        key = reuse_key(self._pixels_of(job), request, job.parameters, job.lane, self._maker, group)
+        try:
+            key = reuse_key(self._pixels_of(job), request, job.parameters, job.lane, self._maker, group)
+        except TypeError:  # a value of a kind that nobody has thought of: no reason to fail the job
+            logger.exception("task %s has no reuse key, so it is drawn", job.task_id)
+            yield Turn()
+            return
         entry = Entry(key, job, request.image_format, text, control, record)
         found = self._find(entry, is_draining)
         is_handed_over, lead = False, entry.lead
@@ -124,12 +129,12 @@ class Reuse:
         try:
             yield Turn(found, lambda drawn, began_at: self._keep(entry, drawn, began_at))
         except (JobHandedOver, EngineUnavailable):
-            is_handed_over = True  # its lead stands until it expires: the next worker continues the job, and the lead
+            is_handed_over = True
             raise
         finally:
             self.leads.remove(key, lead)
-            if entry.leads and not is_handed_over:
-                self._leave(entry)
+            if entry.leads:
+                self._leave(entry, is_handed_over=is_handed_over)
 
     def _find(self, entry: Entry, is_draining: Callable[[], bool]) -> Drawn | None:
         """Return the image of an equal job, perhaps after waiting for it; None for a job that draws."""
@@ -222,12 +227,15 @@ class Reuse:
             pointer = Pointer.of(entry.job.task_id, drawn.data, drawn.nsfw, drawn.batch)
             self._leave(entry, pointer.to_bytes(), life_s)
 
-    def _leave(self, entry: Entry, pointer: bytes = b"", life_s: float = 1.0) -> None:
-        """Give up the lead; a failure is logged, and the lead expires."""
+    def _leave(self, entry: Entry, pointer: bytes = b"", life_s: float = 1.0, is_handed_over: bool = False) -> None:
+        """Give up the lead, or keep it for the next worker; a failure is logged, and the lead expires."""
         if time.monotonic() < self._asks_again_at:
             return
         try:
-            self._ledger.leave(entry.key, entry.token, pointer, life_s)
+            if is_handed_over:
+                self._ledger.enter(entry.key, entry.lead(), life_s=HANDED_OVER_S)
+            else:
+                self._ledger.leave(entry.key, entry.token, pointer, life_s)
             entry.leads = False
         except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
             self._distrust(exc)

@@ -20,7 +20,8 @@ from celery.exceptions import TaskRevokedError
 
 from sdtpu_worker import generate
 from sdtpu_worker.images.store import read_image_bytes
-from sdtpu_worker.reuse.notes import token_of
+from sdtpu_worker.reuse.ledger import LEAD_S
+from sdtpu_worker.reuse.notes import Lead, token_of
 from tests.chaos.fleet import Fleet
 from tests.chaos.pictures import expected_count, shown_count
 from tests.support.waiting import wait_until
@@ -200,10 +201,10 @@ def test_a_job_does_not_expire_while_its_leader_has_a_slot(app, client, seed):
     leader = order(seed, 1000, queue="alone")
     wait_for(is_denoising, leader)
     kwargs = {"seed": seed, "num_inference_steps": 1000}
-    token = token_of(leader.id).encode()
 
     def says_that_it_has_a_slot() -> bool:
-        return any(lead.startswith(token) and b" 1 0 " in lead for lead in leads(client).values())
+        told = filter(None, map(Lead.from_bytes, leads(client).values()))
+        return any(lead.had_slot for lead in told if lead.token == token_of(leader.id))
 
     wait_until(says_that_it_has_a_slot, "the lead to say that there is a slot", 10)
     late = app.send_task("sdtpu.generate", ("x",), kwargs, expires=0.5, priority=6, queue="alone")
@@ -330,6 +331,7 @@ def test_a_stopping_worker_hands_over_its_leader_and_those_that_wait(redis_url, 
         wait_until(lambda: sum(map(follows, jobs)) == 3, "three to wait", 20)
         time.sleep(0.3)
         assert first.stop() == 0
+        time.sleep(LEAD_S)
         second = fleet.start("second", "-Q", "stopped")
         results = [job.get(timeout=40) for job in jobs]
         assert sum(not result["reused"] for result in results) == 1
@@ -338,3 +340,20 @@ def test_a_stopping_worker_hands_over_its_leader_and_those_that_wait(redis_url, 
         assert sum(steps) == 1000, "the leader continues from its snapshot"
     for result in results:
         assert_shows(result, seed, 1000)
+
+
+def test_workers_that_are_killed_again_and_again_lose_nothing_and_draw_little_twice(redis_url, tmp_path, app):
+    seeds, settings = [next(SEEDS) for _ in range(12)], {**SETTINGS, "SDTPU_QUEUE": "storm"}
+    with Fleet(redis_url, tmp_path, **settings) as fleet:
+        workers = [fleet.start(name, "-Q", "storm") for name in ("a", "b")]
+        jobs = [(seed, order(seed, 300, queue="storm")) for _ in range(10) for seed in seeds]
+        for number in range(4):
+            time.sleep(1.0)
+            workers[number % 2].kill()
+            workers[number % 2] = fleet.start(f"{number}", "-Q", "storm")
+        results = [(seed, job.get(timeout=60)) for seed, job in jobs]
+    for seed, result in results:
+        assert_shows(result, seed, 300)
+    drawn = Counter(seed for seed, result in results if not result["reused"])
+    assert set(drawn) == set(seeds), "each request was drawn"
+    assert sum(drawn.values()) < 40, "of 120 jobs"

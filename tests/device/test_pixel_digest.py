@@ -228,6 +228,15 @@ def test_every_field_of_a_prepared_job_counts_but_its_name_and_its_cost(keys):
         assert keys.digests(dataclasses.replace(job, **{name: value})) == keys.digests(job)
 
 
+def test_what_the_compiler_is_told_counts(keys, monkeypatch):
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "--another")
+            other = Keys(keys.checkpoint, pixel_digests(keys.checkpoint, LANES))
+        assert other.key() != keys.key()
+    assert Keys(keys.checkpoint, pixel_digests(keys.checkpoint, LANES)).key() == keys.key()
+
+
 def test_arrays_of_the_same_bytes_and_another_shape_or_type_differ(keys):
     _, job = keys.job()
     arrays = [np.zeros(4, np.float32), np.zeros((2, 2), np.float32), np.zeros(4, np.int32), np.zeros(16, np.uint8)]

@@ -14,7 +14,7 @@ from sdtpu_worker.contract.result import BatchPlace
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.reuse import ledger as ledgers
 from sdtpu_worker.reuse.leads import Leads
-from sdtpu_worker.reuse.ledger import LEAD_S, Ledger
+from sdtpu_worker.reuse.ledger import HANDED_OVER_S, Ledger
 from sdtpu_worker.reuse.notes import Lead, Pointer, token_of
 
 KEY = "f" * 64
@@ -81,7 +81,7 @@ def test_a_lead_can_be_taken_and_is_not_renewed_then(ledger):
 
 
 def test_a_lead_that_nobody_renews_expires_and_one_that_is_renewed_says_how_far_its_job_is(ledger, client, monkeypatch):
-    monkeypatch.setattr(ledgers, "LEAD_S", 0.4)
+    monkeypatch.setattr(ledgers, "LEAD_S", 0.4)  # of a renewal
     stalled, leads = threading.Event(), Leads(ledger, lambda: not stalled.is_set(), every_s=0.05)
     leads.start()
     steps = iter(range(1, 10_000))
@@ -89,7 +89,7 @@ def test_a_lead_that_nobody_renews_expires_and_one_that_is_renewed_says_how_far_
     def now() -> Lead:
         return Lead(ONE.token, 6, had_slot=True, pending=False, current=next(steps), total=9999)
 
-    assert ledger.enter(KEY, ONE) == (b"", b"")
+    assert ledger.enter(KEY, ONE, life_s=0.4) == (b"", b"")
     leads.add(KEY, now)
     time.sleep(0.8)
     first = Lead.from_bytes(ledger.enter(KEY, OTHER)[1])
@@ -107,7 +107,7 @@ def test_a_lead_that_no_worker_wrote_stops_nobody(ledger, client):
     name = Keys("prefix-").lead(KEY)
     client.set(name, ONE.to_bytes())
     assert ledger.enter(KEY, OTHER) == (b"", b""), "it would never expire"
-    client.set(name, ONE.to_bytes(), px=int(10_000 * LEAD_S))
+    client.set(name, ONE.to_bytes(), px=int(2000 * HANDED_OVER_S))
     assert ledger.enter(KEY, OTHER) == (b"", b""), "it would expire too late"
     client.set(name, b"x" * 1_000_000, px=1000)
     assert len(ledger.enter(KEY, OTHER)[1]) < 1000

@@ -60,7 +60,13 @@ class Room:
     aside: set[str] = field(default_factory=set)
     drains: bool = False
     error: Exception | None = None
+    digests: Exception | None = None
     asked: int = 0
+
+    def digest(self, job: Any) -> str:
+        if self.digests is not None:
+            raise self.digests
+        return "pixels"
 
     def connect(self) -> Any:
         self.asked += 1
@@ -69,7 +75,7 @@ class Room:
         return self.client
 
     def make(self, **options: Any) -> Reuse:
-        engine: Any = SimpleNamespace(info=SimpleNamespace(model="m"), pixel_digests=lambda: lambda job: "pixels")
+        engine: Any = SimpleNamespace(info=SimpleNamespace(model="m"), pixel_digests=lambda: self.digest)
         deliveries: Any = SimpleNamespace(aside=self.aside, on_free=lambda: None)
         options = {"count": lambda outcome: self.counts.update([outcome]), **options}
         return Reuse(engine, Ledger(self.connect, Keys()), self.store, deliveries, **options)
@@ -319,6 +325,14 @@ def test_a_pointer_ends_before_the_image(room, expires_s, least, most):
     room.run(room.make(expires_s=expires_s), "one")
     (key,) = room.client.keys()
     assert least < room.client.ttl(key) <= most
+
+
+def test_a_job_whose_key_cannot_be_made_is_drawn(room, caplog):
+    reuse = room.make()
+    room.digests = TypeError("no rule")
+    assert not room.run(reuse, "one").reused
+    assert "task one has no reuse key" in caplog.text
+    assert room.client.keys() == []
 
 
 def test_an_image_that_took_longer_to_store_than_images_are_kept_is_not_pointed_to(room):

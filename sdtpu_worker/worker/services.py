@@ -8,7 +8,7 @@ has to be changed in kombu, in Celery's app or in the Python process is changed 
             ├─ deliveries ◀──┬────── transport (claims), jobs (acknowledge, requeue, snapshots)
             │                ├────── lease (renew, sweep, load reports)
             │                └────── start recorder ◀── device loop
-            └─ serving: engine, device loop, image store
+            └─ serving: engine, device loop, image store, reuse
 """
 
 from __future__ import annotations

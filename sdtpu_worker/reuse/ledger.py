@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LEAD_S = 6.0
 """Seconds that a lead lasts without renewal: after a worker's death another job draws the image."""
 HANDED_OVER_S = 60.0
-"""Seconds that the lead of a job lasts which is handed over: its message is the first of its queue."""
+"""Seconds that the lead of a job lasts which is handed over with a snapshot: its message is the first of its queue."""
 
 
 class Ledger:

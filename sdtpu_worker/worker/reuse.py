@@ -25,7 +25,7 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.device_loop.protocols import ServableJob, ServingEngine
 from sdtpu_worker.device_loop.submission import JobCancelled, JobHandedOver, JobOverdue
-from sdtpu_worker.errors import ConfigurationError, EngineUnavailable
+from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations.prompt_guard import describe
 from sdtpu_worker.reuse.leads import Leads
 from sdtpu_worker.reuse.ledger import HANDED_OVER_S, Ledger
@@ -48,6 +48,8 @@ _MOST_WAIT_S = 600.0
 _DISTRUST_S = 10.0
 """How long jobs run without asking after Redis did not answer one of them."""
 _FEWEST_FOLLOWERS, _FOLLOWERS_PER_SLOT = 32, 4
+_MOST_GONE = 3
+"""Pointers to images that are gone, after which a job runs by itself."""
 _DAY_S = 86_400.0
 _SHARE_TO_SPARE, _MOST_TO_SPARE_S = 0.1, 60.0  # of its image's life that a pointer ends earlier
 
@@ -128,8 +130,8 @@ class Reuse:
             self.leads.add(key, lead)
         try:
             yield Turn(found, lambda drawn, began_at: self._keep(entry, drawn, began_at))
-        except (JobHandedOver, EngineUnavailable):
-            is_handed_over = True
+        except JobHandedOver as end:
+            is_handed_over = end.snapshot is not None
             raise
         finally:
             self.leads.remove(key, lead)
@@ -159,6 +161,7 @@ class Reuse:
     ) -> tuple[str, Drawn | None]:
         """Enter until something is decided; return the outcome, and the image of a job that need not draw."""
         until, publish = time.monotonic() + _MOST_WAIT_S, entry.publisher(self._progress_s)
+        num_gone = 0
         while True:
             mine = entry.lead()
             pointer, other = self._ledger.enter(entry.key, mine)
@@ -167,9 +170,10 @@ class Reuse:
                     return ("waited" if entry.waits else "stored"), found
                 self._count("gone")
                 self._ledger.forget(entry.key, pointer)
-                pointer, other = self._ledger.enter(entry.key, mine)
-                if pointer:  # another one meanwhile, or one that cannot be removed
-                    return "beside", None
+                num_gone += 1
+                if num_gone < _MOST_GONE:
+                    continue
+                return "beside", None  # what is there cannot be removed; this job's own pointer replaces it
             leader = Lead.from_bytes(other)
             if not other:
                 entry.leads = True
@@ -261,7 +265,7 @@ class NoReuse:
 
 
 def followers_for(num_slots: int) -> int:
-    """Return how many jobs of a worker may follow at the same time: each has a thread, and a connection to Redis."""
+    """Return how many jobs of a worker may follow at the same time: each has a thread."""
     return max(_FEWEST_FOLLOWERS, _FOLLOWERS_PER_SLOT * num_slots)
 
 

@@ -242,13 +242,22 @@ def test_when_a_leader_ends_without_an_image_a_waiting_job_draws(room, error):
 
 def test_the_lead_of_a_job_that_is_handed_over_waits_for_the_next_worker(room):
     reuse, next_worker = room.make(), room.make()
+    snapshot: Any = object()
     with pytest.raises(JobHandedOver), room.turn(reuse, "leader"):
-        raise JobHandedOver
+        raise JobHandedOver(snapshot)
     thread, ends = follow(room, reuse)
     assert not room.run(next_worker, "leader", snapshot=b"it continues").reused
     thread.join(5)
     assert ends[0].reused
     assert room.counts == {"drawn": 2, "waited": 1}
+
+
+def test_a_job_that_is_handed_over_before_its_first_step_gives_up_the_lead(room):
+    reuse = room.make()
+    with pytest.raises(JobHandedOver), room.turn(reuse, "leader"):
+        raise JobHandedOver
+    assert not room.run(reuse, "another").reused
+    assert room.counts == {"drawn": 2}
 
 
 def test_a_job_with_a_snapshot_waits_for_nobody(room):

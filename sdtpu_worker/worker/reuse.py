@@ -102,6 +102,7 @@ class Reuse:
         control: JobControl,
         record: JobRecord,
         is_draining: Callable[[], bool],
+        stage: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> Iterator[Turn]:
         """Give a prepared job its turn: it waits here while an equal one draws, and has the lead in the block.
 
@@ -112,6 +113,7 @@ class Reuse:
             control: what its caller wants besides.
             record: of the job.
             is_draining: whether the worker takes no more jobs.
+            stage: measures the part `reuse` of the job: finding an image, and waiting for one.
 
         Raises:
             JobCancelled, JobOverdue, JobHandedOver: as the device loop does, while the job waits.
@@ -124,7 +126,8 @@ class Reuse:
             yield Turn()
             return
         entry = Entry(key, job, request.image_format, text, control, record)
-        found = self._find(entry, is_draining)
+        with stage("reuse"):
+            found = self._find(entry, is_draining)
         is_handed_over, lead = False, entry.lead
         if entry.leads:
             self.leads.add(key, lead)

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ class Serving:
             job = self.engine.prepare(task_id, request, self._open_pictures(request))
         parameters, options = self._parameters(job, request), request.options()
         text = {**parameters, **options}
-        with self._reuse.turn(job, request, text, control, record, self._is_draining) as turn:
+        stage = partial(self._stage, record=record)
+        with self._reuse.turn(job, request, text, control, record, self._is_draining, stage) as turn:
             drawn = turn.found or self._draw(job, request.image_format, text, control, record)
             image = self._store(job, request.image_format, drawn, turn, record)
         stored_at = record.stored_at = time.monotonic()

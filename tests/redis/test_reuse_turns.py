@@ -89,11 +89,18 @@ class Room:
             turn.keep(drawn, time.monotonic())
         return drawn
 
-    def turn(self, reuse: Reuse, task_id: str, request: GenerationRequest | None = None, **control: Any) -> Any:
-        request = request or GenerationRequest("a", seed=1)
+    def turn(
+        self,
+        reuse: Reuse,
+        task_id: str,
+        request: GenerationRequest | None = None,
+        record: JobRecord | None = None,
+        **control: Any,
+    ) -> Any:
+        request, record = request or GenerationRequest("a", seed=1), record or JobRecord(task_id)
         job: Any = SimpleNamespace(task_id=task_id, lane=LANE, num_steps=4, parameters={"num_inference_steps": 4})
         return reuse.turn(
-            job, request, text_of(request), JobControl(**control), JobRecord(task_id), lambda: self.drains
+            job, request, text_of(request), JobControl(**control), record, lambda: self.drains, record.stage
         )
 
     @staticmethod
@@ -266,6 +273,25 @@ def test_a_job_with_a_snapshot_waits_for_nobody(room):
         assert not room.run(reuse, "resumed", snapshot=b"x").reused
     assert room.counts == {"drawn": 1, "beside": 1}
     assert room.run(reuse, "another", snapshot=b"x").reused, "an image is better than a snapshot"
+
+
+def test_the_time_that_a_job_waits_is_measured(room):
+    reuse, record, turned = room.make(), JobRecord("waiting"), threading.Event()
+
+    def wait() -> None:
+        with room.turn(reuse, "waiting", record=record):
+            turned.set()
+
+    with room.turn(reuse, "leader"):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        wait_until(lambda: room.aside, "the job to wait")
+        time.sleep(0.3)
+        assert not turned.is_set()
+    thread.join(5)
+    assert turned.is_set()
+    started_at, ended_at = record.stages["reuse"]
+    assert ended_at - started_at >= 0.3
 
 
 def test_only_so_many_jobs_wait(room):

@@ -160,6 +160,17 @@ def test_an_image_that_is_gone_or_another_one_is_drawn_again(room, stored):
     assert room.run(reuse, "three").reused
 
 
+@pytest.mark.parametrize("verdict", [None, False, True])
+def test_the_safety_checkers_verdict_and_the_place_go_with_the_image(room, verdict):
+    reuse, place = room.make(), BatchPlace(3, 1, 5, 16)
+    with room.turn(reuse, "one") as turn:
+        drawn = Drawn(room.image(GenerationRequest("a", seed=1)), verdict, place)
+        room.store.data["memory:one.png"] = drawn.data
+        turn.keep(drawn, time.monotonic())
+    found = room.run(reuse, "two")
+    assert (found.nsfw, found.batch, found.reused) == (verdict, place, True)
+
+
 def test_a_pointer_to_another_jobs_image_gives_nothing_away(room):
     reuse, other = room.make(), GenerationRequest("somebody else's", seed=1)
     room.run(reuse, "one")

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sdtpu_worker.models.vector_memory import vector_memory
+
 _SQRT_HALF = 0.5**0.5
 
 
@@ -55,6 +57,9 @@ def gated_feed_forward(
         flat = jnp.pad(flat, ((0, spare), (0, 0)))
     rows = len(flat)
 
+    blocks = [((block_rows, features), x.dtype)] * 2 + [(each.shape, x.dtype) for each in (weight_in, weight_out)]
+    memory = vector_memory(blocks, block_rows * 2 * inner)
+
     def whole(array: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(array.shape, lambda i: (0, 0))
 
@@ -67,7 +72,7 @@ def gated_feed_forward(
         in_specs=[block, *map(whole, fixed)],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct((rows, features), x.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=100 * 2**20),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=memory),
         interpret=interpret,
         name="gated_feed_forward",
     )(flat, *fixed)

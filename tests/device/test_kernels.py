@@ -32,6 +32,7 @@ from sdtpu_worker.models.layers import GroupNorm, LayerNorm
 from sdtpu_worker.models.network import Network
 from sdtpu_worker.models.selection import Selection, current_selection, selecting
 from sdtpu_worker.models.transformer import FeedForward
+from sdtpu_worker.models.vector_memory import vector_memory
 from tests.device.test_models import TOLERANCE, draw_params, error, golden
 from tests.support import model_variants as variants
 
@@ -359,3 +360,11 @@ def test_a_group_norm_by_channel_gives_what_the_norm_gives():
     with selecting(Selection("tpu")):
         got = network(params, x)
     assert error(got, np.asarray(wanted)) < 1e-6
+
+
+def test_a_kernel_asks_for_the_vector_memory_that_it_needs():
+    mebibytes = 2**20
+    assert vector_memory([((16, 128), jnp.bfloat16)], 16 * 128) == 16 * mebibytes  # as much as without asking
+    # Two of each block, since the next one is fetched meanwhile, and three scores in flight at ten bytes a number.
+    assert vector_memory([((4096, 768), jnp.bfloat16)], 256 * 4096) == 2 * 6 * mebibytes + 30 * mebibytes
+    assert vector_memory([((4096, 768), jnp.bfloat16)], 2**30) == 100 * mebibytes

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sdtpu_worker.models.attention.tpu_kernel import Packing, attend_group
+from sdtpu_worker.models.vector_memory import vector_memory
 
 
 def fused_attention(
@@ -59,6 +60,10 @@ def fused_attention(
     def whole(array: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(array.shape, lambda b, i: (0, 0))
 
+    key_rows = keys_values.shape[1]
+    blocks = [((block_queries, features), x.dtype)] * 2 + [((key_rows, 2 * packing.width), x.dtype)]
+    blocks += [(each.shape, x.dtype) for each in (weight_q, weight_out)]
+    memory = vector_memory(blocks, block_queries * max(key_rows, packing.width))
     block = pl.BlockSpec((1, block_queries, features), lambda b, i: (b, i, 0))
     weight, bias, bias_of_out = (each.astype(jnp.float32)[None] for each in (norm_weight, norm_bias, bias_out))
     out: jax.Array = pl.pallas_call(
@@ -75,9 +80,7 @@ def fused_attention(
         ],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=100 * 2**20
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=memory),
         interpret=interpret,
         name="fused_attention",
     )(x, weight, bias, weight_q, keys_values, weight_out, bias_of_out)

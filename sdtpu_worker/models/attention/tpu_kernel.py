@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sdtpu_worker.models.vector_memory import vector_memory
+
 LANES = 128
 _LOWEST = -1e30  # a score of this vanishes in the softmax; an infinity would make NaN of its difference with itself
 
@@ -129,6 +131,8 @@ def packed_attention(
     def block(rows: int, offset: int, follows_queries: bool) -> pl.BlockSpec:
         return pl.BlockSpec((1, rows, lanes), lambda b, g, i: (b, i if follows_queries else 0, g + offset))
 
+    blocks = [((rows, lanes), queries.dtype) for rows in (block_queries, key_rows, key_rows, block_queries)]
+    memory = vector_memory(blocks, block_queries * key_rows) + with_lse * 8 * block_queries * lanes
     shapes = [jax.ShapeDtypeStruct((batch, num_queries, packing.width), values.dtype)]
     shapes += [jax.ShapeDtypeStruct(shapes[0].shape, jnp.float32)] * with_lse
     found = pl.pallas_call(
@@ -142,7 +146,7 @@ def packed_attention(
         out_specs=[block(block_queries, 0, True)] * len(shapes),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 * 2**20
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=memory
         ),
         interpret=interpret,
         name="packed_attention",

@@ -368,3 +368,20 @@ def test_a_kernel_asks_for_the_vector_memory_that_it_needs():
     # Two of each block, since the next one is fetched meanwhile, and three scores in flight at ten bytes a number.
     assert vector_memory([((4096, 768), jnp.bfloat16)], 256 * 4096) == 2 * 6 * mebibytes + 30 * mebibytes
     assert vector_memory([((4096, 768), jnp.bfloat16)], 2**30) == 100 * mebibytes
+
+
+def test_a_gpu_gets_cudnns_attention_and_the_same_result(monkeypatch):
+    asked = []
+
+    def instead(q, k, v, implementation):
+        asked.append(implementation)
+        return real(q, k, v, implementation="xla")
+
+    real = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    x = draw(9, 2, 512, 64).astype(jnp.bfloat16)
+    wanted = run_layer(2, 32, False, x, x, Selection("cpu"))
+    assert not asked
+    got = run_layer(2, 32, False, x, x, Selection("gpu"))
+    assert asked == ["cudnn"]
+    assert error(got.astype(jnp.float32), np.asarray(wanted, np.float32)) < 2**-6

@@ -24,6 +24,7 @@ from sdtpu_worker.config_values import (
     parse_origins,
     parse_queue,
     parse_resolutions,
+    parse_reuse,
     parse_seconds,
     parse_slots,
     parse_switch,
@@ -151,6 +152,12 @@ SETTINGS = (
         " it is off, every job keeps its slot to its end",
     ),
     Setting(
+        "sdtpu_reuse", "off", parse_reuse,
+        "Whether the stored image of a finished job answers an equal one, and equal jobs in flight are drawn once:"
+        " `off`; `on`, among jobs of the same tenant; `across_tenants`, among all jobs. All workers of a queue should"
+        " have the same value",
+    ),
+    Setting(
         "sdtpu_progress_s", 0.5, parse_seconds(0, 3600),
         "Seconds between two PROGRESS states of a running job; 0 publishes none",
     ),
@@ -266,8 +273,9 @@ SETTINGS = (
     ),
     Setting(
         "sdtpu_compile_cache", "auto", parse_text,
-        "The folder of JAX's persistent compilation cache. `auto` is `~/.cache/sdtpu_worker/xla`; with `off` every"
-        " start compiles anew",
+        "The folder of compiled programs: JAX's persistent compilation cache, and in `programs/` whole programs, which"
+        " a start loads without tracing; those hold machine code, so that nobody but the worker's user and root may be"
+        " able to write the folder. `auto` is `~/.cache/sdtpu_worker/xla`; with `off` every start compiles anew",
     ),
 )  # fmt: skip
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
@@ -295,6 +303,7 @@ class Config:
     vae_tiling: str
     tick_s: float
     preemption: bool
+    reuse: str
     progress_s: float
     preview_every: int
     trace: str | None

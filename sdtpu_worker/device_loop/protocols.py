@@ -11,7 +11,7 @@ are typed `Any`, and what an engine returns is typed by what the loop and the wo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -197,8 +197,9 @@ class EngineInfo:
         slots_per_device: rows of one device's batch.
         phases_per_tick: the most phases that a device runs in one tick.
         resolutions: the lanes that have programs.
-        trace_s, compile_s: seconds that tracing and compiling the programs took.
-        cache_hits, cache_misses: programs that came from the persistent compilation cache, and that did not.
+        load_s, trace_s, compile_s: seconds that loading kept programs took, and tracing and compiling the others.
+        kept_programs: programs that an earlier start kept, which were only loaded.
+        cache_hits, cache_misses: of the others, those that came from the persistent compilation cache, and the rest.
         default_steps: denoising steps of a request that names none.
         loras: `(name, weight)` of those that are merged into the model; jobs may name more.
     """
@@ -212,8 +213,10 @@ class EngineInfo:
     slots_per_device: int
     phases_per_tick: int
     resolutions: tuple[Lane, ...]
+    load_s: float = 0.0
     trace_s: float = 0.0
     compile_s: float = 0.0
+    kept_programs: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
     default_steps: int = DEFAULT_STEPS
@@ -254,6 +257,12 @@ class ServingEngine(DeviceEngine, Protocol):
 
         Raises:
             InvalidRequest: this engine does not serve the request.
+        """
+
+    def pixel_digests(self) -> Callable[[Any], str]:
+        """Return what gives a digest of everything that decides a prepared job's pixels; may take some seconds.
+
+        Jobs with equal ones have equal pixels, bit for bit, on every engine that gives them.
         """
 
     def read_snapshot(self, data: bytes, job: Any) -> Snapshot:

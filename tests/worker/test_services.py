@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +37,7 @@ class WarmEngine(FakeEngine):
     def __init__(self) -> None:
         super().__init__(costs={LANE: TickCosts(2, Cost(0.001))})
         self.traces_since_ready = 0
-        self.is_closed = False
+        self.is_closed = self.weights_were_read = False
         self.info = EngineInfo(
             model="fake", default_sampler="ddim", dtype="int", platform="cpu", device_kind="fake", num_devices=2,
             slots_per_device=1, phases_per_tick=2, resolutions=(LANE,),
@@ -43,6 +45,10 @@ class WarmEngine(FakeEngine):
 
     def prepare(self, task_id: str, request: GenerationRequest, pictures: Any) -> Any:
         return FakeJob(task_id, request.with_defaults("ddim").num_inference_steps, LANE)
+
+    def pixel_digests(self) -> Any:
+        self.weights_were_read = True
+        return lambda job: job.task_id
 
     def check_safety(self, pixels: Any) -> None: ...
 
@@ -70,12 +76,18 @@ def make_parts(engine: Any) -> Any:
     return SimpleNamespace(make_engine=make_engine, make_store=make_image_store, make_policy=make_aggregator)
 
 
+def in_a_thread(look: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(look).result()
+
+
 def facts_of_the_process(app: Celery) -> dict[str, Any]:
     """Return everything that a device worker may change outside its own object."""
     return {
         "transports": dict(kombu_transports.TRANSPORT_ALIASES),
         "settings": {name: app.conf[name] for name in app.conf},
         "connections": vars(app.amqp).get("Connection"),
+        "the result backend of another thread": in_a_thread(lambda: id(app._backend)),
         "log records": logging.getLogRecordFactory(),
         "garbage collection": (gc.get_threshold(), gc.get_freeze_count()),
         "receivers": len(signals.task_internal_error.receivers or ()),
@@ -104,6 +116,44 @@ def test_a_start_that_fails_leaves_nothing_behind(app, error):
     with pytest.raises(type(error)):
         services.start(make_parts(error))
     wait_until(lambda: facts_of_the_process(app) == before)
+
+
+def test_the_threads_of_jobs_share_one_result_backend_and_its_connections(app):
+    own = app.backend
+    services = DeviceServices(app, "a-host", read_config(app.conf))
+    services.start(make_parts(WarmEngine()))
+    try:
+        shared = in_a_thread(lambda: app.backend)
+        assert in_a_thread(lambda: app.tasks["sdtpu.generate"].backend) is shared is app.backend
+    finally:
+        services.stop(is_stuck=False)
+    assert app.backend is own, "what waits for ever in a worker is not left to the process"
+    assert in_a_thread(lambda: app.backend) is not shared
+
+
+def test_reuse_reads_the_weights_at_the_start_and_its_thread_ends_with_the_worker(app, monkeypatch):
+    monkeypatch.setenv("SDTPU_REUSE", "on")
+    before = facts_of_the_process(app)
+    services = DeviceServices(app, "a-host", read_config(app.conf))
+    engine = WarmEngine()
+    services.start(make_parts(engine))
+    assert engine.weights_were_read
+    assert services.serving.most_followers == 32
+    assert "sdtpu-reuse" in facts_of_the_process(app)["threads"]
+    services.stop(is_stuck=False)
+    wait_until(lambda: facts_of_the_process(app) == before)
+
+
+def test_reuse_is_refused_before_anything_is_loaded_where_the_broker_is_not_redis(monkeypatch):
+    monkeypatch.setenv("SDTPU_REUSE", "across_tenants")
+    app = install(Celery("services", broker="memory://", backend="cache+memory://", set_as_current=False))
+    loaded: list[Any] = []
+    parts = make_parts(WarmEngine())
+    parts.make_engine = loaded.append
+    with pytest.raises(ConfigurationError, match=r"sdtpu_reuse must be off .* got across_tenants"):
+        DeviceServices(app, "a-host", read_config(app.conf)).start(parts)
+    assert loaded == []
+    app.close()
 
 
 def test_a_health_address_that_is_taken_is_found_before_anything_is_loaded(app):

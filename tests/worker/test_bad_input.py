@@ -126,8 +126,12 @@ def bad_input() -> list[tuple[dict[str, Any], str]]:
 def test_bad_input_of_every_kind_fails_its_own_job_and_its_neighbours_draw_what_they_draw_alone(app, worker):
     app.backend.client.set("sdtpu:image:empty", b"", ex=600)
     app.backend.client.set("sdtpu:image:huge", bytes(MAX_PICTURE_BYTES + 1), ex=600)
-    brings = [{}, {"image": a_picture(), "strength": 0.5}, {"image": a_picture(), "mask_image": a_mask()},
-              {"loras": [("good", 0.5)]}]  # fmt: skip
+    brings: list[dict[str, Any]] = [
+        {},
+        {"image": a_picture(), "strength": 0.5},
+        {"image": a_picture(), "mask_image": a_mask()},
+        {"loras": [("good", 0.5)]},
+    ]
 
     def send_good(number: int) -> Any:
         return generate.delay(PROMPT, seed=number % len(brings), num_inference_steps=10, **brings[number % len(brings)])

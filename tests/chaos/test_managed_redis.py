@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_a_worker_takes_over_in_a_redis_that_a_service_runs(tmp_path: Path, serv
         app = stack.enter_context(client_app(url))
         fleet = stack.enter_context(Fleet(url, tmp_path, **WORKER))
         _, took_s = kill_and_take_over(fleet, admin)
-        figures = read_figures(app)
+        figures: dict[str, Any] = dict(read_figures(app))
         assert figures["sdtpu_requests_held"][("sdtpu",)] == 0
         assert bool(figures["sdtpu_redis_memory_bytes"]) == (not login)  # INFO is a dangerous command
         text = fleet.workers[0].text()
@@ -79,7 +80,7 @@ def test_a_worker_takes_over_in_a_redis_that_a_service_runs(tmp_path: Path, serv
 @pytest.mark.parametrize("may_ask", [True, False])
 def test_a_redis_cluster_is_refused_by_worker_and_client_in_a_line(tmp_path: Path, may_ask: bool) -> None:
     user = "app on >secret ~* &* +@all" + ("" if may_ask else " -@dangerous")
-    options = {"cluster-enabled": "yes", "user": ["default on >root ~* &* +@all", user]}
+    options: dict[str, str | list[str]] = {"cluster-enabled": "yes", "user": ["default on >root ~* &* +@all", user]}
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(RedisServer(options, login=":root"))
         with contextlib.closing(server.client()) as admin:

@@ -30,8 +30,13 @@ from tests.support.paths import ROOT
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 _WRITTEN_BY_STEPS = ("etc", "home", "srv", "var/cache", "venv")
-_ACCOUNTS = ("passwd", "group", "shadow", "gshadow")
-_ETC = (*_ACCOUNTS, "login.defs", "default", "skel", "ssl", "nsswitch.conf", "hosts", "localtime")
+_ACCOUNTS = {
+    "passwd": "root:x:0:0:root:/root:/bin/sh\n",
+    "group": "root:x:0:\n",
+    "shadow": "root:*:20000:0:99999:7:::\n",
+    "gshadow": "root:*::\n",
+}
+_ETC = ("login.defs", "default", "skel", "nsswitch.conf", "hosts", "localtime")
 
 
 def find_bubblewrap() -> str:
@@ -225,10 +230,8 @@ class Image:
                 shutil.copytree(source, target, symlinks=True)
             elif source.exists():
                 shutil.copy(source, target)
-        for name in _ACCOUNTS:
-            path = self.folder / "etc" / name
-            if path.exists():
-                path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if "sdtpu" not in line))
+        for name, text in _ACCOUNTS.items():
+            (self.folder / "etc" / name).write_text(text)
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(self.folder / "venv")], check=True)
         packages = self.folder / "venv" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
         (packages / "of_the_tests.pth").write_text("".join(f"{path}\n" for path in self._packages()))

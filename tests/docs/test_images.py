@@ -26,7 +26,7 @@ from tests.support.waiting import wait_until
 
 COMPOSE = ROOT / "docker" / "compose.yaml"
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 
 def interpolate(value: Any, env: Mapping[str, str]) -> Any:

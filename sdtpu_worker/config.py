@@ -78,9 +78,10 @@ SETTINGS = (
     ),
     Setting(
         "sdtpu_loras_merged", (), parse_loras,
-        "LoRAs to merge into the checkpoint when the worker starts: `.safetensors` files, folders with one, or names on"
-        " the hub (`owner/name` or `owner/name/file.safetensors`), each with a weight after an equals sign (1 without),"
-        " with commas between them, or pairs of name and weight. Results name them",
+        "LoRAs to merge into the checkpoint when the worker starts: `.safetensors` files, folders with one, names on"
+        " the hub (`owner/name` or `owner/name/file.safetensors`) or `embedded-outline`, which the package brings for"
+        " its checkpoint; each with a weight after an equals sign (1 without), with commas between them, or pairs of"
+        " name and weight. Results name them",
     ),
     Setting(
         "sdtpu_loras", None, parse_lora_sources,
@@ -252,6 +253,11 @@ SETTINGS = (
         "Whether a door without keys serves callers on other machines too, all as one caller",
     ),
     Setting(
+        "sdtpu_http_metrics_keys", (), parse_http_keys,
+        "Who may read the door's `/metrics`, each with the SHA-256 of its key, as `sdtpu key` prints them. They open"
+        " nothing else, and a key of `sdtpu_http_keys` does not open `/metrics`",
+    ),
+    Setting(
         "sdtpu_http_cors_origins", (), parse_origins,
         "The origins whose web pages may use the door from a browser, like `https://shop.example`. Not set, none may",
     ),
@@ -329,6 +335,7 @@ class Config:
     http_address: tuple[str, int]
     http_keys: tuple[HttpKey, ...] = field(repr=False)
     http_open: bool
+    http_metrics_keys: tuple[HttpKey, ...] = field(repr=False)
     http_cors_origins: tuple[str, ...]
     http_webhook_origins: tuple[str, ...]
     http_webhook_secret: str | None = field(repr=False)

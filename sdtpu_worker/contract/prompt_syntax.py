@@ -35,7 +35,7 @@ _SIGN = re.compile(
     r"\\[\\()\[\]]?|[()\[]|:\s*(?P<weight>[+-]?[.\d]+)\s*\)|:\s*[+-]?[.\d]+\s*(?P<edit>\])|\]|\||[^\\()\[\]:|]+|:",
     re.ASCII,
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 _LORA = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 _AND = re.compile(r"\bAND\b")
 
@@ -127,8 +127,10 @@ def _read_brackets(name: str, prompt: str) -> tuple[list[str | None], list[_Brac
         elif sign[0] == "\\":
             texts.append(sign[1:])
         else:
-            for number, text in enumerate(_BREAK.split(sign)):
-                texts += [text] if not number else [None, text]
+            before, *after = _BREAK.split(sign)
+            texts.append(before.rstrip() if after else before)
+            for number, text in enumerate(after, start=1):
+                texts += [None, text.strip() if number < len(after) else text.lstrip()]
     for sign, power in (("(", 1), ("[", -1)):
         brackets += [_Bracket(first, len(texts), power) for first in opened[sign]]
     return texts, brackets

@@ -9,7 +9,6 @@ import numpy as np
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.plan import Lane, Phase, Place, Plan
-from sdtpu_worker.contract.request import MAX_STEPS
 from sdtpu_worker.diffusion import previews
 from sdtpu_worker.diffusion.adapters import JobAdapters
 from sdtpu_worker.diffusion.engine import Engine
@@ -82,10 +81,11 @@ def _measure_costs(engine: Engine, lane: Lane) -> TickCosts:
 
 
 def _long_job(engine: Engine, lane: Lane) -> PreparedJob:
-    """Return a job whose prompt has as many windows as there may be, and that no calibration brings to its end."""
-    request, pictures = plain_request(engine.checkpoint.family, lane, _TASK_ID, 0, MAX_STEPS)
+    """Return a job whose prompt has as many windows as there may be, for as many steps as are measured."""
+    request, pictures = plain_request(engine.checkpoint.family, lane, _TASK_ID, seed=0, steps=1)
     prompt = " BREAK ".join([_TASK_ID] * engine.checkpoint.prompt_windows)
-    return engine.prepare(_TASK_ID, replace(request, prompt=prompt, prompt_syntax="weighted"), pictures)
+    request = replace(request, prompt=prompt, prompt_syntax="weighted")
+    return replace(engine.prepare(_TASK_ID, request, pictures), num_steps=2 * _STEPS)
 
 
 def _adapters_s(engine: Engine, job: PreparedJob, count: int = 2) -> float:

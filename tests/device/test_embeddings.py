@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
 from sdtpu_worker.diffusion.loading.embeddings import Embeddings, read_embeddings
 from sdtpu_worker.diffusion.prompt_inputs import Prompt, read_prompts
@@ -18,6 +19,7 @@ from tests.support.random_weights import random_weights
 from tests.support.tiny_configs import SHIPPED, TEXT_2
 
 SD, XL = {"text_encoder": 32}, {"text_encoder": 32, "text_encoder_2": 16}
+TABLE = "text_model.embeddings.token_embedding.weight"
 ONES = np.ones((2, 32), np.float32)
 
 
@@ -137,13 +139,17 @@ def test_what_is_too_large_for_the_dtype_is_refused():
 
 
 def test_the_shipped_checkpoint_takes_a_word(tmp_path):
-    width = load_checkpoint("embedded").family.width
+    table = load_checkpoint("embedded").params["text_encoder"][TABLE]
+    width = table.shape[1]
     save_file({"emb_params": np.ones((2, width), np.float32)}, tmp_path / "moodring.safetensors")
     options = LoadOptions(embeddings={"moodring": str(tmp_path / "moodring.safetensors")})
     checkpoint = load_checkpoint("embedded", jnp.bfloat16, options)
-    table = checkpoint.params["text_encoder"]["text_model.embeddings.token_embedding.weight"]
-    ids = checkpoint.family.tokenizer.ids("MoodRing")
-    np.testing.assert_array_equal(table[ids].astype(np.float32), np.ones((2, width)))
+    request = GenerationRequest("MoodRing", seed=1, guidance_scale=2.0)
+    inputs, _ = checkpoint.family.make_inputs(request, checkpoint.family.default_size)
+    ids = inputs["prompt_ids"][1, 0, 1:3]
+    assert list(ids) == [len(table), len(table) + 1]
+    found = checkpoint.params["text_encoder"][TABLE][ids]
+    np.testing.assert_array_equal(found.astype(np.float32), np.ones((2, width)))
     assert [word for word, _ in checkpoint.embeddings] == ["moodring"]
 
 
@@ -188,9 +194,8 @@ def test_the_pooled_state_is_at_the_end_of_the_text_whatever_words_stand_before_
     config = read_clip_text_config({**TEXT_2, "eos_token_id": 2})
     network = networks.text_encoder(config, projection=True)
     params = {name: jnp.asarray(array) for name, array in random_weights(network.shapes).items()}
-    table = "text_model.embeddings.token_embedding.weight"
     vocabulary = config.vocab_size
-    params[table] = jnp.concatenate([params[table], params[table][5:6]])
+    params[TABLE] = jnp.concatenate([params[TABLE], params[TABLE][5:6]])
     ids = np.full((2, 9), vocabulary - 1, np.int32)
     ids[:, :4] = [[vocabulary - 2, 7, 5, 8], [vocabulary - 2, 7, vocabulary, 8]]  # the same vector by both ids
     states = network(params, jnp.asarray(ids))

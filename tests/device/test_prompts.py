@@ -26,6 +26,7 @@ from tests.support.weighted_cases import MODELS, WINDOWS, WORDS, embedding_tenso
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = weighted_cases.cases()
+PLAIN_AND_NOT: list[dict[str, Any]] = [{"prompt_syntax": "plain"}, {"prompt_syntax": "weighted"}]
 KINDS: list[dict[str, Any]] = [
     {},
     {"prompt": "a (red:1.4) circle"},
@@ -111,7 +112,7 @@ def test_weighted_long_and_plain_jobs_draw_together_what_they_draw_alone_and_not
 
 
 def test_a_weighted_prompt_without_weights_draws_what_the_plain_one_draws(engine):
-    plain, weighted = (run_alone(engine, ask(engine, **kind), 0, 0, [6]).pixels for kind in ({}, {"seed": 5}))
+    plain, weighted = (run_alone(engine, ask(engine, seed=5, **kind), 0, 0, [6]).pixels for kind in PLAIN_AND_NOT)
     np.testing.assert_array_equal(plain, weighted)
 
 
@@ -121,7 +122,11 @@ def sd(devices, compile_cache, tmp_path_factory) -> Engine:
 
 
 def test_a_long_prompt_parks_and_resumes_elsewhere_bit_for_bit_and_no_other_job_resumes_from_it(sd):
-    asked = {"prompt": "a (red:1.3) circle BREAK a star", "negative_prompt": "black", "num_inference_steps": 8}
+    asked: dict[str, Any] = {
+        "prompt": "a (red:1.3) circle BREAK a star",
+        "negative_prompt": "black",
+        "num_inference_steps": 8,
+    }
     job = ask(sd, **asked)
     whole = run_alone(sd, job, 0, 0, [8]).pixels
     run_alone(sd, job, 0, 1, [3])

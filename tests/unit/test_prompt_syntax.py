@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -136,7 +137,7 @@ def test_a_text_without_signs_is_itself(prompt):
 
 
 def test_a_request_reads_its_prompts_at_the_client():
-    asked = {"prompt": "a (fox:1.2)", "prompt_syntax": "weighted"}
+    asked: dict[str, Any] = {"prompt": "a (fox:1.2)", "prompt_syntax": "weighted"}
     request = GenerationRequest(**asked)
     assert request.options() == {"prompt_syntax": "weighted"}
     assert GenerationRequest("a (fox:1.2.3) AND").options() == {}

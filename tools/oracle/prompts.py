@@ -113,7 +113,7 @@ def _give_mask(unet: torch.nn.Module, mask: torch.Tensor) -> None:
         its = mask if len(sample) == 2 else mask[1:]
         return forward(sample, *args, **kwargs, encoder_attention_mask=its)
 
-    unet.forward = masked  # type: ignore[method-assign]  # the pipeline does not pass a mask on
+    unet.forward = masked  # the pipeline does not pass a mask on
 
 
 def _encode(pipeline: Any, texts: tuple[str, str], skip: int, is_xl: bool) -> tuple[torch.Tensor, torch.Tensor]:

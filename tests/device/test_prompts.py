@@ -22,6 +22,7 @@ from sdtpu_worker.errors import InvalidRequest, SnapshotMismatch
 from tests.support import weighted_cases
 from tests.support.checkpoints import make_random_checkpoint
 from tests.support.engines import on_one_device, run_alone
+from tests.support.picture_cases import make_image, make_mask
 from tests.support.weighted_cases import MODELS, WINDOWS, WORDS, embedding_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -182,3 +183,26 @@ def test_one_window_leaves_no_trace_in_the_slots(sd):
     assert "windows" not in checkpoint.family.input_shapes()
     kept = sd.checkpoint.family.conditioning_shapes(size)
     assert kept["further_context"].shape == (WINDOWS - 1, 77, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["edit", "inpainting"])
+def test_models_that_see_a_picture_take_long_prompts_beside_plain_ones(model, devices, compile_cache, tmp_path):
+    make_random_checkpoint(tmp_path / "checkpoint", unet=dict(MODELS[model]))
+    checkpoint = load_checkpoint(str(tmp_path / "checkpoint"))
+    engine = Engine(checkpoint, devices[:2], 2, None, compile_cache)
+    pictures = {"image": make_image(0), **({"mask_image": make_mask(1)} if model == "inpainting" else {})}
+    kinds = [{"prompt": "a red circle"}, {"prompt": "a (red:1.3) circle BREAK a star", "prompt_syntax": "weighted"}]
+
+    def prepare(task_id: str, kind: dict[str, Any]) -> PreparedJob:
+        asked: dict[str, Any] = {"seed": 5, "num_inference_steps": 4, **kind, **dict.fromkeys(pictures, "redis:x")}
+        return engine.prepare(task_id, GenerationRequest(**asked), pictures)
+
+    jobs = [prepare(str(i), kind) for i, kind in enumerate(kinds * 3)]
+    together = generate(engine, jobs, steps_per_tick=2)
+    for i, kind in enumerate(kinds):
+        engine.reset()
+        alone = run_alone(engine, prepare("alone", kind), 1, 1, [4]).pixels
+        for image in together[i::2]:
+            np.testing.assert_array_equal(image.pixels, alone)
+    assert (together[0].pixels != together[1].pixels).any()

@@ -19,7 +19,6 @@ from sdtpu_worker.diffusion.loading.tensors import StoredTensor, some
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 from sdtpu_worker.redaction import brief
 
-SETTING = "sdtpu_embeddings"
 MOST_VECTORS = 75
 """Of a word: as many tokens as a window has."""
 _PICKLES = (".pt", ".bin", ".ckpt", ".pth")
@@ -67,7 +66,9 @@ class Embeddings:
             with np.errstate(over="ignore"):  # what becomes infinite is found below
                 rows[first : first + len(parts[part])] = parts[part].astype(table.dtype)
             if not np.isfinite(rows[first : first + len(parts[part])]).all():
-                raise InvalidCheckpoint(f"{SETTING}: {word} has NaN or infinity as {table.dtype.name}; take another")
+                raise InvalidCheckpoint(
+                    f"sdtpu_embeddings: {word} has NaN or infinity as {table.dtype.name}; take another"
+                )
             first += len(parts[part])
         return np.concatenate([table, rows])
 
@@ -88,7 +89,9 @@ def read_embeddings(sources: Mapping[str, str] | str | None, widths: Mapping[str
     folded: dict[str, str] = {}
     for word in files:
         if (other := folded.setdefault(word.casefold(), word)) != word:
-            raise ConfigurationError(f"{SETTING} must have words that differ, got {brief(other)} and {brief(word)}")
+            raise ConfigurationError(
+                f"sdtpu_embeddings must have words that differ, got {brief(other)} and {brief(word)}"
+            )
     vectors = {word: _read(word, path, widths) for word, path in sorted(files.items())}
     facts = []
     for word, parts in vectors.items():
@@ -105,11 +108,11 @@ def _find_files(sources: Mapping[str, str] | str | None) -> dict[str, Path]:
         for word, source in named.items():
             if source.endswith(_PICKLES):
                 raise _is_pickle(word, source)
-        return {word: find_lora(source, SETTING) for word, source in named.items()}
+        return {word: find_lora(source, "sdtpu_embeddings") for word, source in named.items()}
     folder = Path(sources).expanduser()
     if not folder.is_dir():
         raise ConfigurationError(
-            f"{SETTING} must be a folder, or words with sources like 'moodring=/models/moodring.safetensors', and there"
+            f"sdtpu_embeddings must be a folder, or words with sources like 'mood=/models/mood.safetensors', and there"
             f" is no folder {sources!r}"
         )
     for path in sorted(folder.iterdir()):
@@ -120,7 +123,8 @@ def _find_files(sources: Mapping[str, str] | str | None) -> dict[str, Path]:
 
 def _is_pickle(word: str, source: str) -> InvalidCheckpoint:
     return InvalidCheckpoint(
-        f"{SETTING}: {word} is {source}, a pickle, which can run code when it is opened, and is never read; {_REMEDY}"
+        f"sdtpu_embeddings: {word} is {source}, a pickle, which can run code when it is opened, and is never"
+        f" read; {_REMEDY}"
     )
 
 
@@ -133,7 +137,7 @@ def _read(word: str, path: Path, widths: Mapping[str, int]) -> dict[str, np.ndar
     try:
         tensors, _ = open_safetensors(path)
     except InvalidCheckpoint as exc:
-        raise InvalidCheckpoint(f"{SETTING}: {word} cannot be used: {exc}") from exc
+        raise InvalidCheckpoint(f"sdtpu_embeddings: {word} cannot be used: {exc}") from exc
     found = {part: _as_rows(word, path, tensor, widths[part]) for part, tensor in _by_part(word, path, tensors, widths)}
     counts = {len(rows) for rows in found.values()}
     if len(counts) > 1:
@@ -176,4 +180,4 @@ def _as_rows(word: str, path: Path, tensor: StoredTensor, width: int) -> np.ndar
 
 
 def _unusable(word: str, path: Path, why: str) -> InvalidCheckpoint:
-    return InvalidCheckpoint(f"{SETTING}: {word} cannot be used: {path}: {why}")
+    return InvalidCheckpoint(f"sdtpu_embeddings: {word} cannot be used: {path}: {why}")

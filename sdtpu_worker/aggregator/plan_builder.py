@@ -160,6 +160,8 @@ class PlanBuilder:
         windows = max((job.load.windows for job in slots if job), default=0)
         step_s = cost.step_of(controls, windows)
         steps = 0 if self._more_to_do_first(device) else self._steps(device, budget_s - elapsed_s, step_s)
+        if not (phases or decode or insert or steps) and self.steps:
+            steps = self._steps(device, step_s, step_s)  # one, though it takes longer than other devices work
         for job in slots:
             if job:
                 job.remaining -= min(steps, job.remaining)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
-from sdtpu_worker.aggregator.jobs import AGEING_S, EVERY_JOB, Eligibility, Load, Overdue, Terms
+from sdtpu_worker.aggregator.jobs import AGEING_S, EVERY_JOB, NO_LOAD, Eligibility, Load, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
 
@@ -653,3 +653,17 @@ def test_long_prompts_cost_their_own_device_more_and_the_plan_knows():
     assert (by_task["plain"].windows, by_task["plain"].windows_in) == (0, 0)
     assert by_task["plain"].steps > by_task["long"].steps
     assert plan.work_s == tuple(cost.of(phases) for phases in plan.devices)
+
+
+@pytest.mark.parametrize("load", [Load(windows=2), Load(controls=frozenset({0}))])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_job_whose_step_takes_longer_than_a_tick_goes_on_all_the_same(load, slots):
+    cost = Cost(1.0, insert_s=0.1, decode_s=0.5, control_s=(0.8,), window_s=0.4)
+    device = Device(Aggregator({LANES[0]: TickCosts(2, cost)}, slots, slots + 1, tick_s=0.1))
+    jobs = {f"{kind} {i}": each for i in range(4) for kind, each in (("plain", NO_LOAD), ("slow", load))}
+    for task_id, each in jobs.items():
+        device.policy.add(task_id, LANES[0], 6, 0.0, load=each)
+        device.steps_left[task_id] = 6
+    for _ in range(200):
+        device.tick()
+    assert device.ended == Counter(dict.fromkeys(jobs, 1))

@@ -150,6 +150,23 @@ class WorkerProcess:
         """Have it ask another worker, as Celery's mingle and inspect do."""
         self.spawn(f"ask-{len(self.actors)}", self._ask)
 
+    def pause(self, is_suspended: bool) -> None:
+        """Stop it where it stands.
+
+        Args:
+            is_suspended: its monotonic clock stands still too.
+        """
+        self.is_paused, self.is_suspended, self.paused_at = True, is_suspended, self.world.now
+        self.must_reconnect |= not self.actors["main"].is_idle  # it may next write to what Redis has closed
+        self.go_away(self.away)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self.is_paused = False
+        if self.is_suspended:
+            self.suspended_s += self.world.now - self.paused_at
+        self.come_back()
+
     def is_away(self) -> bool:
         """Return whether it is not to take messages now."""
         return self.is_dead or self.is_paused or self.is_cut_off or self.is_stopping or self.followed.is_down

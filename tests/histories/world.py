@@ -124,8 +124,7 @@ class World:
     def drop_wake_up(self, host: str) -> None:
         """Close the connection on which a worker is told of new messages."""
         if (worker := self._alive(host)) is not None and worker.consumer is not None:
-            connection = worker.consumer._wake_up._connection
-            if connection is not None:
+            if (connection := worker.consumer._wake_up._connection) is not None:
                 connection.close_from_afar()
 
     def overtake(self) -> None:
@@ -214,16 +213,12 @@ class World:
     def pause(self, host: str, is_suspended: bool = False) -> None:
         """Stop a worker process (SIGSTOP), or suspend its machine, whose monotonic clock then stands still."""
         if (worker := self._alive(host)) is not None and not worker.is_paused:
-            worker.is_paused, worker.is_suspended, worker.paused_at = True, is_suspended, self.now
-            worker.go_away(worker.away)
+            worker.pause(is_suspended)
 
     def resume(self, host: str) -> None:
         """Let a paused worker process go on."""
         if (worker := self._alive(host)) is not None and worker.is_paused:
-            worker.is_paused = False
-            if worker.is_suspended:
-                worker.suspended_s += self.now - worker.paused_at
-            worker.come_back()
+            worker.resume()
 
     def stall_before_sweep(self, seconds: float) -> None:
         """Have everything but Redis stand still when a worker is just about to sweep."""

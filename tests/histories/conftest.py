@@ -82,7 +82,7 @@ def redis_socket() -> Iterator[str]:
 
 
 @pytest.fixture
-def new_world(redis_socket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
+def new_world(redis_socket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], World]]:
     """Give what makes a world, in which Redis is empty."""
     clock = SimpleNamespace(monotonic=lambda: _process().monotonic(), time=lambda: _process().wall())
     for module in (transport, deliveries, job):
@@ -98,6 +98,6 @@ def new_world(redis_socket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     monkeypatch.setattr(kombu.transport, "_transport_cache", _Forgetful())
     logging.disable(logging.CRITICAL)  # thousands of histories say a lot
     try:
-        yield lambda **options: World(redis_socket, **options)
+        yield lambda: World(redis_socket)
     finally:
         logging.disable(logging.NOTSET)

@@ -70,14 +70,14 @@ class Facts:
             case ("EVAL", scripts.SWEEP, *_):
                 self._check_sweep(process, self._expired - _held(server))
             case ("EVAL", scripts.RECORD_STARTS, _, _, key, *_):
-                starts: Any = server.client.lrange(key, 0, -1)
+                starts: Any = server.ask("LRANGE", key, 0, -1)
                 if process.deliveries._name.encode() in starts:
                     self._recorded[key.removeprefix(KEYS.starts(""))].add(process)
             case ("EVAL", scripts.REQUEUE, _, _, _, key, *_):
                 self._recorded[key.removeprefix(KEYS.starts(""))].discard(process)
             case ("EVAL", scripts.ACKNOWLEDGE, _, _, _, key, *_):
                 self.forget(key.removeprefix(KEYS.starts("")))
-            case ("EVAL", scripts.SAVE_SNAPSHOT, _, _, key, _, snapshot, *_) if server.client.exists(key):
+            case ("EVAL", scripts.SAVE_SNAPSHOT, _, _, key, _, snapshot, *_) if server.ask("EXISTS", key):
                 if len(snapshot) > _DIGEST_BYTES:
                     self._snapshots.add(key.removeprefix(KEYS.snapshot("")))
 
@@ -93,8 +93,7 @@ class Facts:
             return
         if actor.name.startswith("job-"):  # it may not be able to tell what Redis would have to know
             self._had_slot.discard(actor.name.split("-")[1])
-        wake_up = process.consumer._wake_up._connection if process.consumer is not None else None
-        if actor.name == "main" and connection is not wake_up and not was_idle:
+        if actor.name == "main" and connection is not process.wake_up and not was_idle:
             process.must_reconnect = True
 
     def on_follow(self, process: WorkerProcess, server: Server) -> None:
@@ -128,7 +127,7 @@ class Facts:
         if told > most:
             self.broken.append(f"{task_id} is told of {told} crashes, there were at most {most}")
         server = process.followed
-        if server is None or not server.client.hexists(KEYS.held, tag):
+        if server is None or not server.ask("HEXISTS", KEYS.held, tag):
             return  # it was taken over while this worker was away: the message here is of an earlier time
         if told < least:
             self.broken.append(f"{task_id} is told of {told} crashes, there were {least}")
@@ -163,7 +162,7 @@ class Facts:
         Returns:
             Whether there is a job that waits.
         """
-        if not server.client.exists(LIST):
+        if not server.ask("EXISTS", LIST):
             return False
         for worker in self._world.workers.values():
             channel = worker.consumer
@@ -237,5 +236,5 @@ class Facts:
 
 def _held(server: Server) -> set[str]:
     """Return the tags of the held messages."""
-    tags: Any = server.client.zrange(KEYS.leases, 0, -1)
+    tags: Any = server.ask("ZRANGE", KEYS.leases, 0, -1)
     return {tag.decode() for tag in tags}

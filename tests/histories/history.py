@@ -41,6 +41,8 @@ def draw(seed: int, length: int = 25) -> list[Step]:
     steps = [Step("start", (host,)) for host in HOSTS]
     if random.random() < 0.2:
         steps.insert(0, Step("limit_idleness", (random.choice((1.5, 3.0)),)))
+    if random.random() < 0.2:
+        steps.insert(0, Step("speak", (2,)))
     for _ in range(random.randint(1, 3)):
         steps += _sends(random)
     kinds, weights = zip(*_KINDS, strict=True)

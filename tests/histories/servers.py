@@ -44,10 +44,15 @@ class Server:
 
     def __init__(self, path: str, db: int) -> None:
         self.path, self.db = path, db
-        self.client = _client(path, db)
+        self.client, self._wire = _client(path, db)
         self.connections: weakref.WeakSet[VirtualConnection] = weakref.WeakSet()
         self.is_down, self.timeout_s = False, 0.0
         self.client.flushdb()
+
+    def ask(self, *command: Any) -> Any:
+        """Return the answer to a command, as Redis sent it: quicker than the client, in what a history does often."""
+        self._wire.send_command(*command)
+        return self._wire.read_response()
 
     def close_connections(self) -> None:
         """Close every connection, as a server does that ends."""
@@ -74,8 +79,11 @@ class Server:
 
 
 @functools.cache
-def _client(path: str, db: int) -> redis.Redis:
-    return redis.Redis(unix_socket_path=path, db=db, protocol=2)
+def _client(path: str, db: int) -> tuple[redis.Redis, Any]:
+    """Return a client, and one of its connections."""
+    connection_class = redis.UnixDomainSocketConnection
+    pool = redis.ConnectionPool(connection_class=connection_class, path=path, db=db, protocol=2)
+    return redis.Redis(connection_pool=pool), pool.get_connection()
 
 
 @functools.cache

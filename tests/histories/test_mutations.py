@@ -24,6 +24,7 @@ from sdtpu_worker.worker.celery_request import DeviceRequest
 from sdtpu_worker.worker.services import DeviceServices
 from tests.histories import jobs, worker
 from tests.histories.history import draw
+from tests.histories.servers import VirtualConnection
 from tests.histories.test_device_loop import draw as draw_device
 from tests.histories.test_device_loop import outcome as device_outcome
 from tests.histories.test_device_loop import quiet  # noqa: F401  # a fixture
@@ -70,12 +71,16 @@ def sweep_whatever_the_clocks_say(patch: _Patch) -> None:
 
 
 def lose_the_consumer_with_the_wake_up(patch: _Patch) -> None:
-    """As before ef5b863: a wake-up connection that Redis closed took the whole consumer with it."""
+    """As before ef5b863: a wake-up connection that was lost took the whole consumer with it."""
+    _raise_where_the_wake_up_is_lost(patch, lambda connection: True)
+
+
+def _raise_where_the_wake_up_is_lost(patch: _Patch, matters: Callable[[VirtualConnection], bool]) -> None:
     read = wake_up.WakeUp.read
 
     def read_or_raise(self: Any) -> None:
         read(self)
-        if self._connection._sock is None:
+        if self._connection._sock is None and matters(self._connection):
             raise RedisConnectionError("the connection on which Redis says that jobs arrive was closed")
 
     patch.setattr(wake_up.WakeUp, "read", read_or_raise)
@@ -94,7 +99,7 @@ def wake_up_without_subscribing(patch: _Patch) -> None:
         self._join_event_loop(self._connection)
 
     patch.setattr(wake_up.WakeUp, "_connect", connect)
-    lose_the_consumer_with_the_wake_up(patch)
+    _raise_where_the_wake_up_is_lost(patch, lambda connection: not connection.is_broken)
 
 
 def forget_notices_while_a_claim_is_in_flight(patch: _Patch) -> None:
@@ -135,7 +140,7 @@ def test_a_job_that_expires_in_its_second_try_is_found(monkeypatch: _Patch):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_is_found(fault: Callable[[_Patch], None], new_world: Callable[..., World], monkeypatch: _Patch):
+def test_a_fault_is_found(fault: Callable[[_Patch], None], new_world: Callable[[], World], monkeypatch: _Patch):
     fault(monkeypatch)
     for seed in range(400):
         if (error := outcome(draw(seed), new_world)) is not None:

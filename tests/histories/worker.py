@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from queue import Empty
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,6 @@ class WorkerProcess:
         self.services = DeviceServices(app, host, CONFIG)
         self.deliveries = self.services.deliveries = Deliveries(self.services._make_client, Keys(), LEASE_S, host)
         self.deliveries._connecting = ActorLock()  # type: ignore[assignment]  # stands for threading.Lock
-        self.lease = self.services._lease = Lease(self.deliveries, lambda: not self.is_hung, clock=self.monotonic)
         self._results = redis.Redis(connection_pool=make_pool(self, world.results))
         intake = Intake(
             deliveries=self.deliveries,
@@ -120,8 +120,12 @@ class WorkerProcess:
         )
         channel = type("Channel", (VirtualChannel,), {"process": self})
         self.transport = type("Transport", (transport.Transport,), {"intake": intake, "Channel": channel})
-        self.spawn("lease", self._pulse)
         self.spawn("main", self._consume)
+
+    @property
+    def wake_up(self) -> Any:
+        """The connection on which it is told of new messages; None while it has none."""
+        return None if self.consumer is None else self.consumer._wake_up._connection
 
     def monotonic(self) -> float:
         """Return its monotonic clock, in seconds."""
@@ -222,10 +226,10 @@ class WorkerProcess:
             actor.idle()
         self._wakes[actor.name] = lambda: False
 
-    def _pulse(self) -> None:
+    def _pulse(self, lease: Lease) -> None:
         while "stop" not in self.actors or not self.actors["stop"].is_done:
-            self.lease.pulse()
-            self.sleep(self.lease._pulse_s())
+            lease.pulse()
+            self.sleep(lease._pulse_s())
 
     def _consume(self) -> None:
         """Connect, and claim until the connection breaks, as Celery's consumer does, until the worker stops."""
@@ -258,6 +262,9 @@ class WorkerProcess:
         self.deliveries.on_free = lambda: hub.call_soon(lambda: None)
         self.services._follow(connection)
         self.world.facts.on_follow(self, self.world.server_of(connection.hostname))
+        if self.services._lease is None:  # as in `DeviceServices.on_consume`
+            lease = self.services._lease = Lease(self.deliveries, lambda: not self.is_hung, clock=self.monotonic)
+            self.spawn("lease", partial(self._pulse, lease))
         self.consumer = channel
         while not self.is_stopping:
             hub.run_once()

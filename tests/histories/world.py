@@ -27,9 +27,9 @@ class World:
 
     Args:
         socket: the path of the Unix socket on which a Redis listens, whose databases stand for servers.
-        protocol: the version of Redis' protocol that workers speak.
 
     Attributes:
+        protocol: the version of Redis' protocol that workers speak.
         servers: those from which workers take messages, in the order of `broker_url`.
         results: the server that has the results.
         client: of the first server.
@@ -39,8 +39,8 @@ class World:
         notices_overtake: what Redis says on one connection arrives before what it has said on another.
     """
 
-    def __init__(self, socket: str, protocol: int = 3) -> None:
-        self.protocol = protocol
+    def __init__(self, socket: str) -> None:
+        self.protocol = 3
         self.now, self.redis_ahead_s = BEGIN, 0.0
         self.servers = [Server(socket, i) for i in range(len(SERVERS))]
         self.results = Server(socket, len(SERVERS))
@@ -77,26 +77,26 @@ class World:
         """
         task_id = f"t{self._count}"
         self._count += 1
-        if self._enqueue(task_id, delay_s, expires_s):
+        if expires_s:
+            self.facts.expires_at[task_id] = self.now + expires_s
+        if self._enqueue(task_id, delay_s):
             self.sent[task_id] = self.job_s[task_id] = job_s
-            if expires_s:
-                self.facts.expires_at[task_id] = self.now + expires_s
 
     def send_again(self, number: int) -> None:
         """Have a client that got no answer enqueue a job once more."""
         if self.sent:
             task_id = list(self.sent)[number % len(self.sent)]
             self.facts.twice.add(task_id)
-            self._enqueue(task_id, 0.0, 0.0)
+            self._enqueue(task_id)
 
-    def _enqueue(self, task_id: str, delay_s: float, expires_s: float) -> bool:
+    def _enqueue(self, task_id: str, delay_s: float = 0.0) -> bool:
         """Send a message to the server that clients use; return whether there is one that is up."""
         if self.servers[self._clients_use].is_down:
             self._clients_use = 1 - self._clients_use
         if (server := self.servers[self._clients_use]).is_down:
             return False
-        expires_at = self.now + expires_s if expires_s else None
-        server.client.lpush(LIST, job_message(task_id, self.now + delay_s if delay_s else None, expires_at))
+        due_at = self.now + delay_s if delay_s else None
+        server.client.lpush(LIST, job_message(task_id, due_at, self.facts.expires_at.get(task_id)))
         self._is_settled = self._has_no_queue = False
         self._may_be_deferred |= delay_s > 0
         return True
@@ -123,9 +123,13 @@ class World:
 
     def drop_wake_up(self, host: str) -> None:
         """Close the connection on which a worker is told of new messages."""
-        if (worker := self._alive(host)) is not None and worker.consumer is not None:
-            if (connection := worker.consumer._wake_up._connection) is not None:
-                connection.close_from_afar()
+        worker = self._alive(host)
+        if worker is not None and (connection := worker.wake_up) is not None:
+            connection.close_from_afar()
+
+    def speak(self, version: int) -> None:
+        """Have workers that start from now on speak a version of Redis' protocol."""
+        self.protocol = version
 
     def overtake(self) -> None:
         """Have notices arrive before the replies of claims, or after them again."""
@@ -292,7 +296,7 @@ class World:
     def settle(self) -> None:
         """Wait until Redis has sent all its notices: those of a command are sent before the next one is answered."""
         if not self._is_settled:
-            self.client.ping()
+            self.servers[0].ask("PING")
             self._is_settled = True
 
     # What must hold
@@ -309,7 +313,7 @@ class World:
             self.start("the last")
         for turn in range(120):
             self.advance(LEASE_S / 6)
-            busy = [i for i, server in enumerate(self.servers) if server.client.exists(LIST, KEYS.held)]
+            busy = [i for i, server in enumerate(self.servers) if server.ask("EXISTS", LIST, KEYS.held)]
             if not busy:
                 break
             if turn % 20 == 19:  # the workers may all be at the other server, which has nothing

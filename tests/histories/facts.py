@@ -39,7 +39,10 @@ class Facts:
         ends: by task, the state that was stored.
         crashes: by task, the processes that died, or were taken for dead, with it.
         expires_at: by task, when it expires if it has had no slot by then.
-        twice: tasks whose message was sent twice; a worker that runs the other one counts as one that died with it.
+        twice: tasks whose message was sent twice. What a job is told of crashes, and that its end stays, is not checked
+            for them: a start has the name of a process, not of a message, so who looks at one message takes a process
+            that runs the other one for a dead one. It fails a job only beside real crashes, and both messages store
+            the end of one task in any case.
     """
 
     def __init__(self, world: World) -> None:

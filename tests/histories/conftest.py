@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import datetime, tzinfo
 from pathlib import Path
@@ -96,8 +98,18 @@ def new_world(redis_socket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     monkeypatch.setattr(celery.worker.state, "revoked", _Revoked())
     monkeypatch.setitem(kombu.transport.TRANSPORT_ALIASES, "redis", lambda: _process().transport)
     monkeypatch.setattr(kombu.transport, "_transport_cache", _Forgetful())
+    numbers = itertools.count()
+
+    def make() -> World:
+        nonlocal numbers
+        numbers = itertools.count()
+        return World(redis_socket)
+
+    ids = SimpleNamespace(uuid4=lambda: uuid.UUID(int=next(numbers)))  # Redis sorts by them: a seed must draw them too
+    for module in (transport, deliveries):
+        monkeypatch.setattr(module, "uuid", ids)
     logging.disable(logging.CRITICAL)  # thousands of histories say a lot
     try:
-        yield lambda: World(redis_socket)
+        yield make
     finally:
         logging.disable(logging.NOTSET)

@@ -39,3 +39,40 @@ def test_a_claim_that_is_in_flight_in_a_hang_while_another_worker_takes_its_job(
     world.hang("a")
     world.advance(8.9)
     world.finish()
+
+
+def test_a_claim_that_is_in_flight_while_its_worker_is_paused(world: World):
+    """The late reply brought the job once more, which expired there, though the other worker ran it in time."""
+    world.start("b")
+    world.run("b", "main", 100)
+    world.advance(8.0)
+    world.pause("b")
+    world.send(9.0, 0.0, 7.5)
+    world.start("a")
+    world.run("a", "main", 5)
+    world.resume("b")
+    world.pause("a")
+    world.advance(9.0)
+    world.resume("a")
+    world.finish()
+    assert world.facts.ends == {"t0": "SUCCESS"}
+
+
+def test_a_job_that_waits_for_a_slot_while_its_worker_is_paused(world: World):
+    """Likewise: it expired here as soon as the worker went on."""
+    for host in ("b", "a"):
+        world.start(host)
+        world.run(host, "main", 100)
+        world.advance(8.0)
+        if host == "b":
+            world.pause("b")
+    world.send(9.0)
+    world.send(9.0)
+    world.send(9.0, 0.0, 12.0)
+    world.advance(1.0)
+    world.resume("b")
+    world.pause("a")
+    world.advance(13.0)
+    world.resume("a")
+    world.finish()
+    assert world.facts.ends["t2"] == "SUCCESS"

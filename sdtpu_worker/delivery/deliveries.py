@@ -72,8 +72,7 @@ class Deliveries:
         self.on_free: Callable[[], None] = lambda: None
         self.on_deferred: Callable[[float], None] = lambda due_at: None
         self.on_dead_letter: Callable[[str], None] = lambda kind: None
-        self.dead_letters = 0
-        self.redelivered = 0
+        self.dead_letters = self.redelivered = 0
 
     @property
     def client(self) -> Redis:
@@ -111,6 +110,14 @@ class Deliveries:
     def holds(self, tag: str) -> bool:
         """Return whether this worker holds a message."""
         return tag in self._held
+
+    def is_lost(self, tag: str) -> bool:
+        """Return whether the lease of a message has expired and it was redelivered: another worker may have it.
+
+        Raises:
+            redis.exceptions.RedisError: Redis was not reached.
+        """
+        return not self.client.hexists(self.keys.held, tag)
 
     def hold(self, tag: str, task_id: str) -> None:
         """Note that this worker has just claimed a message."""
@@ -254,13 +261,9 @@ class Deliveries:
             redis.exceptions.RedisError: Redis was not reached; the message is redelivered when its lease expires.
         """
         letter = {
-            "at": round(time.time(), 3),
-            "queue": queue,
-            "kind": kind,
-            "reason": reason,
-            "bytes": size,
+            "at": round(time.time(), 3), "queue": queue, "kind": kind, "reason": reason, "bytes": size,
             "message": message[:DEAD_LETTER_BYTES].decode(errors="backslashreplace"),
-        }
+        }  # fmt: skip
         keys = [self.keys.held, self.keys.leases, self.keys.dead, self.keys.dead_counts]
         self._eval(scripts.DEAD_LETTER, keys, [tag, kind, json.dumps(letter), MAX_DEAD_LETTERS - 1])
         self.dead_letters += 1

@@ -145,7 +145,7 @@ class DeviceJob:
             return None
         if is_known_to_be_revoked:
             return JobLeft(self.request.announce_unwanted, *_REVOKED)
-        return JobLeft(self.request.announce_expired, *_EXPIRED)
+        return self._expired()
 
     def _look_back(self, deliveries: Deliveries) -> JobLeft | None:
         """Read what earlier workers left of the job; return its end if that leaves nothing to do."""
@@ -289,7 +289,7 @@ class DeviceJob:
                 on_limit = partial(self._on_time_limit, False, self.time_limit_s)
                 raise JobLeft(on_limit, "failed", TimeLimitExceeded.__name__) from None
             if reason is Overdue.EXPIRED:
-                raise JobLeft(self.request.announce_expired, *_EXPIRED) from None
+                raise self._expired() from None
             raise JobLeft(self.request.announce_unwanted, *_REVOKED) from None
         except StorageError:
             if self.terminated:
@@ -306,6 +306,10 @@ class DeviceJob:
     def _revoked(self) -> JobLeft:
         """Return the end of a job that was terminated."""
         return JobLeft(lambda: self.request.announce_terminated(self._signum), "revoked", "terminated")
+
+    def _expired(self) -> JobLeft:
+        """Return the end of a job that has expired before it had a slot."""
+        return JobLeft(lambda: self.request.announce_expired(self._deliveries), *_EXPIRED)
 
     def _save(self, end: JobHandedOver | EngineUnavailable) -> None:
         """Keep a snapshot for the next worker; without one the job starts anew there."""

@@ -129,20 +129,20 @@ class Facts:
             return  # the job's other message may be running, or may have been looked at
         if told > most:
             self.broken.append(f"{task_id} is told of {told} crashes, there were at most {most}")
-        server = process.followed
-        if server is None or not server.ask("HEXISTS", KEYS.held, tag):
+        if not _has(process.followed, tag):
             return  # it was taken over while this worker was away: the message here is of an earlier time
         if told < least:
             self.broken.append(f"{task_id} is told of {told} crashes, there were {least}")
         if task_id in self._snapshots and facts.snapshot is None:
             self.broken.append(f"{task_id} was handed over, and starts anew")
 
-    def on_slot(self, process: WorkerProcess, task_id: str) -> None:
+    def on_slot(self, process: WorkerProcess, task_id: str, tag: str) -> None:
         """Check that a job gets its first slot before it expires."""
         late_s = self._world.now - self.expires_at.get(task_id, self._world.now)
         is_clock_true = process.wall_ahead_s == process.suspended_s == 0.0
         if late_s <= 1e-3:
-            self._had_slot.add(task_id)  # if it never expires, that does not matter
+            if _has(process.followed, tag):  # else no worker can hear of it
+                self._had_slot.add(task_id)
         elif is_clock_true and task_id not in self._ever_had_slot:
             self.broken.append(f"{task_id} gets its first slot {late_s:.1f} s after it has expired")
         self._ever_had_slot.add(task_id)
@@ -235,6 +235,11 @@ class Facts:
                         f"{sweeper.host} takes {task_id} from {holder.host}, which lives and was away alone for"
                         f" {alone_s:.1f} s"
                     )
+
+
+def _has(server: Server | None, tag: str) -> bool:
+    """Return whether a server has a message as held."""
+    return server is not None and bool(server.ask("HEXISTS", KEYS.held, tag))
 
 
 def _held(server: Server) -> set[str]:

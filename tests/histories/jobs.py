@@ -94,7 +94,7 @@ class Job(DeviceJob):
         submission.start(process.monotonic(), 0)
         process.on_devices.add(self._tag)
         try:
-            process.world.facts.on_slot(process, self.task_id)
+            process.world.facts.on_slot(process, self.task_id, self._tag)
             with contextlib.suppress(RedisConnectionError):  # the recorder of starts does not wait for Redis
                 process.deliveries.record_starts([self.task_id])
             until = process.monotonic() + process.world.job_s[self.task_id]

@@ -144,8 +144,10 @@ def _waits(random: Random) -> list[Step]:
 
 def _restart(random: Random) -> list[Step]:
     """Stop a worker in good order and start it again, as an update does."""
-    host = random.choice(HOSTS)
-    return [Step("stop", (host,)), *_waits(random), Step("start", (host,))]
+    host, steps = random.choice(HOSTS), []
+    if random.random() < 0.5:  # in the middle of a job, which expires soon
+        steps = [Step("send", (1.5 * LEASE_S, 0.0, 2.0)), Step("run", (host, "main", random.randint(1, 8)))]
+    return [*steps, Step("stop", (host,)), *_waits(random), Step("start", (host,))]
 
 
 def _creeping_clock(random: Random) -> list[Step]:

@@ -76,3 +76,15 @@ def test_a_job_that_waits_for_a_slot_while_its_worker_is_paused(world: World):
     world.resume("a")
     world.finish()
     assert world.facts.ends["t2"] == "SUCCESS"
+
+
+def test_workers_that_stand_still_while_redis_clock_is_set_back(world: World):
+    """By about as much: to a worker that looked at Redis' clock alone no time had passed."""
+    world.start("a")
+    world.start("b")
+    world.advance(5.7)
+    world.step_redis(-5.5)
+    world.stall_before_sweep(6.5)
+    world.send(1.0)
+    world.finish()
+    assert world.redelivered() == 0

@@ -59,6 +59,7 @@ class Facts:
         self._recorded: dict[str, set[WorkerProcess]] = defaultdict(set)  # by task: processes that wrote its start
         self._died: dict[str, set[WorkerProcess]] = defaultdict(set)  # by task: those of them that were killed
         self._expired: set[str] = set()
+        self._counted: set[str] = set()  # tags of messages that are among the crashes
 
     # What processes do
 
@@ -152,7 +153,10 @@ class Facts:
         before = self.ends.setdefault(task_id, status)
         if task_id in self.twice:
             return
-        if before != status:
+        is_late = before == "REVOKED" and task_id in self._ever_had_slot  # on a worker that could tell nobody of it
+        if is_late:
+            self.ends[task_id] = status
+        elif before != status:
             self.broken.append(f"the result of {task_id} changed from {before} to {status}")
         if status == "FAILURE" and self.crashes[task_id] < MAX_DELIVERIES:
             self.broken.append(f"{task_id} failed")
@@ -196,6 +200,7 @@ class Facts:
         """Count a crash for each job that a worker holds, or of which it could not tell Redis that it ended."""
         held = worker.deliveries._held
         for tag in held.keys() | worker.deliveries._unsent_moves.keys():
+            self._counted.add(tag)
             self.crashes[worker.tasks.get(tag, "")] += 1
         for tag in held:
             if worker in self._recorded[task_id := worker.tasks.get(tag, "")]:
@@ -224,11 +229,13 @@ class Facts:
     def _check_sweep(self, sweeper: WorkerProcess, tags: set[str]) -> None:
         """Check that a sweep took no message from a worker that lives and could renew, or was not alone away."""
         for holder in self._world.workers.values():
+            for tag in tags & holder.tasks.keys() - self._counted:  # perhaps it is just about to be moved
+                self._counted.add(tag)
+                self.crashes[holder.tasks[tag]] += 1
             for tag in tags & holder.deliveries._held.keys():
                 if holder.is_dead:
                     continue
                 task_id = holder.deliveries._held[tag].task_id
-                self.crashes[task_id] += 1
                 alone_s = holder.away_alone_s(sweeper)
                 if alone_s < LEASE_S - 2 * BRIEF_S and holder.followed is sweeper.followed:
                     self.broken.append(

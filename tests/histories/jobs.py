@@ -72,7 +72,9 @@ class Job(DeviceJob):
             self.leave(left)
         except DeliveryLimitExceeded:
             process.store(self.task_id, "FAILURE")
-        self.request.acknowledge()
+            self.request.acknowledge()
+        else:
+            self.request.acknowledge()
         self.release()
 
     def _be_on_devices(self) -> None:

@@ -39,7 +39,7 @@ def _count(jaxpr: Any) -> Matmuls:
             found[shape] += times
         elif name == "cond":
             branches = [_count(branch.jaxpr) for branch in params["branches"]]
-            found.update(max(branches, key=_size))
+            found.update(max(branches, key=lambda one: _size(one)))
         else:
             times = _repeats(name, params)
             for inner in _inner(params):

@@ -100,8 +100,8 @@ def _legend(plan: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "compiled:   memory, traffic, collectives and buffers, read from the program that the compiler made."
     yield "arithmetic: FLOPs, and times that cycles do not limit: the larger of FLOPs as the matrix unit pads them over"
-    yield "            its peak and HBM traffic over its bandwidth, a lower bound. Rows of this kind are scaled from the"
-    yield "            nearest compiled one."
+    yield "            its peak and HBM traffic over its bandwidth, a lower bound. Rows of this kind are scaled from"
+    yield "            the nearest compiled one."
     if plan["answer"] == "full":
         yield "cycles:     the compiler's own estimate, without what Pallas kernels take."
     else:

@@ -53,7 +53,7 @@ def test_two_hundred_streams_get_the_events_of_their_own_job_in_order(door):
             assert steps == sorted(steps)
         return streams
 
-    assert sum(map(len, asyncio.run(run()))) > 2 * STREAMS
+    assert sum(map(len, asyncio.run(run()))) > STREAMS, "the end was not all that was seen, however late they looked"
     with Redis.from_url(door_redis(door)) as redis:
         wait_until(lambda: not redis.pubsub_channels("celery-task-meta-*"), "the door to unsubscribe")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ def _count(jaxpr: Any) -> Matmuls:
             found[shape] += times
         elif name == "cond":
             branches = [_count(branch.jaxpr) for branch in params["branches"]]
-            found.update(max(branches, key=lambda one: _size(one)))
+            found.update(max(branches, key=_size))
         else:
             times = _repeats(name, params)
             for inner in _inner(params):
@@ -48,7 +48,7 @@ def _count(jaxpr: Any) -> Matmuls:
     return found
 
 
-def _size(matmuls: Matmuls) -> int:
+def _size(matmuls: Mapping[tuple[int, int, int], int]) -> int:
     return sum(math.prod(shape) * count for shape, count in matmuls.items())
 
 

@@ -195,7 +195,7 @@ def _dumped_sizes(dump: Path) -> tuple[int, ...] | None:
 
 def _is_whole(dump: Path) -> bool:
     files = _dumped(dump)
-    if files is None:
+    if files is None or read_total(files[1].read_text(encoding="utf-8")) is None:
         return False
     with files[0].open("rb") as file:
         file.seek(max(0, files[0].stat().st_size - 16))

@@ -89,8 +89,10 @@ def main(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def _devices(topology: str) -> list[Any]:
+    """Return the described devices of one host, such as those of `v5e:2x4`."""
+    host = [*map(int, topology.partition(":")[2].split("x")), 1, 1][:3]
     try:
-        return list(topologies.get_topology_desc(topology, platform="tpu").devices)
+        return list(topologies.get_topology_desc(topology, platform="tpu", chips_per_host_bounds=host).devices)
     except Exception as exc:  # whatever libtpu finds wrong with it, or with itself
         raise _NoTopology(str(exc)) from exc
 

@@ -39,6 +39,7 @@ TABLES = {
     "{{ metrics of the worker }}": metric_tables.of_the_worker,
     "{{ metrics of queues }}": metric_tables.of_queues,
     "{{ outcomes }}": metric_tables.outcomes,
+    "{{ reuses }}": metric_tables.reuses,
 }
 _UNITS = {"_s": "seconds", "_bytes": "bytes"}
 _MORE_UNITS = {"sdtpu_resolutions": "pixels", "sdtpu_preview_every": "denoising steps"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sdtpu_worker.operations.metric_table import DEVICES, JOBS, OUTCOMES, QUEUES, WORKER, Kind, Metric
+from sdtpu_worker.operations.metric_table import DEVICES, JOBS, OUTCOMES, QUEUES, REUSES, WORKER, Kind, Metric
 
 
 def of_jobs() -> str:
@@ -32,6 +32,11 @@ def outcomes() -> str:
     """Return what the labels of `sdtpu_requests_total` say."""
     rows = ((f"`{name}`", each.kind, each.meaning, each.reason or "empty") for name, each in OUTCOMES.items())
     return _table(("`outcome`", "end or passing", "meaning", "`reason`"), rows)
+
+
+def reuses() -> str:
+    """Return what the label of `sdtpu_reuse_total` says."""
+    return _table(("`outcome`", "what is said of the image"), ((f"`{name}`", text) for name, text in REUSES.items()))
 
 
 def _of_metrics(metrics: Iterable[Metric]) -> str:

@@ -24,6 +24,7 @@ from sdtpu_worker.config_values import (
     parse_origins,
     parse_queue,
     parse_resolutions,
+    parse_reuse,
     parse_seconds,
     parse_slots,
     parse_switch,
@@ -148,6 +149,12 @@ SETTINGS = (
         "sdtpu_preemption", True, parse_switch,
         "Whether a job may take the slot of a less urgent one, which is parked and resumes later at the same step. When"
         " it is off, every job keeps its slot to its end",
+    ),
+    Setting(
+        "sdtpu_reuse", "off", parse_reuse,
+        "Whether the stored image of a finished job answers an equal one, and equal jobs in flight are drawn once:"
+        " `off`; `on`, among jobs of the same tenant; `across_tenants`, among all jobs. All workers of a queue should"
+        " have the same value",
     ),
     Setting(
         "sdtpu_progress_s", 0.5, parse_seconds(0, 3600),
@@ -295,6 +302,7 @@ class Config:
     vae_tiling: str
     tick_s: float
     preemption: bool
+    reuse: str
     progress_s: float
     preview_every: int
     trace: str | None

@@ -85,6 +85,16 @@ def parse_switch(value: Any) -> bool:
     raise ValueError("on or off")
 
 
+def parse_reuse(value: Any) -> str:
+    """Return `off`, `on` or `across_tenants`."""
+    if value == "across_tenants":
+        return "across_tenants"
+    try:
+        return "on" if parse_switch(value) else "off"
+    except ValueError:
+        raise ValueError("off, on or across_tenants") from None
+
+
 def parse_seconds(low: float, high: float) -> Callable[[Any], float]:
     """Return a parser of seconds within bounds."""
 

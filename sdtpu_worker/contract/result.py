@@ -80,6 +80,7 @@ class GenerationResult:
         options: the other parameters that were given, such as `sigmas` and `clip_skip`.
         loras: `{"name", "weight"}` of each LoRA that made the image: those that are merged into the worker's
             checkpoint, then the job's own.
+        reused: the image is that of an earlier equal job (`sdtpu_reuse`), whose `batch` this is; no device was asked.
     """
 
     task_id: str
@@ -97,6 +98,7 @@ class GenerationResult:
     batch: BatchPlace
     options: Mapping[str, Any] = field(default_factory=dict)
     loras: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    reused: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a JSON-compatible dict, with the seed also as text: JavaScript rounds large integers."""

@@ -60,6 +60,7 @@ class Deliveries:
         on_dead_letter: called with the kind of every message that this worker dead-letters.
         dead_letters: messages that this worker dead-lettered.
         redelivered: messages that this worker's sweeps redelivered.
+        aside: ids of jobs that only wait for another one, and keep no other message from this worker.
     """
 
     def __init__(self, connect: Callable[[], Redis], keys: Keys, lease_s: float, host: str) -> None:
@@ -72,8 +73,8 @@ class Deliveries:
         self.on_free: Callable[[], None] = lambda: None
         self.on_deferred: Callable[[float], None] = lambda due_at: None
         self.on_dead_letter: Callable[[str], None] = lambda kind: None
-        self.dead_letters = 0
-        self.redelivered = 0
+        self.dead_letters = self.redelivered = 0
+        self.aside: set[str] = set()
 
     @property
     def client(self) -> Redis:
@@ -107,6 +108,11 @@ class Deliveries:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def num_places(self) -> int:
+        """How many of the held messages count against what this worker may take."""
+        return sum(delivery.task_id not in self.aside for delivery in self._held.copy().values())
 
     def holds(self, tag: str) -> bool:
         """Return whether this worker holds a message."""

@@ -1,4 +1,4 @@
-"""The names of the Redis keys that hold messages, leases, dead letters and what is kept of a job."""
+"""The names of the Redis keys that hold messages, leases, dead letters what is kept of a job, and what is reused."""
 
 from __future__ import annotations
 
@@ -45,3 +45,11 @@ class Keys:
     def snapshot(self, task_id: str) -> str:
         """A string: the snapshot of a job that was handed over."""
         return f"{self.prefix}sdtpu:snap:{task_id}"
+
+    def pointer(self, reuse_key: str) -> str:
+        """A string: which task's stored image answers jobs with this reuse key; see `sdtpu_worker.reuse`."""
+        return f"{self.prefix}sdtpu:reuse:{reuse_key}"
+
+    def lead(self, reuse_key: str) -> str:
+        """A string: the job that draws its image for all that have this reuse key."""
+        return f"{self.prefix}sdtpu:reuse:{reuse_key}:lead"

@@ -41,8 +41,9 @@ class Intake:
 class QoS(kombu_redis.QoS):
     """Compares what a channel has taken with its prefetch limit.
 
-    On the channel of the task consumer that is all that the worker holds, whatever connection it came on. What kombu
-    popped from any other queue is kombu's own: it alone counts, records and restores it.
+    On the channel of the task consumer that is all that the worker holds, whatever connection it came on, less the jobs
+    that only wait for another one. What kombu popped from any other queue is kombu's own: it alone counts, records and
+    restores it.
     """
 
     def __init__(self, channel: Any, prefetch_count: int = 0) -> None:
@@ -56,7 +57,7 @@ class QoS(kombu_redis.QoS):
             return True
         if not self.channel.task_queues:
             return super().can_consume()
-        return len(self._intake.deliveries) < self.prefetch_count and self._intake.devices_make_progress()
+        return self._intake.deliveries.num_places < self.prefetch_count and self._intake.devices_make_progress()
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Take note of a delivered message; where the worker holds it, the claim has recorded that already."""

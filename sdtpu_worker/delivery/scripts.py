@@ -7,6 +7,8 @@ own clock: a message whose lease has expired is redelivered, unless its holder h
 
 Each file in `lua/` opens with a comment that says what the script does, its KEYS and ARGV, and its result. A Redis that
 has reached `maxmemory` refuses a script whose first write may need memory, so the scripts free memory first.
+
+The scripts `reuse_*` move no message; see `sdtpu_worker.reuse.ledger`.
 """
 
 from __future__ import annotations
@@ -44,3 +46,7 @@ SWEEP = _read("return_to_queue", "sweep")
 DEFER = _read("defer")
 REQUEUE_DUE = _read("return_to_queue", "requeue_due")
 DEAD_LETTER = _read("dead_letter")
+REUSE_ENTER = _read("reuse_enter")
+REUSE_LEAVE = _read("reuse_leave")
+REUSE_RENEW = _read("reuse_renew")
+REUSE_FORGET = _read("reuse_forget")

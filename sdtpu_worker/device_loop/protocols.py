@@ -11,7 +11,7 @@ are typed `Any`, and what an engine returns is typed by what the loop and the wo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -257,6 +257,12 @@ class ServingEngine(DeviceEngine, Protocol):
 
         Raises:
             InvalidRequest: this engine does not serve the request.
+        """
+
+    def pixel_digests(self) -> Callable[[Any], str]:
+        """Return what gives a digest of everything that decides a prepared job's pixels; may take some seconds.
+
+        Jobs with equal ones have equal pixels, bit for bit, on every engine that gives them.
         """
 
     def read_snapshot(self, data: bytes, job: Any) -> Snapshot:

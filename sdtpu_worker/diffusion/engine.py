@@ -29,6 +29,7 @@ from sdtpu_worker.diffusion.engine_io import Calibration, Tick
 from sdtpu_worker.diffusion.families.family import Family
 from sdtpu_worker.diffusion.instructions import InstructionMaker
 from sdtpu_worker.diffusion.memory import bytes_per_device, check_fits, memory_needs, memory_of
+from sdtpu_worker.diffusion.pixel_digest import pixel_digests
 from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
 from sdtpu_worker.diffusion.reference_image import find_lost_devices
 from sdtpu_worker.diffusion.safety import SafetyChecker
@@ -221,6 +222,10 @@ class Engine:
         snapshot.check(self.fingerprints[job.lane])
         snapshot.check_job(job)
         return dataclasses.replace(snapshot, adapters=job.adapters)
+
+    def pixel_digests(self) -> Callable[[PreparedJob], str]:
+        """Return what gives a digest of everything that decides a job's pixels here; reads every weight once."""
+        return pixel_digests(self.checkpoint, self.fingerprints)
 
     def accepts(self, snapshot: JobSnapshot) -> bool:
         """Return whether a job can resume from a snapshot here, bit for bit."""

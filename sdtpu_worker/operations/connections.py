@@ -20,12 +20,12 @@ _IDLE, _THREADS_PER_SLOT, _SPARE = 14, 3, 2
 """Three threads a slot: two batches of jobs, and one of urgent jobs. To spare: `inspect`, reconnecting."""
 
 
-def connections_needed(num_slots: int) -> int:
-    """Return how many connections to Redis a worker with so many slots should be granted."""
-    return _IDLE + _THREADS_PER_SLOT * num_slots + _SPARE
+def connections_needed(num_slots: int, more_threads: int = 0) -> int:
+    """Return how many connections to Redis a worker with so many slots, and more threads, should be granted."""
+    return _IDLE + _THREADS_PER_SLOT * num_slots + more_threads + _SPARE
 
 
-def connections_warning(client: Redis, num_slots: int) -> str | None:
+def connections_warning(client: Redis, num_slots: int, more_threads: int = 0) -> str | None:
     """Return a warning if Redis has fewer connections left than a worker may need; None if there are enough.
 
     Asks INFO. A server that does not tell its limit, or does not answer, gives no warning.
@@ -33,6 +33,7 @@ def connections_warning(client: Redis, num_slots: int) -> str | None:
     Args:
         client: a client of the broker.
         num_slots: of the worker, which has not begun to consume.
+        more_threads: that may run jobs beyond those of the slots.
 
     Raises:
         ConfigurationError: the server grants fewer connections altogether than this one worker needs.
@@ -42,7 +43,7 @@ def connections_warning(client: Redis, num_slots: int) -> str | None:
         limit, used = int(clients["maxclients"]), int(clients["connected_clients"])
     except (RedisError, OSError, KeyError, ValueError):
         return None
-    needed = connections_needed(num_slots)
+    needed = connections_needed(num_slots, more_threads)
     if limit < needed:
         raise ConfigurationError(
             f"Redis grants {limit:,} connections (maxclients), but a worker with {num_slots} slots needs {needed}:"

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from sdtpu_worker.operations.metric_table import METRICS, OUTCOMES, Kind
+from sdtpu_worker.operations.metric_table import METRICS, OUTCOMES, REUSES, Kind
 
 Readings = Mapping[str, float | Mapping[tuple[str, ...], float]]
 """Values by the name of a figure; of one with labels, by the values of these in the order of the table."""
@@ -60,7 +60,8 @@ class Figures:
         ends: Counter[tuple[str, ...]] = Counter(
             {(name, reason): 0 for name, outcome in OUTCOMES.items() for reason in outcome.known}
         )
-        self._counts: dict[str, Counter[tuple[str, ...]]] = {"sdtpu_requests_total": ends}
+        reuses: Counter[tuple[str, ...]] = Counter({(name,): 0 for name in REUSES})
+        self._counts: dict[str, Counter[tuple[str, ...]]] = {"sdtpu_requests_total": ends, "sdtpu_reuse_total": reuses}
         self._sources: list[Callable[[], Readings]] = []
         self.histograms = {m.name: Histogram(m.buckets) for m in METRICS.values() if m.kind is Kind.HISTOGRAM}
 

@@ -73,6 +73,7 @@ JOBS = (
         "Jobs that the worker holds for its devices and that have no slot now: next in line, or parked",
     ),
     _counter("sdtpu_requests_total", "jobs", "What became of jobs in this worker, see below", "outcome", "reason"),
+    _counter("sdtpu_reuse_total", "jobs", "How jobs came to their images with `sdtpu_reuse`, see below", "outcome"),
     _histogram(
         "sdtpu_request_queue_time_seconds", "seconds",
         "From the client's call to the job's slot; where the client has sent no time, from the worker's receipt",
@@ -180,7 +181,9 @@ class Outcome(NamedTuple):
 
 
 OUTCOMES = {
-    "succeeded": Outcome("end", "its image is stored"),
+    "succeeded": Outcome(
+        "end", "its image is stored", "`reused` where it is that of an equal job, else empty", ("", "reused"),
+    ),
     "failed": Outcome(
         "end", "it ended with an error", "the error's class",
         ("GenerationFailed", "StorageError", "SoftTimeLimitExceeded", "TimeLimitExceeded"),
@@ -215,3 +218,15 @@ OUTCOMES = {
     "resumed": Outcome("passing", "its state came back into a slot"),
 }  # fmt: skip
 """The values of the label `outcome` of `sdtpu_requests_total`."""
+
+REUSES = {
+    "drawn": "it was drawn: there was none, and no equal job drew it",
+    "stored": "it was that of an equal job, which was there",
+    "waited": "it was that of an equal job, for which this one waited",
+    "took_over": "it was drawn, after the equal job for which this one waited ended without an image",
+    "ahead": "it was drawn beside an equal job that is less urgent",
+    "beside": "it was drawn beside an equal job: this one had a snapshot, or too many waited already, or for too long",
+    "unknown": "it was drawn because Redis could not be asked",
+    "gone": "the image of an equal job was gone, damaged or another one; the job is counted once more",
+}
+"""The values of the label `outcome` of `sdtpu_reuse_total`: what is said of a job's image."""

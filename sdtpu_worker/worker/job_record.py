@@ -37,6 +37,7 @@ class JobRecord:
         finished: how it went through the devices; None unless it has pixels.
         num_slots: slots of the host when the job ended.
         stored_at: when its image was stored; None unless it is.
+        reused: its image is that of an equal job.
         came_from: how it came from another worker: `died`, `handed_over` or `requeued`; empty if it did not.
         outcome, reason: how the job ended, as in `operations.metric_table.OUTCOMES`.
     """
@@ -50,6 +51,7 @@ class JobRecord:
     finished: Finished | None = None
     num_slots: int = 0
     stored_at: float | None = None
+    reused: bool = False
     came_from: str = ""
     outcome: str = "lost_hold"
     reason: str = ""

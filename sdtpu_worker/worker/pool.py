@@ -74,7 +74,7 @@ class DevicePool(TaskPool):
 
     The number of threads is two batches (twice the slots), whatever `--concurrency` says, so that the next batch
     gathers and the last one is encoded and stored while the devices work; and a batch more for urgent jobs that are
-    taken past that limit.
+    taken past that limit. With `sdtpu_reuse` there are some more, for jobs that wait for equal ones.
 
     A subclass may serve with other parts: `make_engine` of the configuration and of what is told how far it is,
     `make_store` of the app and the URL of its images, `make_policy` of the engine and the configuration.
@@ -105,7 +105,7 @@ class DevicePool(TaskPool):
         self._signals = 0
         self.limit = services.serving.capacity
         self.executor = ThreadPoolExecutor(
-            self.limit + services.serving.engine.info.num_slots,
+            self.limit + services.serving.engine.info.num_slots + services.serving.most_followers,
             thread_name_prefix="sdtpu-job",
             initializer=services.wait_for_results,
         )
@@ -267,6 +267,8 @@ class DevicePool(TaskPool):
             if self.urgent is not None:
                 self.urgent.on_job_end()
             record.outcome, record.reason = end_of(result)
+            if record.reused and record.outcome == "succeeded":
+                record.reason = "reused"
             if isinstance(result, JobLeft):
                 job.leave(result)
             elif callback is not None:

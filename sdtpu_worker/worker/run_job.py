@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.errors import EngineUnavailable
 from sdtpu_worker.worker.celery_request import current_job
-from sdtpu_worker.worker.serving import JobControl
+from sdtpu_worker.worker.job_control import JobControl
 
 if TYPE_CHECKING:
     from celery import Task
@@ -50,5 +50,6 @@ def run_job(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
             facts.snapshot,
             alone=len(facts.died_on) >= CRASHES_TO_RUN_ALONE,
             record=job.record,
+            tenant=kwargs.get("tenant"),
         )
         return job.serving.run(task.request.id, request, control=control).to_json()

@@ -8,7 +8,7 @@ has to be changed in kombu, in Celery's app or in the Python process is changed 
             ├─ deliveries ◀──┬────── transport (claims), jobs (acknowledge, requeue, snapshots)
             │                ├────── lease (renew, sweep, load reports)
             │                └────── start recorder ◀── device loop
-            └─ serving: engine, device loop, image store
+            └─ serving: engine, device loop, image store, reuse
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from sdtpu_worker.worker.process_changes import (
 )
 from sdtpu_worker.worker.process_ends import end_process, leave_soon
 from sdtpu_worker.worker.result_patience import wait_for_results
+from sdtpu_worker.worker.reuse import refuse_reuse, reusing
 from sdtpu_worker.worker.serving import Hooks, Serving
 from sdtpu_worker.worker.start_recorder import StartRecorder
 
@@ -145,8 +146,12 @@ class DeviceServices:
             on_tick = self.observation.watch_ticks(engine)
             hooks = Hooks(end_process, self._make_start_recorder(undo), on_tick, self.stopping.is_set)
             opener = PictureOpener([store, *further_stores(self._app)], hooks.give_up)
+            count = partial(self.observation.figures.count, "sdtpu_reuse_total")
+            reuse = undo.enter_context(
+                reusing(self._app, self.config, engine, store, self.deliveries, count, self.devices_make_progress)
+            )
             self.serving = serving = Serving(
-                engine, store, policy, self.config, hooks, opener, self.observation.tracing
+                engine, store, policy, self.config, hooks, opener, self.observation.tracing, reuse
             )
             undo.callback(serving.close)
             self.observation.watch_serving(serving)
@@ -230,6 +235,7 @@ class DeviceServices:
         """Have kombu claim messages through our transport, if the broker is Redis."""
         app, config = self._app, self.config
         if not isinstance(app.connection_for_read().transport, RedisTransport):
+            refuse_reuse(config)
             logger.warning(
                 "the broker is not Redis: leases, hand-over, delivery limits and message checks are off; jobs of a"
                 " worker that dies come back as its broker sees fit"
@@ -327,7 +333,8 @@ class DeviceServices:
         """
         assert self.deliveries is not None
         assert self.serving is not None
-        warning = connections_warning(self.deliveries.client, self.serving.engine.info.num_slots)
+        slots, more = self.serving.engine.info.num_slots, self.serving.most_followers
+        warning = connections_warning(self.deliveries.client, slots, more)
         if warning:
             logger.warning("%s", warning)
 

@@ -7,11 +7,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtpu_worker.aggregator.jobs import Terms
 from sdtpu_worker.aggregator.plan import Plan
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.load_report import WorkerLoad
@@ -19,6 +19,7 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings, describe_loras
 from sdtpu_worker.device_loop.loop import DeviceLoop
 from sdtpu_worker.device_loop.protocols import Policy, ServableJob, ServingEngine, Snapshot
+from sdtpu_worker.device_loop.stages import LoopStage
 from sdtpu_worker.device_loop.submission import Finished, Progress, Submission
 from sdtpu_worker.device_loop.trace import NoTrace, Trace
 from sdtpu_worker.errors import ConfigurationError, SnapshotMismatch
@@ -26,32 +27,15 @@ from sdtpu_worker.images.encode import encode_image
 from sdtpu_worker.images.open_pictures import PictureOpener
 from sdtpu_worker.images.store import ImageStore
 from sdtpu_worker.operations.tracing import NoTracing, Tracing
+from sdtpu_worker.reuse.stored_image import Drawn
+from sdtpu_worker.worker.job_control import JobControl
 from sdtpu_worker.worker.job_record import JobRecord
+from sdtpu_worker.worker.reuse import NoReuse, Reuse
+from sdtpu_worker.worker.reuse_turn import Turn
 
 logger = logging.getLogger(__name__)
 
 _STEPS_OF_A_JOB, _LEARNING_RATE = 50, 0.1
-
-
-@dataclass(frozen=True)
-class JobControl:
-    """What a job's caller wants besides the image.
-
-    Attributes:
-        terms: priority, deadline and limits.
-        may_start: asked in the device loop's thread, again and again, until the job has its slot.
-        publish: called with the job's progress, in the caller's thread; None to publish none.
-        snapshot: the bytes of a snapshot to continue from.
-        alone: the job shares the devices with no other job.
-        record: where the job is measured; None for a record of its own.
-    """
-
-    terms: Terms = field(default_factory=Terms)
-    may_start: Callable[[], bool] = lambda: True
-    publish: Callable[[Progress], None] | None = None
-    snapshot: bytes | None = None
-    alone: bool = False
-    record: JobRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +67,7 @@ class Serving:
         hooks: what the process around it is told, and asked.
         pictures: opens the pictures that jobs start from; None for a worker whose jobs have none.
         tracing: where the spans of jobs go.
+        reuse: finds the images of equal jobs; None to draw every one.
 
     Raises:
         ConfigurationError: the file of `sdtpu_trace` cannot be written.
@@ -97,8 +82,10 @@ class Serving:
         hooks: Hooks | None = None,
         pictures: PictureOpener | None = None,
         tracing: Tracing | None = None,
+        reuse: Reuse | None = None,
     ) -> None:
         hooks = hooks or Hooks()
+        self._reuse = reuse or NoReuse()
         self._pictures, self._tracing = pictures or PictureOpener(()), tracing or NoTracing()
         self.engine, self.store, self._progress_s, self._give_up = engine, store, config.progress_s, hooks.give_up
         self._held: dict[Submission, int] = {}  # with the priority of each
@@ -120,6 +107,11 @@ class Serving:
         """Slots of one resolution over all devices that are not lost."""
         info = self.engine.info
         return info.num_slots - len(self.loop.stats.lost_devices) * info.slots_per_device
+
+    @property
+    def most_followers(self) -> int:
+        """Jobs that may wait for equal ones, beyond the capacity."""
+        return self._reuse.most_followers
 
     @property
     def capacity(self) -> int:
@@ -164,23 +156,29 @@ class Serving:
         self._describe(record, request)
         with self._stage("prepare", record):
             job = self.engine.prepare(task_id, request, self._open_pictures(request))
-        finished = self._denoise(job, control, record)
-        image, parameters, is_unsafe = self._store(job, request, job.finish(finished.pixels), record)
+        parameters, options = self._parameters(job, request), request.options()
+        text = {**parameters, **options}
+        stage = partial(self._stage, record=record)
+        with self._reuse.turn(job, request, text, control, record, self._is_draining, stage) as turn:
+            drawn = turn.found or self._draw(job, request.image_format, text, control, record)
+            image = self._store(job, request.image_format, drawn, turn, record)
         stored_at = record.stored_at = time.monotonic()
+        record.reused = drawn.reused
         return GenerationResult(
             task_id=task_id,
             image=image,
             **parameters,
             prompt_truncated=job.truncated,
-            nsfw_content_detected=is_unsafe,
+            nsfw_content_detected=drawn.nsfw,
             timings=Timings(
                 queued_s=round(record.queued_s(stored_at), 4),
                 device_s=round(record.device_s(stored_at), 4),
                 total_s=round(record.total_s(stored_at), 4),
             ),
-            batch=BatchPlace(finished.device, finished.slot, finished.occupied, record.num_slots),
-            options=request.options(),
+            batch=drawn.batch,
+            options=options,
             loras=describe_loras([*self.engine.info.loras, *request.loras]),
+            reused=drawn.reused,
         )
 
     @contextlib.contextmanager
@@ -239,34 +237,46 @@ class Serving:
         self._learn(finished.finished_at - finished.started_at)
         return finished
 
-    def _store(
-        self, job: ServableJob, request: GenerationRequest, pixels: Any, record: JobRecord
-    ) -> tuple[StoredImage, dict[str, Any], bool | None]:
-        """Check, encode and store an image; return it, the parameters that made it, and the safety checker's verdict.
+    def _parameters(self, job: ServableJob, request: GenerationRequest) -> dict[str, Any]:
+        """Return what an image is made with, as a PNG of it and its result say."""
+        words = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": request.seed}
+        return {**words, **job.parameters, "model": self.engine.info.model}
+
+    def _draw(
+        self, job: ServableJob, image_format: str, text: Mapping[str, Any], control: JobControl, record: JobRecord
+    ) -> Drawn:
+        """Have the devices draw a job's image; check and encode it. An unsafe one is black.
 
         Args:
-            job: the prepared job.
-            request: its request.
-            pixels: `(height, width, 3) uint8`; an unsafe image is stored black.
+            job: as the engine prepared it.
+            image_format: png, jpeg or webp.
+            text: the parameters that a PNG says.
+            control: priority and limits, and who hears of the progress.
             record: of the job.
         """
+        finished = self._denoise(job, control, record)
+        pixels = job.finish(finished.pixels)
         with self._stage("check safety", record):
             is_unsafe = self.engine.check_safety(pixels)
         if is_unsafe:
             pixels = pixels * 0
-        parameters: dict[str, Any] = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seed,
-            **job.parameters,
-            "model": self.engine.info.model,
-        }
         with self._stage("encode", record):
-            data = encode_image(pixels, request.image_format, {**parameters, **request.options()})
+            data = encode_image(pixels, image_format, text)
+        place = BatchPlace(finished.device, finished.slot, finished.occupied, record.num_slots)
+        return Drawn(data, is_unsafe, place)
+
+    def _store(self, job: ServableJob, image_format: str, drawn: Drawn, turn: Turn, record: JobRecord) -> StoredImage:
+        """Store an image under its job's own id, and have equal jobs find it."""
         with self._stage("store", record):
-            uri = self.store.put(job.task_id, request.image_format, data, self._give_up)
+            began_at = time.monotonic()
+            uri = self.store.put(job.task_id, image_format, drawn.data, self._give_up)
+        turn.keep(drawn, began_at)
         height, width = job.lane
-        return StoredImage(uri, request.image_format, width, height, len(data)), parameters, is_unsafe
+        return StoredImage(uri, image_format, width, height, len(drawn.data))
+
+    def _is_draining(self) -> bool:
+        """Return whether the loop has ceased to take what waits."""
+        return self.loop.stage is not LoopStage.RUNNING
 
     def counts(self) -> tuple[int, int]:
         """Return how many jobs have a slot, and how many wait in the device loop for one. Any thread."""

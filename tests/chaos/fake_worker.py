@@ -83,6 +83,10 @@ class PictureEngine(FakeEngine):
     def close(self) -> None:
         """Do nothing: nothing is registered."""
 
+    def pixel_digests(self) -> Callable[[PictureJob], str]:
+        """Tell jobs apart by what they count."""
+        return lambda job: f"{job.value} {job.num_steps}"
+
     def read_snapshot(self, data: bytes, job: FakeJob) -> FakeSnapshot:
         """Rebuild what `to_bytes` gave."""
         return FakeSnapshot.from_bytes(data, job.num_steps)

@@ -38,6 +38,7 @@ def test_a_job_is_accepted_at_once_and_succeeds_later(client):
     job = wait_for_end(client, job["id"])
     assert job["status"] == "succeeded"
     assert job["result"]["seed"] == 7
+    assert job["result"]["reused"] is False
     assert job["result"]["image"]["format"] == "png"
     assert "uri" not in job["result"]["image"]
     assert shown_count(client.get(job["links"]["image"]).content) == expected_count(7, 3)

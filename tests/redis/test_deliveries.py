@@ -549,3 +549,15 @@ def test_a_move_that_redis_refuses_again_and_again_keeps_no_lease_from_being_ren
     expire(client, ours, "running")
     Lease(ours, lambda: True).pulse()
     assert client.zscore(ours.keys.leases, "running") > redis_time(client)
+
+
+def test_a_job_that_only_waits_for_another_one_is_held_and_takes_no_place(client, make):
+    deliveries = make()
+    for tag in ("1", "2", "3"):
+        take(client, deliveries, tag, f"task-{tag}")
+    deliveries.aside.add("task-2")
+    assert (len(deliveries), deliveries.num_places) == (3, 2)
+    deliveries.acknowledge("2")
+    assert (len(deliveries), deliveries.num_places) == (2, 2)
+    deliveries.aside.discard("task-2")
+    assert deliveries.num_places == 2

@@ -23,7 +23,10 @@ from redis import Redis, exceptions
 from sdtpu_worker import GenerationFailed, InvalidRequest
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery import transport
+from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.operations.prompt_guard import NOT_LOGGED, PromptGuard, describe, install_prompt_guard
+from sdtpu_worker.reuse.ledger import Ledger
+from sdtpu_worker.reuse.notes import Lead
 from sdtpu_worker.testing.processes import private_redis
 from tests.support.logs import logging_kept
 from tests.support.paths import ROOT
@@ -296,6 +299,16 @@ def test_a_client_with_the_least_rights_can_do_what_it_must(redis_with_users):
     timer.start()
     assert job.get(timeout=10) == 7
     app.close()
+
+
+def test_a_worker_with_the_least_rights_can_reuse_images(redis_with_users):
+    with Redis.from_url(redis_with_users.replace("redis://", "redis://sdtpu-worker:WORKER_PASSWORD@")) as worker:
+        ledger, lead = Ledger(lambda: worker, Keys()), Lead("f" * 32, 6)
+        assert ledger.enter("key", lead) == (b"", b"")
+        ledger.renew({"key": lead})
+        ledger.leave("key", lead.token, b"a pointer", 60)
+        assert ledger.enter("key", lead) == (b"a pointer", b"")
+        ledger.forget("key", b"a pointer")
 
 
 @pytest.fixture

@@ -102,3 +102,10 @@ def test_whatever_is_stored_can_be_read_and_shown(status, result):
 @given(st.binary())
 def test_bytes_of_any_kind_are_a_failure_or_a_state(data):
     assert isinstance(read_state(BACKEND, data), JobState)
+
+
+def test_a_client_sees_whether_an_image_was_reused():
+    for reused in (False, True):
+        state = read("SUCCESS", {**RESULT, "reused": reused})
+        shown = job_json(JobRecord("", {"prompt": "a fox", "seed": 7}), state, "http://door/v1/jobs")
+        assert shown["result"]["reused"] is reused

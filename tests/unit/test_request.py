@@ -253,6 +253,7 @@ def test_a_result_crosses_json_unchanged():
         "batch": {"device": 0, "slot": 0, "occupied": 1, "num_slots": 8},
         "options": {"sigmas": "karras"},
         "loras": [{"name": "a.safetensors", "weight": 0.5}],
+        "reused": False,
     }
     assert GenerationResult.from_json(data).to_json() == data
 

@@ -53,6 +53,8 @@ def test_settings_come_from_the_environment_first_then_the_app_then_the_default(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("sdtpu_reuse", "always"),
+        ("sdtpu_reuse", ["on"]),
         ("sdtpu_slots_per_device", 0),
         ("sdtpu_slots_per_device", True),
         ("sdtpu_platform", "quantum"),
@@ -127,6 +129,14 @@ def test_loras_are_a_folder_or_names_with_sources(monkeypatch):
         app.conf.sdtpu_loras = wrong
         with pytest.raises(ConfigurationError, match="sdtpu_loras must be a folder, or names with sources"):
             read_config(app.conf)
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning"), [("on", "on"), ("off", "off"), (True, "on"), ("false", "off"), ("across_tenants",) * 2]
+)
+def test_reuse_is_a_switch_with_a_third_position(value, meaning):
+    assert read_setting("sdtpu_reuse", {}) == "off"
+    assert read_setting("sdtpu_reuse", {"sdtpu_reuse": value}) == meaning
 
 
 def test_a_secret_is_not_shown(monkeypatch):

@@ -37,7 +37,7 @@ class WarmEngine(FakeEngine):
     def __init__(self) -> None:
         super().__init__(costs={LANE: TickCosts(2, Cost(0.001))})
         self.traces_since_ready = 0
-        self.is_closed = False
+        self.is_closed = self.weights_were_read = False
         self.info = EngineInfo(
             model="fake", default_sampler="ddim", dtype="int", platform="cpu", device_kind="fake", num_devices=2,
             slots_per_device=1, phases_per_tick=2, resolutions=(LANE,),
@@ -45,6 +45,10 @@ class WarmEngine(FakeEngine):
 
     def prepare(self, task_id: str, request: GenerationRequest, pictures: Any) -> Any:
         return FakeJob(task_id, request.with_defaults("ddim").num_inference_steps, LANE)
+
+    def pixel_digests(self) -> Any:
+        self.weights_were_read = True
+        return lambda job: job.task_id
 
     def check_safety(self, pixels: Any) -> None: ...
 
@@ -125,6 +129,31 @@ def test_the_threads_of_jobs_share_one_result_backend_and_its_connections(app):
         services.stop(is_stuck=False)
     assert app.backend is own, "what waits for ever in a worker is not left to the process"
     assert in_a_thread(lambda: app.backend) is not shared
+
+
+def test_reuse_reads_the_weights_at_the_start_and_its_thread_ends_with_the_worker(app, monkeypatch):
+    monkeypatch.setenv("SDTPU_REUSE", "on")
+    before = facts_of_the_process(app)
+    services = DeviceServices(app, "a-host", read_config(app.conf))
+    engine = WarmEngine()
+    services.start(make_parts(engine))
+    assert engine.weights_were_read
+    assert services.serving.most_followers == 32
+    assert "sdtpu-reuse" in facts_of_the_process(app)["threads"]
+    services.stop(is_stuck=False)
+    wait_until(lambda: facts_of_the_process(app) == before)
+
+
+def test_reuse_is_refused_before_anything_is_loaded_where_the_broker_is_not_redis(monkeypatch):
+    monkeypatch.setenv("SDTPU_REUSE", "across_tenants")
+    app = install(Celery("services", broker="memory://", backend="cache+memory://", set_as_current=False))
+    loaded: list[Any] = []
+    parts = make_parts(WarmEngine())
+    parts.make_engine = loaded.append
+    with pytest.raises(ConfigurationError, match=r"sdtpu_reuse must be off .* got across_tenants"):
+        DeviceServices(app, "a-host", read_config(app.conf)).start(parts)
+    assert loaded == []
+    app.close()
 
 
 def test_a_health_address_that_is_taken_is_found_before_anything_is_loaded(app):

@@ -76,6 +76,7 @@ def test_a_prompt_comes_back_as_the_picture_that_the_engine_makes_of_it(app, wor
         "batch": 0,
         "options": {},
         "loras": [],
+        "reused": False,
     }
     parsed = GenerationResult.from_json(result)
     assert (parsed.image.format, parsed.image.width, parsed.image.height) == ("png", 64, 64)

@@ -110,8 +110,7 @@ def queues(app_path: str | None, as_json: bool) -> None:
 @click.option("--listen", metavar="HOST:PORT", help="Answer `/metrics` there until stopped, instead of printing once.")
 def metrics(app_path: str | None, listen: str | None) -> None:
     """Print what Redis knows of the queues and the workers, in Prometheus' text format; no worker has to run."""
-    from sdtpu_worker.client.queue_figures import broker_figures
-    from sdtpu_worker.client.queue_state import read_broker
+    from sdtpu_worker.client.queue_figures import read_figures
     from sdtpu_worker.errors import SdtpuError
 
     try:
@@ -121,9 +120,9 @@ def metrics(app_path: str | None, listen: str | None) -> None:
     app = find_app(app_path)
     try:
         if listen:
-            _serve_metrics(listen, lambda accept: expose_queues(broker_figures(read_broker(app)), accept))
+            _serve_metrics(listen, lambda accept: expose_queues(read_figures(app), accept))
         else:
-            click.echo(expose_queues(broker_figures(read_broker(app)))[1].decode(), nl=False)
+            click.echo(expose_queues(read_figures(app))[1].decode(), nl=False)
     except SdtpuError as exc:
         raise click.ClickException(str(exc)) from exc
 

@@ -246,6 +246,11 @@ SETTINGS = (
         "Whether a door without keys serves callers on other machines too, all as one caller",
     ),
     Setting(
+        "sdtpu_http_metrics_keys", (), parse_http_keys,
+        "Who may read the door's `/metrics`, each with the SHA-256 of its key, as `sdtpu key` prints them. They open"
+        " nothing else, and a key of `sdtpu_http_keys` does not open `/metrics`",
+    ),
+    Setting(
         "sdtpu_http_cors_origins", (), parse_origins,
         "The origins whose web pages may use the door from a browser, like `https://shop.example`. Not set, none may",
     ),
@@ -322,6 +327,7 @@ class Config:
     http_address: tuple[str, int]
     http_keys: tuple[HttpKey, ...] = field(repr=False)
     http_open: bool
+    http_metrics_keys: tuple[HttpKey, ...] = field(repr=False)
     http_cors_origins: tuple[str, ...]
     http_webhook_origins: tuple[str, ...]
     http_webhook_secret: str | None = field(repr=False)

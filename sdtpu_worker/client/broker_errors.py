@@ -12,6 +12,10 @@ from sdtpu_worker.redaction import without_password
 if TYPE_CHECKING:
     from celery import Celery
 
+_CLUSTER = (
+    "belongs to a Redis Cluster, which cannot be the broker",
+    "let broker_url name a server that is no cluster (managed services: cluster mode disabled)",
+)
 _REFUSALS = {  # by the names of redis-py's exceptions: the state of Redis, and the remedy
     "OutOfMemoryError": (
         "is out of memory (maxmemory) and takes no writes",
@@ -21,6 +25,9 @@ _REFUSALS = {  # by the names of redis-py's exceptions: the state of Redis, and 
         "is a read-only replica",
         "point broker_url and result_backend at the primary, or wait for the end of a failover",
     ),
+    "ClusterCrossSlotError": _CLUSTER,
+    "ClusterDownError": _CLUSTER,
+    "AskError": _CLUSTER,  # and MovedError, its subclass
     "BusyLoadingError": ("is still loading its data", "try again when it is done"),
     "AuthenticationError": (
         "does not accept this user or password",

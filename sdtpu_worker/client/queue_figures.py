@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from sdtpu_worker.client.queue_state import BrokerState
+from sdtpu_worker.client.queue_state import BrokerState, read_broker
 from sdtpu_worker.client.waiting import Waiting
+
+if TYPE_CHECKING:
+    from celery import Celery
 
 Figures = dict[str, float | dict[tuple[str, ...], float]]
 """Values by the name of a figure; of one with labels, by the values of these in the order of the table."""
@@ -25,8 +29,21 @@ def waiting_figures(queues: Mapping[str, Waiting]) -> Figures:
     }
 
 
+def read_figures(app: Celery) -> Figures:
+    """Return what `sdtpu metrics` and the door's `/metrics` export, read from Redis now; no worker has to run.
+
+    Args:
+        app: an app of a client or a worker.
+
+    Raises:
+        ConfigurationError: the broker is not Redis.
+        BrokerUnavailable: Redis does not answer.
+    """
+    return broker_figures(read_broker(app))
+
+
 def broker_figures(state: BrokerState) -> Figures:
-    """Return all that `sdtpu metrics` exports."""
+    """Return the figures of what was read from Redis."""
     dead = sorted(state.dead_letters.items(), key=lambda letters: -letters[1])[:_MOST_KINDS]
     workers = state.workers[:_MOST_HOSTS]
     return {

@@ -82,8 +82,9 @@ def _broker(app: Celery) -> Iterator[tuple[str, str]]:
     from sdtpu_worker.operations.redis_checks import redis_warnings
     from sdtpu_worker.redaction import without_password
 
-    with broker_with_prefix(app) as (client, _):
-        warnings = redis_warnings(client, images_in_redis=read_setting("sdtpu_image_store", app.conf) == "redis")
+    with broker_with_prefix(app) as (client, prefix):
+        in_redis = read_setting("sdtpu_image_store", app.conf) == "redis"
+        warnings = redis_warnings(client, images_in_redis=in_redis, prefix=prefix)
     yield "ok", f"Redis answers at {without_password(app.conf.broker_url)}"
     for warning in warnings:
         yield "warning", warning

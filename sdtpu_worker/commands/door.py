@@ -31,7 +31,10 @@ def serve(app_path: str | None, address: str | None) -> None:
 @click.option("--priority", metavar="LOW-HIGH", help="The priorities that the caller may ask for. Default: 0-9.")
 @click.option("--max-jobs", type=click.IntRange(1), help="How many unfinished jobs it may have. Default: any number.")
 def key(name: str, priority: str | None, max_jobs: int | None) -> None:
-    """Make a key for a caller of the door, and the line for sdtpu_http_keys, which has its hash only."""
+    """Make a key for a caller of the door, and the line for sdtpu_http_keys, which has its hash only.
+
+    For whoever scrapes the door's /metrics put the line into sdtpu_http_metrics_keys instead.
+    """
     from sdtpu_worker.config_values import parse_http_keys
     from sdtpu_worker.http.keys import hash_key, new_key
 

@@ -98,6 +98,7 @@ def make_routes() -> list[Route]:
         problem("/sdapi/v1/progress", web_ui.show_progress, "GET"),
         problem("/sdapi/v1/interrupt", web_ui.interrupt, "POST"),
         problem("/openapi.json", _describe, "GET"),
+        problem("/metrics", _metrics, "GET"),
         problem("/livez", _live, "GET"),
         problem("/readyz", _ready, "GET"),
     ]
@@ -134,6 +135,14 @@ async def _answer_http_exception(_: Request, exc: Exception) -> Response:
 async def _describe(request: Request) -> Response:
     """Answer `GET /openapi.json`."""
     return JSONResponse(describe(str(request.base_url).rstrip("/")))
+
+
+async def _metrics(request: Request) -> Response:
+    """Answer `GET /metrics`: what Redis has of the queues and of all workers."""
+    door = door_of(request)
+    door.callers.check_scraper(request)
+    content_type, text = await door.queue_page.read(request.headers.get("accept", ""))
+    return Response(text, headers={"Content-Type": content_type})
 
 
 async def _live(_: Request) -> Response:

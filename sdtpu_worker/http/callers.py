@@ -58,11 +58,13 @@ class Callers:
     Args:
         keys: `sdtpu_http_keys`; with none there is one caller, without a name.
         is_open: whether callers without a key may come from other machines.
+        metrics_keys: `sdtpu_http_metrics_keys`.
     """
 
-    def __init__(self, keys: Sequence[HttpKey], is_open: bool) -> None:
+    def __init__(self, keys: Sequence[HttpKey], is_open: bool, metrics_keys: Sequence[HttpKey] = ()) -> None:
         self._by_hash = {key.sha256: Caller(key.name, key.priorities, key.max_jobs) for key in keys}
         self._is_open = is_open
+        self._scrapers = {key.sha256 for key in metrics_keys}
 
     def find(self, request: HTTPConnection) -> Caller:
         """Return the caller of a request.
@@ -71,18 +73,32 @@ class Callers:
             Refusal: 401, the key is missing or unknown; 403, there are no keys, and the caller is on another machine.
         """
         if self._by_hash:
-            key = presented_key(request.headers)
-            caller = self._by_hash.get(hash_key(key)) if key else None
-            if caller is None:
-                raise Refusal(
-                    401, "InvalidKey",
-                    "the key is unknown" if key else "a key is missing: send it as `Authorization: Bearer KEY`",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )  # fmt: skip
-            return caller
+            hashed = _hash_of_key(request)
+            if hashed not in self._by_hash:
+                raise _invalid_key(hashed)
+            return self._by_hash[hashed]
         if not self._is_open:
             _check_is_local(request)
         return Caller()
+
+    def check_scraper(self, request: HTTPConnection) -> None:
+        """Check that a request may read the figures of all callers' queues.
+
+        Raises:
+            Refusal: 401, the key is missing or unknown; 403, the door has keys for its callers and none for this; or
+                it has no keys, and the request comes from another machine.
+        """
+        if self._scrapers:
+            if (hashed := _hash_of_key(request)) not in self._scrapers:
+                raise _invalid_key(hashed)
+        elif self._by_hash:
+            raise Refusal(
+                403, "NoMetricsKey",
+                "no key of this door opens /metrics: make one with `sdtpu key prometheus` and set"
+                " sdtpu_http_metrics_keys",
+            )  # fmt: skip
+        elif not self._is_open:
+            _check_is_local(request)
 
 
 def is_loopback(host: str) -> bool:
@@ -93,6 +109,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return False
+
+
+def _hash_of_key(request: HTTPConnection) -> str:
+    """Return the hash of the key that a request presents; empty where it presents none."""
+    key = presented_key(request.headers)
+    return hash_key(key) if key else ""
+
+
+def _invalid_key(hashed: str) -> Refusal:
+    detail = "the key is unknown" if hashed else "a key is missing: send it as `Authorization: Bearer KEY`"
+    return Refusal(401, "InvalidKey", detail, headers={"WWW-Authenticate": "Bearer"})
 
 
 def _check_is_local(request: HTTPConnection) -> None:

@@ -14,6 +14,7 @@ from sdtpu_worker.config import read_setting
 from sdtpu_worker.http.callers import Callers
 from sdtpu_worker.http.jobs import Jobs
 from sdtpu_worker.http.problems import Refusal
+from sdtpu_worker.http.queue_page import QueuePage
 from sdtpu_worker.http.webhooks import Webhooks
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Door:
         stopping: set it to end them.
         webhooks: posts jobs that have ended.
         callers: finds the caller of a request.
+        queue_page: the figures of `/metrics`.
         model: the name of the checkpoint, as clients see it: of a folder or a file its last part only.
         max_body_bytes: the largest body of a request.
         wait_s: seconds that a request waits for its pictures.
@@ -46,7 +48,12 @@ class Door:
         self.jobs = Jobs(app)
         origins = read_setting("sdtpu_http_webhook_origins", conf)
         self.webhooks = Webhooks(self.jobs, self.jobs.redis, origins, read_setting("sdtpu_http_webhook_secret", conf))
-        self.callers = Callers(read_setting("sdtpu_http_keys", conf), read_setting("sdtpu_http_open", conf))
+        self.callers = Callers(
+            read_setting("sdtpu_http_keys", conf),
+            read_setting("sdtpu_http_open", conf),
+            read_setting("sdtpu_http_metrics_keys", conf),
+        )
+        self.queue_page = QueuePage(app, self.jobs.threads)
         self.max_body_bytes: int = read_setting("sdtpu_http_max_body_bytes", conf)
         self.wait_s: float = read_setting("sdtpu_http_wait_s", conf)
         self._max_streams: int = read_setting("sdtpu_http_max_streams", conf)

@@ -79,6 +79,8 @@ OPERATIONS = (
     Operation("get", "/sdapi/v1/progress", "How far your pictures are", {200: "Object"}),
     Operation("post", "/sdapi/v1/interrupt", "Cancel your pictures", {200: "Object"}),
     Operation("get", "/openapi.json", "This description", {200: "Object"}, is_open=True),
+    Operation("get", "/metrics", "What waits in the queues, and the hosts that work on it, for Prometheus",
+              {200: "figures"}),
     Operation("get", "/livez", "Whether the door lives", {200: "Object"}, is_open=True),
     Operation("get", "/readyz", "Whether Redis answers", {200: "Object"}, is_open=True),
 )  # fmt: skip
@@ -247,6 +249,7 @@ _PARAMETERS: dict[str, Shape] = {
 _MEDIA = {
     "image": {"image/png": {}, "image/jpeg": {}, "image/webp": {}},
     "events": {"text/event-stream": {}},
+    "figures": {"text/plain": {}, "application/openmetrics-text": {}},
     "Problem": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
 

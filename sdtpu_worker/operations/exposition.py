@@ -1,6 +1,6 @@
 """Figures in the text format of Prometheus, or in OpenMetrics where the client asks for that.
 
-The only module that needs `prometheus_client`: it comes with the extras `worker` and `metrics`.
+The only module that needs `prometheus_client`: it comes with the extras `worker`, `http` and `metrics`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def expose_worker(figures: Figures, accept: str = "") -> tuple[str, bytes]:
 
 
 def expose_queues(values: Readings, accept: str = "") -> tuple[str, bytes]:
-    """Return what Redis has, as `sdtpu metrics` prints it; arguments and result as of `expose_worker`."""
+    """Return what Redis has, for `sdtpu metrics` and the door; arguments and result as of `expose_worker`."""
     return _encode((m for m in METRICS.values() if m.source is not Source.WORKER), values, {}, accept)
 
 

@@ -1,4 +1,6 @@
-"""Every figure that `/metrics` and `sdtpu metrics` export, in one table: name, kind, unit, labels and what it counts.
+"""Every figure that `/metrics` (of a worker and of the door) and `sdtpu metrics` export, in one table.
+
+It has their names, kinds, units, labels and what they count.
 
 The collectors and the page `docs/reference/metrics.md` are made of this table. Names have base units (seconds, bytes),
 counters end in `_total`, and no label has a value that a client can choose: neither a task nor a tenant is one.
@@ -27,8 +29,8 @@ class Source(Enum):
     """Who exports a figure."""
 
     WORKER = "a worker, of itself"
-    QUEUES = "`sdtpu metrics`, of what Redis has"
-    BOTH = "both, with the same values: take the largest of them, not their sum"
+    QUEUES = "`sdtpu metrics` and the door, of what Redis has"
+    BOTH = "all, with the same values: take the largest of them, not their sum"
 
 
 @dataclass(frozen=True)

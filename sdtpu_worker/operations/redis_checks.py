@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import AskError, ClusterCrossSlotError, ClusterDownError, ResponseError
 
+from sdtpu_worker.contract.queues import HELD_KEY, LEASES_KEY
 from sdtpu_worker.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -19,15 +20,16 @@ _TRACKING_SINCE, _OLDEST_TESTED = (6, 0), (6, 2)
 _LITTLE_ROOM = 0.1  # as a share of maxmemory
 
 
-def redis_warnings(client: Redis, *, images_in_redis: bool = True) -> list[str]:
+def redis_warnings(client: Redis, *, images_in_redis: bool = True, prefix: str = "") -> list[str]:
     """Return a warning for each thing that is wrong: the consequence, and the remedy with the name of the directive.
 
-    Asks INFO, and CONFIG GET where that is permitted. A fact that a managed service or an ACL keeps secret gives no
-    warning.
+    Asks INFO, and CONFIG GET where that is permitted, and tries a script on two keys. A fact that a managed service or
+    an ACL keeps secret gives no warning.
 
     Args:
         client: a client of the broker or of the result backend.
         images_in_redis: whether this server stores the images.
+        prefix: kombu's `global_keyprefix`.
 
     Raises:
         ConfigurationError: the server is too old for this worker, or belongs to a Redis Cluster.
@@ -38,7 +40,12 @@ def redis_warnings(client: Redis, *, images_in_redis: bool = True) -> list[str]:
     except ResponseError:
         info = {}
     kept = ["jobs", "leases", "results", *(["images"] if images_in_redis else [])]
-    _refuse_cluster(info)
+    if info.get("cluster_enabled") or _spreads_keys(client, prefix):
+        raise ConfigurationError(
+            "the Redis server belongs to a Redis Cluster (cluster-enabled yes), which spreads over several servers the"
+            " keys that Celery and this worker change in one step; let broker_url name a server that is no cluster"
+            " (managed services: cluster mode disabled), for failover one with Sentinel"
+        )
     return [
         *_version(info),
         *_role(info),
@@ -71,13 +78,15 @@ def _version(info: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _refuse_cluster(info: Mapping[str, Any]) -> None:
-    if info.get("cluster_enabled"):
-        raise ConfigurationError(
-            "the Redis server belongs to a Redis Cluster (cluster-enabled yes), which spreads over several servers the"
-            " keys that Celery and this worker change in one step; let broker_url name a server that is no cluster"
-            " (managed services: cluster mode disabled), for failover one with Sentinel"
-        )
+def _spreads_keys(client: Redis, prefix: str) -> bool:
+    """Return whether a script may not use two of the worker's keys at once, whatever INFO says of a cluster."""
+    try:
+        client.eval("return 0", 2, prefix + HELD_KEY, prefix + LEASES_KEY)
+    except (ClusterCrossSlotError, ClusterDownError, AskError):  # the last one is also what MOVED means
+        return True
+    except ResponseError:  # the user may not: what that leads to, others say
+        return False
+    return False
 
 
 def _role(info: Mapping[str, Any]) -> Iterator[str]:

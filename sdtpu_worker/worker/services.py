@@ -320,8 +320,8 @@ class DeviceServices:
             ConfigurationError: no job can run with this Redis.
         """
         assert self.deliveries is not None
-        images_in_redis = self.config.image_store.startswith("redis")
-        for text in redis_warnings(self.deliveries.client, images_in_redis=images_in_redis):
+        client, prefix = self.deliveries.client, self.deliveries.keys.prefix
+        for text in redis_warnings(client, images_in_redis=self.config.image_store.startswith("redis"), prefix=prefix):
             logger.warning("%s", text)
         self._has_looked_at_redis = True
 

@@ -134,7 +134,7 @@ def test_users_with_least_rights_over_tls(tmp_path: Path, prefix: str):
         for command in forbidden:
             with pytest.raises(NoPermissionError):
                 stranger.execute_command(*command)
-        assert not any("does not tell of new jobs" in worker.text() for worker in fleet.workers)
+        assert not any("does not say when jobs arrive" in worker.text() for worker in fleet.workers)
         assert not any("PASSWORD" in worker.text() for worker in fleet.workers)
         print(
             f"\nusers of SECURITY.md, {proxy.url.partition(':')[0]}: {len(ledger.jobs)} jobs done, nothing that"

@@ -83,6 +83,8 @@ def check_command(words: list[str]) -> None:
         from mkdocs.__main__ import cli
 
         check_click(cli, arguments)
+    elif program == "sh":
+        _check_script(arguments)
     elif program in ("python", "python3"):
         _check_python(arguments)
     elif program not in OUTSIDE:
@@ -145,6 +147,12 @@ def _check_python(arguments: list[str]) -> None:
                 raise NoSuchCommand(f"there is no module {module}")
         case [script, *_] if script != "manage.py" and not (ROOT / script).is_file():  # Django's own
             raise NoSuchCommand(f"there is no file {script}")
+
+
+def _check_script(arguments: list[str]) -> None:
+    script = ROOT / arguments[0]
+    if not script.is_file():
+        raise NoSuchCommand(f"there is no file {arguments[0]}")
 
 
 def _check_extras(arguments: list[str]) -> None:

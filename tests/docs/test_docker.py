@@ -15,29 +15,16 @@ import pytest
 import yaml
 
 from sdtpu_worker.config import SETTINGS
+from tests.docs.images import DOCKERFILE, read_stages
 from tests.support.paths import ROOT
 
 DOCKER = ROOT / "docker"
-DOCKERFILE = DOCKER / "Dockerfile"
 COMPOSE = DOCKER / "compose.yaml"
-TARGETS = ("client", "cpu", "tpu")
+TARGETS = ("client", "door", "cpu", "tpu")
 WORKERS = ("cpu", "tpu")
 BUILD_VARIABLES = {"SDTPU_TARGET", "SDTPU_PRIVILEGED"}
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def read_stages() -> dict[str, list[tuple[str, str]]]:
-    """Return each stage's instructions as (name, arguments), those of the stages it builds on first."""
-    text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", "")
-    stages: dict[str, list[tuple[str, str]]] = {}
-    for line in filter(None, map(str.strip, text.splitlines())):
-        name, arguments = line.split(maxsplit=1)
-        if name == "FROM":
-            base, _, stage = arguments.split()
-            stages[stage] = list(stages.get(base, []))
-        stages[stage].append((name, arguments))
-    return stages
 
 
 def last(stage: str, name: str) -> str:
@@ -65,7 +52,7 @@ def test_compose_follows_the_compose_schema() -> None:
     run_tool(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE)
 
 
-def test_the_three_targets_exist() -> None:
+def test_the_targets_exist() -> None:
     assert set(TARGETS) <= set(read_stages())
 
 
@@ -79,11 +66,11 @@ def test_an_image_runs_as_a_numeric_user_that_is_not_root(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_image_starts_its_command_without_a_shell(target: str) -> None:
     command = yaml.safe_load(last(target, "CMD"))
-    assert command[0] == "celery"
+    assert command[0] in ("celery", "sdtpu")
 
 
-@pytest.mark.parametrize("target", WORKERS)
-def test_a_worker_image_stops_on_sigterm(target: str) -> None:
+@pytest.mark.parametrize("target", [*WORKERS, "door"])
+def test_an_image_that_serves_stops_on_sigterm(target: str) -> None:
     assert last(target, "STOPSIGNAL") == "SIGTERM"
 
 
@@ -156,8 +143,8 @@ def test_the_client_image_has_neither_the_worker_nor_a_health_check() -> None:
     assert not [arguments for name, arguments in instructions if name == "HEALTHCHECK" or "context[" in arguments]
 
 
-@pytest.mark.parametrize(("target", "extra"), [("cpu", "worker"), ("tpu", "tpu")])
-def test_a_worker_image_installs_one_extra(target: str, extra: str) -> None:
+@pytest.mark.parametrize(("target", "extra"), [("door", "http"), ("cpu", "worker"), ("tpu", "tpu")])
+def test_an_image_installs_one_extra(target: str, extra: str) -> None:
     runs = " ".join(arguments for name, arguments in read_stages()[target] if name == "RUN")
     assert re.findall(r"context\[(.*?)\]", runs) == [extra]
 
@@ -197,8 +184,62 @@ def test_services_wait_for_a_redis_that_keeps_its_data() -> None:
     assert "--appendonly yes" in command
     assert "--maxmemory-policy noeviction" in command
     assert "healthcheck" in services["redis"]
-    for name in ("worker", "flower"):
+    for name in ("worker", "door", "queues", "flower"):
         assert services[name]["depends_on"]["redis"]["condition"] == "service_healthy"
+
+
+def test_every_service_says_whether_it_is_healthy() -> None:
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    by_image = {name for name, service in services.items() if "build" in service and "healthcheck" not in service}
+    assert by_image == {"worker", "door"}  # whose images say it
+    for name in services.keys() - by_image:
+        assert services[name]["healthcheck"]["test"][0] == "CMD", name
+
+
+def test_no_password_has_a_default_and_each_is_one_that_make_env_writes() -> None:
+    required = set(re.findall(r"\$\{(\w+):\?", COMPOSE.read_text()))
+    assert required == {"REDIS_PASSWORD", "SDTPU_HTTP_KEYS", "FLOWER_BASIC_AUTH", "GRAFANA_PASSWORD"}
+    assert set(re.findall(r"echo \"([A-Z_]+)=", (DOCKER / "make-env").read_text())) == required
+    optional = set(re.findall(r"\$\{(\w+):-", COMPOSE.read_text()))
+    assert not [name for name in optional if re.search("PASSWORD|KEY|AUTH", name)]
+
+
+def test_every_file_that_is_mounted_exists_and_every_volume_is_declared() -> None:
+    compose = yaml.safe_load(COMPOSE.read_text())
+    used = set()
+    for name, service in compose["services"].items():
+        for volume in service.get("volumes", ()):
+            source, target, *mode = volume.split(":")
+            if source.startswith("."):
+                assert (DOCKER / source).is_file(), (name, source)
+                assert mode == ["ro"]
+            else:
+                used.add(source)
+                assert not mode
+            assert target.startswith("/")
+    assert used == set(compose["volumes"])
+
+
+def test_prometheus_scrapes_services_at_the_ports_where_they_listen_and_grafana_asks_prometheus() -> None:
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    scraped = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    targets = {target for job in scraped for each in job["static_configs"] for target in each["targets"]}
+    health = services["worker"]["environment"]["SDTPU_HEALTH_ADDRESS"]
+    listen = services["queues"]["command"][-1]
+    assert targets == {f"worker:{health.rpartition(':')[2]}", f"queues:{listen.rpartition(':')[2]}"}
+    sources = yaml.safe_load((ROOT / "deploy" / "grafana" / "provisioning" / "datasources.yml").read_text())
+    (source,) = sources["datasources"]
+    name, _, port = source["url"].removeprefix("http://").partition(":")
+    assert services[name]["ports"][0].endswith(f":{port}")
+    boards = yaml.safe_load((ROOT / "deploy" / "grafana" / "provisioning" / "dashboards.yml").read_text())
+    (folder,) = {provider["options"]["path"] for provider in boards["providers"]}
+    assert f"{folder}/sdtpu-dashboard.json" in " ".join(services["grafana"]["volumes"])
+
+
+def test_the_door_listens_where_compose_publishes_it() -> None:
+    address = next(pair for line in all_of("door", "ENV") for pair in line.split() if "HTTP_ADDRESS" in pair)
+    (published,) = yaml.safe_load(COMPOSE.read_text())["services"]["door"]["ports"]
+    assert published.rpartition(":")[2] == address.rpartition(":")[2]
 
 
 def test_every_variable_of_compose_is_documented() -> None:

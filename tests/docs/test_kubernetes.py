@@ -137,7 +137,7 @@ def test_tpu_workers_take_a_whole_host_and_scale_from_zero_by_jobs_that_wait_and
     (trigger,) = scaled["triggers"]
     page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
     assert trigger["metadata"]["query"] in page
-    assert trigger["metadata"]["threshold"] == "16"  # eight slots, twice
+    assert trigger["metadata"]["threshold"] == "12"  # eight slots, and half as many next in line
     assert scaled["fallback"]["behavior"] == "currentReplicasIfHigher"
 
 

@@ -74,7 +74,7 @@ class Prometheus:
 
 @contextlib.contextmanager
 def running_prometheus(
-    folder: Path, jobs: Mapping[str, Sequence[str]], rules: Mapping[str, Any] | None = None
+    folder: Path, jobs: Mapping[str, Sequence[str]], rules: Mapping[str, Any] | None = None, key: str = ""
 ) -> Iterator[Prometheus]:
     """Run a Prometheus that scrapes twice a second.
 
@@ -82,14 +82,17 @@ def running_prometheus(
         folder: for its files.
         jobs: the addresses to scrape, by the name of the job.
         rules: the alerts to evaluate; none by default.
+        key: what it sends as its bearer key; nothing by default.
     """
     config = {
         "global": {"scrape_interval": "500ms", "scrape_timeout": "400ms", "evaluation_interval": "500ms"},
         "rule_files": ["rules.yml"],
         "scrape_configs": [
-            {"job_name": name, "static_configs": [{"targets": list(targets)}]} for name, targets in jobs.items()
+            {"job_name": name, "static_configs": [{"targets": list(targets)}],
+             **({"authorization": {"credentials": key}} if key else {})}
+            for name, targets in jobs.items()
         ],
-    }
+    }  # fmt: skip
     folder.mkdir()
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     (folder / "rules.yml").write_text(yaml.safe_dump(rules or {"groups": []}))

@@ -71,6 +71,12 @@ def test_every_alert_has_its_section_on_the_page_and_no_other_has_one():
         assert alert["labels"]["severity"] in ("warning", "critical")
 
 
+def test_the_runbook_names_every_alert_and_leads_to_its_section():
+    runbook = (ROOT / "docs" / "how-to" / "runbook.md").read_text()
+    links = set(re.findall(r"\[(Sdtpu\w+)\]\(alerts\.md#(\w+)\)", runbook))
+    assert links == {(alert["alert"], alert["alert"].lower()) for alert in alerts()}
+
+
 def test_every_alert_has_a_unit_test_that_fires_it_and_one_that_does_not():
     tests = yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text())["tests"]
     cases = [(case["alertname"], bool(case["exp_alerts"])) for test in tests for case in test["alert_rule_test"]]

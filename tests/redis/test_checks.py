@@ -109,6 +109,18 @@ def test_a_redis_cluster_is_refused_in_one_line_before_anything_is_loaded():
         services.stop(is_stuck=False)
 
 
+def test_a_cluster_that_may_not_be_asked_is_found_by_a_script_on_two_keys():
+    with client_of("--cluster-enabled", "yes", *AOF) as client:
+        client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+        client.execute_command("ACL SETUSER", "app", "on", ">pw", "~*", "+@all", "-@dangerous")
+        port = client.connection_pool.connection_kwargs["port"]
+        with contextlib.closing(redis.Redis(port=port, username="app", password="pw")) as limited:
+            with pytest.raises(redis.ResponseError):
+                limited.info()
+            with pytest.raises(ConfigurationError, match="belongs to a Redis Cluster"):
+                warnings_of(limited)
+
+
 def test_a_redis_that_is_away_at_the_start_does_not_keep_the_worker_from_loading():
     with Celery(broker="redis://127.0.0.1:1", set_as_current=False) as app:
         services = DeviceServices(app, "host", read_config(app.conf))

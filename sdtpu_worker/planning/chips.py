@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sdtpu_worker.errors import ConfigurationError
 
@@ -16,10 +16,10 @@ _SUBLANES = 8
 class Chip:
     """One chip, as one JAX device.
 
-    Sources: memory, FLOP/s and bandwidth are those of Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
+    Sources: FLOP/s and bandwidth are those of Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
     (cloud.google.com/tpu/docs); lanes are those of its page "TPU architecture". What programs can use of the memory is
-    what libtpu 0.0.42 names when a program does not fit. The clock follows from FLOP/s = 2 x matrix units x lanes^2 x
-    clock, and equals what "Ten Lessons From Three Generations" (ISCA 2021) and "TPU v4" (ISCA 2023) give for v4.
+    what libtpu 0.0.42 names when a program does not fit (of a v4, twice what it names for a core). The clock follows
+    from FLOP/s = 2 x matrix units x lanes^2 x clock.
 
     Attributes:
         name: in topologies.
@@ -55,11 +55,20 @@ class Chip:
 
         return min(cost(m, n), cost(n, m))
 
+    def share(self, part: float) -> Chip:
+        """Return a part of the chip as if it were one, for a libtpu that describes each of its cores as a device."""
+        return replace(
+            self,
+            hbm_bytes=int(self.hbm_bytes * part),
+            flops=self.flops * part,
+            hbm_bytes_per_s=self.hbm_bytes_per_s * part,
+        )
+
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(30.75 * GIB), 275e12, 1228e9, 1.05e9, 128, 4, "2x2x1", (("TPU_MEGACORE", "MEGACORE_DENSE"),)),
+        Chip("v4", int(30.5 * GIB), 275e12, 1228e9, 1.05e9, 128, 4, "2x2x1", (("TPU_MEGACORE", "MEGACORE_DENSE"),)),
         Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 1.5e9, 128, 8, "2x4"),
         Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 1.75e9, 128, 4, "2x2x1"),
         Chip("v6e", int(31.25 * GIB), 918e12, 1640e9, 1.75e9, 256, 8, "2x4"),

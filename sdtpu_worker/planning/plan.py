@@ -52,16 +52,17 @@ def make_plan(
     wanted = replace(wanted, topology=topology.name)
     check_installed()
     found = {count: _compile(replace(wanted, slots=count), limits, cache, say) for count in slots}
-    compiled = {count: each for count, facts in found.items() if (each := estimate(facts, count, topology.chip))}
+    facts = next(iter(found.values()))
+    device = topology.chip.share(topology.num_chips / facts["num_devices"])
+    compiled = {count: each for count, facts in found.items() if (each := estimate(facts, count, device))}
     estimates = dict(compiled)
     if compiled:
         for count in SLOT_COUNTS:
             if count not in found:
                 nearest = min(compiled, key=lambda one: abs(one - count))
-                estimates[count] = scale(found[nearest], compiled[nearest], count, topology.chip)
+                estimates[count] = scale(found[nearest], compiled[nearest], count, device)
     mean_steps = round(sum(steps) / len(steps))
     chosen = best([each for each in estimates.values() if each.slots in compiled], mean_steps)
-    facts = next(iter(found.values()))
     chip = topology.chip
     return {
         "model": wanted.model,

@@ -220,6 +220,16 @@ def test_json_has_the_documented_names(fake_compiler):
     assert sorted({*found, *compiled, *compiled["memory"], *compiled["step"], *found["load"]} - named) == []
 
 
+def test_a_core_that_counts_as_a_device_has_its_part_of_the_chip(fake_compiler):
+    found = {}
+    for devices in (4, 8):
+        fake_compiler.facts = lambda slots, devices=devices: facts(slots) | {"num_devices": devices}
+        done = run("--json", "--topology", "v4")
+        found[devices] = json.loads(done.stdout)["settings"][2]
+    assert found[8]["step"]["ms"] == pytest.approx(2 * found[4]["step"]["ms"], rel=1e-3)
+    assert found[8]["image_steps_per_s"] == pytest.approx(found[4]["image_steps_per_s"], rel=1e-3)
+
+
 def test_text_says_what_each_figure_is(fake_compiler):
     done = run("--load", "100", "--steps", "20,30")
     assert done.exit_code == 0, done.output

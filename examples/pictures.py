@@ -1,4 +1,4 @@
-"""Jobs that start from a picture: image to image, then inpainting, on the shipped checkpoint.
+"""Jobs that start from a picture: image to image, inpainting, and a LoRA, on the shipped checkpoint.
 
     python examples/pictures.py [--out pictures]
 
@@ -30,14 +30,15 @@ def send(out: Path) -> list[Image.Image]:
     blue = generate.delay(f"a blue {LEFT}", image=red, strength=0.4, seed=10, num_inference_steps=STEPS).get(
         timeout=120
     )
-    # A star beside it: only what is light in the mask is drawn again.
+    # A heart in its stead: only what is light in the mask is drawn again.
     mask = Image.new("L", (64, 64), 0)
-    ImageDraw.Draw(mask).rectangle((34, 4, 63, 59), fill=255)
-    star = generate.delay(
-        "a red star on the right of a white background", image=blue, mask_image=mask, seed=2, num_inference_steps=STEPS
-    ).get(timeout=120)
-    pictures = [open_image(red), open_image(blue), mask.convert("RGB"), open_image(star)]
-    for name, picture in zip(("red", "blue", "mask", "star"), pictures, strict=True):
+    ImageDraw.Draw(mask).rectangle((0, 0, 41, 63), fill=255)
+    prompt = "a green heart on the left of a white background"
+    heart = generate.delay(prompt, image=blue, mask_image=mask, seed=4, num_inference_steps=STEPS).get(timeout=120)
+    # The first request again, drawn as an outline by a LoRA that this job alone uses.
+    outline = generate.delay(f"a red {LEFT}", seed=0, num_inference_steps=STEPS, loras=["outline"]).get(timeout=120)
+    pictures = [open_image(red), open_image(blue), mask.convert("RGB"), open_image(heart), open_image(outline)]
+    for name, picture in zip(("red", "blue", "mask", "heart", "outline"), pictures, strict=True):
         picture.save(out / f"{name}.png")
     return pictures
 
@@ -49,7 +50,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     log = out / "worker.log"
     with private_redis() as url, tempfile.TemporaryDirectory() as folder:
-        env = worker_env(url, SDTPU_PLATFORM="cpu", SDTPU_CPU_DEVICES="4")
+        env = worker_env(url, SDTPU_PLATFORM="cpu", SDTPU_CPU_DEVICES="4", SDTPU_LORAS="outline=embedded-outline")
         with running(worker_command("sdtpu_worker.app"), log, env=env, cwd=Path(folder)) as worker:
             wait_for_line(worker, log, " ready.", 180)
             os.environ |= {"CELERY_BROKER_URL": url, "CELERY_RESULT_BACKEND": url}
@@ -57,7 +58,8 @@ def main() -> None:
 
             pictures = send(out)
     image_grid(pictures, 1, len(pictures)).save(out / "grid.png")
-    print(f"{out / 'grid.png'}: a red circle, the blue one made of it, the mask, and the star that was drawn there")
+    shown = "a red circle, the blue one made of it, the mask, the heart drawn in its stead, the circle as an outline"
+    print(f"{out / 'grid.png'}: {shown}")
 
 
 if __name__ == "__main__":

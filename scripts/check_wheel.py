@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "sdtpu_worker"
 LOAD = f"""
 import {PACKAGE}
-from {PACKAGE}.diffusion.checkpoint import load_checkpoint
+from {PACKAGE}.diffusion.checkpoint import LoadOptions, load_checkpoint
 assert {PACKAGE}.__file__.startswith({{folder!r}}), {PACKAGE}.__file__
 for name in ("embedded", "embedded-turbo"):
-    load_checkpoint(name)
+    load_checkpoint(name, options=LoadOptions(loras={{{{"outline": "embedded-outline"}}}}))
 """
 
 
@@ -38,7 +38,7 @@ def find_differences(wheel: Path) -> list[str]:
 
 
 def load_from(wheel: Path) -> list[str]:
-    """Unpack the wheel elsewhere and load the shipped checkpoints from there; return the error, if there is one."""
+    """Unpack the wheel elsewhere, load its checkpoints and LoRA from there; return the error, if there is one."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
         run = subprocess.run(

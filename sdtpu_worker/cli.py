@@ -38,15 +38,24 @@ for command in (generate, status, cancel, queue, check, plan, serve, key):
               " checkpoint's own.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first image.")
 @click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="Simulated CPU devices.")
-@click.option("--slots-per-device", type=click.IntRange(1, 64), default=1, show_default=True, help="Slots per device.")
+@click.option("--slots-per-device", type=click.IntRange(1, 64), help="Slots per device. Default: 1, with --mix 3.")
+@click.option("--mix", is_flag=True, help="24 jobs of all kinds in one batch: from text, from pictures, with masks,"
+              " with the LoRA `outline` at several weights; many samplers, steps and guidance scales.")  # fmt: skip
 def demo(
-    out: Path, prompts: tuple[str, ...], model: str, steps: int | None, seed: int, devices: int, slots_per_device: int
+    out: Path,
+    prompts: tuple[str, ...],
+    model: str,
+    steps: int | None,
+    seed: int,
+    devices: int,
+    slots_per_device: int | None,
+    mix: bool,
 ) -> None:
     """Run everything on this machine: a private Redis, a worker on simulated devices, 24 prompts."""
     from sdtpu_worker.demo.command import DemoFailed, run_demo
 
     try:
-        run_demo(out, list(prompts), model, steps, seed, devices, slots_per_device)
+        run_demo(out, list(prompts), model, steps, seed, devices, slots_per_device, mix)
     except DemoFailed as exc:
         raise click.ClickException(str(exc)) from exc
     except KeyboardInterrupt:

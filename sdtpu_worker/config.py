@@ -78,9 +78,10 @@ SETTINGS = (
     ),
     Setting(
         "sdtpu_loras_merged", (), parse_loras,
-        "LoRAs to merge into the checkpoint when the worker starts: `.safetensors` files, folders with one, or names on"
-        " the hub (`owner/name` or `owner/name/file.safetensors`), each with a weight after an equals sign (1 without),"
-        " with commas between them, or pairs of name and weight. Results name them",
+        "LoRAs to merge into the checkpoint when the worker starts: `.safetensors` files, folders with one, names on"
+        " the hub (`owner/name` or `owner/name/file.safetensors`) or `embedded-outline`, which the package brings for"
+        " its checkpoint; each with a weight after an equals sign (1 without), with commas between them, or pairs of"
+        " name and weight. Results name them",
     ),
     Setting(
         "sdtpu_loras", None, parse_lora_sources,

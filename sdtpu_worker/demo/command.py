@@ -7,12 +7,14 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from sdtpu_worker.demo import mix
 from sdtpu_worker.testing.processes import (
     StartFailed,
     private_redis,
@@ -49,7 +51,7 @@ PROMPTS = (
     "a black ring on the left of a green background",
 )
 EMBEDDED, EMBEDDED_STEPS = "embedded", 30
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 300.0
 """Seconds for the worker to start and compile."""
 JOB_TIMEOUT_S = 600.0
 """Seconds for all jobs together."""
@@ -59,8 +61,30 @@ class DemoFailed(Exception):
     """The demo could not finish; the text says why."""
 
 
+@dataclass(frozen=True)
+class DemoJob:
+    """One job of the demo.
+
+    Attributes:
+        label: what the contact sheet says of it.
+        parameters: without pictures.
+        mixed: what else it is, with `--mix`.
+    """
+
+    label: str
+    parameters: Mapping[str, Any]
+    mixed: mix.MixedJob | None = None
+
+
 def run_demo(
-    out: Path, prompts: list[str], model: str, steps: int | None, seed: int, devices: int, slots_per_device: int
+    out: Path,
+    prompts: list[str],
+    model: str,
+    steps: int | None,
+    seed: int,
+    devices: int,
+    slots_per_device: int | None,
+    is_mix: bool = False,
 ) -> None:
     """Run the demo and print what it measured. Redis and the worker have stopped when it returns or raises.
 
@@ -71,60 +95,89 @@ def run_demo(
         steps: denoising steps of each job; None for 30 with the shipped checkpoint, else the checkpoint's own.
         seed: the seed of the first job; each further job has the next number.
         devices: how many CPU devices the worker simulates.
-        slots_per_device: jobs that one device denoises at the same time.
+        slots_per_device: jobs that one device denoises at the same time; None for 1, and for 3 with the mix.
+        is_mix: run the jobs of `mix.JOBS`.
 
     Raises:
         DemoFailed: a parameter is not allowed, a process did not start, or a job failed.
     """
     started = time.monotonic()
-    prompts = prompts or list(PROMPTS)
-    parameters = _parameters(prompts, EMBEDDED_STEPS if steps is None and model == EMBEDDED else steps, seed)
+    if is_mix:
+        _check_mix(prompts, model, steps)
+        jobs = [DemoJob(job.label, job.parameters(seed), job) for job in mix.JOBS]
+    else:
+        steps = EMBEDDED_STEPS if steps is None and model == EMBEDDED else steps
+        more = {} if steps is None else {"num_inference_steps": steps}
+        jobs = [
+            DemoJob(prompt, {"prompt": prompt, "seed": seed + i, **more}) for i, prompt in enumerate(prompts or PROMPTS)
+        ]
+    _check_parameters(jobs)
+    slots_per_device = slots_per_device or (mix.SLOTS_PER_DEVICE if is_mix else 1)
     out.mkdir(parents=True, exist_ok=True)
-    log = out / "worker.log"
+    log, trace = out / "worker.log", out / "timeline.json"
     log.unlink(missing_ok=True)
+    settings = {**mix.SETTINGS, "SDTPU_TRACE": str(trace.resolve())} if is_mix else {}
     try:
         with contextlib.ExitStack() as stack:
             click.echo("starting a private Redis …")
             redis_url = stack.enter_context(private_redis())
             click.echo(f"starting a worker on {devices} simulated devices (log: {log}) …")
-            process = stack.enter_context(_worker(redis_url, log, model, devices, slots_per_device))
+            process = stack.enter_context(_worker(redis_url, log, model, devices, slots_per_device, settings))
             click.echo(re.sub(r"^.*(?=ready:)", "", wait_for_line(process, log, "ready: ", START_TIMEOUT_S)))
             wait_for_line(process, log, " ready.", START_TIMEOUT_S)
-            report = _produce(redis_url, parameters, out)
+            report, task_ids = _produce(redis_url, jobs, out)
     except StartFailed as exc:
         raise DemoFailed(str(exc)) from exc
     compiled = re.search(r"traced \d+ programs .*", log.read_text(errors="replace"))
+    if is_mix:
+        _print_mix(mix.count_shared_ticks(trace, dict(zip(task_ids, mix.JOBS, strict=True))), report)
     _print_report(report, compiled.group() if compiled else "", time.monotonic() - started, out)
 
 
-def _parameters(prompts: Sequence[str], steps: int | None, seed: int) -> list[dict[str, Any]]:
-    """Return the parameters of every job.
+def _check_mix(prompts: Sequence[str], model: str, steps: int | None) -> None:
+    """Make sure that nothing is asked for that the mix decides itself.
+
+    Raises:
+        DemoFailed: something is.
+    """
+    if model != EMBEDDED:
+        raise DemoFailed(
+            f"--model must be {EMBEDDED} with --mix, whose jobs use guidance and the LoRA that was trained for it, got"
+            f" {model!r}; leave out one of the two"
+        )
+    if prompts or steps is not None:
+        raise DemoFailed(
+            f"{'--prompt' if prompts else '--steps'} must be left out with --mix, each of whose jobs has its own"
+        )
+
+
+def _check_parameters(jobs: Sequence[DemoJob]) -> None:
+    """Check the parameters of every job.
 
     Raises:
         DemoFailed: one is not allowed; no process was started.
     """
     from sdtpu_worker import GenerationRequest, InvalidRequest
 
-    more = {} if steps is None else {"num_inference_steps": steps}
-    parameters: list[dict[str, Any]] = [
-        {"prompt": prompt, "seed": seed + i, **more} for i, prompt in enumerate(prompts)
-    ]
     try:
-        for each in parameters:
-            GenerationRequest(**each)
+        for job in jobs:
+            pictures = job.mixed.pictures(None) if job.mixed else {}
+            GenerationRequest(**{**job.parameters, **dict.fromkeys(pictures, "redis:sdtpu:image:first")})
     except InvalidRequest as exc:
         raise DemoFailed(f"InvalidRequest: {exc}") from exc
-    return parameters
 
 
 @contextlib.contextmanager
-def _worker(redis_url: str, log: Path, model: str, devices: int, slots_per_device: int) -> Iterator[Any]:
+def _worker(
+    redis_url: str, log: Path, model: str, devices: int, slots_per_device: int, settings: Mapping[str, str]
+) -> Iterator[Any]:
     env = worker_env(
         redis_url,
         SDTPU_MODEL=str(Path(model).resolve()) if Path(model).exists() else model,
         SDTPU_PLATFORM="cpu",
         SDTPU_CPU_DEVICES=str(devices),
         SDTPU_SLOTS_PER_DEVICE=str(slots_per_device),
+        **settings,
     )
     with tempfile.TemporaryDirectory(prefix="sdtpu-worker-") as folder:
         command = worker_command("sdtpu_worker.app")
@@ -132,23 +185,23 @@ def _worker(redis_url: str, log: Path, model: str, devices: int, slots_per_devic
             yield process
 
 
-def _produce(redis_url: str, parameters: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
+def _produce(redis_url: str, asked: Sequence[DemoJob], out: Path) -> tuple[dict[str, Any], list[str]]:
     """Do what a web app does: enqueue every prompt as a task, wait for the results, save the pictures.
 
     Returns:
-        What was measured, for the report.
+        What was measured, for the report; and the task ids.
     """
     from celery import Celery
 
-    from sdtpu_worker import generate, install, open_image
+    from sdtpu_worker import install, open_image
 
     app = install(Celery("demo-producer", broker=redis_url, backend=redis_url))
     app.set_current()
     app.set_default()
     before = _worker_stats(app)
     began = time.monotonic()
-    prompts = [each["prompt"] for each in parameters]
-    jobs = [generate.delay(**each) for each in parameters]
+    prompts = [each.parameters["prompt"] for each in asked]
+    jobs = _enqueue(asked)
     results: dict[int, dict[str, Any]] = {}
     with click.progressbar(length=len(jobs), label=f"{len(jobs)} tasks", show_pos=True) as bar:
         while len(results) < len(jobs):
@@ -171,31 +224,46 @@ def _produce(redis_url: str, parameters: Sequence[dict[str, Any]], out: Path) ->
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
         image.save(out / f"{i:03d}-{slug}.png", pnginfo=_text_chunks(image))
-    labelled_grid(images, prompts).save(out / "grid.png")
+    labelled_grid(images, [each.label for each in asked], lines=3 + any(each.mixed for each in asked)).save(
+        out / "grid.png"
+    )
     summary = _summarise(before, _worker_stats(app), wall_s, len(jobs))
     (out / "results.json").write_text(json.dumps({"summary": summary, "results": ordered}, indent=2) + "\n")
     app.close()
-    return summary
+    return summary, [job.id for job in jobs]
 
 
-def labelled_grid(images: Sequence[Any], labels: Sequence[str], columns: int = 6, side: int = 160) -> Any:
-    """Return a contact sheet: each image, enlarged to `side` pixels, with its label below."""
+def _enqueue(asked: Sequence[DemoJob]) -> list[Any]:
+    """Enqueue every job, and return their results; one that starts from the first one's image waits for it."""
+    from sdtpu_worker import generate
+
+    jobs: list[Any] = []
+    for each in asked:
+        pictures = each.mixed.pictures(jobs[0].get(timeout=JOB_TIMEOUT_S)) if each.mixed and jobs else {}
+        jobs.append(generate.delay(**each.parameters, **pictures))
+    return jobs
+
+
+def labelled_grid(
+    images: Sequence[Any], labels: Sequence[str], columns: int = 6, side: int = 160, lines: int = 3
+) -> Any:
+    """Return a contact sheet: each image, enlarged to `side` pixels, with at most `lines` of its label below."""
     from PIL import Image, ImageDraw, ImageFont
 
     from sdtpu_worker.images.encode import image_grid
 
     cells, font = [], ImageFont.load_default(11)
     for image, label in zip(images, labels, strict=True):
-        cell = Image.new("RGB", (side + 12, side + 48), "white")
+        cell = Image.new("RGB", (side + 12, side + 12 + 12 * lines), "white")
         cell.paste(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (6, 6))
-        draw, lines, line = ImageDraw.Draw(cell), [], ""
+        draw, written, line = ImageDraw.Draw(cell), [], ""
         for word in label.split():
             if line and draw.textlength(f"{line} {word}", font) > side:
-                lines.append(line)
+                written.append(line)
                 line = word
             else:
                 line = f"{line} {word}".strip()
-        draw.multiline_text((8, side + 10), "\n".join([*lines, line][:3]), fill="black", font=font, spacing=1)
+        draw.multiline_text((8, side + 10), "\n".join([*written, line][:lines]), fill="black", font=font, spacing=1)
         cells.append(cell)
     columns = min(columns, len(cells))
     return image_grid(cells, -(-len(cells) // columns), columns)
@@ -235,7 +303,18 @@ def _summarise(before: dict[str, Any], after: dict[str, Any], wall_s: float, job
         "seconds_per_image": round(wall_s / jobs, 4),
         "compile_s": after["compile_s"],
         "compile_cache": after["compile_cache"],
+        "programs_compiled_meanwhile": after["traces_since_ready"] - before["traces_since_ready"],
     }
+
+
+def _print_mix(shared: mix.SharedTicks, report: dict[str, Any]) -> None:
+    compiled = report["programs_compiled_meanwhile"]
+    click.echo(f"""
+{mix.table(mix.JOBS)}
+
+one device batch     {shared.jobs} jobs in one tick of {shared.ticks}, of {shared.kinds} kinds, with {shared.settings}\
+ different settings of sampler, steps and guidance
+compiled meanwhile   {compiled or "nothing"}""")
 
 
 def _print_report(report: dict[str, Any], compiled: str, total_s: float, out: Path) -> None:

@@ -35,7 +35,7 @@ from sdtpu_worker.device_loop.protocols import EngineInfo, ServingEngine
 from sdtpu_worker.images.store import ImageStore, make_image_store
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeImage, FakeJob, FakeSnapshot, FakeTick
 from sdtpu_worker.worker.pool import DevicePool
-from tests.chaos.pictures import LANE, expected_count, picture
+from tests.chaos.pictures import LANE, count_brought, expected_count, picture
 
 __all__ = ["app"]
 
@@ -68,8 +68,8 @@ class PictureEngine(FakeEngine):
         )
 
     def prepare(self, task_id: str, request: GenerationRequest, pictures: Mapping[str, Any]) -> PictureJob:
-        """Make a job that counts from its seed on."""
-        count = expected_count(request.seed or 0, 0)
+        """Make a job that counts from its seed on, and from what its pictures and LoRAs stand for."""
+        count = expected_count(request.seed or 0, 0, count_brought(pictures, request.loras))
         request = request.with_defaults("ddim")
         prompt = request.prompt if os.environ.get("SDTPU_FAKE_ACCIDENTS") != "off" else ""
         if prompt in ("raise", "nan"):

@@ -18,7 +18,7 @@ import redis
 from sdtpu_worker import generate
 from sdtpu_worker.images.store import read_image_bytes
 from sdtpu_worker.testing.processes import running, wait_for_line, worker_command, worker_env
-from tests.chaos.pictures import expected_count, shown_count
+from tests.chaos.pictures import count_brought, expected_count, shown_count
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
@@ -112,15 +112,20 @@ class Fleet:
 
 @dataclass
 class Ledger:
-    """The jobs that were given to the workers, and what became of them."""
+    """The jobs that were given to the workers, and what became of them.
+
+    Attributes:
+        mixed: returns by seed what a job brings besides, such as `mixed_parameters`; for `wrong_pictures` nothing else.
+    """
 
     jobs: dict[str, tuple[Any, int, int]] = field(default_factory=dict)  # by id: result, seed, steps
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
+    mixed: Callable[[int], dict[str, Any]] = lambda _: {}
 
     def add(self, seed: int, steps: int, prompt: str = "x", **options: Any) -> str:
         """Enqueue a job; return its id."""
-        kwargs = {"seed": seed, "num_inference_steps": steps}
+        kwargs = {"seed": seed, "num_inference_steps": steps, **self.mixed(seed)}
         job = generate.apply_async((prompt,), kwargs, **options)
         # without the AsyncResult: when it is collected, it talks to a Redis that is gone by then
         self.jobs[job.id] = SimpleNamespace(backend=job.backend), seed, steps
@@ -155,7 +160,9 @@ class Ledger:
         wrong = []
         for task_id, result in self.results.items():
             _, seed, steps = self.jobs[task_id]
-            if shown_count(read_image_bytes(result)) != expected_count(seed, steps):
+            brings = self.mixed(seed)
+            count = expected_count(seed, steps, count_brought(brings, brings.get("loras", ())))
+            if shown_count(read_image_bytes(result)) != count:
                 wrong.append(task_id)
         return wrong
 

@@ -3,8 +3,10 @@
     python -m pytest tests/chaos/test_same_pictures.py -n 0 -s            # part of CI
     python -m pytest tests/chaos/test_same_pictures.py -n 0 -s --long     # 300 jobs, 20 kills
 
-The shipped checkpoint on workers with simulated devices. First every job runs undisturbed; then again while workers
-are killed (SIGKILL) when given shares of the jobs are done, or stopped (SIGTERM) in mid-denoise.
+The shipped checkpoint on workers with simulated devices. The jobs are of six kinds: from text, from a picture, with a
+mask, with the shipped LoRA at two weights, with a picture, a mask and the LoRA; under five samplers, two without
+guidance. First every job runs undisturbed; then again while workers are killed (SIGKILL) when given shares of the jobs
+are done, or stopped (SIGTERM) in mid-denoise.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import pytest
+from PIL import Image, ImageDraw
 
 from sdtpu_worker.images.store import read_image_bytes
 from sdtpu_worker.testing.processes import wait_for_line
@@ -46,6 +50,22 @@ class Studio:
         return self.fleet.launch(f"w{len(self.fleet.workers)}")
 
 
+def kind_of(seed: int) -> dict[str, Any]:
+    """Return what the job of a seed brings besides its prompt; six kinds in turn."""
+    picture, mask = Image.new("RGB", (64, 64), "white"), Image.new("L", (64, 64), 0)
+    ImageDraw.Draw(picture).ellipse((4, 16, 28, 48), fill=("red", "blue")[seed // 6 % 2])
+    ImageDraw.Draw(mask).rectangle((34, 8, 63, 55), fill=255)
+    kinds: tuple[dict[str, Any], ...] = (
+        {"sampler": "euler_ancestral"},
+        {"image": picture, "strength": 0.6},
+        {"image": picture, "mask_image": mask, "loras": [("outline", 1.0)], "sampler": "ddim"},
+        {"loras": [("outline", 0.5)], "guidance_scale": 1.0},
+        {"image": picture, "mask_image": mask, "sampler": "pndm"},
+        {"loras": [("outline", 1.0)], "guidance_scale": 1.0, "sampler": "euler"},
+    )
+    return kinds[seed % 6]
+
+
 def add_jobs(ledger: Ledger, count: int, steps: int) -> None:
     for seed in range(count):
         ledger.add(seed, steps, PROMPTS[seed % len(PROMPTS)])
@@ -69,6 +89,8 @@ def studio(long: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stu
         "SDTPU_LEASE_S": "2",
         "SDTPU_GRACE_S": "0",
         "SDTPU_MAX_DELIVERIES": "100",
+        "SDTPU_LORAS": "outline=embedded-outline",
+        "SDTPU_LORA_RANK": "4",
     }
     with (
         RedisServer() as server,
@@ -77,7 +99,7 @@ def studio(long: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stu
     ):
         studio = Studio(server, fleet, [], steps, {})
         studio.workers = [studio.launch(), studio.launch()]
-        ledger = Ledger()
+        ledger = Ledger(mixed=kind_of)
         add_jobs(ledger, jobs, steps)
         add_jobs(ledger, 4, 20 * steps)
         for worker in studio.workers:
@@ -88,7 +110,7 @@ def studio(long: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stu
 
 
 def test_pictures_whose_workers_were_killed_are_the_same_bytes(studio, long):
-    random, ledger, kills = Random(21), Ledger(), 20 if long else 2
+    random, ledger, kills = Random(21), Ledger(mixed=kind_of), 20 if long else 2
     jobs = sum(steps == studio.steps for _, steps in studio.calm)
     with contextlib.closing(studio.server.client()) as client, Witness(studio.server.url) as witness:
         add_jobs(ledger, jobs, studio.steps)
@@ -116,7 +138,7 @@ def test_pictures_whose_workers_were_killed_are_the_same_bytes(studio, long):
 
 
 def test_pictures_that_were_handed_over_in_mid_denoise_are_the_same_bytes(studio):
-    ledger, steps = Ledger(), 20 * studio.steps
+    ledger, steps = Ledger(mixed=kind_of), 20 * studio.steps
     first, second = studio.workers
     for worker in studio.workers:
         wait_for_worker(worker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +12,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from sdtpu_worker.cli import sdtpu
+from sdtpu_worker.demo import mix
 from sdtpu_worker.demo.command import PROMPTS
 from tests.support.paths import XLA_CACHE
 from tests.support.waiting import wait_until
 from tools.embedded_checkpoint.scenes import every_scene, judge
+from tools.embedded_checkpoint.score_outline import judge_outline
 
 
 def demo(out: Path, *options: str) -> subprocess.Popen[str]:
@@ -76,6 +81,59 @@ def test_a_bad_prompt_is_named_before_anything_heavy_runs(tmp_path):
     assert process.returncode == 1
     assert "InvalidRequest: prompt must not be empty" in output
     assert not (tmp_path / "worker.log").exists()
+
+
+@pytest.mark.slow
+def test_the_mix_draws_jobs_of_all_kinds_in_one_batch_and_compiles_nothing_meanwhile(tmp_path):
+    process = demo(tmp_path, "--mix")
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    report = json.loads((tmp_path / "results.json").read_text())
+    results, summary = report["results"], report["summary"]
+    assert [result["prompt"] for result in results] == [job.prompt for job in mix.JOBS]
+    assert [result["sampler"] for result in results] == [job.sampler for job in mix.JOBS]
+    brought = Counter(name for result in results for name in result["options"])
+    assert [brought[name] for name in ("image", "mask_image", "loras")] == [7, 3, 8]
+    assert summary["programs_compiled_meanwhile"] == 0
+    shared = re.search(r"one device batch +(\d+) jobs in one tick of \d+, of (\d+) kinds, with (\d+)", output)
+    jobs, kinds, settings = map(int, shared.groups())
+    assert jobs >= 12 <= summary["slots"] == 24
+    assert kinds >= 6
+    assert settings >= 6
+    assert "compiled meanwhile   nothing" in output
+    for job in mix.JOBS:
+        assert re.search(rf"{re.escape(job.kind)} +{re.escape(job.sampler)} .*{re.escape(job.prompt)}", output)
+    drawn = [Image.open(next(tmp_path.glob(f"{number:03}-*.png"))) for number in range(24)]
+    assert [judge(drawn[number]).colour for number in (0, 1)] == ["red", "blue"]
+    filled, outlined = (judge_outline(drawn[number]) for number in (8, 10))
+    assert (filled.is_outlined, outlined.is_outlined) == (False, True), "the same request with weights of 0 and 1"
+    assert outlined.border == filled.border == "blue"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--model", "embedded-turbo"], r"--model must be embedded with --mix, .*got 'embedded-turbo'"),
+        (["--prompt", "a red circle"], "--prompt must be left out with --mix"),
+        (["--steps", "9"], "--steps must be left out with --mix"),
+    ],
+)
+def test_what_the_mix_decides_itself_is_refused_with_a_line(tmp_path, options, text):
+    result = CliRunner().invoke(sdtpu, ["demo", "--mix", "--out", str(tmp_path / "out"), *options])
+    assert result.exit_code == 1
+    assert re.search(text, result.output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_ticks_that_jobs_shared_are_counted_from_the_timeline(tmp_path):
+    events = [("occupancy", 10 * tick, {}) for tick in range(5)]
+    events += [("insert", 11, {"task": "a"}), ("insert", 12, {"task": "b"}), ("decode", 31, {"task": "a"})]
+    events += [("decode", 22, {"task": "b"}), ("insert", 30, {"task": "c"}), ("decode", 41, {"task": "c"})]
+    lines = [json.dumps({"name": name, "ts": ts, "args": args}) for name, ts, args in events]
+    (tmp_path / "timeline.json").write_text("[\n" + ",\n".join(lines) + ",\n{}]\n")
+    jobs = {"a": mix.JOBS[0], "b": mix.JOBS[5], "c": mix.JOBS[1]}
+    found = mix.count_shared_ticks(tmp_path / "timeline.json", jobs)
+    assert found == mix.SharedTicks(ticks=4, jobs=2, kinds=2, settings=1)
 
 
 def processes_of(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from sdtpu_worker import InvalidRequest, generate, generate_many, open_image
 from tests.support.paths import ROOT, XLA_CACHE
 from tests.worker.workers import start_worker
 from tools.embedded_checkpoint.scenes import judge
+from tools.embedded_checkpoint.score_outline import judge_outline
 
 pytestmark = [pytest.mark.slow]
 RED, BLUE = "a red circle on a white background", "a blue circle on a white background"
@@ -213,9 +214,12 @@ def test_the_example_makes_its_pictures(tmp_path):
     env = {**os.environ, "SDTPU_COMPILE_CACHE": XLA_CACHE}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    red, blue, star = (Image.open(tmp_path / f"{name}.png") for name in ("red", "blue", "star"))
+    red, blue, heart, outline = (Image.open(tmp_path / f"{name}.png") for name in ("red", "blue", "heart", "outline"))
     assert (judge(red).colour, judge(blue).colour) == ("red", "blue")
-    left = (0, 0, 34, 64)
-    assert np.array_equal(np.asarray(star.crop(left)), np.asarray(blue.crop(left))), "the mask leaves it alone"
-    assert distance(star, blue) > 1
-    assert Image.open(tmp_path / "grid.png").size == (256, 64)
+    right = (42, 0, 64, 64)
+    assert np.array_equal(np.asarray(heart.crop(right)), np.asarray(blue.crop(right))), "the mask leaves it alone"
+    assert (judge(heart).colour, judge(heart).shape) == ("green", "heart")
+    assert not judge_outline(red).is_outlined
+    seen = judge_outline(outline)
+    assert (seen.is_outlined, seen.border, seen.background) == (True, "red", "white")
+    assert Image.open(tmp_path / "grid.png").size == (320, 64)

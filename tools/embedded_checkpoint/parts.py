@@ -104,6 +104,13 @@ def encode_all(folder: Path, images: np.ndarray) -> np.ndarray:
     )
 
 
+def read_autoencoder(folder: Path) -> tuple[Network, Params, float]:
+    """Return the decoder of a checkpoint, the parameters of its autoencoder in float32, and its scaling factor."""
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    _, decoder, shapes = autoencoder(config)
+    return decoder, read_weights(open_part(folder, "vae"), shapes, jnp.float32), config["scaling_factor"]
+
+
 def make_step(loss_fn: Any, optimiser: optax.GradientTransformation, mesh: Mesh, ema_decay: float) -> Any:
     """Return the compiled, data-parallel training step with an average of the parameters.
 

@@ -37,7 +37,11 @@ SIZES = ("small", None, "large")
 POSITIONS = ("left", "right", "top", "bottom", None)
 RADIUS_RANGES: dict[str | None, tuple[float, float]] = {"small": (9.5, 11.5), None: (14.0, 16.5), "large": (19.5, 22.0)}
 
+STROKES: dict[str, float] = {"circle": 4.0, "square": 4.0, "triangle": 4.0, "star": 3.0, "heart": 4.0}
+"""Pixels that an outline is wide; a ring, which is hollow as it is, has none."""
+
 _SUPERSAMPLING = 4
+_DIRECTIONS = 32
 _HELD_OUT_SHARE = 6  # one combination of colour, shape and background in six is never trained on
 
 
@@ -78,8 +82,13 @@ class Scene:
         name = f"{self.colour} {self.shape} {self.background}"
         return hashlib.sha256(name.encode()).digest()[0] % _HELD_OUT_SHARE == 0
 
-    def draw(self, rng: random.Random) -> Image.Image:
-        """Return one picture of the scene (64 x 64, RGB); `rng` chooses the exact size and place."""
+    def draw(self, rng: random.Random, *, outlined: bool = False) -> Image.Image:
+        """Return one picture of the scene (64 x 64, RGB); `rng` chooses the exact size and place.
+
+        Args:
+            rng: the same one gives the same size and place, outlined or not.
+            outlined: only the border of the shape has its colour.
+        """
         radius = rng.uniform(*RADIUS_RANGES[self.size])
         wander = 3.0 if self.size == "large" else 5.0
         x, y = (IMAGE_SIZE / 2 + rng.uniform(-wander, wander) for _ in range(2))
@@ -88,7 +97,7 @@ class Scene:
             x = near if self.position == "left" else IMAGE_SIZE - near
         elif self.position in ("top", "bottom"):
             y = near if self.position == "top" else IMAGE_SIZE - near
-        mask = draw_mask(self.shape, x, y, radius)
+        mask = draw_mask(self.shape, x, y, radius, stroke=STROKES.get(self.shape) if outlined else None)
         canvas = Image.new("RGB", mask.size, COLOURS[self.background])
         canvas.paste(COLOURS[self.colour], mask=mask)
         return canvas
@@ -104,8 +113,19 @@ def every_scene() -> list[Scene]:
     ]
 
 
-def draw_mask(shape: str, x: float, y: float, radius: float, size: int = IMAGE_SIZE) -> Image.Image:
-    """Return the shape's coverage (`size` x `size`, mode L), centred at (x, y) pixels."""
+def draw_mask(
+    shape: str, x: float, y: float, radius: float, size: int = IMAGE_SIZE, stroke: float | None = None
+) -> Image.Image:
+    """Return the shape's coverage (`size` x `size`, mode L), centred at (x, y) pixels.
+
+    Args:
+        shape: one of `SHAPES`.
+        x: of the centre, in pixels.
+        y: of the centre, in pixels.
+        radius: in pixels.
+        size: of the picture, in pixels.
+        stroke: pixels of the border that are covered; None for the whole shape.
+    """
     scale = _SUPERSAMPLING
     mask = Image.new("L", (size * scale, size * scale), 0)
     draw = ImageDraw.Draw(mask)
@@ -138,7 +158,19 @@ def draw_mask(shape: str, x: float, y: float, radius: float, size: int = IMAGE_S
         draw.polygon(points(corners), fill=255)
     else:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    if stroke is not None:
+        mask.paste(0, mask=_shrink(mask, stroke * scale))
     return mask.reduce(scale)
+
+
+def _shrink(mask: Image.Image, by: float) -> Image.Image:
+    """Return the part of a mask that lies more than `by` pixels from its border."""
+    inside = np.asarray(mask)
+    left = inside
+    for turn in range(_DIRECTIONS):
+        angle = 2 * math.pi * turn / _DIRECTIONS
+        left = np.minimum(left, np.roll(inside, (round(by * math.sin(angle)), round(by * math.cos(angle))), (0, 1)))
+    return Image.fromarray(left)
 
 
 @dataclass(frozen=True)
@@ -184,7 +216,7 @@ def judge(image: Image.Image) -> Verdict:
     object_rgb = np.median(pixels[core], axis=0)
     axis = object_rgb - background_rgb
     coverage = np.clip(((pixels - background_rgb) @ axis) / max(float(axis @ axis), 1.0), 0, 1)
-    colour, background = _nearest_colour(object_rgb), _nearest_colour(background_rgb)
+    colour, background = nearest_colour(object_rgb), nearest_colour(background_rgb)
     mask = coverage > 0.5
     rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
     if float(axis @ axis) < 1000 or not len(rows) or not len(columns):
@@ -231,7 +263,8 @@ def _moments() -> dict[str, tuple[float, float, float]]:
     return found
 
 
-def _nearest_colour(rgb: np.ndarray) -> str:
+def nearest_colour(rgb: np.ndarray) -> str:
+    """Return the colour of the palette that is most like `rgb`, three numbers from 0 to 255."""
     return min(COLOURS, key=lambda name: float(np.linalg.norm(rgb - np.array(COLOURS[name]))))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from sdtpu_worker.diffusion.loading.lora_names import split_part
 from sdtpu_worker.diffusion.loading.safetensors_file import REMEDY
 from sdtpu_worker.errors import InvalidCheckpoint
 
+EMBEDDED_LORAS = {"embedded-outline": "checkpoint/loras/outline.safetensors"}
+"""The LoRAs that the package brings for its checkpoints, by name, with their files in it."""
 _PEFT_NAME, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _USUAL_NAMES = ("pytorch_lora_weights.safetensors", _PEFT_NAME)
 
@@ -20,13 +23,15 @@ def find_lora(name: str, setting: str = "sdtpu_loras_merged") -> Path:
     """Return the file of a LoRA.
 
     Args:
-        name: a `.safetensors` file, a folder with one, or `owner/name` or `owner/name/file.safetensors` on the hub,
-            which is downloaded.
+        name: a `.safetensors` file, a folder with one, `owner/name` or `owner/name/file.safetensors` on the hub,
+            which is downloaded, or `embedded-outline` for the shipped one.
         setting: where the name stands; errors begin with it.
 
     Raises:
         InvalidCheckpoint: there is no such file, or several, or the hub does not give it; a pickle is never taken.
     """
+    if name in EMBEDDED_LORAS:
+        return Path(str(resources.files("sdtpu_worker"))) / EMBEDDED_LORAS[name]
     path = Path(name).expanduser()
     if path.is_file() or path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
         if path.suffix != ".safetensors":
@@ -39,8 +44,8 @@ def find_lora(name: str, setting: str = "sdtpu_loras_merged") -> Path:
     is_hub_name = owner and repository and not name.startswith((".", "~")) and ".." not in name
     if not is_hub_name or repository.endswith(".safetensors") or (file and not file.endswith(".safetensors")):
         raise InvalidCheckpoint(
-            f"{setting}: there is no file or folder {name!r}, and a hub name is like 'owner/name' or"
-            " 'owner/name/file.safetensors'"
+            f"{setting}: there is no file or folder {name!r}, a hub name is like 'owner/name' or"
+            f" 'owner/name/file.safetensors', and the package brings {', '.join(EMBEDDED_LORAS)}"
         )
     folder = _download(f"{owner}/{repository}", file, name, setting)
     return folder / file if file else _one_file(folder, name, setting)

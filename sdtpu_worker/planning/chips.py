@@ -14,7 +14,7 @@ _SUBLANES = 8
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip, as one JAX device.
+    """One chip. libtpu describes each core of a v4 as a device, and every other chip as one; see `share`.
 
     Sources: FLOP/s and bandwidth are those of Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
     (cloud.google.com/tpu/docs); lanes are those of its page "TPU architecture". What programs can use of the memory is
@@ -30,7 +30,6 @@ class Chip:
         lanes: sides of a matrix unit.
         host_chips: at most of a host.
         host_topology: of a whole host, what `--topology NAME` alone stands for.
-        environment: what libtpu must be told besides to describe a chip as one device.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Chip:
     lanes: int
     host_chips: int
     host_topology: str
-    environment: tuple[tuple[str, str], ...] = ()
 
     def padded_flops(self, m: int, k: int, n: int) -> int:
         """Return the FLOPs of an `(m, k)` matrix times a `(k, n)` one in the time that a matrix unit takes for it.
@@ -68,7 +66,7 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(30.5 * GIB), 275e12, 1228e9, 1.05e9, 128, 4, "2x2x1", (("TPU_MEGACORE", "MEGACORE_DENSE"),)),
+        Chip("v4", int(30.5 * GIB), 275e12, 1228e9, 1.05e9, 128, 4, "2x2x1"),
         Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 1.5e9, 128, 8, "2x4"),
         Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 1.75e9, 128, 4, "2x2x1"),
         Chip("v6e", int(31.25 * GIB), 918e12, 1640e9, 1.75e9, 256, 8, "2x4"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtpu_worker.errors import ConfigurationError, SdtpuError
-from sdtpu_worker.planning.chips import GIB, parse_topology
+from sdtpu_worker.planning.chips import GIB
 from sdtpu_worker.planning.hlo import parse_module
 from sdtpu_worker.planning.hlo_traffic import Traffic
 from sdtpu_worker.planning.memory_report import read_total
@@ -126,7 +126,6 @@ def _start(wanted: Wanted, folder: Path, dump: Path, errors: Any) -> subprocess.
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_MIN_LOG_LEVEL": "3",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        **dict(parse_topology(wanted.topology).chip.environment),
         "XLA_FLAGS": flags,
     }
     command = [sys.executable, "-m", _CHILD, str(folder), json.dumps(asdict(wanted))]

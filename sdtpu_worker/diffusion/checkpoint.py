@@ -87,6 +87,8 @@ class Checkpoint:
         safety_checker: None for a checkpoint without one.
         loras: what was merged into the parameters.
         adapters: the LoRAs that single jobs can name; None for a worker without.
+        embeddings: the words with vectors of their own, each with a digest of them.
+        prompt_windows: how many windows a job's prompt may have.
     """
 
     name: str
@@ -98,6 +100,8 @@ class Checkpoint:
     safety_checker: LoadedSafetyChecker | None
     loras: tuple[MergedLora, ...] = ()
     adapters: AdapterFiles | None = None
+    embeddings: tuple[tuple[str, str], ...] = ()
+    prompt_windows: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class LoadOptions:
         controlnets: by name, the folders or hub names of ControlNets.
         loras: of single jobs: by name, what `loras_merged` has without names; or a folder of them; None for none.
         lora_rank: that the programs have room for.
+        prompt_windows: how many windows of 75 tokens a job's prompt may have.
+        embeddings: by word, files of textual inversion; or a folder of them; None for none.
     """
 
     revision: str = "main"
@@ -125,6 +131,8 @@ class LoadOptions:
     controlnets: Mapping[str, str] = field(default_factory=dict)
     loras: Mapping[str, str] | str | None = None
     lora_rank: int = 16
+    prompt_windows: int = 3
+    embeddings: Mapping[str, str] | str | None = None
 
 
 def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | None = None) -> Checkpoint:
@@ -144,7 +152,15 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
     source = _open(find_folder(name, options.revision), options)
     # PyTorch's pipelines for 1.x and 2.x mend outdated configs; the one for XL does not.
     schedule = NoiseSchedule.from_config(source.scheduler_config, corrects_outdated=not source.is_xl)
-    parts = Parts(source, dtype, options.loras_merged, options.image_inputs, options.controlnets)
+    parts = Parts(
+        source,
+        dtype,
+        options.loras_merged,
+        options.image_inputs,
+        options.controlnets,
+        options.prompt_windows,
+        options.embeddings,
+    )
     defaults, is_guided = decide_guidance(name, schedule, parts.guidance_width, options.guidance)
     family = parts.family(is_guided)
     adapters = None
@@ -161,6 +177,8 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
         safety_checker=_load_safety_checker(source) if source.has_safety_checker else None,
         loras=parts.loras,
         adapters=adapters,
+        embeddings=parts.embeddings.facts,
+        prompt_windows=options.prompt_windows,
     )
 
 

@@ -66,6 +66,7 @@ def saved_choice_file(folder: Path | None, checkpoint: Checkpoint, device: jax.D
     if folder is None:
         return None
     facts: tuple[Any, ...] = checkpoint.name, str(checkpoint.dtype), device.device_kind, resolutions, jax.__version__
+    facts = *facts, checkpoint.prompt_windows
     if checkpoint.adapters is not None:
         facts = *facts, checkpoint.adapters.layout.rank
     return folder / f"slots-per-device-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"

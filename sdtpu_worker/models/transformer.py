@@ -8,6 +8,7 @@ from flax import nnx
 
 from sdtpu_worker.models.attention import Attention
 from sdtpu_worker.models.layers import Conv, GroupNorm, LayerNorm, Linear, Nothing, gelu
+from sdtpu_worker.models.prompt_windows import Context, attend_to_prompt
 
 _GROUP_NORM_EPS = 1e-6  # here always, whatever the config's `norm_eps`, which is of the residual blocks
 
@@ -56,11 +57,11 @@ class TransformerBlock(nnx.Module):
         self.ff = FeedForward(features)
         self.only_cross_attention = only_cross_attention
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Map `x (B, h · w, features)` with `context (B, L, context_features)` to the shape of `x`."""
         y = self.norm1(x)
-        x = x + self.attn1(y, context if self.only_cross_attention else y)
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + (attend_to_prompt(self.attn1, y, context) if self.only_cross_attention else self.attn1(y, y))
+        x = x + attend_to_prompt(self.attn2, self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
@@ -97,7 +98,7 @@ class SpatialTransformer(nnx.Module):
         )
         self.proj_out = projection()
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Map `x (B, h, w, C)` with `context (B, L, context_features)` to the shape of `x`."""
         batch, height, width, channels = x.shape
         # A dense layer over the last axis is a convolution of 1 × 1, so that both take the image as it is.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from sdtpu_worker.diffusion.checkpoint_folder import Folder, read_json
 from sdtpu_worker.diffusion.loading import architectures
@@ -15,6 +15,21 @@ _DEFAULT_LENGTH = 77
 _ARCHITECTURES = {"sd15": ("sd1", "epsilon"), "sd21": ("sd2", "v_prediction"), "sdxl": ("sdxl", "epsilon")}
 KNOWN_MODELS = tuple(_ARCHITECTURES)
 """Stable Diffusion 1.5 at 512 x 512, 2.1 at 768 x 768, and XL base 1.0 at 1024 x 1024."""
+
+
+@dataclass(frozen=True)
+class PromptLength:
+    """Stands for a tokenizer where there are no prompts: programs need nothing of it but the length.
+
+    Attributes:
+        length: tokens of a prompt.
+    """
+
+    length: int
+
+    def with_words(self, words: Mapping[str, Any]) -> Self:
+        """Words change no length."""
+        return self
 
 
 class KnownModel:
@@ -47,8 +62,8 @@ class KnownModel:
         return f"{self.name}, {part} of {architectures.NAMES[self._architecture]}"
 
     def tokenizer(self, name: str, most: int) -> Any:
-        """Return the length of prompts: programs need nothing else of a tokenizer."""
-        return SimpleNamespace(length=min(_DEFAULT_LENGTH, most))
+        """Return the length of prompts."""
+        return PromptLength(min(_DEFAULT_LENGTH, most))
 
     def open(self, part: str, shapes: Shapes) -> TensorSource:
         """There are no tensors.
@@ -75,4 +90,4 @@ class ConfigFolder(Folder):
         length = read_json(path, self.path).get("model_max_length") if path.is_file() else None
         if not isinstance(length, int | float) or not 2 < length <= 100_000:  # a larger one stands for "no limit"
             length = _DEFAULT_LENGTH
-        return SimpleNamespace(length=min(int(length), most))
+        return PromptLength(min(int(length), most))

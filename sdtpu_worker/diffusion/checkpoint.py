@@ -161,16 +161,7 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
         options.prompt_windows,
         options.embeddings,
     )
-    defaults = _defaults(schedule, parts.guidance_width)
-    if options.guidance == "on" and parts.guidance_width:
-        raise ConfigurationError(
-            f"sdtpu_guidance must be auto or off for {name}: its UNet is told the guidance scale (time_cond_proj_dim),"
-            " and makes one prediction of it, got on"
-        )
-    needs_guidance = not parts.guidance_width and defaults.guidance_scale > 1
-    is_guided = needs_guidance if options.guidance == "auto" else options.guidance == "on"
-    if needs_guidance and not is_guided:
-        defaults = replace(defaults, guidance_scale=1.0)
+    defaults, is_guided = decide_guidance(name, schedule, parts.guidance_width, options.guidance)
     family = parts.family(is_guided)
     adapters = None
     if options.loras is not None:
@@ -211,6 +202,31 @@ def _open(path: Path, options: LoadOptions) -> Folder | CheckpointFile:
             " checkpoints in one file"
         )
     return Folder(path)
+
+
+def decide_guidance(name: str, schedule: NoiseSchedule, guidance_width: int, wanted: str) -> tuple[Defaults, bool]:
+    """Return what a checkpoint does by default, and whether every job has a row for its negative prompt.
+
+    Args:
+        name: of the checkpoint, for the error.
+        schedule: with its scheduler config.
+        guidance_width: of the embedding by which its UNet is told the guidance scale; 0 for other UNets.
+        wanted: `on`, `off` or `auto`, as `sdtpu_guidance`.
+
+    Raises:
+        ConfigurationError: the UNet is told the guidance scale, and `on` is wanted.
+    """
+    defaults = _defaults(schedule, guidance_width)
+    if wanted == "on" and guidance_width:
+        raise ConfigurationError(
+            f"sdtpu_guidance must be auto or off for {name}: its UNet is told the guidance scale (time_cond_proj_dim),"
+            " and makes one prediction of it, got on"
+        )
+    needs_guidance = not guidance_width and defaults.guidance_scale > 1
+    is_guided = needs_guidance if wanted == "auto" else wanted == "on"
+    if needs_guidance and not is_guided:
+        defaults = replace(defaults, guidance_scale=1.0)
+    return defaults, is_guided
 
 
 def _defaults(schedule: NoiseSchedule, guidance_width: int) -> Defaults:

@@ -85,7 +85,7 @@ class Engine:
         self.checkpoint, self.has_previews, self.mesh = checkpoint, with_previews, make_mesh(devices)
         family = checkpoint.family
         lanes = tuple(dict.fromkeys(resolutions or (family.default_size,)))
-        _check_sizes(family, lanes)
+        check_sizes(family, lanes)
         parameters = bytes_per_device(checkpoint.params)
         layout = None if checkpoint.adapters is None else checkpoint.adapters.layout
         entries = num_entries(len(lanes), slots_per_device, phases_per_tick(slots_per_device))
@@ -333,7 +333,7 @@ class Engine:
         return slots
 
 
-def _check_sizes(family: Family, lanes: Iterable[Lane]) -> None:
+def check_sizes(family: Family, lanes: Iterable[Lane]) -> None:
     """Make sure that the model can draw images of these sizes.
 
     Raises:

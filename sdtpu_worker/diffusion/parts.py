@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sdtpu_worker.diffusion.checkpoint_file import CheckpointFile
@@ -14,6 +15,7 @@ from sdtpu_worker.diffusion.checkpoint_folder import Folder
 from sdtpu_worker.diffusion.control_nets import find_controlnets
 from sdtpu_worker.diffusion.families.stable_diffusion import StableDiffusion
 from sdtpu_worker.diffusion.families.stable_diffusion_xl import StableDiffusionXL
+from sdtpu_worker.diffusion.known_models import KnownModel
 from sdtpu_worker.diffusion.loading.embeddings import Embeddings, read_embeddings
 from sdtpu_worker.diffusion.loading.load import iterate_weights
 from sdtpu_worker.diffusion.loading.lora import MergedLora, merge_loras
@@ -51,7 +53,7 @@ class Parts:
     """Reads the parts of one checkpoint, and keeps the parameters.
 
     Args:
-        source: the folder or the file.
+        source: the folder or the file; for `abstract_family` also a known model.
         dtype: of parameters and computation.
         loras: `(name, weight)` of what is merged into the parameters.
         takes_pictures: keep the half of the autoencoder that makes latents of pictures.
@@ -67,7 +69,7 @@ class Parts:
 
     def __init__(
         self,
-        source: Folder | CheckpointFile,
+        source: Folder | CheckpointFile | KnownModel,
         dtype: Any,
         loras: Sequence[tuple[str, float]] = (),
         takes_pictures: bool = True,
@@ -103,9 +105,30 @@ class Parts:
         Raises:
             InvalidCheckpoint: a part is broken, or does not fit another.
         """
-        family = self._stable_diffusion_xl(is_guided) if self.source.is_xl else self._stable_diffusion(is_guided)
+        family = self._family(is_guided)
         self._load()
         return family
+
+    def abstract_family(self, is_guided: bool) -> StableDiffusion | StableDiffusionXL:
+        """Read the configs alone, and return the family; `params` has shapes and dtypes in place of arrays.
+
+        Args:
+            is_guided: every job has a row for its negative prompt.
+
+        Raises:
+            InvalidCheckpoint: a config is broken, or does not fit another.
+        """
+        family = self._family(is_guided)
+        for part, wanted in self._wanted.items():
+            self.params[part] = {
+                name: jax.ShapeDtypeStruct(shape, wanted.dtype)
+                for name, shape in wanted.shapes.items()
+                if wanted.kept is None or name in wanted.kept
+            }
+        return family
+
+    def _family(self, is_guided: bool) -> StableDiffusion | StableDiffusionXL:
+        return self._stable_diffusion_xl(is_guided) if self.source.is_xl else self._stable_diffusion(is_guided)
 
     def _load(self) -> None:
         """Read every part's parameters, when all configs are known to be good and LoRAs to fit."""

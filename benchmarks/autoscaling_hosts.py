@@ -2,9 +2,9 @@
 
 A host is its slots: a job occupies one for its steps, its insert and its decode, whatever its neighbours do. That is
 what batching at every step comes to, but for one thing: a tick lasts as long as its busiest device, so everything
-takes longer by a share (`Hardware.ticks`) that `benchmarks/simulation.py` says, which simulates every tick with the
-real policy. With it mean and 99th percentile of the latency are its own within 15 %, and never better, from 30 to 80 %
-of the limit (`tests/unit/test_autoscaling.py`). So a whole day takes seconds.
+takes longer by a share (`Hardware.ticks`) that `sdtpu_worker/planning/simulation.py` says, which simulates every tick
+with the real policy. With it mean and 99th percentile of the latency are its own within 15 %, and never better, from 30
+to 80 % of the limit (`tests/unit/test_autoscaling.py`). So a whole day takes seconds.
 
 What the product does with jobs is kept: a host holds two batches, the second one next in line; at SIGTERM it finishes
 what it can within `SDTPU_GRACE_S` and hands every other job over, to be continued at its step; when it dies its jobs

@@ -12,8 +12,8 @@ from benchmarks.serving_load import draw_arrivals
 from benchmarks.serving_run import Run
 from benchmarks.serving_systems import DECODE_STEPS, DEVICES, INSERT_STEPS, SYSTEMS
 from benchmarks.simulate import COSTS, POLICIES, Pool
-from benchmarks.simulation import Arrival, Outcomes
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.planning.simulation import Arrival, Outcomes
 
 _POLICIES = dict(zip(("ours", "fixed-bucketed", "fixed-mixed"), POLICIES, strict=True))
 

@@ -8,7 +8,8 @@
 finds the fewest hosts for a rate of jobs and a 99th percentile of their latency. Costs come from `--costs`, a file
 that `benchmarks/engine.py --json` wrote or `celery inspect stats` shows (`pool.sdtpu.costs`); default: eight simulated
 devices on two cores of a CPU, which slow each other down. `--independent` leaves that slowdown out, as devices with
-silicon of their own. Needs `pip install -e '.[bench]'`; the rules of the simulation are in `benchmarks/simulation.py`.
+silicon of their own. Needs `pip install -e '.[bench]'`; the rules of the simulation are in
+`sdtpu_worker/planning/simulation.py`.
 """
 
 from __future__ import annotations
@@ -16,23 +17,30 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fixed_policy import BATCHES_HELD, FixedBatches
-from benchmarks.simulation import LANE, Arrival, Outcomes, make_arrivals, simulate
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.plan import phases_per_tick
 from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
+from sdtpu_worker.planning.simulation import (
+    LANE,
+    MOST_HOSTS,
+    Arrival,
+    Outcomes,
+    fewest_hosts,
+    make_arrivals,
+    simulate,
+)
 
 COSTS = Path(__file__).with_name("costs.json")
 LOADS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 MIXES = {"all 30 steps": (30,), "10, 20, 30, 50 steps mixed": (10, 20, 30, 50)}
-MOST_HOSTS = 1000
 OVERHEAD_S = 0.02
 POLICIES = ("step-level", "fixed, bucketed", "fixed, mixed")
 
@@ -131,19 +139,6 @@ def hosts(args: argparse.Namespace) -> None:
     if fewest is None:
         raise SystemExit(f"not even {MOST_HOSTS} hosts serve {args.rate:g} jobs/s with a p99 of {args.p99:g} s")
     print(f"{fewest} hosts serve {args.rate:g} jobs/s with a p99 of {seen[fewest]:.2f} s (wanted: {args.p99:g} s)")
-
-
-def fewest_hosts(enough: Callable[[int], bool], least: int) -> int | None:
-    """Return the smallest count from `least` to `MOST_HOSTS` that is enough, by doubling and bisection."""
-    low, high = least - 1, least
-    while not enough(high):
-        if high >= MOST_HOSTS:
-            return None
-        low, high = high, min(2 * high, MOST_HOSTS)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
 
 
 HEADER = f"{'':<28}{'mean':>8}{'p50':>8}{'p95':>8}{'p99':>8}  s"

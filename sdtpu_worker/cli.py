@@ -14,6 +14,7 @@ from sdtpu_worker.commands.check import check
 from sdtpu_worker.commands.door import key, serve
 from sdtpu_worker.commands.jobs import cancel, generate, status
 from sdtpu_worker.commands.options import app_option, find_app, parse_address
+from sdtpu_worker.commands.plan import plan
 from sdtpu_worker.commands.queue import queue
 
 
@@ -22,7 +23,7 @@ def sdtpu() -> None:
     """Image generation on a TPU host, behind Celery."""
 
 
-for command in (generate, status, cancel, queue, check, serve, key):
+for command in (generate, status, cancel, queue, check, plan, serve, key):
     sdtpu.add_command(command)
 
 

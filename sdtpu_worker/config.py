@@ -15,6 +15,7 @@ from sdtpu_worker.config_values import (
     HttpKey,
     parse_address,
     parse_choice,
+    parse_embedding_sources,
     parse_http_keys,
     parse_integer,
     parse_lora_sources,
@@ -94,6 +95,18 @@ SETTINGS = (
         "sdtpu_lora_rank", 16, parse_integer(1, 256),
         "The rank that the programs of `sdtpu_loras` have room for: the ranks of all LoRAs of a job add up to no more."
         " A larger one takes more memory and time in every step",
+    ),
+    Setting(
+        "sdtpu_embeddings", None, parse_embedding_sources,
+        "Textual inversion: words that prompts may use, each with vectors out of a file. `word=source` with commas"
+        " between them, or a dictionary, with sources as in `sdtpu_loras_merged`; or a folder, each of whose"
+        " `.safetensors` files is a word under its name without the ending. They are read when the worker starts",
+    ),
+    Setting(
+        "sdtpu_prompt_windows", 3, parse_integer(1, 16),
+        "How many windows of 75 tokens the prompt of a job with `prompt_syntax=\"weighted\"` may have; a longer one"
+        " fails with `InvalidRequest`. Only devices that have a job with several windows spend time on them; with 1"
+        " the program has no place for more",
     ),
     Setting(
         "sdtpu_guidance", "auto", parse_choice("auto", "on", "off"),
@@ -303,6 +316,8 @@ class Config:
     loras_merged: tuple[tuple[str, float], ...]
     loras: Mapping[str, str] | str | None
     lora_rank: int
+    embeddings: Mapping[str, str] | str | None
+    prompt_windows: int
     guidance: str
     image_inputs: bool
     controlnets: Mapping[str, str]

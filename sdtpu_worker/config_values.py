@@ -158,6 +158,18 @@ def parse_named(value: Any) -> dict[str, str]:
 
 def parse_lora_sources(value: Any) -> dict[str, str] | str | None:
     """Return what `parse_named` returns, or the path of a folder; None where the value is empty."""
+    return _parse_sources(value, "names", "pixel")
+
+
+def parse_embedding_sources(value: Any) -> dict[str, str] | str | None:
+    """Return what `parse_lora_sources` returns; words have no space at their ends."""
+    sources = _parse_sources(value, "words", "moodring")
+    if isinstance(sources, dict) and any(word != word.strip() for word in sources):
+        raise ValueError("words without space around them")
+    return sources
+
+
+def _parse_sources(value: Any, what: str, example: str) -> dict[str, str] | str | None:
     if value is None or value == "" or value == {}:
         return None
     if isinstance(value, str) and "=" not in value:
@@ -166,8 +178,8 @@ def parse_lora_sources(value: Any) -> dict[str, str] | str | None:
         return parse_named(value)
     except ValueError:
         raise ValueError(
-            "a folder, or names with sources, like 'pixel=/models/pixel.safetensors,toy=owner/name' or"
-            " {'pixel': '/models/pixel.safetensors'}"
+            f"a folder, or {what} with sources, like '{example}=/models/{example}.safetensors,toy=owner/name' or"
+            f" {{'{example}': '/models/{example}.safetensors'}}"
         ) from None
 
 

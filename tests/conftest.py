@@ -18,3 +18,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run tests/chaos, tests/histories and tests of loading in their long form: hours",
     )
+    parser.addoption(
+        "--seeds",
+        metavar="FIRST:END",
+        help="the histories that tests/histories draws: from the seed FIRST up to, without, END; 42:43 is one of them",
+    )

@@ -22,8 +22,8 @@ _CLASSES = re.compile(r'"(StableDiffusionPipeline|UNet2DConditionModel|Autoencod
 
 
 def write_flax_copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint, with weights as Flax's msgpack and the names of Flax's classes."""
-    shutil.copytree(source, target)
+    """Copy a checkpoint without its LoRAs, with weights as Flax's msgpack and the names of Flax's classes."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("loras"))
     rewrite_as_flax(target)
     for name in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
         path = target / name

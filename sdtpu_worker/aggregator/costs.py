@@ -21,6 +21,8 @@ class Cost:
         picture_s: of each picture that an insert encodes besides.
         control_s: of each ControlNet, for a step in which a slot of the device asks it.
         adapter_s: of the transfer of a job's LoRAs, before its insert.
+        window_s: of each further window of the longest prompt on the device, for a step.
+        window_insert_s: of each further window that an insert encodes.
     """
 
     step_s: float
@@ -29,20 +31,22 @@ class Cost:
     picture_s: float = 0.0
     control_s: tuple[float, ...] = ()
     adapter_s: float = 0.0
+    window_s: float = 0.0
+    window_insert_s: float = 0.0
 
-    def insert_of(self, pictures: int, adapters: int = 0) -> float:
-        """Return the seconds of an insert with some pictures, and with LoRAs that are sent first."""
-        return self.insert_s + pictures * self.picture_s + adapters * self.adapter_s
+    def insert_of(self, pictures: int, adapters: int = 0, windows: int = 0) -> float:
+        """Return the seconds of an insert with pictures and further windows, and LoRAs that are sent first."""
+        return self.insert_s + pictures * self.picture_s + adapters * self.adapter_s + windows * self.window_insert_s
 
-    def step_of(self, controls: Iterable[int]) -> float:
-        """Return the seconds of a step in which these ControlNets are asked."""
-        return self.step_s + sum(self.control_s[i] for i in set(controls))
+    def step_of(self, controls: Iterable[int], windows: int = 0) -> float:
+        """Return the seconds of a step in which these ControlNets are asked and so many further windows seen."""
+        return self.step_s + sum(self.control_s[i] for i in set(controls)) + windows * self.window_s
 
     def of(self, phases: Iterable[Phase]) -> float:
         """Return the seconds that one device needs for phases."""
         return sum(
-            phase.steps * self.step_of(phase.controls)
-            + (phase.insert is not None) * self.insert_of(phase.pictures, phase.adapters)
+            phase.steps * self.step_of(phase.controls, phase.windows)
+            + (phase.insert is not None) * self.insert_of(phase.pictures, phase.adapters, phase.windows_in)
             + (phase.decode is not None) * self.decode_s
             for phase in phases
         )

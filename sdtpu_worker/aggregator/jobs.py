@@ -42,11 +42,13 @@ class Load:
         pictures: how many are encoded when the job gets its slot.
         controls: the numbers of the ControlNets that its steps ask.
         adapters: how many combinations of LoRAs are sent to the device when the job gets its slot, 0 or 1.
+        windows: how many windows its longest prompt has besides the first.
     """
 
     pictures: int = 0
     controls: frozenset[int] = frozenset()
     adapters: int = 0
+    windows: int = 0
 
 
 NO_LOAD = Load()
@@ -127,5 +129,6 @@ class QueuedJob:
 
     def work_s(self, cost: Cost) -> float:
         """Return the seconds that one device, working alone, needs until the job's image is decoded."""
-        insert_s = 0.0 if self.has_started else cost.insert_of(self.load.pictures, self.load.adapters)
-        return self.remaining * cost.step_of(self.load.controls) + cost.decode_s + insert_s
+        load = self.load
+        insert_s = 0.0 if self.has_started else cost.insert_of(load.pictures, load.adapters, load.windows)
+        return self.remaining * cost.step_of(load.controls, load.windows) + cost.decode_s + insert_s

@@ -21,6 +21,8 @@ class Phase:
         pictures: how many pictures the insert encodes.
         controls: the ControlNets that the steps may ask.
         adapters: how many combinations of LoRAs are sent before the insert.
+        windows: how many windows the longest prompt has besides the first, of those that the steps may attend to.
+        windows_in: how many windows the insert encodes besides the first.
     """
 
     decode: tuple[int, str] | None = None
@@ -29,6 +31,8 @@ class Phase:
     pictures: int = 0
     controls: frozenset[int] = frozenset()
     adapters: int = 0
+    windows: int = 0
+    windows_in: int = 0
 
 
 @dataclass(frozen=True)

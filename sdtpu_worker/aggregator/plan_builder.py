@@ -151,14 +151,17 @@ class PlanBuilder:
         insert = None
         if self._takes_another(device):
             load = self.queue[0].load
-            insert_s = cost.insert_of(load.pictures, load.adapters)
+            insert_s = cost.insert_of(load.pictures, load.adapters, load.windows)
             if not phases or elapsed_s + insert_s < budget_s:
                 insert = slots.index(None), self.queue.popleft()
                 self._give_slot(device, *insert)
                 elapsed_s += insert_s
         controls = frozenset(control for job in slots if job for control in job.load.controls)
-        step_s = cost.step_of(controls)
+        windows = max((job.load.windows for job in slots if job), default=0)
+        step_s = cost.step_of(controls, windows)
         steps = 0 if self._more_to_do_first(device) else self._steps(device, budget_s - elapsed_s, step_s)
+        if not (phases or decode or insert or steps) and self.steps:
+            steps = self._steps(device, step_s, step_s)  # one, though it takes longer than other devices work
         for job in slots:
             if job:
                 job.remaining -= min(steps, job.remaining)
@@ -172,6 +175,8 @@ class PlanBuilder:
                 insert[1].load.pictures if insert else 0,
                 controls if steps else frozenset(),
                 insert[1].load.adapters if insert else 0,
+                windows if steps else 0,
+                insert[1].load.windows if insert else 0,
             )
         )
         self.elapsed_s[device] = elapsed_s + steps * step_s

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from sdtpu_worker.aggregator.costs import TickCosts
+from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.jobs import EVERY_JOB, NO_LOAD, Eligibility, Load, Overdue, QueuedJob, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
 from sdtpu_worker.aggregator.plan_builder import PlanBuilder, Slots
@@ -52,9 +52,11 @@ class _LaneState:
         return any(task_id in eligibility for task_id in self.waiting) or any(True for _ in self.running())
 
 
-def _controls(slots: Slots) -> set[int]:
-    """Return the ControlNets that a device's jobs ask."""
-    return {control for job in slots if job is not None for control in job.load.controls}
+def _step_s(cost: Cost, slots: Slots) -> float:
+    """Return the seconds of a step of a device's jobs."""
+    loads = [job.load for job in slots if job is not None]
+    controls = {control for load in loads for control in load.controls}
+    return cost.step_of(controls, max((load.windows for load in loads), default=0))
 
 
 class Aggregator:
@@ -296,7 +298,7 @@ class Aggregator:
         load = jobs / self._num_slots
         tick_s = self.tick_s * (0.5 if load <= 1 else 1 if load < 2 else 2)
         cost, busy = state.costs.cost, self._busy_devices(state)
-        step_s = state.costs.slowdown(busy) * max(cost.step_of(_controls(slots)) for slots in state.slots)
+        step_s = state.costs.slowdown(busy) * max(_step_s(cost, slots) for slots in state.slots)
         steps = max(1, round(tick_s / step_s))
         decode_steps = math.ceil(cost.decode_s / cost.step_s)
         most = math.inf if math.isinf(most_s) else max(0, int((most_s - state.costs.overhead_s) / step_s))

@@ -31,6 +31,8 @@ _SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
               " pictures, named by their jobs. Default: this one.")  # fmt: skip
 @click.option("--n", type=click.IntRange(1, 1000), default=1, show_default=True, help="Pictures of each prompt.")
 @click.option("--negative-prompt", help="What the pictures should not show.")
+@click.option("--prompt-syntax", type=click.Choice(["plain", "weighted"]), help="weighted: (word:1.3), [word] and BREAK"
+              " are read as A1111's web UI reads them.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), help="Of the first picture; the next ones have the next seeds.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps. Default: the checkpoint's own.")
 @click.option("--guidance-scale", type=float, help="Default: the checkpoint's own.")

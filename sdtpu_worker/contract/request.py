@@ -30,6 +30,7 @@ from sdtpu_worker.contract.parameter_checks import (
     loras_of,
 )
 from sdtpu_worker.contract.picture_reference import check_picture, is_result, named_picture, shown_picture
+from sdtpu_worker.contract.prompt_syntax import PROMPT_SYNTAXES, read_weighted
 from sdtpu_worker.contract.samplers import SIGMA_SPACINGS, resolve_sampler
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.redaction import brief
@@ -48,6 +49,8 @@ PICTURES = ("image", "mask_image", "control_image")
 LISTED = ("control_image",)
 """Of these, the ones that may be several pictures."""
 IMAGE_FORMATS = ("png", "jpeg", "webp")
+PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+"""The parameters that are prompts."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class GenerationRequest:
     """The parameters of one job, under the names of the diffusers pipeline call.
 
     Attributes:
-        prompt: what the image shows, 1 to 10,000 characters. It is cut after 77 tokens, and the result says so.
+        prompt: what the image shows, 1 to 10,000 characters. A plain one is cut after 77 tokens, and the result says
+            so.
         negative_prompt: what the image should not show; empty or None for none.
         seed: 0 to 2**63 - 1, also given as a string of its decimal digits; None has the client draw one of 53 bits.
         num_inference_steps: denoising steps, 1 to 1000; None for the checkpoint's own: 50, few for a distilled one.
@@ -94,6 +98,8 @@ class GenerationRequest:
             count; one number, or one for each.
         loras: at most 4 LoRAs of the worker (`sdtpu_loras`), each as a name or as a pair of name and weight, -100 to
             100; kept as pairs.
+        prompt_syntax: how the prompts are read: `plain`, as text; `weighted`, as `contract.prompt_syntax` says, in as
+            many windows of 75 tokens as they need and the worker takes (`sdtpu_prompt_windows`).
 
     Raises:
         InvalidRequest: a value is not allowed; the text says what was got and what is allowed.
@@ -128,6 +134,7 @@ class GenerationRequest:
     control_guidance_start: tuple[float, ...] = (0.0,)
     control_guidance_end: tuple[float, ...] = (1.0,)
     loras: tuple[tuple[str, float], ...] = ()
+    prompt_syntax: str = "plain"
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -142,6 +149,9 @@ class GenerationRequest:
         for name in ("mask_image", "strength", "image_guidance_scale"):
             if (value := getattr(self, name)) is not None and self.image is None:
                 raise InvalidRequest(f"{name} must come with an image, got {brief(value)} without one")
+        if self.prompt_syntax == "weighted":
+            for name in PROMPTS:
+                read_weighted(name, getattr(self, name) or "")
 
     def _resolve_sampler(self, name: str) -> None:
         sampler, sigmas = resolve_sampler(name)
@@ -284,6 +294,7 @@ _CHECKS: dict[str, Any] = {
     "control_guidance_start": check_each(check_fraction(optional=False)),
     "control_guidance_end": check_each(check_fraction(optional=False)),
     "loras": check_loras,
+    "prompt_syntax": check_choice(PROMPT_SYNTAXES),
 }
 _ALIASES = {"conditioning_scale": "controlnet_conditioning_scale"}
 _OPTIONS = (*list(_CHECKS)[list(_CHECKS).index("image_format") + 1 :],)

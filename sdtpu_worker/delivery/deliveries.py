@@ -12,7 +12,6 @@ handed it over. Acknowledging the message removes both.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import threading
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import ResponseError
 
 from sdtpu_worker.delivery import scripts
-from sdtpu_worker.delivery.delivery import Delivery, Move
+from sdtpu_worker.delivery.delivery import Delivery, Move, describe_dead_letter
 from sdtpu_worker.delivery.job_facts import JobFacts, read_job_facts
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.scripts import is_read_only
@@ -36,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 MAX_DEAD_LETTERS = 1000
 """How many dead letters Redis keeps; older ones are only counted."""
-DEAD_LETTER_BYTES = 4096
-"""How many bytes of a dead-lettered message Redis keeps."""
 JOB_FACTS_EXPIRE_S = 24 * 3600
 """Seconds that Redis keeps a job's starts and its snapshot."""
 _MAX_MOVES = 200  # messages that one sweep, or one look for due messages, moves
@@ -58,8 +55,7 @@ class Deliveries:
         on_free: called when a held message has left this worker, so that another one may be taken.
         on_deferred: called with the time, on Redis' clock, at which a message that was just deferred is due.
         on_dead_letter: called with the kind of every message that this worker dead-letters.
-        dead_letters: messages that this worker dead-lettered.
-        redelivered: messages that this worker's sweeps redelivered.
+        dead_letters, redelivered: messages that this worker dead-lettered, and that its sweeps redelivered.
         aside: ids of jobs that only wait for another one, and keep no other message from this worker.
     """
 
@@ -117,6 +113,14 @@ class Deliveries:
     def holds(self, tag: str) -> bool:
         """Return whether this worker holds a message."""
         return tag in self._held
+
+    def is_lost(self, tag: str) -> bool:
+        """Return whether the lease of a message has expired and it was redelivered: another worker may have it.
+
+        Raises:
+            redis.exceptions.RedisError: Redis was not reached.
+        """
+        return not self.client.hexists(self.keys.held, tag)
 
     def hold(self, tag: str, task_id: str) -> None:
         """Note that this worker has just claimed a message."""
@@ -259,16 +263,9 @@ class Deliveries:
         Raises:
             redis.exceptions.RedisError: Redis was not reached; the message is redelivered when its lease expires.
         """
-        letter = {
-            "at": round(time.time(), 3),
-            "queue": queue,
-            "kind": kind,
-            "reason": reason,
-            "bytes": size,
-            "message": message[:DEAD_LETTER_BYTES].decode(errors="backslashreplace"),
-        }
+        letter = describe_dead_letter(time.time(), kind, queue, reason, size, message)
         keys = [self.keys.held, self.keys.leases, self.keys.dead, self.keys.dead_counts]
-        self._eval(scripts.DEAD_LETTER, keys, [tag, kind, json.dumps(letter), MAX_DEAD_LETTERS - 1])
+        self._eval(scripts.DEAD_LETTER, keys, [tag, kind, letter, MAX_DEAD_LETTERS - 1])
         self.dead_letters += 1
         self.on_dead_letter(kind)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+DEAD_LETTER_BYTES = 4096
+"""How many bytes of a dead-lettered message Redis keeps."""
 
 
 @dataclass
@@ -27,3 +31,25 @@ class Move:
 
     script: str
     job_keys: Sequence[str]
+
+
+def describe_dead_letter(at: float, kind: str, queue: str, reason: str, size: int, message: bytes) -> str:
+    """Return what Redis keeps of a message that cannot be run.
+
+    Args:
+        at: the time, in seconds since 1970.
+        kind: the name that it is counted by.
+        queue: the queue that it came from.
+        reason: why it cannot be run.
+        size: its size in bytes.
+        message: as much of it as was read.
+    """
+    letter = {
+        "at": round(at, 3),
+        "queue": queue,
+        "kind": kind,
+        "reason": reason,
+        "bytes": size,
+        "message": message[:DEAD_LETTER_BYTES].decode(errors="backslashreplace"),
+    }
+    return json.dumps(letter)

@@ -9,7 +9,7 @@ Workers that were paused together (SIGSTOP, a suspended machine) find each other
 so do all workers when Redis' clock is set forward. A lease that is renewed in time has half of it left: it is renewed
 every third of it, at a pulse, and pulses are a sixth of it apart at most. So contact counts as broken when more than
 half a lease passed unnoticed: when Redis' clock is further ahead than that of where this worker's own clock, at its
-last pulse, let it expect it.
+last pulse, let it expect it; or when its own clock is, since Redis' clock may have been set back meanwhile.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Lease:
         self._renewed_at = clock()
         self._contact_since: float | None = None
         self._least_ahead_s = 0.0  # of Redis' clock before this worker's own, in this contact
+        self._looked_at = clock()  # at the clocks
         self._unbroken_until = 0.0  # on Redis' clock: a later look finds the contact broken
         self._made_progress = True
         self._next_due_s: float | None = None
@@ -125,11 +126,12 @@ class Lease:
             now: on this worker's clock.
             redis_time: on Redis' clock, no earlier than `now`.
         """
-        if self._contact_since is not None and redis_time > self._unbroken_until:
+        was_still = now - self._looked_at > self._deliveries.lease_s / 2 or redis_time > self._unbroken_until
+        if self._contact_since is not None and was_still:
             logger.warning("this worker or Redis stood still, or Redis' clock was set forward, by more than half a"
                            " lease: every worker may renew its leases before this one sweeps again")  # fmt: skip
             self._contact_since, self._renew_at = None, 0.0
-        ahead_s = redis_time - now
+        self._looked_at, ahead_s = now, redis_time - now
         self._least_ahead_s = ahead_s if self._contact_since is None else min(self._least_ahead_s, ahead_s)
         self._unbroken_until = now + self._least_ahead_s + self._deliveries.lease_s / 2
 

@@ -83,6 +83,11 @@ class ClaimingChannel:
         """The other queues whose consumer acknowledges, so that kombu records what it pops from them."""
         return [queue for queue in self.other_queues if queue in self._acknowledged_queues]
 
+    @property
+    def is_claim_in_flight(self: Any) -> bool:
+        """Whether a claim waits for its reply to be read."""
+        return bool(self._in_poll) and self._claimed_lists is not None
+
     def basic_consume(self: Any, queue: str, *args: Any, **options: Any) -> Any:
         """Consume a queue, and take note of whether its messages are acknowledged."""
         if not (args[0] if args else options.get("no_ack")):

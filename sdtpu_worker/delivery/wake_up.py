@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 WAKE_UP = "WAKE_UP"
 """A kind of connection of a channel, beside kombu's own BRPOP (here the claims) and LISTEN."""
+CLAIMS = "BRPOP"
+"""kombu's name for the kind of connection on which a channel claims."""
 RETRY_S = 1.0
 """Seconds until the connection is tried again where it cannot be had, or was lost at once."""
 
@@ -137,9 +139,20 @@ class Poller(kombu_redis.MultiChannelPoller):
                 return
 
     def on_readable(self, fileno: int) -> Any:
-        """Handle a connection that has something to read."""
+        """Handle a connection that has something to read.
+
+        The reply of a claim is read whatever the worker has room for: its message is this worker's already, and must be
+        held, so that its lease is renewed.
+        """
         channel, kind = self._fd_to_chan.get(fileno, (None, ""))
-        return channel.handlers[WAKE_UP]() if kind == WAKE_UP else super().on_readable(fileno)
+        if kind == WAKE_UP or (kind == CLAIMS and channel.is_claim_in_flight):
+            return channel.handlers[kind]()
+        return super().on_readable(fileno)
+
+    def _pause_brpop(self, channel: Any, fileno: int) -> None:
+        """Leave a reply unread until there is room, unless it is that of a claim."""
+        if not channel.is_claim_in_flight:
+            super()._pause_brpop(channel, fileno)
 
 
 class _Client:

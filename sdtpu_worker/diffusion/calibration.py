@@ -66,13 +66,26 @@ def _measure_costs(engine: Engine, lane: Lane) -> TickCosts:
     adapter_s = 0.0
     if engine.checkpoint.adapters is not None:
         adapter_s = max(0.0, _adapters_s(engine, job) - overhead_s - insert_s)
+    window_s, window_insert_s = 0.0, 0.0
+    if (further := engine.checkpoint.prompt_windows - 1) > 0:
+        long_job = _long_job(engine, lane)
+        window_insert_s = max(0.0, seconds(1, insert, long_job) - overhead_s - insert_s) / further
+        window_s = max(0.0, seconds(1, steps) - overhead_s - steps_s) / _STEPS / further
     slowdown = {
         busy: max(1.0, (seconds(busy, steps) - overhead_s) / steps_s)
         for busy in (2, num_devices // 2, num_devices)
         if 1 < busy <= num_devices
     }
-    cost = Cost(steps_s / _STEPS, insert_s, decode_s, picture_s, tuple(control_s), adapter_s)
+    cost = Cost(steps_s / _STEPS, insert_s, decode_s, picture_s, tuple(control_s), adapter_s, window_s, window_insert_s)
     return TickCosts(num_devices, cost, slowdown, overhead_s)
+
+
+def _long_job(engine: Engine, lane: Lane) -> PreparedJob:
+    """Return a job whose prompt has as many windows as there may be, for as many steps as are measured."""
+    request, pictures = plain_request(engine.checkpoint.family, lane, _TASK_ID, seed=0, steps=1)
+    prompt = " BREAK ".join([_TASK_ID] * engine.checkpoint.prompt_windows)
+    request = replace(request, prompt=prompt, prompt_syntax="weighted")
+    return replace(engine.prepare(_TASK_ID, request, pictures), num_steps=2 * _STEPS)
 
 
 def _adapters_s(engine: Engine, job: PreparedJob, count: int = 2) -> float:

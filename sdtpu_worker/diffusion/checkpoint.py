@@ -87,6 +87,8 @@ class Checkpoint:
         safety_checker: None for a checkpoint without one.
         loras: what was merged into the parameters.
         adapters: the LoRAs that single jobs can name; None for a worker without.
+        embeddings: the words with vectors of their own, each with a digest of them.
+        prompt_windows: how many windows a job's prompt may have.
     """
 
     name: str
@@ -98,6 +100,8 @@ class Checkpoint:
     safety_checker: LoadedSafetyChecker | None
     loras: tuple[MergedLora, ...] = ()
     adapters: AdapterFiles | None = None
+    embeddings: tuple[tuple[str, str], ...] = ()
+    prompt_windows: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class LoadOptions:
         controlnets: by name, the folders or hub names of ControlNets.
         loras: of single jobs: by name, what `loras_merged` has without names; or a folder of them; None for none.
         lora_rank: that the programs have room for.
+        prompt_windows: how many windows of 75 tokens a job's prompt may have.
+        embeddings: by word, files of textual inversion; or a folder of them; None for none.
     """
 
     revision: str = "main"
@@ -125,6 +131,8 @@ class LoadOptions:
     controlnets: Mapping[str, str] = field(default_factory=dict)
     loras: Mapping[str, str] | str | None = None
     lora_rank: int = 16
+    prompt_windows: int = 3
+    embeddings: Mapping[str, str] | str | None = None
 
 
 def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | None = None) -> Checkpoint:
@@ -144,17 +152,16 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
     source = _open(find_folder(name, options.revision), options)
     # PyTorch's pipelines for 1.x and 2.x mend outdated configs; the one for XL does not.
     schedule = NoiseSchedule.from_config(source.scheduler_config, corrects_outdated=not source.is_xl)
-    parts = Parts(source, dtype, options.loras_merged, options.image_inputs, options.controlnets)
-    defaults = _defaults(schedule, parts.guidance_width)
-    if options.guidance == "on" and parts.guidance_width:
-        raise ConfigurationError(
-            f"sdtpu_guidance must be auto or off for {name}: its UNet is told the guidance scale (time_cond_proj_dim),"
-            " and makes one prediction of it, got on"
-        )
-    needs_guidance = not parts.guidance_width and defaults.guidance_scale > 1
-    is_guided = needs_guidance if options.guidance == "auto" else options.guidance == "on"
-    if needs_guidance and not is_guided:
-        defaults = replace(defaults, guidance_scale=1.0)
+    parts = Parts(
+        source,
+        dtype,
+        options.loras_merged,
+        options.image_inputs,
+        options.controlnets,
+        options.prompt_windows,
+        options.embeddings,
+    )
+    defaults, is_guided = decide_guidance(name, schedule, parts.guidance_width, options.guidance)
     family = parts.family(is_guided)
     adapters = None
     if options.loras is not None:
@@ -170,6 +177,8 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
         safety_checker=_load_safety_checker(source) if source.has_safety_checker else None,
         loras=parts.loras,
         adapters=adapters,
+        embeddings=parts.embeddings.facts,
+        prompt_windows=options.prompt_windows,
     )
 
 
@@ -193,6 +202,31 @@ def _open(path: Path, options: LoadOptions) -> Folder | CheckpointFile:
             " checkpoints in one file"
         )
     return Folder(path)
+
+
+def decide_guidance(name: str, schedule: NoiseSchedule, guidance_width: int, wanted: str) -> tuple[Defaults, bool]:
+    """Return what a checkpoint does by default, and whether every job has a row for its negative prompt.
+
+    Args:
+        name: of the checkpoint, for the error.
+        schedule: with its scheduler config.
+        guidance_width: of the embedding by which its UNet is told the guidance scale; 0 for other UNets.
+        wanted: `on`, `off` or `auto`, as `sdtpu_guidance`.
+
+    Raises:
+        ConfigurationError: the UNet is told the guidance scale, and `on` is wanted.
+    """
+    defaults = _defaults(schedule, guidance_width)
+    if wanted == "on" and guidance_width:
+        raise ConfigurationError(
+            f"sdtpu_guidance must be auto or off for {name}: its UNet is told the guidance scale (time_cond_proj_dim),"
+            " and makes one prediction of it, got on"
+        )
+    needs_guidance = not guidance_width and defaults.guidance_scale > 1
+    is_guided = needs_guidance if wanted == "auto" else wanted == "on"
+    if needs_guidance and not is_guided:
+        defaults = replace(defaults, guidance_scale=1.0)
+    return defaults, is_guided
 
 
 def _defaults(schedule: NoiseSchedule, guidance_width: int) -> Defaults:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sdtpu_worker.contract.request import MAX_STEPS
 from sdtpu_worker.diffusion.adapters import Adapted, Stack
-from sdtpu_worker.diffusion.families.family import Family, Pictures, PictureUse
+from sdtpu_worker.diffusion.families.family import WINDOWS, Family, Pictures, PictureUse
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.slots import Controls, Decoded, Geometry, Phases, Picture, Slots
 from sdtpu_worker.diffusion.tiled_decoding import decode_in_tiles
@@ -126,7 +126,7 @@ def advance(
     }
 
     blend = _make_blend(slots, geometry.latent_shape)
-    add = _make_controls(family, geometry, params, slots, conditioning)
+    add = _make_controls(family, geometry, params, slots)
     state = slots.latents, slots.history, slots.step
 
     def denoise(adapters: Adapted | None, _: Any, state: _State) -> _State:
@@ -135,7 +135,9 @@ def advance(
         column = {name: row[:, i, None, None, None] for i, name in enumerate(COLUMNS)}
         x_in = jnp.concatenate([x * column["c_in"]] * halves)
         t = jnp.concatenate([row[:, COLUMNS.index("t")]] * halves)
-        m = _guide(family.predict(params, x_in, t, conditioning, add(x_in, t, step), adapters), slots)
+        running = step < slots.num_steps
+        asked = _without_ended(conditioning, jnp.concatenate([running] * halves))
+        m = _guide(family.predict(params, x_in, t, asked, add(x_in, t, step, asked), adapters), slots)
         noise = _noise(slots.key_data, step, jnp.abs(column["n"]) + jnp.abs(column["r"]), x.shape)
         x_next = (
             column["a"] * x
@@ -148,7 +150,7 @@ def advance(
         x_next = blend(x_next, column["s"], column["u"])
         h = column["p"] * x + column["q"] * m + column["r"] * noise
         pushed = jnp.concatenate([h[:, None], history[:, :2]], axis=1)
-        running = (step < slots.num_steps)[:, None, None, None]
+        running = running[:, None, None, None]
         push = running & (column["push"] > 0)
         return (
             jnp.where(running, x_next, x),
@@ -166,26 +168,37 @@ def advance(
     return slots._replace(latents=x, history=history, step=step)
 
 
+def _without_ended(conditioning: dict[str, jax.Array], running: jax.Array) -> dict[str, jax.Array]:
+    """Return what the model sees of the rows: a job that has ended, and left a long prompt behind, costs nothing.
+
+    Args:
+        conditioning: by name `(R, …)`.
+        running: `(R,) bool`.
+    """
+    if WINDOWS not in conditioning:
+        return conditioning
+    return {**conditioning, WINDOWS: jnp.where(running, conditioning[WINDOWS], 1)}
+
+
 def _make_controls(
-    family: Family, geometry: Geometry, params: Any, slots: Slots, conditioning: dict[str, jax.Array]
-) -> Callable[[jax.Array, jax.Array, jax.Array], Any]:
+    family: Family, geometry: Geometry, params: Any, slots: Slots
+) -> Callable[[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]], Any]:
     """Return what adds up the ControlNets of a step: each runs only where a slot of the device asks it now.
 
     Args:
         family, geometry, params, slots: of this device.
-        conditioning: by name `(R, …)`.
 
     Returns:
-        `add(x_in (R, C, h, w), t (R,), step (S,)) -> what `Family.predict` takes`. A slot that does not ask a
-        ControlNet gets zeros of it, exactly, whatever its neighbours ask.
+        `add(x_in (R, C, h, w), t (R,), step (S,), conditioning by name (R, …)) -> what `Family.predict` takes`. A slot
+        that does not ask a ControlNet gets zeros of it, exactly, whatever its neighbours ask.
     """
     controls = slots.controls
     if controls is None:
-        return lambda x_in, t, step: None
+        return lambda x_in, t, step, conditioning: None
     repeats = family.rows
     embedded = [jnp.concatenate([each] * repeats) for each in controls.embedded]
 
-    def add(x_in: jax.Array, t: jax.Array, step: jax.Array) -> Any:
+    def add(x_in: jax.Array, t: jax.Array, step: jax.Array, conditioning: dict[str, jax.Array]) -> Any:
         def ask(number: int) -> Any:
             return family.control(params, number, x_in, t, conditioning, embedded[number])
 

@@ -89,7 +89,7 @@ class Engine:
         self.checkpoint, self.has_previews, self.mesh = checkpoint, with_previews, make_mesh(devices)
         family = checkpoint.family
         lanes = tuple(dict.fromkeys(resolutions or (family.default_size,)))
-        _check_sizes(family, lanes)
+        check_sizes(family, lanes)
         check_wanted(devices[0].platform, attention)
         parameters = bytes_per_device(checkpoint.params)
         layout = None if checkpoint.adapters is None else checkpoint.adapters.layout
@@ -340,7 +340,7 @@ class Engine:
         return slots
 
 
-def _check_sizes(family: Family, lanes: Iterable[Lane]) -> None:
+def check_sizes(family: Family, lanes: Iterable[Lane]) -> None:
     """Make sure that the model can draw images of these sizes.
 
     Raises:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from sdtpu_worker.errors import ConfigurationError
 
@@ -32,10 +34,11 @@ def bytes_per_device(tree: Any, num_devices: int = 1) -> int:
     """Return the bytes that arrays take on one device.
 
     Args:
-        tree: of arrays.
+        tree: of arrays, or of their shapes.
         num_devices: over which they are split; 1 for arrays that every device has whole.
     """
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // num_devices
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves) // num_devices
 
 
 def memory_needs(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sdtpu_worker.diffusion.checkpoint_file import CheckpointFile
@@ -14,6 +15,8 @@ from sdtpu_worker.diffusion.checkpoint_folder import Folder
 from sdtpu_worker.diffusion.control_nets import find_controlnets
 from sdtpu_worker.diffusion.families.stable_diffusion import StableDiffusion
 from sdtpu_worker.diffusion.families.stable_diffusion_xl import StableDiffusionXL
+from sdtpu_worker.diffusion.known_models import KnownModel
+from sdtpu_worker.diffusion.loading.embeddings import Embeddings, read_embeddings
 from sdtpu_worker.diffusion.loading.load import iterate_weights
 from sdtpu_worker.diffusion.loading.lora import MergedLora, merge_loras
 from sdtpu_worker.diffusion.loading.tensors import Shapes, TensorSource
@@ -23,6 +26,8 @@ from sdtpu_worker.models import networks
 from sdtpu_worker.models.configs import read_autoencoder_config, read_clip_text_config, read_unet_config
 from sdtpu_worker.models.network import Network
 from sdtpu_worker.redaction import brief
+
+_TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -48,25 +53,31 @@ class Parts:
     """Reads the parts of one checkpoint, and keeps the parameters.
 
     Args:
-        source: the folder or the file.
+        source: the folder or the file; for `abstract_family` also a known model.
         dtype: of parameters and computation.
         loras: `(name, weight)` of what is merged into the parameters.
         takes_pictures: keep the half of the autoencoder that makes latents of pictures.
         controlnets: by name, the folders or hub names of ControlNets.
+        prompt_windows: how many windows a job's prompt may have.
+        embeddings: as for `read_embeddings`.
 
     Attributes:
         params: by part, then by tensor name; empty until `family` has read them.
         loras: what was merged; likewise.
+        embeddings: the words with vectors of their own; likewise.
     """
 
     def __init__(
         self,
-        source: Folder | CheckpointFile,
+        source: Folder | CheckpointFile | KnownModel,
         dtype: Any,
         loras: Sequence[tuple[str, float]] = (),
         takes_pictures: bool = True,
         controlnets: Mapping[str, str] | None = None,
+        prompt_windows: int = 1,
+        embeddings: Mapping[str, str] | str | None = None,
     ) -> None:
+        self._prompt_windows, self._embedding_sources, self.embeddings = prompt_windows, embeddings, Embeddings()
         self._controlnets = controlnets or {}
         self.source, self.dtype, self._loras_wanted, self._takes_pictures = source, dtype, loras, takes_pictures
         self.params: dict[str, dict[str, Any]] = {}
@@ -94,9 +105,30 @@ class Parts:
         Raises:
             InvalidCheckpoint: a part is broken, or does not fit another.
         """
-        family = self._stable_diffusion_xl(is_guided) if self.source.is_xl else self._stable_diffusion(is_guided)
+        family = self._family(is_guided)
         self._load()
         return family
+
+    def abstract_family(self, is_guided: bool) -> StableDiffusion | StableDiffusionXL:
+        """Read the configs alone, and return the family; `params` has shapes and dtypes in place of arrays.
+
+        Args:
+            is_guided: every job has a row for its negative prompt.
+
+        Raises:
+            InvalidCheckpoint: a config is broken, or does not fit another.
+        """
+        family = self._family(is_guided)
+        for part, wanted in self._wanted.items():
+            self.params[part] = {
+                name: jax.ShapeDtypeStruct(shape, wanted.dtype)
+                for name, shape in wanted.shapes.items()
+                if wanted.kept is None or name in wanted.kept
+            }
+        return family
+
+    def _family(self, is_guided: bool) -> StableDiffusion | StableDiffusionXL:
+        return self._stable_diffusion_xl(is_guided) if self.source.is_xl else self._stable_diffusion(is_guided)
 
     def _load(self) -> None:
         """Read every part's parameters, when all configs are known to be good and LoRAs to fit."""
@@ -104,14 +136,17 @@ class Parts:
         for part, wanted in self._wanted.items():
             weights = iterate_weights(wanted.open(), wanted.shapes, wanted.dtype, merge.changes.get(part))
             self.params[part] = {name: array for name, array in weights if wanted.kept is None or name in wanted.kept}
+            if (table := self.params[part].get(_TOKEN_TABLE)) is not None:
+                self.params[part][_TOKEN_TABLE] = self.embeddings.extend(table, part)
         self.loras = merge.merged
 
     def _stable_diffusion(self, is_guided: bool) -> StableDiffusion:
         text_encoder, tokenizer, config = self._text_encoder("text_encoder", "tokenizer", projection=False)
         self._check_context(config.hidden_size)
+        self.embeddings = read_embeddings(self._embedding_sources, {"text_encoder": config.hidden_size})
         return StableDiffusion(
             text_encoder=text_encoder,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer.with_words(self.embeddings.words(config.vocab_size)),
             width=config.hidden_size,
             layers=config.num_hidden_layers,
             **self._latent_unet(is_guided, force_upcast=False),
@@ -122,11 +157,13 @@ class Parts:
         second, tokenizer_2, config_2 = self._text_encoder("text_encoder_2", "tokenizer_2", projection=True)
         width = config.hidden_size + config_2.hidden_size
         self._check_context(width)
+        widths = {"text_encoder": config.hidden_size, "text_encoder_2": config_2.hidden_size}
+        self.embeddings = read_embeddings(self._embedding_sources, widths)
         return StableDiffusionXL(
             text_encoder=first,
             text_encoder_2=second,
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2,
+            tokenizer=tokenizer.with_words(self.embeddings.words(config.vocab_size)),
+            tokenizer_2=tokenizer_2.with_words(self.embeddings.words(config_2.vocab_size)),
             width=width,
             layers=min(config.num_hidden_layers, config_2.num_hidden_layers),
             pooled_width=config_2.projection_dim,
@@ -167,6 +204,7 @@ class Parts:
             "scaling_factor": vae_config.scaling_factor,
             "latent_mean": _numbers(vae_config.latents_mean),
             "latent_std": _numbers(vae_config.latents_std),
+            "prompt_windows": self._prompt_windows,
             "guidance_width": self.guidance_width,
             "is_guided": is_guided,
             "dtype": self.dtype,

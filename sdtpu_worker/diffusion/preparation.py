@@ -13,7 +13,7 @@ from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import DEFAULT_IMAGE_GUIDANCE_SCALE, DEFAULT_STRENGTH, LISTED, GenerationRequest
 from sdtpu_worker.diffusion.adapters import JobAdapters
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
-from sdtpu_worker.diffusion.families.family import Family, PictureUse
+from sdtpu_worker.diffusion.families.family import WINDOWS, Family, PictureUse
 from sdtpu_worker.diffusion.samplers import make_table
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.redaction import brief
@@ -146,10 +146,17 @@ def prepare_job(
         image=pictures.get("image"),
         mask=pictures.get("mask_image"),
         preserve_unmasked=request.preserve_unmasked,
-        load=Load(encoded, frozenset(control.number for control in controls), int(adapters is not None)),
+        load=Load(
+            encoded, frozenset(control.number for control in controls), int(adapters is not None), _windows(inputs) - 1
+        ),
         controls=controls,
         adapters=adapters,
     )
+
+
+def _windows(inputs: Mapping[str, np.ndarray]) -> int:
+    """Return how many windows a job's longest prompt has."""
+    return int(inputs[WINDOWS].max()) if WINDOWS in inputs else 1
 
 
 def _encoded_pictures(use: PictureUse, request: GenerationRequest, is_noise_alone: bool) -> int:

@@ -25,6 +25,9 @@ from sdtpu_worker.models.selection import Selection, selecting
 
 logger = logging.getLogger(__name__)
 
+DECODE, INSERT, ADVANCE = "decode", "insert", "advance"
+"""The names of a phase's parts in the compiled program, for profiles and for `sdtpu plan`."""
+
 
 def lower_tick(family: Family, params: Any, geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:
     """Trace and lower the tick, ahead of time.
@@ -49,10 +52,13 @@ def lower_tick(family: Family, params: Any, geometry: Geometry, mesh: Mesh) -> j
         def phase(i: jax.Array, carry: tuple[Slots, Decoded]) -> tuple[Slots, Decoded]:
             slots, decoded = carry
             now = jax.tree.map(lambda leaf: leaf[i], todo.phases)
-            image = decode(family, geometry, params, slots, now.decode_slot)
+            with jax.named_scope(DECODE):
+                image = decode(family, geometry, params, slots, now.decode_slot)
             decoded = jax.tree.map(lambda all_, one: all_.at[0, i].set(one), decoded, image)
-            slots = insert(family, geometry, params, slots, now, bank)
-            return advance(family, geometry, params, slots, now.steps, bank), decoded
+            with jax.named_scope(INSERT):
+                slots = insert(family, geometry, params, slots, now, bank)
+            with jax.named_scope(ADVANCE):
+                return advance(family, geometry, params, slots, now.steps, bank), decoded
 
         pixels = jnp.zeros((1, geometry.phases, geometry.height, geometry.width, 3), jnp.uint8)
         nothing = Decoded(pixels, jnp.ones((1, geometry.phases), bool))

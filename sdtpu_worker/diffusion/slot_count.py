@@ -69,6 +69,7 @@ def saved_choice_file(
     if folder is None:
         return None
     facts: tuple[Any, ...] = checkpoint.name, str(checkpoint.dtype), device.device_kind, resolutions, jax.__version__
+    facts = *facts, checkpoint.prompt_windows
     if checkpoint.adapters is not None:
         facts = *facts, checkpoint.adapters.layout.rank
     if attention != AUTO:

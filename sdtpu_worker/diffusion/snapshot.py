@@ -20,6 +20,7 @@ import numpy as np
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.diffusion.adapters import JobAdapters, digest_of
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
+from sdtpu_worker.diffusion.families.family import WINDOWS
 from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.slots import Geometry, Slots
 from sdtpu_worker.errors import SnapshotMismatch
@@ -74,7 +75,7 @@ class JobSnapshot:
             )
 
     def check_job(self, job: PreparedJob) -> None:
-        """Make sure that the snapshot is of this job: its coefficients, guidance, key, LoRAs and steps are its own.
+        """Make sure that the snapshot is of this job: its coefficients, guidance, key, LoRAs, windows and steps are.
 
         Bytes that somebody forged can then choose only latents, their history and encoded prompts.
 
@@ -93,6 +94,7 @@ class JobSnapshot:
             and self._has_mask_of(job)
             and self._has_controls_of(job)
             and self._has_adapters_of(job)
+            and self._has_windows_of(job)
         )
         if not is_of_job:
             raise SnapshotMismatch("the snapshot is of a job with other parameters: start the job anew")
@@ -129,6 +131,11 @@ class JobSnapshot:
         if adapters is None:
             return job.adapters is None
         return np.array_equal(adapters.digest[0], digest_of(job.adapters))
+
+    def _has_windows_of(self, job: PreparedJob) -> bool:
+        """Return whether the prompts that a slot keeps have as many windows as the job's."""
+        kept = self.state.conditioning.get(WINDOWS)
+        return kept is None or np.array_equal(kept[0], job.inputs[WINDOWS])
 
     def to_bytes(self) -> bytes:
         """Return the snapshot compressed: a line with fingerprint and lane, then the leaves of `Slots` in order."""
@@ -186,6 +193,7 @@ def fingerprint_of(checkpoint: Checkpoint, lane: Lane, geometry: Geometry, devic
     facts += [geometry.adapters and (geometry.adapters.rank, geometry.adapter_entries)]
     facts += [geometry.attention, TABLE, DENSE_TABLE]
     facts += [_json(checkpoint.schedule.config), _json(checkpoint.family.facts()), checkpoint.loras]
+    facts += [checkpoint.embeddings]
     digest.update(repr(facts).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):
         array = np.asarray(leaf).reshape(-1)

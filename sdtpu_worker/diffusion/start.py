@@ -56,6 +56,8 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
             config.controlnets,
             config.loras,
             config.lora_rank,
+            config.prompt_windows,
+            config.embeddings,
         )
         checkpoint = load_checkpoint(config.model, dtype, options)
         for lora in checkpoint.loras:
@@ -63,6 +65,9 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
         if checkpoint.adapters is not None:
             names = ", ".join(checkpoint.adapters.names()) or "none yet"
             logger.info("LoRAs that jobs can name (sdtpu_loras): %s; room for a rank of %d", names, config.lora_rank)
+        if checkpoint.embeddings:
+            words = ", ".join(word for word, _ in checkpoint.embeddings)
+            logger.info("words with vectors of their own (sdtpu_embeddings): %s", words)
         logger.info("loaded checkpoint %s in %s after %.1f s", config.model, dtype.__name__, time.monotonic() - started)
 
         def make(slots_per_device: int) -> Engine:

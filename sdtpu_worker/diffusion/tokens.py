@@ -12,10 +12,12 @@ bring them into their canonical order takes the square of their number.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,6 +128,8 @@ class PromptTokenizer:
     Attributes:
         length: ids of a prompt, with start, end and padding.
         bos_id, eos_id, pad_id: of the start, the end and the padding.
+        comma_id: of a comma that stands alone; None if the vocabulary has none.
+        vectors: by the first id of a word that stands for several vectors, how many ids it has.
     """
 
     def __init__(self, vocabulary: Vocabulary, most: int) -> None:
@@ -134,15 +138,17 @@ class PromptTokenizer:
             raise ValueError(f"prompts must have at least {_SHORTEST} tokens, got {self.length}")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         self.bos_id, self.eos_id, self.pad_id, unknown = (vocabulary.added[vocabulary.special[name]] for name in names)
+        self.comma_id = vocabulary.ids.get(",</w>")
+        self.vectors: Mapping[int, int] = {}
+        self._several: Sequence[Sequence[int]] = ()
         self._added = vocabulary.added
         self._longest = max(len(token.removesuffix("</w>")) for token in vocabulary.ids)
         self._literal = {token: vocabulary.ids.get(token, unknown) for token in (_START, _END)}
-        self._pattern = re.compile(
-            "|".join(
-                rf"(?<![^ ]){re.escape(token)}(?![^ ])" if token in vocabulary.lone else re.escape(token)
-                for token in sorted(filter(None, vocabulary.added), key=len, reverse=True)
-            )
+        self._added_pattern = "|".join(
+            rf"(?<![^ ]){re.escape(token)}(?![^ ])" if token in vocabulary.lone else re.escape(token)
+            for token in sorted(filter(None, vocabulary.added), key=len, reverse=True)
         )
+        self._pattern = re.compile(self._added_pattern)
         unk = vocabulary.special["unk_token"]
         self._bpe = Tokenizer(
             BPE(
@@ -171,19 +177,41 @@ class PromptTokenizer:
         except Exception as exc:  # `tokenizers` raises bare ones
             raise InvalidCheckpoint(f"{folder}: the tokenizer cannot be used: {type(exc).__name__}: {exc}") from exc
 
+    def with_words(self, words: Mapping[str, Sequence[int]]) -> PromptTokenizer:
+        """Return a tokenizer for which some words stand for ids of their own.
+
+        A word counts in any case of its letters, and where no letter or digit joins it; the longest comes first.
+
+        Args:
+            words: the ids by word, each id once.
+        """
+        if not words:
+            return self
+        longest_first = sorted(words, key=len, reverse=True)
+        patterns = map(_alone, longest_first)
+        other = copy.copy(self)
+        other._several = [words[word] for word in longest_first]
+        other.vectors = {ids[0]: len(ids) for ids in other._several}
+        other._pattern = re.compile("|".join([f"(?i:{'|'.join(patterns)})", self._added_pattern]))
+        return other
+
+    def ids(self, text: str) -> list[int]:
+        """Return all ids of a text, without start and end; for texts as long as a prompt may be."""
+        return self._ids(text, sys.maxsize)
+
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, bool]:
         """Return token ids, `(len(prompts), length) int32`, and whether any prompt had to be cut."""
         rows, truncated = np.full((len(prompts), self.length), self.pad_id, np.int32), False
         for row, prompt in zip(rows, prompts, strict=True):
-            ids = self._ids(prompt)
+            ids = self._ids(prompt, self.length - 1)
             truncated |= len(ids) > self.length - 2
             whole = [self.bos_id, *ids[: self.length - 2], self.eos_id]
             row[: len(whole)] = whole
         return rows, truncated
 
-    def _ids(self, prompt: str) -> list[int]:
-        """Return the ids between start and end, but no more than one that does not fit."""
-        most, parts, fewest = self.length - 1, list[int | str](), 0
+    def _ids(self, prompt: str, most: int) -> list[int]:
+        """Return the first ids between start and end, at most so many."""
+        parts, fewest = list[int | str](), 0
         for part in self._parts(prompt):
             parts.append(part)
             fewest += 1 if isinstance(part, int) else math.ceil(len(part) / self._longest)
@@ -202,7 +230,10 @@ class PromptTokenizer:
         end = 0
         for match in self._pattern.finditer(prompt):
             yield from self._words(prompt[end : match.start()])
-            yield self._added[match[0]]
+            if match.lastindex:
+                yield from self._several[match.lastindex - 1]
+            else:
+                yield self._added[match[0]]
             end = match.end()
         yield from self._words(prompt[end:])
 
@@ -247,6 +278,13 @@ def _mend(line: str, entities: bool) -> str:
         if line == before:
             break
     return line
+
+
+def _alone(word: str) -> str:
+    """Return a pattern with a group for a word that no letter or digit joins."""
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", word) else ""
+    return f"{before}({re.escape(word)}){after}"
 
 
 def _add(added: dict[str, int], lone: set[str], index: int, facts: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from sdtpu_worker.contract.parameter_checks import (
     MAX_TOLD_SIDE,
     SIDE_MULTIPLE,
 )
+from sdtpu_worker.contract.prompt_syntax import PROMPT_SYNTAXES
 from sdtpu_worker.contract.request import IMAGE_FORMATS, MAX_CLIP_SKIP, MAX_STEPS
 from sdtpu_worker.contract.samplers import SAMPLER_NAMES, SIGMA_SPACINGS
 from sdtpu_worker.http.parameters import JOB_FIELDS
@@ -148,6 +149,7 @@ _JOB_FIELDS: dict[str, Shape] = {
     "control_guidance_start": _one_or_more(_FRACTION),
     "control_guidance_end": _one_or_more(_FRACTION),
     "loras": _optional({"type": "array", "items": {"anyOf": [_LORA, _LORA_WITH_WEIGHT]}, "maxItems": MAX_LORAS}),
+    "prompt_syntax": {"enum": list(PROMPT_SYNTAXES)},
     "tenant": _optional(_text(MAX_TENANT_CHARACTERS, minLength=1)),
     "priority": _optional(_integer(0, 9)),
     "expires": _optional({"type": "number", "exclusiveMinimum": 0, "maximum": 1e9}),

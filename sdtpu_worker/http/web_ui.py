@@ -73,6 +73,7 @@ def read_request(body: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         if given.get(name):
             raise InvalidRequest(f"{name} must be off, got {given[name]!r:.40}: this deployment cannot do it")
     parameters = {ours: given[name] for name, ours in _RENAMED.items() if name in given}
+    parameters["prompt_syntax"] = "weighted"  # as everybody writes who has the web UI's API in mind
     if parameters.get("seed") == -1:
         del parameters["seed"]
     if not parameters.get("sampler") or str(parameters["sampler"]).casefold() == "automatic":

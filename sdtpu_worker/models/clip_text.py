@@ -49,12 +49,17 @@ class TextTransformer(nnx.Module):
         self.encoder = ClipEncoder(config, causal=True)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.eos_token_id = config.eos_token_id
+        self.vocab_size = config.vocab_size
 
     def __call__(self, input_ids: jax.Array, skip: jax.Array | int) -> TextStates:
         """See `ClipTextEncoder`; `pooled` is not projected."""
         states = self.encoder(self.embeddings(input_ids))
-        # Configs of before 2023 say 2, which is no token's; their vocabularies end with the end of text.
-        is_end = input_ids if self.eos_token_id == _LEGACY_EOS else (input_ids == self.eos_token_id).astype(jnp.int32)
+        if self.eos_token_id == _LEGACY_EOS:
+            # Configs of before 2023 say 2, which is no token's; their vocabularies end with the end of text. Ids of
+            # words that were added to the table lie behind.
+            is_end = jnp.where(input_ids < self.vocab_size, input_ids, 0)
+        else:
+            is_end = (input_ids == self.eos_token_id).astype(jnp.int32)
         last = self.final_layer_norm(states[-1])
         pooled = last[jnp.arange(len(input_ids)), jnp.argmax(is_end, axis=-1)]
         chosen = jnp.stack(states)[len(states) - 1 - skip, jnp.arange(len(input_ids))]

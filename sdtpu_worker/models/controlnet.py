@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from sdtpu_worker.models.layers import Conv
+from sdtpu_worker.models.prompt_windows import Context, cast_context
 from sdtpu_worker.models.unet import WayDown
 
 
@@ -80,7 +81,7 @@ class ControlNet(WayDown):
         self,
         sample: jax.Array,
         timesteps: jax.Array,
-        context: jax.Array,
+        context: Context,
         embedded: jax.Array,
         text_embeds: jax.Array | None = None,
         time_ids: jax.Array | None = None,
@@ -90,14 +91,14 @@ class ControlNet(WayDown):
         Args:
             sample: latents `(B, h, w, in_channels)`.
             timesteps: `(B,) float32`.
-            context: encoded prompts `(B, L, cross_attention_dim)`.
+            context: encoded prompts `(B, L, cross_attention_dim)`, perhaps with further windows.
             embedded: of `embed`, `(B, h, w, C)`.
             text_embeds: pooled prompts `(B, P)`, for the addition embedding "text_time".
             time_ids: sizes, crop and target `(B, N)`, for the same.
         """
         dtype = self.conv_in.weight.dtype
         time = self._embed_time(timesteps, text_embeds, time_ids, None).astype(dtype)
-        context = context.astype(dtype)
+        context = cast_context(context, dtype)
         x = self.conv_in(sample.astype(dtype)) + embedded.astype(dtype)
         x, skips = self._go_down(x, time, context)
         if self.mid_block is not None:

@@ -9,6 +9,7 @@ from flax import nnx
 from sdtpu_worker.models.attention import Attention
 from sdtpu_worker.models.feed_forward_kernel import gated_feed_forward
 from sdtpu_worker.models.layers import Conv, GroupNorm, LayerNorm, Linear, Nothing, gelu
+from sdtpu_worker.models.prompt_windows import Context, add_attention_to_prompt
 from sdtpu_worker.models.selection import current_selection
 
 _GROUP_NORM_EPS = 1e-6  # here always, whatever the config's `norm_eps`, which is of the residual blocks
@@ -68,10 +69,13 @@ class TransformerBlock(nnx.Module):
         self.ff = FeedForward(features)
         self.only_cross_attention = only_cross_attention
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Map `x (B, h · w, features)` with `context (B, L, context_features)` to the shape of `x`."""
-        x = self.attn1.beside_shortcut(x, self.norm1, context if self.only_cross_attention else None)
-        x = self.attn2.beside_shortcut(x, self.norm2, context)
+        if self.only_cross_attention:
+            x = add_attention_to_prompt(self.attn1, x, self.norm1, context)
+        else:
+            x = self.attn1.beside_shortcut(x, self.norm1)
+        x = add_attention_to_prompt(self.attn2, x, self.norm2, context)
         return self.ff.beside_shortcut(x, self.norm3)
 
 
@@ -108,7 +112,7 @@ class SpatialTransformer(nnx.Module):
         )
         self.proj_out = projection()
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Map `x (B, h, w, C)` with `context (B, L, context_features)` to the shape of `x`."""
         batch, height, width, channels = x.shape
         # A dense layer over the last axis is a convolution of 1 × 1, so that both take the image as it is.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdtpu_worker.models.layers import ACTIVATIONS, Conv, GroupNorm, TimestepEmbedding, sinusoids
+from sdtpu_worker.models.prompt_windows import Context, cast_context
 from sdtpu_worker.models.unet_blocks import BlockConfig, DownBlock, MidBlock, UpBlock
 
 
@@ -109,7 +110,7 @@ class WayDown(nnx.Module):
         act = config.time_embedding_act_fn
         return time if act is None else ACTIVATIONS[act](time)
 
-    def _go_down(self, x: jax.Array, time: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def _go_down(self, x: jax.Array, time: jax.Array, context: Context) -> tuple[jax.Array, list[jax.Array]]:
         """Return what reaches the middle, and what goes across to the way up, `x` first."""
         skips = [x]
         for down_block in self.down_blocks:
@@ -154,7 +155,7 @@ class UNet(WayDown):
         self,
         sample: jax.Array,
         timesteps: jax.Array,
-        context: jax.Array,
+        context: Context,
         text_embeds: jax.Array | None = None,
         time_ids: jax.Array | None = None,
         timestep_cond: jax.Array | None = None,
@@ -166,7 +167,7 @@ class UNet(WayDown):
         Args:
             sample: latents `(B, h, w, in_channels)`, any float; computed in the dtype of the parameters.
             timesteps: `(B,) float32`.
-            context: encoded prompts `(B, L, cross_attention_dim)`.
+            context: encoded prompts `(B, L, cross_attention_dim)`, perhaps with further windows.
             text_embeds: pooled prompts `(B, P)`, for the addition embedding "text_time".
             time_ids: sizes, crop and target `(B, N)`, for the same; XL has six, its refiner five.
             timestep_cond: embedded guidance scale `(B, time_cond_proj_dim)`, for a UNet distilled with it.
@@ -181,7 +182,7 @@ class UNet(WayDown):
         """
         dtype = self.conv_in.weight.dtype
         time = self._embed_time(timesteps, text_embeds, time_ids, timestep_cond).astype(dtype)
-        context = context.astype(dtype)
+        context = cast_context(context, dtype)
         x = sample.astype(dtype)
         x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         x, skips = self._go_down(x, time, context)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sdtpu_worker.models.prompt_windows import Context
 from sdtpu_worker.models.resnet import Downsample, ResnetBlock, Upsample
 from sdtpu_worker.models.transformer import SpatialTransformer
 
@@ -90,7 +91,7 @@ class DownBlock(nnx.Module):
         halves = downsample_padding is not None
         self.downsamplers = nnx.List([Downsample(config.channels, downsample_padding or 0)] if halves else [])
 
-    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(self, x: jax.Array, time: jax.Array, context: Context) -> tuple[jax.Array, list[jax.Array]]:
         """Return the output and, for the way up, what each layer gave."""
         skips = []
         for i, resnet in enumerate(self.resnets):
@@ -117,7 +118,7 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([config.resnet(config.channels, output_scale) for _ in range(count)])
         self.attentions = config.transformers()
 
-    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, time: jax.Array, context: Context) -> jax.Array:
         """Map `(B, h, w, C)` to the same shape."""
         x = self.resnets[0](x, time)
         for i, transformer in enumerate(self.attentions):
@@ -142,7 +143,7 @@ class UpBlock(nnx.Module):
         self.attentions = config.transformers()
         self.upsamplers = nnx.List([Upsample(config.channels)] if upsamples else [])
 
-    def __call__(self, x: jax.Array, skips: list[jax.Array], time: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, skips: list[jax.Array], time: jax.Array, context: Context) -> jax.Array:
         """Return the output; takes its images off the end of `skips`."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)

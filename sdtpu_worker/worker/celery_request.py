@@ -15,6 +15,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker import state
 from celery.worker.request import Request
 
+from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.transport import ClaimingChannel
 from sdtpu_worker.errors import EngineUnavailable
 from sdtpu_worker.operations.prompt_guard import describe
@@ -76,6 +77,24 @@ class DeviceRequest(Request):
         """
         if not super().revoked():
             self._announce_revoked("expired" if is_expired else "revoked", False, None, is_expired)
+
+    def announce_expired(self, deliveries: Deliveries | None) -> None:
+        """Store and announce that the job expired before it had a slot; for a message of another worker, do nothing.
+
+        While this process stood still its lease may have expired. The worker that has the message now may have given
+        the job its slot in time.
+
+        Args:
+            deliveries: the messages that this worker holds, if its broker is Redis.
+
+        Raises:
+            redis.exceptions.RedisError: nobody knows who has the message.
+        """
+        if deliveries is not None and deliveries.is_lost(self.message.delivery_tag):
+            logger.info("task %s has expired here, and its message was redelivered: another worker ends it", self.id)
+            self.requeue()
+        else:
+            self.announce_unwanted(is_expired=True)
 
     def announce_terminated(self, signum: Any) -> None:
         """Store and announce that the job was terminated: what Celery does in its main thread."""

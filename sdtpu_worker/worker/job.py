@@ -143,7 +143,9 @@ class DeviceJob:
         is_known_to_be_revoked = is_revoked(self.request)  # which a job that has expired is, too, afterwards
         if not self.request.is_unwanted():
             return None
-        return JobLeft(self.request.announce_unwanted, *(_REVOKED if is_known_to_be_revoked else _EXPIRED))
+        if is_known_to_be_revoked:
+            return JobLeft(self.request.announce_unwanted, *_REVOKED)
+        return self._expired()
 
     def _look_back(self, deliveries: Deliveries) -> JobLeft | None:
         """Read what earlier workers left of the job; return its end if that leaves nothing to do."""
@@ -286,9 +288,9 @@ class DeviceJob:
             if reason is Overdue.TIME_LIMIT and self._on_time_limit and self.time_limit_s:
                 on_limit = partial(self._on_time_limit, False, self.time_limit_s)
                 raise JobLeft(on_limit, "failed", TimeLimitExceeded.__name__) from None
-            is_expired = reason is Overdue.EXPIRED
-            announce = partial(self.request.announce_unwanted, is_expired=is_expired)
-            raise JobLeft(announce, *(_EXPIRED if is_expired else _REVOKED)) from None
+            if reason is Overdue.EXPIRED:
+                raise self._expired() from None
+            raise JobLeft(self.request.announce_unwanted, *_REVOKED) from None
         except StorageError:
             if self.terminated:
                 raise self._revoked() from None
@@ -304,6 +306,10 @@ class DeviceJob:
     def _revoked(self) -> JobLeft:
         """Return the end of a job that was terminated."""
         return JobLeft(lambda: self.request.announce_terminated(self._signum), "revoked", "terminated")
+
+    def _expired(self) -> JobLeft:
+        """Return the end of a job that has expired before it had a slot."""
+        return JobLeft(lambda: self.request.announce_expired(self._deliveries), *_EXPIRED)
 
     def _save(self, end: JobHandedOver | EngineUnavailable) -> None:
         """Keep a snapshot for the next worker; without one the job starts anew there."""

@@ -38,6 +38,7 @@ PRIVATE_NAMES = (
     PrivateName("kombu.transport.redis:MultiChannelPoller", "_fd_to_chan", "whose connection became readable"),
     PrivateName("kombu.transport.redis:MultiChannelPoller", "_chan_to_sock", "connections that are given up with it"),
     PrivateName("kombu.transport.redis:MultiChannelPoller", "_unregister_from_poll", "a connection that was given up"),
+    PrivateName("kombu.transport.redis:MultiChannelPoller", "_pause_brpop", "the reply of a claim is read at once"),
     PrivateName("kombu.transport.redis:MultiChannelPoller", "_channels", "one channel restores what kombu popped"),
     PrivateName("redis.connection:Connection", "_sock", "the socket that the event loop watches"),
     # Jobs: `worker/` ends them as Celery does.

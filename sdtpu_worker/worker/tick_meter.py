@@ -50,9 +50,10 @@ class TickMeter:
         for phases in plan.devices:
             for phase in phases:
                 if phase.steps:
-                    step_s = max(step_s, cost.step_of(phase.controls) if phase.controls else cost.step_s)
+                    step_s = max(step_s, cost.step_of(phase.controls, phase.windows))
                 if phase.insert is not None:
-                    self._insert.observe(cost.insert_of(phase.pictures, phase.adapters) * scale)
+                    insert_s = cost.insert_of(phase.pictures, phase.adapters, phase.windows_in)
+                    self._insert.observe(insert_s * scale)
                 if phase.decode is not None:
                     self._decode.observe(cost.decode_s * scale)
         if step_s:

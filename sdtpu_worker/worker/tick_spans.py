@@ -58,9 +58,9 @@ def _parts(
     """Yield `(task id, insert or decode, start, end)` of what one device did for jobs in a tick."""
     at = started_at
     for phase in phases:
-        insert_s = cost.insert_of(phase.pictures, phase.adapters)
+        insert_s = cost.insert_of(phase.pictures, phase.adapters, phase.windows_in)
         for name, part, seconds in (("decode", phase.decode, cost.decode_s), ("insert", phase.insert, insert_s)):
             if part is not None:
                 yield part[1], name, at, at + seconds * scale
                 at += seconds * scale
-        at += phase.steps * cost.step_of(phase.controls) * scale
+        at += phase.steps * cost.step_of(phase.controls, phase.windows) * scale

@@ -9,10 +9,10 @@ import pytest
 
 from benchmarks import simulate
 from benchmarks.fixed_policy import FixedBatches
-from benchmarks.simulation import LANE, Arrival, make_arrivals
-from benchmarks.simulation import simulate as run_pool
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.policy import Aggregator
+from sdtpu_worker.planning.simulation import LANE, Arrival, make_arrivals
+from sdtpu_worker.planning.simulation import simulate as run_pool
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob
 
 COSTS = TickCosts(8, Cost(0.03, 0.01, 0.05))  # eight devices that do not slow each other down

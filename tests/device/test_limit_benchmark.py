@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks import limit
-from benchmarks.simulation import LANE
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
+from sdtpu_worker.planning.simulation import LANE
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob
 
 COSTS = TickCosts(8, Cost(0.03, 0.01, 0.05))  # eight devices that do not slow each other down

@@ -225,6 +225,7 @@ def test_jobs_with_and_without_controlnets_share_a_batch_and_draw_what_they_draw
         {"images": (3,), "controlnet": "pose"},
         {"images": (4, 3), "controlnet": ["pose", "edges"], "controlnet_conditioning_scale": 0.5},
         {"images": (5,), "controlnet": "edges", "control_guidance_start": 0.5, "num_inference_steps": 8},
+        {"images": (3,), "controlnet": "pose", "negative_prompt": "star BREAK (black)", "prompt_syntax": "weighted"},
     ]
     jobs = [ask_control(controlled, str(i), **kind) for i, kind in enumerate(kinds * 4)]
     together = {image.task_id: image.pixels for image in generate(controlled, jobs, steps_per_tick=2)}

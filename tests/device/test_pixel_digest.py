@@ -107,6 +107,7 @@ MASKED = {"image": GREY, "mask_image": WHITE}
 CONTROLLED = {"control_image": [GREY], "controlnet": "edges"}
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "prompt": ({}, {"prompt": "a blue circle"}),
+    "prompt_syntax": ({"prompt": "a (red) circle"}, {"prompt": "a (red) circle", "prompt_syntax": "weighted"}),
     "negative_prompt": ({}, {"negative_prompt": "blurred"}),
     "seed": ({}, {"seed": 8}),
     "num_inference_steps": ({}, {"num_inference_steps": 5}),
@@ -266,6 +267,7 @@ def test_one_byte_of_any_weight_counts_and_so_does_a_safety_checker(keys, folder
 IN_THE_DIGEST = {
     "model", "revision", "tokenizer", "prediction_type", "loras_merged", "loras", "lora_rank", "guidance",
     "image_inputs", "controlnets", "platform", "cpu_devices", "dtype", "slots_per_device", "vae_tiling",
+    "embeddings", "prompt_windows",
 }  # fmt: skip
 """Settings that an engine's fingerprint, its weights or the prepared job tell of."""
 NOT_IN_IT = {
@@ -273,7 +275,7 @@ NOT_IN_IT = {
     "max_queue", "max_message_bytes", "lease_s", "stall_s", "grace_s", "max_deliveries", "health_address",
     "log_prompts", "log_format", "image_store", "read_image_stores", "http_address", "http_keys", "http_open",
     "http_cors_origins", "http_webhook_origins", "http_webhook_secret", "http_max_body_bytes", "http_wait_s",
-    "http_max_streams", "compile_cache",
+    "http_max_streams", "http_metrics_keys", "compile_cache",
 }  # fmt: skip
 """Settings that change no pixel; a job's own lane counts, not which others there are."""
 

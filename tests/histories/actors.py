@@ -105,3 +105,19 @@ class Actor:
             self.error = exc
         self.is_done = True
         self._pause.release()
+
+
+class ActorLock:
+    """A lock of a worker process that an actor may hold while it waits for the scheduler; the others wait, too."""
+
+    def __init__(self) -> None:
+        self._holder: Actor | None = None
+
+    def __enter__(self) -> None:
+        actor = Actor.current
+        while self._holder is not None and actor is not None:
+            actor.process.sleep(0.05)
+        self._holder = actor
+
+    def __exit__(self, *_: object) -> None:
+        self._holder = None

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
-from sdtpu_worker.aggregator.jobs import Terms
+from sdtpu_worker.aggregator.jobs import Overdue, Terms
 from sdtpu_worker.aggregator.plan import Plan
 from sdtpu_worker.aggregator.policy import Aggregator
 from sdtpu_worker.device_loop.loop import DeviceLoop
@@ -319,6 +319,7 @@ class World:
             assert wish.cancelled_s < math.inf
         elif isinstance(error, JobOverdue):
             assert min(wish.expires_s, wish.limit_s) < math.inf
+            assert error.reason is not Overdue.EXPIRED or task_id not in self.announced, "it had its slot in time"
         else:
             assert isinstance(error, GenerationFailed)
             assert wish.kind in ("poison", "nan", "alone") or self._may_look_guilty(), "an innocent job was blamed"

@@ -39,6 +39,10 @@ def draw(seed: int, length: int = 25) -> list[Step]:
     """
     random = Random(seed)
     steps = [Step("start", (host,)) for host in HOSTS]
+    if random.random() < 0.2:
+        steps.insert(0, Step("limit_idleness", (random.choice((1.5, 3.0)),)))
+    if random.random() < 0.2:
+        steps.insert(0, Step("speak", (2,)))
     for _ in range(random.randint(1, 3)):
         steps += _sends(random)
     kinds, weights = zip(*_KINDS, strict=True)
@@ -82,14 +86,19 @@ def shrink(steps: Sequence[Step], fails: Callable[[Sequence[Step]], bool]) -> li
 
 
 def _sends(random: Random) -> list[Step]:
-    """Enqueue a short job or a long one."""
-    return [Step("send", (random.choice((1.0, 1.5 * LEASE_S)),))]
+    """Enqueue a short job or a long one; some expire, some are due later."""
+    job_s = random.choice((1.0, 1.5 * LEASE_S))
+    if random.random() < 0.7:
+        return [Step("send", (job_s,))]
+    delay_s = round(random.uniform(0.5, 2) * LEASE_S, 1) if random.random() < 0.4 else 0.0
+    expires_s = round(delay_s + random.uniform(0.2, 3) * LEASE_S, 1) if random.random() < 0.7 else 0.0
+    return [Step("send", (job_s, delay_s, expires_s))]
 
 
 def _runs(random: Random) -> list[Step]:
     """Let an actor go on for a few commands; seldom, the last one meets a broken connection."""
     fate = random.choices(list(Fate), (20, 1, 1))[0]
-    return [Step("run", (random.choice(HOSTS), random.choice(("main", "lease", "job")), random.randint(1, 6), fate))]
+    return [Step("run", (random.choice(HOSTS), random.choice(("main", "lease", "job")), random.randint(1, 8), fate))]
 
 
 def _pauses_together(random: Random) -> list[Step]:
@@ -112,11 +121,33 @@ def _away(random: Random) -> list[Step]:
 
 
 def _failover(random: Random) -> list[Step]:
-    """Have a replica that misses the last writes take over."""
-    steps = [Step("replicate")]
+    """Have a replica that misses the last writes take over, under its server's name or as the next of `broker_url`."""
+    steps = [Step("replicate", (int(random.random() < 0.2),))]
     for _ in range(random.randint(1, 4)):
         steps += random.choice((_runs, _sends))(random)
-    return [*steps, Step("fail_over")]
+    return [*steps, Step("fail_over", (random.randrange(2),))]
+
+
+def _outage(random: Random) -> list[Step]:
+    """End a server, most often the one that workers begin with; workers and clients go over to the other one."""
+    number = int(random.random() < 0.3)
+    steps = [Step("go_down", (number,))]
+    for _ in range(random.randint(1, 4)):
+        steps += random.choice((_runs, _sends, _waits))(random)
+    return [*steps, Step("come_up", (number,))]
+
+
+def _waits(random: Random) -> list[Step]:
+    """Let time pass."""
+    return [Step("advance", (round(random.uniform(0.1, 1.5) * LEASE_S, 1),))]
+
+
+def _restart(random: Random) -> list[Step]:
+    """Stop a worker in good order and start it again, as an update does."""
+    host, steps = random.choice(HOSTS), []
+    if random.random() < 0.5:  # in the middle of a job, which expires soon
+        steps = [Step("send", (1.5 * LEASE_S, 0.0, 2.0)), Step("run", (host, "main", random.randint(1, 8)))]
+    return [*steps, Step("stop", (host,)), *_waits(random), Step("start", (host,))]
 
 
 def _creeping_clock(random: Random) -> list[Step]:
@@ -131,7 +162,7 @@ def _creeping_clock(random: Random) -> list[Step]:
 _KINDS: list[tuple[Callable[[Random], list[Step]], float]] = [
     (_runs, 20),
     (_sends, 3),
-    (lambda random: [Step("advance", (round(random.uniform(0.1, 1.5) * LEASE_S, 1),))], 3),
+    (_waits, 3),
     (lambda random: [Step("kill", (random.choice(HOSTS),))], 1),
     (lambda random: [Step("start", (random.choice(HOSTS),))], 3),
     (lambda random: [Step("pause", (random.choice(HOSTS), random.random() < 0.5))], 0.5),
@@ -140,10 +171,15 @@ _KINDS: list[tuple[Callable[[Random], list[Step]], float]] = [
     (_creeping_clock, 0.5),
     (_away, 1),
     (_failover, 0.3),
+    (_outage, 0.5),
+    (_restart, 0.5),
+    (lambda random: [Step("come_up", (random.randrange(2),))], 0.5),
+    (lambda random: [Step("drop_wake_up", (random.choice(HOSTS),))], 0.5),
+    (lambda random: [Step("overtake")], 0.3),
+    (lambda random: [Step("ask", (random.choice(HOSTS),))], 0.3),
     (lambda random: [Step("stop", (random.choice(HOSTS),))], 1),
     (lambda random: [Step("evict", (random.randrange(5),))], 0.2),
     (lambda random: [Step("send_again", (random.randrange(5),))], 0.2),
-    (lambda random: [Step("send", (1.0, round(random.uniform(0.5, 2) * LEASE_S, 1)))], 0.5),
     (lambda random: [Step("step_wall", (random.choice(HOSTS), round(random.uniform(-1, 1) * LEASE_S, 1)))], 0.3),
     (lambda random: [Step("stall_before_sweep", (round(random.uniform(0.5, 2) * LEASE_S, 1),))], 0.3),
     (lambda random: [Step("step_redis", (round(random.uniform(-2, 3) * LEASE_S, 1),))], 0.3),

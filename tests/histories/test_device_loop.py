@@ -1,7 +1,8 @@
 """Histories of one device loop that a seed draws: every job ends once, rightly, and only sick devices are lost.
 
-    python -m pytest tests/histories/test_device_loop.py -n 0
-    python -m pytest tests/histories/test_device_loop.py -n 0 --long
+    python -m pytest tests/histories/test_device_loop.py -n 0                            # 300, as in CI
+    python -m pytest tests/histories/test_device_loop.py --long -n auto --dist load      # 100,000: hours
+    python -m pytest tests/histories/test_device_loop.py -n 0 --seeds 42:43              # one, again
 
 Jobs of two sizes come, are cancelled, expire, preempt each other and break programs; devices fail, hang, get sick and
 well again; the worker drains. A history that breaks something is made as short as possible and printed.
@@ -19,6 +20,8 @@ import pytest
 
 from tests.histories.device_world import Fault, History, Wish, World
 
+HISTORIES = 300, 100_000
+"""In CI, and in the long form."""
 _FIELDS = ("wishes", "faults", "drains")
 
 
@@ -84,8 +87,8 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.timeout(24 * 3600)
-def test_histories_of_a_device_loop(request):
-    for seed in range(100_000 if request.config.getoption("--long") else 300):
+def test_histories_of_a_device_loop(seeds: range):
+    for seed in seeds:
         if outcome(draw(seed)) is not None:
             shortest = shrink(draw(seed))
             raise AssertionError(f"the history of seed {seed} breaks: {outcome(shortest)}\n{shortest}")

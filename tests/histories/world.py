@@ -1,77 +1,144 @@
-"""Everything that a history is about: true time, Redis, worker processes, jobs, and what must hold of them."""
+"""Everything that a history is about: true time, two Redis servers, worker processes, and what happens to them."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import redis
-
 from sdtpu_worker.delivery import scripts
-from sdtpu_worker.delivery.job_facts import JobFacts
-from sdtpu_worker.delivery.keys import Keys
+from sdtpu_worker.delivery.transport import EagerConnection
 from tests.histories.actors import Actor, Fate
-from tests.histories.messages import LIST, job_message
-from tests.histories.worker import BRIEF_S, LEASE_S, MAX_DELIVERIES, WorkerProcess
+from tests.histories.facts import KEYS, Broken, Facts
+from tests.histories.messages import LIST, REPLIES, job_message, reply_message
+from tests.histories.servers import Server
+from tests.histories.worker import LEASE_S, WorkerProcess
 
 BEGIN = 1_700_000_000.0
-KEYS = Keys()
+SERVERS = ("first", "second")
+"""The host names of the servers, in the order in which `broker_url` has them."""
 MOST_TURNS = 2_000
 """How often time may move forward within one step."""
-
-
-class Broken(AssertionError):
-    """What must hold did not."""
+_PUTTING_SCRIPTS = [(script,) for script in (scripts.REQUEUE, scripts.SWEEP, scripts.REQUEUE_DUE)]
+"""Those that put messages into queues."""
 
 
 class World:
     """Redis, the processes and the clocks of one history.
 
     Args:
-        client: of the Redis, which is emptied.
-        socket: the path of the Unix socket on which it listens.
+        socket: the path of the Unix socket on which a Redis listens, whose databases stand for servers.
+
+    Attributes:
+        protocol: the version of Redis' protocol that workers speak.
+        servers: those from which workers take messages, in the order of `broker_url`.
+        results: the server that has the results.
+        client: of the first server.
+        facts: what is true, and what did not hold.
+        workers: the latest process of each host.
+        job_s: by task, seconds on the devices.
+        notices_overtake: what Redis says on one connection arrives before what it has said on another.
     """
 
-    def __init__(self, client: redis.Redis, socket: str) -> None:
-        self.client, self.socket = client, socket
+    def __init__(self, socket: str) -> None:
+        self.protocol = 3
         self.now, self.redis_ahead_s = BEGIN, 0.0
+        self.servers = [Server(socket, i) for i in range(len(SERVERS))]
+        self.results = Server(socket, len(SERVERS))
+        self.everything = (*self.servers, self.results)
+        self.client = self.servers[0].client
+        self.facts = Facts(self)
         self.workers: dict[str, WorkerProcess] = {}
-        self.job_s: dict[str, float] = {}  # by task: seconds on the devices
+        self.job_s: dict[str, float] = {}
         self.sent: dict[str, float] = {}  # the same, without the jobs that Redis has lost
-        self.ends: dict[str, str] = {}
-        self.crashes: Counter[str] = Counter()  # by task: processes that died, or were taken for dead, with it
+        self.notices_overtake = False
         self._stall_before_sweep_s = 0.0
-        self._count, self.failovers = 0, 0
-        self._twice: set[str] = set()  # of tasks; a worker that runs the other message counts as one that died with it
-        self._snapshots: set[str] = set()  # of tasks
-        self._recorded: dict[str, set[WorkerProcess]] = defaultdict(set)  # by task: processes that wrote its start
-        self._died: dict[str, set[WorkerProcess]] = defaultdict(set)  # by task: those of them that were killed
-        self._replica: dict[Any, Any] | None = None
+        self._count, self._clients_use = 0, 0
+        self._replica: tuple[int, dict[Any, Any], dict[Any, Any]] | None = None
         self._replicated: dict[str, float] = {}
-        self._expired: set[str] = set()
-        self._broken: list[str] = []
-        client.flushdb()
+        self._is_settled, self._has_no_queue, self._may_be_deferred = True, True, False
+
+    def connection(self, **_: Any) -> EagerConnection:
+        """Return a connection to the broker, not made yet: what an app's `connection_for_read` returns."""
+        return EagerConnection(";".join(f"redis://{name}" for name in SERVERS))
+
+    def server_of(self, name: str) -> Server:
+        """Return the server of a host name."""
+        return self.servers[SERVERS.index(name)]
 
     # What a history's steps do
 
-    def send(self, job_s: float, delay_s: float = 0.0) -> None:
-        """Have a client enqueue a job, which is on the devices for some seconds, and due after some seconds."""
+    def send(self, job_s: float, delay_s: float = 0.0, expires_s: float = 0.0) -> None:
+        """Have a client enqueue a job.
+
+        Args:
+            job_s: how long it is on the devices.
+            delay_s: it is due after so many seconds.
+            expires_s: it expires after so many seconds; 0.0 for never.
+        """
         task_id = f"t{self._count}"
         self._count += 1
-        self.sent[task_id] = self.job_s[task_id] = job_s
-        self._enqueue(task_id, delay_s)
+        if expires_s:
+            self.facts.expires_at[task_id] = self.now + expires_s
+        if self._enqueue(task_id, delay_s):
+            self.sent[task_id] = self.job_s[task_id] = job_s
 
     def send_again(self, number: int) -> None:
         """Have a client that got no answer enqueue a job once more."""
         if self.sent:
             task_id = list(self.sent)[number % len(self.sent)]
-            self._twice.add(task_id)
-            self._enqueue(task_id, 0.0)
+            self.facts.twice.add(task_id)
+            self._enqueue(task_id)
 
-    def _enqueue(self, task_id: str, delay_s: float) -> None:
-        self.client.lpush(LIST, job_message(task_id, self.now + delay_s if delay_s else None))
+    def _enqueue(self, task_id: str, delay_s: float = 0.0) -> bool:
+        """Send a message to the server that clients use; return whether there is one that is up."""
+        if self.servers[self._clients_use].is_down:
+            self._clients_use = 1 - self._clients_use
+        if (server := self.servers[self._clients_use]).is_down:
+            return False
+        due_at = self.now + delay_s if delay_s else None
+        server.client.lpush(LIST, job_message(task_id, due_at, self.facts.expires_at.get(task_id)))
+        self._is_settled = self._has_no_queue = False
+        self._may_be_deferred |= delay_s > 0
+        return True
+
+    def reply(self, server: Server) -> None:
+        """Have a worker answer another one."""
+        server.client.delete(REPLIES)  # to one that was killed since it asked
+        server.client.lpush(REPLIES, reply_message())
+        self._is_settled = False
+
+    def go_down(self, number: int) -> None:
+        """End a server; it keeps what it has."""
+        self.servers[number].is_down = True
+        self.servers[number].close_connections()
+
+    def come_up(self, number: int) -> None:
+        """Start a server again."""
+        self.servers[number].is_down = False
+
+    def limit_idleness(self, seconds: float) -> None:
+        """Have Redis close idle connections (`timeout`)."""
+        for server in self.everything:
+            server.timeout_s = seconds
+
+    def drop_wake_up(self, host: str) -> None:
+        """Close the connection on which a worker is told of new messages."""
+        worker = self._alive(host)
+        if worker is not None and (connection := worker.wake_up) is not None:
+            connection.close_from_afar()
+
+    def speak(self, version: int) -> None:
+        """Have workers that start from now on speak a version of Redis' protocol."""
+        self.protocol = version
+
+    def overtake(self) -> None:
+        """Have notices arrive before the replies of claims, or after them again."""
+        self.notices_overtake = not self.notices_overtake
+
+    def ask(self, host: str) -> None:
+        """Have a worker ask another one (mingle, inspect)."""
+        if (worker := self._alive(host)) is not None and not worker.is_stopping:
+            worker.ask()
 
     def start(self, host: str) -> None:
         """Start a worker, unless it runs."""
@@ -81,7 +148,7 @@ class World:
     def kill(self, host: str) -> None:
         """Kill a worker."""
         if (worker := self._alive(host)) is not None:
-            self._count_crashes(worker)
+            self.facts.count_crashes(worker)
             worker.kill()
 
     def stop(self, host: str) -> None:
@@ -110,26 +177,37 @@ class World:
     def evict(self, number: int) -> None:
         """Have Redis forget what it keeps of a job beside its message."""
         task_id = list(self.sent)[number % len(self.sent)] if self.sent else ""
-        self.client.delete(KEYS.starts(task_id), KEYS.snapshot(task_id))
-        self._forget(task_id)
+        for server in self.servers:
+            server.client.delete(KEYS.starts(task_id), KEYS.snapshot(task_id))
+        self.facts.forget(task_id)
 
-    def replicate(self) -> None:
-        """Have a replica of Redis get all that was written so far, and nothing more."""
-        self._replica = {key: self.client.dump(key) for key in self.client.scan_iter()}
+    def replicate(self, number: int = 0) -> None:
+        """Have a replica of a server get all that was written so far, and nothing more."""
+        self._replica = number, self.servers[number].dump(), self.results.dump()
         self._replicated = dict(self.sent)
 
-    def fail_over(self) -> None:
-        """Have the replica take Redis' place: later writes are lost, and every connection breaks."""
+    def fail_over(self, to: int = 0) -> None:
+        """Have the replica take its server's place: later writes are lost, and every connection breaks.
+
+        Args:
+            to: 0 if the replica gets the name of its server; 1 if it is the other server of `broker_url`, which must
+                hold nothing of its own. What was the server is then its replica, and empty.
+        """
         if self._replica is None:
             return
-        self.client.flushdb()
-        for key, dumped in self._replica.items():
-            self.client.restore(key, 0, dumped)
-        self.failovers, self.sent = self.failovers + 1, self._replicated
-        self.ends = {}
-        for task_id in self.sent:
-            self._forget(task_id)
-            self.crashes[task_id] += 1  # a message that comes back as held looks as if its holder had died
+        number, messages, results = self._replica
+        old, new = self.servers[number], self.servers[(number + to) % 2]
+        if new is not old and any(True for _ in new.client.scan_iter()):
+            return
+        old.restore({})
+        new.restore(messages)
+        self.results.restore(results)
+        for server in self.everything:
+            server.close_connections()
+        if new is not old:
+            old.is_down, new.is_down = True, False
+        self.sent, self._replica, self._has_no_queue = dict(self._replicated), None, False
+        self.facts.on_failover(list(self.sent))
 
     def step_wall(self, host: str, seconds: float) -> None:
         """Step the wall clock of a worker's machine."""
@@ -139,16 +217,12 @@ class World:
     def pause(self, host: str, is_suspended: bool = False) -> None:
         """Stop a worker process (SIGSTOP), or suspend its machine, whose monotonic clock then stands still."""
         if (worker := self._alive(host)) is not None and not worker.is_paused:
-            worker.is_paused, worker.is_suspended, worker.paused_at = True, is_suspended, self.now
-            worker.go_away(worker.away)
+            worker.pause(is_suspended)
 
     def resume(self, host: str) -> None:
         """Let a paused worker process go on."""
         if (worker := self._alive(host)) is not None and worker.is_paused:
-            worker.is_paused = False
-            if worker.is_suspended:
-                worker.suspended_s += self.now - worker.paused_at
-            worker.come_back()
+            worker.resume()
 
     def stall_before_sweep(self, seconds: float) -> None:
         """Have everything but Redis stand still when a worker is just about to sweep."""
@@ -174,7 +248,12 @@ class World:
             at = min((each[0] for each in due), default=end)
             if at > end or not due:
                 break
+            if at > self.now and not self._has_no_queue:
+                waits = [self.facts.check_pick_up(server) for server in self.servers]
+                self._has_no_queue = not any(waits)
             self.now = max(self.now, at)
+            for server in self.everything:
+                server.close_idle_connections(self.now)
             for _, worker, name in [each for each in due if each[0] <= self.now + 1e-6]:
                 if name in worker.runnable():
                     worker.actors[name].run()
@@ -194,92 +273,58 @@ class World:
 
     # What processes tell
 
-    def before_command(self, command: Sequence[Any]) -> None:
+    def before_command(self, server: Server, command: Sequence[Any]) -> None:
         """Take note of a command that a process sends now."""
-        script = command[1] if len(command) > 1 else ""
         actor, Actor.current = Actor.current, None
-        if script == scripts.SWEEP and self._stall_before_sweep_s:
+        if command[1:2] == (scripts.SWEEP,) and self._stall_before_sweep_s:
             for worker in self.workers.values():
                 if not (worker.is_paused or worker.is_cut_off):  # else it is away already
                     worker.away.append((self.now, self.now + self._stall_before_sweep_s))
             self.now += self._stall_before_sweep_s
             self._stall_before_sweep_s = 0.0
-        if script == scripts.SWEEP:
-            self._expired = self._held()
+        self.facts.before_command(server, command)
         Actor.current = actor
 
-    def after_command(self, process: WorkerProcess, command: Sequence[Any]) -> None:
+    def after_command(self, process: WorkerProcess, server: Server, command: Sequence[Any]) -> None:
         """Take note of what a command did that Redis has just done."""
         actor, Actor.current = Actor.current, None
-        match command:
-            case ("EVAL", scripts.SWEEP, *_):
-                self._check_sweep(process, self._expired - self._held())
-            case ("EVAL", scripts.RECORD_STARTS, _, _, key, *_):
-                starts: Any = self.client.lrange(key, 0, -1)
-                if process.deliveries._name.encode() in starts:
-                    self._recorded[key.removeprefix(KEYS.starts(""))].add(process)
-            case ("EVAL", scripts.REQUEUE, _, _, _, key, *_):
-                self._recorded[key.removeprefix(KEYS.starts(""))].discard(process)
-            case ("EVAL", scripts.ACKNOWLEDGE, _, _, _, key, *_):
-                self._forget(key.removeprefix(KEYS.starts("")))
-            case ("EVAL", scripts.SAVE_SNAPSHOT, _, _, key, *_) if self.client.exists(key):
-                self._snapshots.add(key.removeprefix(KEYS.snapshot("")))
+        if command[1:2] in _PUTTING_SCRIPTS and (self._may_be_deferred or command[1] != scripts.REQUEUE_DUE):
+            self._is_settled = self._has_no_queue = False
+        self.facts.after_command(process, server, command)
         Actor.current = actor
 
-    def on_bad(self, bad: Any) -> None:
-        """Take note of a message that cannot be run."""
-        self._broken.append(f"a message was refused: {bad.reason}")
-
-    def on_recall(self, task_id: str, facts: JobFacts, tag: str) -> None:
-        """Check what a job is told of its earlier workers."""
-        told, most, least = len(facts.died_on), self.crashes[task_id], len(self._died[task_id])
-        if task_id in self._twice:
-            return  # the job's other message may be running, or may have been looked at
-        if told > most:
-            self._broken.append(f"{task_id} is told of {told} crashes, there were at most {most}")
-        if not self.client.hexists(KEYS.held, tag):
-            return  # it was taken over while this worker was away: the message here is of an earlier time
-        if told < least:
-            self._broken.append(f"{task_id} is told of {told} crashes, there were {least}")
-        if task_id in self._snapshots and facts.snapshot is None:
-            self._broken.append(f"{task_id} was handed over, and starts anew")
-
-    def on_stored(self, task_id: str, status: str) -> None:
-        """Check that a result never changes."""
-        before = self.ends.setdefault(task_id, status)
-        if before != status and task_id not in self._twice:
-            self._broken.append(f"the result of {task_id} changed from {before} to {status}")
-        if status == "FAILURE" and self.crashes[task_id] < MAX_DELIVERIES and task_id not in self._twice:
-            self._broken.append(f"{task_id} failed")
+    def settle(self) -> None:
+        """Wait until Redis has sent all its notices: those of a command are sent before the next one is answered."""
+        if not self._is_settled:
+            self.servers[0].ask("PING")
+            self._is_settled = True
 
     # What must hold
 
     def finish(self) -> None:
         """Mend everything, let the workers work, and check that every job has ended and nothing is left."""
+        self.limit_idleness(0.0)
+        for number in range(len(self.servers)):
+            self.come_up(number)
         for host in list(self.workers):
             self.resume(host)
             self.mend(host)
         if all(worker.is_dead or worker.is_stopping for worker in self.workers.values()):
             self.start("the last")
-        for _ in range(60):
+        for turn in range(120):
             self.advance(LEASE_S / 6)
-            if not self.client.exists(LIST, KEYS.held):
+            busy = [i for i, server in enumerate(self.servers) if server.ask("EXISTS", LIST, KEYS.held)]
+            if not busy:
                 break
-        self.check_end()
+            if turn % 20 == 19:  # the workers may all be at the other server, which has nothing
+                self._visit(busy[0])
+        self.facts.check_end()
 
-    def check_end(self) -> None:
-        """Check that every job has ended once, and that Redis holds nothing but results."""
-        for task_id in self.sent:
-            raw: Any = self.client.get(f"celery-task-meta-{task_id}")
-            if raw is None:
-                raise Broken(f"{task_id} has not ended")
-            status = json.loads(raw)["status"]
-            if status != self.ends.get(task_id, status) and task_id not in self._twice:
-                raise Broken(f"the result of {task_id} was {self.ends[task_id]} and is {status}")
-        keys = sorted(key.decode() for key in self.client.scan_iter())
-        left = [key for key in keys if not key.startswith(("celery-task-meta-", "_kombu"))]
-        if left:
-            raise Broken(f"Redis still has {left}")
+    def _visit(self, number: int) -> None:
+        """Have the workers go over to a server."""
+        self.go_down(1 - number)
+        self.advance(LEASE_S / 6)
+        self.come_up(1 - number)
 
     def close(self) -> None:
         """End every process."""
@@ -291,48 +336,14 @@ class World:
         worker = self.workers.get(host)
         return None if worker is None or worker.is_dead else worker
 
-    def _count_crashes(self, worker: WorkerProcess) -> None:
-        """Count a crash for each job that a worker holds, or of which it could not tell Redis that it ended."""
-        for tag in worker.deliveries._held.keys() | worker.deliveries._unsent_moves.keys():
-            self.crashes[worker.tasks.get(tag, "")] += 1
-        for tag in worker.deliveries._held:
-            if worker in self._recorded[task_id := worker.tasks.get(tag, "")]:
-                self._died[task_id].add(worker)
-
-    def _forget(self, task_id: str) -> None:
-        """Forget what must be known of a job's earlier workers: Redis does."""
-        self._snapshots.discard(task_id)
-        self._recorded.pop(task_id, None)
-        self._died.pop(task_id, None)
-
     def _check_errors(self) -> None:
         for worker in self.workers.values():
             if worker.has_left and not worker.is_dead:
-                self._count_crashes(worker)
+                self.facts.count_crashes(worker)
                 worker.kill()
-        if self._broken:
-            raise Broken(self._broken[0])
+        if self.facts.broken:
+            raise Broken(self.facts.broken[0])
         for worker in self.workers.values():
             for actor in worker.actors.values():
                 if actor.error is not None:
                     raise actor.error
-
-    def _held(self) -> set[str]:
-        """Return the tags of the held messages."""
-        tags: Any = self.client.zrange(KEYS.leases, 0, -1)
-        return {tag.decode() for tag in tags}
-
-    def _check_sweep(self, sweeper: WorkerProcess, tags: set[str]) -> None:
-        """Check that a sweep took no message from a worker that lives and could renew, or was not alone away."""
-        for holder in self.workers.values():
-            for tag in tags & holder.deliveries._held.keys():
-                if holder.is_dead:
-                    continue
-                task_id = holder.deliveries._held[tag].task_id
-                self.crashes[task_id] += 1
-                alone_s = holder.away_alone_s(sweeper)
-                if alone_s < LEASE_S - 2 * BRIEF_S:
-                    self._broken.append(
-                        f"{sweeper.host} takes {task_id} from {holder.host}, which lives and was away alone for"
-                        f" {alone_s:.1f} s"
-                    )

@@ -51,6 +51,7 @@ def test_a_seed_of_minus_one_is_drawn(client):
         ({"prompt": "a fox", "scheduler": "SGM Uniform"}, "scheduler must be one of automatic, karras"),
         ({"prompt": "a fox", "sampler_name": "UniPC 2"}, "sampler must be one of"),
         ({"prompt": "a fox", "batch_size": 17}, "at most 16"),
+        ({"prompt": "a (fox:1.2.3)"}, "prompt must have numbers as weights, like (word:1.3), got '1.2.3'"),
         ({"prompt": "a fox", "typo": 1}, "'typo' is no field of this request"),
     ],
 )

@@ -212,6 +212,19 @@ def test_a_worker_whose_devices_hang_takes_nothing(make_worker, send):
     assert worker.run(lambda: worker.got)
 
 
+def test_a_message_that_is_claimed_when_the_devices_begin_to_hang_is_held(make_worker, send):
+    """Its reply lay unread, so nobody renewed its lease: it was redelivered, and ran here too after the hang."""
+    worker = make_worker()
+    assert worker.run(lambda: worker.contacts)
+    send("a")
+    worker.channel._schedule.on_notice()
+    worker.channel.connection.cycle.on_poll_start()  # sends a claim
+    worker.well = False
+    assert worker.run(worker.ids)
+    assert worker.deliveries.holds(worker.got[0].delivery_tag)
+    assert not worker.channel.is_claim_in_flight
+
+
 def test_a_rejected_message_goes_to_the_front_or_away(make_worker, send):
     send("a")
     send("b")

@@ -122,6 +122,9 @@ class Broker:
     def save_snapshot(self, task_id: str, data: bytes) -> None:
         self.snapshots[task_id] = data
 
+    def is_lost(self, tag: str) -> bool:
+        return False
+
     def mark_suspect(self, tag: str) -> None:
         self.suspects.add(tag)
 

@@ -12,9 +12,9 @@ import yaml
 from benchmarks.autoscaling_day import DAY_S, MIX, Day, draw_day, oracle, rate_at
 from benchmarks.autoscaling_hosts import LEASE_S, MAX_DELIVERIES, Fleet, Hardware, Job, Preemptions
 from benchmarks.autoscaling_rule import MANIFEST, Autoscaler, ScalingRule, grace_s, scrape_interval_s
-from benchmarks.simulation import LANE, Arrival, Outcomes, make_arrivals, simulate
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.policy import Aggregator
+from sdtpu_worker.planning.simulation import LANE, Arrival, Outcomes, make_arrivals, simulate
 
 SHIPPED = ScalingRule.of_manifest()
 HARDWARE = Hardware()

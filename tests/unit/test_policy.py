@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
-from sdtpu_worker.aggregator.jobs import AGEING_S, EVERY_JOB, Eligibility, Load, Overdue, Terms
+from sdtpu_worker.aggregator.jobs import AGEING_S, EVERY_JOB, NO_LOAD, Eligibility, Load, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Phase, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
 
@@ -639,3 +639,31 @@ def test_pictures_and_controlnets_cost_their_own_device_more_and_the_plan_knows(
 def test_costs_with_pictures_survive_json():
     costs = TickCosts(2, Cost(1.0, 2.0, 1.0, 4.0, (0.5, 3.0)), {2: 1.5}, 0.1)
     assert TickCosts.from_json(json.loads(json.dumps(costs.to_json()))).to_json() == costs.to_json()
+
+
+def test_long_prompts_cost_their_own_device_more_and_the_plan_knows():
+    cost = Cost(1.0, insert_s=2.0, decode_s=1.0, window_s=0.5, window_insert_s=1.0)
+    policy = Aggregator({LANES[0]: TickCosts(2, cost)}, slots_per_device=1, phases_per_tick=2, tick_s=32.0)
+    policy.add("plain", LANES[0], 20, 0.0)
+    policy.add("long", LANES[0], 20, 0.0, load=Load(windows=2))
+    assert policy.etas_s(0.0) == {"plain": 2 + 20 + 1, "long": 2 + 2 + 20 * 2 + 1}
+    plan = policy.plan(0.0)
+    by_task = {phase.insert[1]: phase for phases in plan.devices for phase in phases if phase.insert}
+    assert (by_task["long"].windows, by_task["long"].windows_in) == (2, 2)
+    assert (by_task["plain"].windows, by_task["plain"].windows_in) == (0, 0)
+    assert by_task["plain"].steps > by_task["long"].steps
+    assert plan.work_s == tuple(cost.of(phases) for phases in plan.devices)
+
+
+@pytest.mark.parametrize("load", [Load(windows=2), Load(controls=frozenset({0}))])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_job_whose_step_takes_longer_than_a_tick_goes_on_all_the_same(load, slots):
+    cost = Cost(1.0, insert_s=0.1, decode_s=0.5, control_s=(0.8,), window_s=0.4)
+    device = Device(Aggregator({LANES[0]: TickCosts(2, cost)}, slots, slots + 1, tick_s=0.1))
+    jobs = {f"{kind} {i}": each for i in range(4) for kind, each in (("plain", NO_LOAD), ("slow", load))}
+    for task_id, each in jobs.items():
+        device.policy.add(task_id, LANES[0], 6, 0.0, load=each)
+        device.steps_left[task_id] = 6
+    for _ in range(200):
+        device.tick()
+    assert device.ended == Counter(dict.fromkeys(jobs, 1))

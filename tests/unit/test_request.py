@@ -162,6 +162,7 @@ def test_the_documented_defaults():
         "control_guidance_start": (0.0,),
         "control_guidance_end": (1.0,),
         "loras": (),
+        "prompt_syntax": "plain",
         "guidance_rescale": 0.0,
         "clip_skip": 0,
         "prompt_2": None,

@@ -24,6 +24,9 @@ Params = Mapping[str, Mapping[str, Any]]
 """The parameters of a checkpoint: by part, then by the name of the tensor."""
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Arrays = Mapping[str, Any]
+WINDOWS = "windows"
+"""What the inputs and the conditioning of a family that takes long prompts call the windows of each row's prompt,
+int32. The programs make it 1 for rows of slots without a running job."""
 
 
 class PictureUse(Enum):

@@ -15,7 +15,10 @@ from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.adapters import Adapted
 from sdtpu_worker.diffusion.control_nets import ControlNet
-from sdtpu_worker.diffusion.families.family import Arrays, Params, Pictures, PictureUse
+from sdtpu_worker.diffusion.families.family import WINDOWS, Arrays, Params, Pictures, PictureUse
+from sdtpu_worker.diffusion.families.text_windows import context_of
+from sdtpu_worker.diffusion.prompt_inputs import Prompt, PromptInputs, read_prompts
+from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.models.network import Network
 from sdtpu_worker.redaction import brief
@@ -38,6 +41,7 @@ class LatentUNet:
             instructions (InstructPix2Pix); C + 1 for an inpainting model.
         scaling_factor: what latents were multiplied by before the UNet was trained on them.
         latent_mean, latent_std: by channel, what latents were brought to before that; None for latents as they are.
+        prompt_windows: how many windows a job's prompt may have; with 1 the programs know of no others.
         guidance_width: of the embedding by which a distilled UNet is told the guidance scale; 0 for other UNets.
         is_guided: every job has a row in the batch for its negative prompt.
         dtype: of the computation in the UNet and the text encoders.
@@ -57,6 +61,7 @@ class LatentUNet:
     scaling_factor: float
     latent_mean: tuple[float, ...] | None
     latent_std: tuple[float, ...] | None
+    prompt_windows: int
     guidance_width: int
     is_guided: bool
     dtype: Any
@@ -105,7 +110,7 @@ class LatentUNet:
         """See `Family.control`."""
         control, sample = self.controls[number], latents.transpose(0, 2, 3, 1).astype(self.dtype)
         more = {name: conditioning[name] for name in ("text_embeds", "time_ids") if name in conditioning}
-        return control.network(params[control.part], sample, timesteps, conditioning["context"], embedded, **more)
+        return control.network(params[control.part], sample, timesteps, context_of(conditioning), embedded, **more)
 
     def encode_image(self, params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
         """See `Family.encode_image`."""
@@ -134,7 +139,8 @@ class LatentUNet:
 
     def facts(self) -> Mapping[str, Any]:
         """See `Family.facts`."""
-        return {"family": type(self).__name__, "is_guided": self.is_guided, **self.configs}
+        own = {"family": type(self).__name__, "is_guided": self.is_guided, "prompt_windows": self.prompt_windows}
+        return {**own, **self.configs}
 
     def _skip(self, request: GenerationRequest, layers: int) -> np.ndarray:
         """Return how many layers of a text encoder a request leaves out, `(rows,) int32`.
@@ -168,9 +174,28 @@ class LatentUNet:
                 f" {brief(request.guidance_rescale)}"
             )
 
-    def _prompts(self, prompt: str, negative_prompt: str) -> list[str]:
-        """Return the prompts of a job's rows."""
-        return [negative_prompt] * (self.rows - 1) + [prompt]
+    def _read_prompts(self, tokenizer: PromptTokenizer, prompt: Prompt, negative: Prompt, syntax: str) -> PromptInputs:
+        """Return what a text encoder takes of a job's rows."""
+        return read_prompts(tokenizer, [negative] * (self.rows - 1) + [prompt], syntax, self.prompt_windows)
+
+    def _window_counts(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """Return what the inputs have besides where prompts may have several windows: `(rows,) int32`."""
+        return {WINDOWS: counts} if self.prompt_windows > 1 else {}
+
+    def _prompt_shapes(self, lengths: Mapping[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return shapes and dtypes of what `_read_prompts` makes of a job, for text encoders.
+
+        Args:
+            lengths: by what the names of an encoder's inputs end in, the tokens of a window.
+        """
+        shapes = {}
+        for ending, length in lengths.items():
+            shape = self.rows, self.prompt_windows, length
+            shapes[f"prompt_ids{ending}"] = jax.ShapeDtypeStruct(shape, jnp.int32)
+            shapes[f"prompt_weights{ending}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        if self.prompt_windows > 1:
+            shapes[WINDOWS] = jax.ShapeDtypeStruct((self.rows,), jnp.int32)
+        return shapes
 
     def _check_pictures(self, request: GenerationRequest) -> None:
         """Make sure that the model gets the pictures that it needs.
@@ -261,7 +286,7 @@ class LatentUNet:
         if self.picture_channels:
             sample = jnp.concatenate([sample, conditioning["picture"].astype(self.dtype)], axis=-1)
         of_unet = None if adapters is None else adapters["unet"]
-        out = self.unet(params["unet"], sample, timesteps, conditioning["context"], adapters=of_unet, **more)
+        out = self.unet(params["unet"], sample, timesteps, context_of(conditioning), adapters=of_unet, **more)
         return out.transpose(0, 3, 1, 2).astype(jnp.float32)
 
 

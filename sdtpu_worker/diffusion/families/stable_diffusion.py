@@ -12,8 +12,10 @@ import numpy as np
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.adapters import Adapted, Layers
-from sdtpu_worker.diffusion.families.family import Arrays, Family, Params, Pictures, Shapes
+from sdtpu_worker.diffusion.families.family import WINDOWS, Arrays, Family, Params, Pictures, Shapes
 from sdtpu_worker.diffusion.families.latent_unet import LatentUNet, linear_layers, transformer_layers
+from sdtpu_worker.diffusion.families.text_windows import encode_windows, weigh, window_shapes
+from sdtpu_worker.diffusion.prompt_inputs import Prompt
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.models.network import Network
@@ -46,7 +48,7 @@ class StableDiffusion(LatentUNet):
     def input_shapes(self) -> Shapes:
         """See `Family.input_shapes`."""
         return {
-            "prompt_ids": jax.ShapeDtypeStruct((self.rows, self.tokenizer.length), jnp.int32),
+            **self._prompt_shapes({"": self.tokenizer.length}),
             "clip_skip": jax.ShapeDtypeStruct((self.rows,), jnp.int32),
             **self._guidance_shapes(),
         }
@@ -61,31 +63,39 @@ class StableDiffusion(LatentUNet):
                     f"{name} must be left out: only a Stable Diffusion XL checkpoint can follow it, got"
                     f" {brief(getattr(request, name))}"
                 )
-        ids, truncated = self.tokenizer.encode(self._prompts(request.prompt, request.negative_prompt))
+        prompt, negative = Prompt("prompt", request.prompt), Prompt("negative_prompt", request.negative_prompt)
+        words = self._read_prompts(self.tokenizer, prompt, negative, request.prompt_syntax)
         inputs = {
-            "prompt_ids": ids,
+            "prompt_ids": words.ids,
+            "prompt_weights": words.weights,
+            **self._window_counts(words.counts),
             "clip_skip": self._skip(request, self.layers),
             **self._guidance_inputs(request),
         }
-        return inputs, truncated
+        return inputs, words.truncated
 
     def conditioning_shapes(self, size: Lane) -> Shapes:
         """See `Family.conditioning_shapes`."""
-        context = jax.ShapeDtypeStruct((self.tokenizer.length, self.width), self.dtype)
-        return {"context": context, **self._guidance_shapes(), **self._picture_shapes(size)}
+        context = window_shapes(self.prompt_windows, self.tokenizer.length, self.width, self.dtype)
+        return {**context, **self._guidance_shapes(), **self._picture_shapes(size)}
 
     def encode(
         self, params: Params, inputs: Arrays, pictures: Pictures | None, adapters: Adapted | None = None
     ) -> Arrays:
         """See `Family.encode`."""
-        states = self.text_encoder(
-            params["text_encoder"],
-            inputs["prompt_ids"],
-            skip=inputs["clip_skip"],
-            adapters=None if adapters is None else adapters["text_encoder"],
-        )
-        picture = self._picture_of(params, pictures)
-        return {"context": states.last_hidden_state, **self._guidance_of(inputs), **picture}
+
+        def encode(window: Arrays) -> tuple[jax.Array, None]:
+            states = self.text_encoder(
+                params["text_encoder"],
+                window["prompt_ids"],
+                skip=inputs["clip_skip"],
+                adapters=None if adapters is None else adapters["text_encoder"],
+            )
+            return weigh(states.last_hidden_state, window["prompt_weights"]), None
+
+        windows = {name: inputs[name] for name in ("prompt_ids", "prompt_weights")}
+        context, _ = encode_windows(encode, windows, inputs.get(WINDOWS))
+        return {**context, **self._guidance_of(inputs), **self._picture_of(params, pictures)}
 
     def predict(
         self,

@@ -12,8 +12,10 @@ import numpy as np
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.adapters import Adapted, Layers
-from sdtpu_worker.diffusion.families.family import Arrays, Family, Params, Pictures, Shapes
+from sdtpu_worker.diffusion.families.family import WINDOWS, Arrays, Family, Params, Pictures, Shapes
 from sdtpu_worker.diffusion.families.latent_unet import LatentUNet, linear_layers, transformer_layers
+from sdtpu_worker.diffusion.families.text_windows import encode_windows, weigh, window_shapes
+from sdtpu_worker.diffusion.prompt_inputs import Prompt
 from sdtpu_worker.diffusion.tokens import PromptTokenizer
 from sdtpu_worker.models.network import Network
 
@@ -54,8 +56,7 @@ class StableDiffusionXL(LatentUNet):
     def input_shapes(self) -> Shapes:
         """See `Family.input_shapes`."""
         return {
-            "prompt_ids": jax.ShapeDtypeStruct((self.rows, self.tokenizer.length), jnp.int32),
-            "prompt_ids_2": jax.ShapeDtypeStruct((self.rows, self.tokenizer_2.length), jnp.int32),
+            **self._prompt_shapes({"": self.tokenizer.length, "_2": self.tokenizer_2.length}),
             "clip_skip": jax.ShapeDtypeStruct((self.rows,), jnp.int32),
             "counts": jax.ShapeDtypeStruct((self.rows,), jnp.bool_),
             "time_ids": jax.ShapeDtypeStruct((6,), jnp.float32),
@@ -66,25 +67,33 @@ class StableDiffusionXL(LatentUNet):
         """See `Family.make_inputs`."""
         self._check_guidance(request)
         self._check_pictures(request)
-        prompts = self._prompts(request.prompt, request.negative_prompt)
-        second = self._prompts(request.prompt_2 or request.prompt, request.negative_prompt_2 or request.negative_prompt)
-        ids, truncated = self.tokenizer.encode(prompts)
-        ids_2, truncated_2 = self.tokenizer_2.encode(second)
+        prompt, negative = Prompt("prompt", request.prompt), Prompt("negative_prompt", request.negative_prompt)
+        prompt_2, negative_2 = prompt, negative
+        if request.prompt_2:
+            prompt_2 = Prompt("prompt_2", request.prompt_2)
+        if request.negative_prompt_2:
+            negative_2 = Prompt("negative_prompt_2", request.negative_prompt_2)
+        first = self._read_prompts(self.tokenizer, prompt, negative, request.prompt_syntax)
+        second = self._read_prompts(self.tokenizer_2, prompt_2, negative_2, request.prompt_syntax)
+        counts = [bool(negative.text or negative_2.text) or not self.zeroes_empty] * (self.rows - 1) + [True]
         sizes = request.original_size or size, request.crops_coords_top_left or (0, 0), request.target_size or size
         inputs = {
-            "prompt_ids": ids,
-            "prompt_ids_2": ids_2,
+            "prompt_ids": first.ids,
+            "prompt_ids_2": second.ids,
+            "prompt_weights": first.weights,
+            "prompt_weights_2": second.weights,
+            **self._window_counts(np.maximum(first.counts, second.counts)),
             "clip_skip": self._skip(request, self.layers),
-            "counts": np.array([bool(a or b) or not self.zeroes_empty for a, b in zip(prompts, second, strict=True)]),
+            "counts": np.array(counts),
             "time_ids": np.array(sizes, np.float32).reshape(6),
             **self._guidance_inputs(request),
         }
-        return inputs, truncated or truncated_2
+        return inputs, first.truncated or second.truncated
 
     def conditioning_shapes(self, size: Lane) -> Shapes:
         """See `Family.conditioning_shapes`."""
         return {
-            "context": jax.ShapeDtypeStruct((self.tokenizer.length, self.width), self.dtype),
+            **window_shapes(self.prompt_windows, self.tokenizer.length, self.width, self.dtype),
             "text_embeds": jax.ShapeDtypeStruct((self.pooled_width,), self.dtype),
             "time_ids": jax.ShapeDtypeStruct((6,), jnp.float32),
             **self._guidance_shapes(),
@@ -99,13 +108,23 @@ class StableDiffusionXL(LatentUNet):
         skip = 1 + inputs["clip_skip"]
         parts = "text_encoder", "text_encoder_2"
         of_first, of_second = (None if adapters is None else adapters[part] for part in parts)
-        first = self.text_encoder(params["text_encoder"], inputs["prompt_ids"], skip=skip, adapters=of_first)
-        second = self.text_encoder_2(params["text_encoder_2"], inputs["prompt_ids_2"], skip=skip, adapters=of_second)
-        context = jnp.concatenate([first.hidden_state, second.hidden_state], axis=-1)
         counts = inputs["counts"]
+
+        def encode(window: Arrays) -> tuple[jax.Array, jax.Array]:
+            first = self.text_encoder(params[parts[0]], window["prompt_ids"], skip=skip, adapters=of_first)
+            second = self.text_encoder_2(params[parts[1]], window["prompt_ids_2"], skip=skip, adapters=of_second)
+            weighted = [
+                weigh(first.hidden_state, window["prompt_weights"]),
+                weigh(second.hidden_state, window["prompt_weights_2"]),
+            ]
+            context = jnp.concatenate(weighted, axis=-1)
+            return jnp.where(counts[:, None, None], context, 0), jnp.where(counts[:, None], second.pooled, 0)
+
+        windows = {name: inputs[name] for name in inputs if name.startswith("prompt_")}
+        context, pooled = encode_windows(encode, windows, inputs.get(WINDOWS))
         return {
-            "context": jnp.where(counts[:, None, None], context, 0),
-            "text_embeds": jnp.where(counts[:, None], second.pooled, 0),
+            **context,
+            "text_embeds": pooled,
             "time_ids": jnp.stack([inputs["time_ids"]] * self.rows),
             **self._guidance_of(inputs),
             **self._picture_of(params, pictures),

@@ -25,6 +25,7 @@ from sdtpu_worker.device_loop.protocols import Policy
 from sdtpu_worker.device_loop.ticks_in_flight import MAX_TICKS_IN_FLIGHT, dispatch_lead_s
 
 LANE: Lane = (0, 0)
+MOST_HOSTS = 1000
 
 
 @dataclass(frozen=True)
@@ -248,3 +249,16 @@ def simulate(
         occupancy=sum(host.occupied_slot_s for host in pool) / slot_s,
         waste=1 - sum(arrival.num_steps for arrival in arrivals) / slot_steps,
     )
+
+
+def fewest_hosts(enough: Callable[[int], bool], least: int) -> int | None:
+    """Return the smallest count from `least` to `MOST_HOSTS` that is enough, by doubling and bisection."""
+    low, high = least - 1, least
+    while not enough(high):
+        if high >= MOST_HOSTS:
+            return None
+        low, high = high, min(2 * high, MOST_HOSTS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

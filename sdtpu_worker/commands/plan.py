@@ -1,0 +1,119 @@
+"""`sdtpu plan`: what a model would cost on a TPU host, known before anyone rents one."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdtpu_worker.commands.options import json_option
+
+_SLOTS = (1, 2, 4, 8)
+_NO_FIT = 5
+_GIB = 2**30
+
+
+def _slots(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+    if text == "auto":
+        return _SLOTS
+    if re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", text) and all(int(each) <= 64 for each in text.split(",")):
+        return tuple(sorted({int(each) for each in text.split(",")}))
+    raise click.BadParameter(f"must be auto, or numbers from 1 to 64 like 4 or 1,4, got {text!r}")
+
+
+def _resolution(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if not found or not int(found[1]) or (found[2] and not int(found[2])):
+        raise click.BadParameter(f"must be one number of pixels, or height x width like 768x512, got {text!r}")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _steps(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+    if re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text) and all(int(each) <= 1000 for each in text.split(",")):
+        return tuple(int(each) for each in text.split(","))
+    raise click.BadParameter(f"must be numbers from 1 to 1000 like 30 or 20,30,50, got {text!r}")
+
+
+@click.command()
+@click.option("--model", required=True, metavar="NAME|FOLDER",
+              help="sd15, sd21, sdxl, embedded, embedded-turbo, or a folder with a checkpoint's configs.")  # fmt: skip
+@click.option("--topology", default="v5e:2x4", show_default=True, metavar="CHIP[:LAYOUT]",
+              help="The chips of one host: v4, v5e, v5p or v6e, with a layout like 2x4, or a whole host.")  # fmt: skip
+@click.option("--slots-per-device", "slots", default="4", show_default=True, callback=_slots, metavar="N[,N…]|auto",
+              help="Which slot counts to compile; auto: 1, 2, 4 and 8, one after the other.")  # fmt: skip
+@click.option("--resolution", callback=_resolution, metavar="SIDE|HEIGHTxWIDTH", help="Default: the model's own.")
+@click.option("--guidance", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+              help="As sdtpu_guidance: off has no rows for negative prompts.")  # fmt: skip
+@click.option("--lora-rank", type=click.IntRange(0, 256), default=0, show_default=True,
+              help="Room for LoRAs of single jobs, as sdtpu_lora_rank with sdtpu_loras; 0: none.")  # fmt: skip
+@click.option("--full", is_flag=True, help="Wait for the generated code, and with it the compiler's own estimate.")
+@click.option("--time-limit", type=click.FloatRange(1), default=900.0, show_default=True,
+              help="Seconds for each compile; what is known by then is reported.")  # fmt: skip
+@click.option("--memory-limit", type=click.FloatRange(0.5), default=12.0, show_default=True,
+              help="GiB of memory that the compiler may use on this machine.")  # fmt: skip
+@click.option("--steps", default="30", show_default=True, callback=_steps, metavar="N[,N…]",
+              help="Denoising steps of your jobs, for the best setting and the load.")  # fmt: skip
+@click.option("--load", type=click.FloatRange(0, min_open=True), metavar="JOBS_PER_HOUR",
+              help="Find the hosts for this load, in a simulation.")  # fmt: skip
+@click.option("--p99", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True,
+              help="With --load: seconds that 99 of 100 jobs may take at most.")  # fmt: skip
+@click.option("--price", type=click.FloatRange(0), help="With --load: of a chip for an hour, in your currency.")
+@click.option("--cache", type=click.Path(file_okay=False, path_type=Path),
+              help="Folder for compiled results. Default: the user's cache folder.")  # fmt: skip
+@click.option("--no-cache", is_flag=True, help="Compile again, and keep nothing.")
+@json_option
+def plan(**options: Any) -> None:
+    """Say what a model would cost on a TPU host, without one: memory, traffic, times, hosts and money.
+
+    Compiles the worker's own programs for the host's chips, from shapes alone. Needs the extra `plan`; no network, no
+    TPU and no weights. Progress goes to stderr. Exit code 5 where nothing that was compiled fits the memory.
+    """
+    from sdtpu_worker.errors import SdtpuError
+    from sdtpu_worker.planning.report import to_text
+
+    before = signal.signal(signal.SIGTERM, _stop)  # so that the compiler ends with this process
+    try:
+        found = _make(options)
+    except SdtpuError as exc:
+        raise click.ClickException(str(exc)) from exc
+    except KeyboardInterrupt:
+        raise click.ClickException("stopped") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    click.echo(json.dumps(found) if options["as_json"] else to_text(found))
+    raise SystemExit(0 if found["best_slots_per_device"] else _NO_FIT)
+
+
+def _make(options: dict[str, Any]) -> dict[str, Any]:
+    from sdtpu_worker.planning.compile_ahead import Limits, Wanted
+    from sdtpu_worker.planning.plan import LoadWanted, make_plan
+    from sdtpu_worker.planning.results_cache import ResultsCache, default_folder
+
+    wanted = Wanted(
+        model=options["model"],
+        topology=options["topology"],
+        slots=options["slots"][0],
+        resolution=options["resolution"],
+        guidance=options["guidance"],
+        lora_rank=options["lora_rank"],
+    )
+    return make_plan(
+        wanted,
+        options["slots"],
+        options["steps"],
+        LoadWanted(options["load"], options["p99"]) if options["load"] else None,
+        options["price"],
+        Limits(options["full"], options["time_limit"], int(options["memory_limit"] * _GIB)),
+        ResultsCache(None if options["no_cache"] else options["cache"] or default_folder()),
+        lambda line: click.echo(line, err=True),
+    )
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)

@@ -267,7 +267,7 @@ def test_one_byte_of_any_weight_counts_and_so_does_a_safety_checker(keys, folder
 IN_THE_DIGEST = {
     "model", "revision", "tokenizer", "prediction_type", "loras_merged", "loras", "lora_rank", "guidance",
     "image_inputs", "controlnets", "platform", "cpu_devices", "dtype", "slots_per_device", "vae_tiling",
-    "embeddings", "prompt_windows",
+    "embeddings", "prompt_windows", "attention",
 }  # fmt: skip
 """Settings that an engine's fingerprint, its weights or the prepared job tell of."""
 NOT_IN_IT = {

@@ -49,6 +49,7 @@ PRIVATE_NAMES = (
     PrivateName("celery.concurrency.base:BasePool", "_get_info", "extended: what `inspect stats` shows of the pool"),
     # Apps: `plugin.py` and `images/store.py` find them.
     PrivateName("celery.app.amqp:Queues", "_consume_from", "whether -Q chose the queues"),
+    PrivateName("celery:Celery", "_backend_cache", "the stand-in for tests keeps results in memory"),
     PrivateName("celery", "_state", "whether there is a default app"),
     PrivateName("celery.backends.redis:SentinelBackend", "_transport_options", "how the door reaches the sentinels"),
     PrivateName("celery.local:Proxy", "_get_current_object", "the app behind `current_app`"),

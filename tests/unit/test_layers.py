@@ -35,6 +35,8 @@ def loaded(code: str, *names: str) -> list[str]:
         ),
         ("import sdtpu_worker.aggregator.policy", ("celery", "kombu", "redis", "jax", "numpy", "PIL")),
         ("import sdtpu_worker.device_loop.loop", ("celery", "kombu", "redis", "jax", "numpy", "PIL")),
+        ("from sdtpu_worker.testing import stand_in_worker", ("jax", "flax", "numpy", *DEVICE_WORKER)),
+        ("import sdtpu_worker.testing.pytest_plugin", ("jax", "flax", "numpy", *DEVICE_WORKER)),
         ("import sdtpu_worker.testing.fake_engine", ("celery", "kombu", "redis", "jax", "sdtpu_worker.worker")),
     ],
 )

@@ -14,6 +14,7 @@ class MemoryBackend(KeyValueStoreBackend):
     Args:
         app: the Celery app.
         on_read: called before each read of a key.
+        make_redis: returns what stands for redis-py's asynchronous client, whose texts are kept here too.
 
     Attributes:
         is_in_this_process: no other process sees what it keeps.
@@ -22,11 +23,16 @@ class MemoryBackend(KeyValueStoreBackend):
     is_in_this_process = True
     supports_autoexpire = True  # nothing lives longer than its test
     implements_incr = True
+    thread_safe = True
 
-    def __init__(self, app: Any, on_read: Callable[[bytes], None]) -> None:
+    def __init__(self, app: Any, on_read: Callable[[bytes], None], make_redis: Callable[[MemoryBackend], Any]) -> None:
         super().__init__(app=app, url="memory://")
-        self._on_read = on_read
+        self._on_read, self._redis = on_read, make_redis(self)
         self._values: dict[bytes, Any] = {}
+
+    def make_async_client(self) -> Any:
+        """Return what the jobs API uses in place of Redis; each call returns the same."""
+        return self._redis
 
     def get(self, key: bytes | str) -> Any:
         """Return what is kept under a key, None for nothing."""

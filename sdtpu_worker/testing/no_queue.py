@@ -19,10 +19,10 @@ from celery.exceptions import Ignore
 from celery.utils import uuid
 
 from sdtpu_worker.client.task import GenerateTask
-from sdtpu_worker.contract.queues import TASK_NAME
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.redaction import brief
 from sdtpu_worker.testing.memory_backend import MemoryBackend
+from sdtpu_worker.testing.memory_redis import MemoryRedis
 from sdtpu_worker.testing.no_devices import draw, stand_in
 from sdtpu_worker.testing.stand_in_job import StandInJob
 
@@ -45,7 +45,7 @@ class StandInWorker:
         self.app = app
         self.jobs: list[StandInJob] = []
         self.holds_jobs = False
-        self.backend = MemoryBackend(app, self._look_at)
+        self.backend = MemoryBackend(app, self._look_at, MemoryRedis)
         self._lock = threading.RLock()
         self._by_key: dict[bytes, StandInJob] = {}
         self._refusals: list[Exception] = []
@@ -132,10 +132,17 @@ class StandInWorker:
                 job.revoke()
 
     def _run(self, job: StandInJob) -> None:
-        """Run a job's code as Celery's eager mode does, and store its end."""
+        """Run a job's code as Celery's eager mode does, store its end, and run what follows it."""
         conf = self.app.conf
-        throw = bool(conf.task_always_eager and conf.task_eager_propagates)
-        job.task.apply(job.args, job.kwargs, task_id=job.id, throw=throw, **job.options)
+        was_eager = conf.task_always_eager
+        conf.task_always_eager = True
+        try:
+            job.task.apply(
+                job.args, job.kwargs, task_id=job.id, throw=bool(was_eager and conf.task_eager_propagates),
+                **job.options,
+            )  # fmt: skip
+        finally:
+            conf.task_always_eager = was_eager
 
     def _add(self, job: StandInJob) -> StandInJob:
         self.jobs.append(job)
@@ -153,38 +160,51 @@ class StandInWorker:
 def stand_in_worker(app: Celery | None = None) -> Iterator[StandInWorker]:
     """Have a stand-in take every job of an app for the block; see `StandInWorker`.
 
-    Pictures lie in memory too. Other tasks of the app run as its settings say: with `task_always_eager` in this
-    process, what follows in a chain, group or chord included.
+    Pictures lie in memory too. What follows a job in a chain, or is linked to it, runs when the job ends, in this
+    process. Other tasks of the app run as its settings say.
 
     Args:
         app: the Celery app; None for the current one.
     """
     app = app_or_default(app)
-    worker, task = StandInWorker(app), app.tasks[TASK_NAME]
-    before = app._backend_cache, GenerateTask.stand_in_worker, task.store_eager_result, app.conf.task_store_eager_result
-    app._backend_cache, GenerateTask.stand_in_worker, task.store_eager_result = worker.backend, worker, True
-    app.conf.task_store_eager_result = True  # else Celery warns whoever reads a result in eager mode
+    worker, folder = StandInWorker(app), f"sdtpu-stand-in-{uuid()}"
+    before = app._backend_cache, GenerateTask.stand_in_worker
+    app._backend_cache, GenerateTask.stand_in_worker = worker.backend, worker
     app.control.revoke = worker.revoke
-    folder = f"sdtpu-stand-in-{uuid()}"
     try:
-        with stand_in(f"memory://{folder}", worker.draw):
+        with _results_stored(app), stand_in(f"memory://{folder}", worker.draw):
             yield worker
     finally:
         del app.control.revoke
-        (
-            app._backend_cache, GenerateTask.stand_in_worker, task.store_eager_result,
-            app.conf.task_store_eager_result,
-        ) = before  # fmt: skip
+        app._backend_cache, GenerateTask.stand_in_worker = before
         _remove_pictures(folder)
+
+
+@contextlib.contextmanager
+def _results_stored(app: Celery) -> Iterator[None]:
+    """Have the results of tasks stored that run in this process."""
+    before = app.conf.task_store_eager_result
+    tasks = {task: task.store_eager_result for task in app.tasks.values()}
+    app.conf.task_store_eager_result = True  # for tasks that are made later; they read it once
+    for task in tasks:
+        task.store_eager_result = True
+    try:
+        yield
+    finally:
+        app.conf.task_store_eager_result = before
+        for task, was_stored in tasks.items():
+            task.store_eager_result = was_stored
 
 
 def _with_chain(link: Any, chain: Any, app: Celery) -> list[Any]:
     """Return the callbacks of a job, with the next task of its chain as one of them: eager mode knows no chain."""
     links = list(link) if isinstance(link, list | tuple) else [link] if link else []
-    if chain:
-        *later, following = chain  # the last is the next
-        links.append(maybe_signature(following, app=app).clone().set(chain=later))
-    return links
+    following = None
+    for each in chain or ():  # the last is the next
+        before, following = following, maybe_signature(each, app=app).clone()
+        if before is not None:
+            following.link(before)
+    return links if following is None else [*links, following]
 
 
 def _remove_pictures(folder: str) -> None:

@@ -27,7 +27,10 @@ def loaded(code: str, *names: str) -> list[str]:
         ("import sdtpu_worker.cli", ("celery", "kombu", "redis", "jax", "numpy", *DEVICE_WORKER)),
         ("from sdtpu_worker import *", ("jax", "flax", "numpy", *DEVICE_WORKER)),
         ("from sdtpu_worker.http import create_app", ("jax", "flax", "numpy", "PIL", *DEVICE_WORKER)),
-        ("import sdtpu_worker.http.job_state", ("starlette", "uvicorn")),
+        (
+            "import sdtpu_worker.web.jobs_api",
+            ("starlette", "uvicorn", "flask", "jax", "numpy", *DEVICE_WORKER),
+        ),
         ("from sdtpu_worker.app import app; app.finalize()", ("jax", "flax", "numpy", *DEVICE_WORKER)),
         (
             "from sdtpu_worker.contract import load_report, queues, request, result",

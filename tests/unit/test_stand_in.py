@@ -189,19 +189,26 @@ def test_in_eager_mode_jobs_fail_and_are_refused_as_planned(app, worker):
         generate.delay("a fox")
 
 
-def test_callbacks_of_a_job_run_when_it_ends(app, worker):
+def test_what_follows_a_job_runs_when_it_ends(app, worker):
+    publish, upper = add_tasks(app)
     seen = []
 
     @app.task(shared=False, name="note")
-    def note(result):
-        seen.append(result["prompt"])
+    def note(what):
+        seen.append(what["prompt"] if isinstance(what, dict) else what)
 
-    app.conf.task_always_eager = True
     worker.holds_jobs = True
-    generate.apply_async(("a fox",), link=note.s())
-    assert seen == []
-    worker.jobs[0].finish()
-    assert seen == ["a fox"]
+    chained = chain(generate.s("a fox"), publish.s(), upper.s()).delay()
+    linked = generate.apply_async(("a bear",), link=note.s())
+    failing = generate.apply_async(("a cat",), link_error=note.s())
+    assert (seen, chained.state) == ([], "PENDING")
+    for job in worker.jobs[:2]:
+        job.finish()
+    worker.jobs[2].fail(GenerationFailed("the device failed"))
+    assert chained.get(timeout=5) == "A FOX"
+    assert seen == ["a bear", failing.id]
+    assert linked.state == "SUCCESS"
+    assert not app.conf.task_always_eager
 
 
 def test_a_chord_without_eager_mode_says_what_to_do(app, worker):

@@ -290,8 +290,9 @@ SETTINGS = (
     ),
     Setting(
         "sdtpu_compile_cache", "auto", parse_text,
-        "The folder of JAX's persistent compilation cache. `auto` is `~/.cache/sdtpu_worker/xla`; with `off` every"
-        " start compiles anew",
+        "The folder of compiled programs: JAX's persistent compilation cache, and in `programs/` whole programs, which"
+        " a start loads without tracing; those hold machine code, so that nobody but the worker's user and root may be"
+        " able to write the folder. `auto` is `~/.cache/sdtpu_worker/xla`; with `off` every start compiles anew",
     ),
 )  # fmt: skip
 _BY_NAME = {setting.name: setting for setting in SETTINGS}

@@ -197,8 +197,9 @@ class EngineInfo:
         slots_per_device: rows of one device's batch.
         phases_per_tick: the most phases that a device runs in one tick.
         resolutions: the lanes that have programs.
-        trace_s, compile_s: seconds that tracing and compiling the programs took.
-        cache_hits, cache_misses: programs that came from the persistent compilation cache, and that did not.
+        load_s, trace_s, compile_s: seconds that loading kept programs took, and tracing and compiling the others.
+        kept_programs: programs that an earlier start kept, which were only loaded.
+        cache_hits, cache_misses: of the others, those that came from the persistent compilation cache, and the rest.
         default_steps: denoising steps of a request that names none.
         loras: `(name, weight)` of those that are merged into the model; jobs may name more.
     """
@@ -212,8 +213,10 @@ class EngineInfo:
     slots_per_device: int
     phases_per_tick: int
     resolutions: tuple[Lane, ...]
+    load_s: float = 0.0
     trace_s: float = 0.0
     compile_s: float = 0.0
+    kept_programs: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
     default_steps: int = DEFAULT_STEPS

@@ -24,14 +24,18 @@ class CompileCache:
 
     Args:
         folder: where compiled programs are kept; `auto` for the user's cache folder, `off` for nowhere.
+        keep_programs: keep programs also whole; see `kept_programs.py`.
 
     Attributes:
         path: the folder; None if compiled programs are not kept.
+        programs: the folder of whole programs; None if they are not kept.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, keep_programs: bool = True) -> None:
         self._lock, self._counts = threading.Lock(), {_HIT: 0, _MISS: 0}  # programs are compiled in several threads
+        self._of_thread = threading.local()
         self.path: Path | None = None
+        self.programs: Path | None = None
         if folder == "off":
             return
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -47,7 +51,7 @@ class CompileCache:
                 exc,
             )
             return
-        self.path = path
+        self.path, self.programs = path, path / "programs" if keep_programs else None
         jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -74,8 +78,13 @@ class CompileCache:
         hits, misses = self.counts()
         return hits - before[0], misses - before[1]
 
+    def was_hit(self) -> bool:
+        """Return whether the program that the calling thread compiled last came from the cache."""
+        return getattr(self._of_thread, "event", _MISS) == _HIT
+
     def _on_event(self, event: str, **_: object) -> None:
         if event in self._counts:
+            self._of_thread.event = event
             with self._lock:
                 self._counts[event] += 1
 

@@ -56,11 +56,13 @@ class LoadedSafetyChecker:
 
     Attributes:
         network: the checker.
+        config: of the network, as JSON.
         params: its parameters as host arrays, float32.
         extractor: transformers' `CLIPImageProcessor`.
     """
 
     network: Network
+    config: Mapping[str, Any]
     params: Mapping[str, Any]
     extractor: Any
 
@@ -213,8 +215,8 @@ def _load_safety_checker(source: Folder | CheckpointFile) -> LoadedSafetyChecker
     from transformers import CLIPImageProcessor
 
     try:
-        config = read_safety_checker_config(source.config("safety_checker"), source.label("safety_checker"))
-        network = networks.safety_checker(config)
+        config = source.config("safety_checker")
+        network = networks.safety_checker(read_safety_checker_config(config, source.label("safety_checker")))
         extractor = CLIPImageProcessor.from_pretrained(Path(source.name) / "feature_extractor", local_files_only=True)
     except InvalidCheckpoint:
         raise
@@ -223,4 +225,4 @@ def _load_safety_checker(source: Folder | CheckpointFile) -> LoadedSafetyChecker
             f"{source.name}: the safety checker cannot be used: {type(exc).__name__}: {exc}"
         ) from exc
     params = read_weights(source.open("safety_checker", network.shapes), network.shapes, jnp.float32)
-    return LoadedSafetyChecker(network, params, extractor)
+    return LoadedSafetyChecker(network, config, params, extractor)

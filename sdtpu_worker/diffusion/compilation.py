@@ -1,11 +1,12 @@
-"""All programs of an engine, traced and compiled ahead of time: nothing compiles while the engine serves."""
+"""All programs of an engine, loaded or compiled ahead of time: nothing compiles while the engine serves."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.failures import is_out_of_memory
+from sdtpu_worker.diffusion.kept_programs import KeptPrograms, facts_of
 from sdtpu_worker.diffusion.memory import WHAT_MAKES_IT_SMALLER
 from sdtpu_worker.diffusion.programs import (
     lower_empty_bank,
@@ -31,6 +33,9 @@ from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 _TICK, _SNAPSHOT, _RESTORE, _PREVIEW, _SAFETY = "tick", "snapshot", "restore", "preview", "safety check"
 _EMPTY_BANK, _FILL_BANK = "empty bank", "fill bank"
 
+Name = tuple[str, Lane | None]
+"""What a program does, and its lane if it has one."""
+
 
 @dataclass(frozen=True)
 class CompiledPrograms:
@@ -40,8 +45,9 @@ class CompiledPrograms:
         previews: empty for an engine without previews.
         safety_check: None for a checkpoint without a safety checker.
         empty_bank, fill_bank: None for a worker whose jobs name no LoRAs.
-        trace_s, compile_s: seconds that tracing and compiling took.
-        cache_hits, cache_misses: programs that came from the persistent compilation cache, and that did not.
+        load_s, trace_s, compile_s: seconds that loading kept programs took, and tracing and compiling the others.
+        kept: programs that an earlier start kept, which were only loaded.
+        cache_hits, cache_misses: of the others, those that came from the persistent compilation cache, and the rest.
     """
 
     ticks: Mapping[Lane, jax.stages.Compiled]
@@ -51,8 +57,10 @@ class CompiledPrograms:
     safety_check: jax.stages.Compiled | None
     empty_bank: jax.stages.Compiled | None
     fill_bank: jax.stages.Compiled | None
+    load_s: float
     trace_s: float
     compile_s: float
+    kept: int
     cache_hits: int
     cache_misses: int
 
@@ -66,7 +74,7 @@ def compile_programs(
     with_previews: bool,
     cache: CompileCache | None,
 ) -> CompiledPrograms:
-    """Trace the programs one after the other, then compile them side by side.
+    """Load the programs that are kept; trace the others one after the other, then compile them side by side.
 
     Args:
         checkpoint: the loaded model.
@@ -75,25 +83,42 @@ def compile_programs(
         geometries: the sizes of every lane.
         mesh: the devices.
         with_previews: also compile the programs that make previews.
-        cache: the persistent compilation cache, for its counts.
+        cache: the persistent compilation cache, in whose folder programs are kept; None to compile all of them.
 
     Raises:
         InvalidCheckpoint: the parameters do not fit the configs.
         ConfigurationError: the compiler finds no room for a program in the devices' memory.
     """
     started = time.monotonic()
-    lowered = _lower_lanes(checkpoint, params, geometries, mesh, with_previews)
-    if checkpoint.safety_checker is not None:
+    lower = _all_programs(checkpoint, params, safety_params, geometries, mesh, with_previews)
+    keep = None
+    if cache is not None and cache.programs is not None:
         checker = checkpoint.safety_checker
-        lowered[_SAFETY, None] = lower_safety_check(checker.network, checker.crop, safety_params, mesh)
-    geometry = next(iter(geometries.values()))
-    if geometry.adapters is not None:
-        lowered[_EMPTY_BANK, None] = lower_empty_bank(geometry.adapters, geometry.adapter_entries, mesh)
-        lowered[_FILL_BANK, None] = lower_fill_bank(geometry.adapters, geometry.adapter_entries, mesh)
-    traced = time.monotonic()
-    counts = cache.counts() if cache else (0, 0)
-    with ThreadPoolExecutor(len(lowered)) as threads:
-        compiled = dict(zip(lowered, threads.map(_compile, lowered.values()), strict=True))
+        others = None if checker is None else (checker.config, checker.crop)
+        keep = KeptPrograms(cache.programs, facts_of(checkpoint.family, params, mesh, others), mesh)
+    size = next(iter(geometries.values()))
+    with ThreadPoolExecutor(len(lower)) as threads:
+
+        def geometry_of(name: Name) -> Geometry:
+            return geometries[name[1]] if name[1] else size
+
+        def load(name: Name) -> jax.stages.Compiled | None:
+            return keep and keep.load(*name, geometry_of(name))
+
+        kept = {name: program for name, program in zip(lower, threads.map(load, lower), strict=True) if program}
+        loaded = time.monotonic()
+        lowered = {name: _trace(make, checkpoint) for name, make in lower.items() if name not in kept}
+        traced = time.monotonic()
+        counts = cache.counts() if cache else (0, 0)
+
+        def compile_and_keep(name: Name) -> jax.stages.Compiled:
+            program = _compile(lowered[name])
+            # On CPUs, the copy of a program that is itself read from a cache fails when it runs: it lacks functions.
+            if keep is not None and cache is not None and not cache.was_hit():
+                keep.save(*name, geometry_of(name), program)
+            return program
+
+        compiled = kept | dict(zip(lowered, threads.map(compile_and_keep, lowered), strict=True))
     hits, misses = cache.since(counts) if cache else (0, 0)
 
     def by_lane(kind: str) -> dict[Lane, jax.stages.Compiled]:
@@ -107,8 +132,10 @@ def compile_programs(
         safety_check=compiled.get((_SAFETY, None)),
         empty_bank=compiled.get((_EMPTY_BANK, None)),
         fill_bank=compiled.get((_FILL_BANK, None)),
-        trace_s=traced - started,
+        load_s=loaded - started,
+        trace_s=traced - loaded,
         compile_s=time.monotonic() - traced,
+        kept=len(kept),
         cache_hits=hits,
         cache_misses=misses,
     )
@@ -124,19 +151,35 @@ def _compile(program: jax.stages.Lowered) -> jax.stages.Compiled:
         raise ConfigurationError(f"the model does not fit: {first_line}; {WHAT_MAKES_IT_SMALLER}") from exc
 
 
-def _lower_lanes(
-    checkpoint: Checkpoint, params: Any, geometries: Mapping[Lane, Geometry], mesh: Mesh, with_previews: bool
-) -> dict[tuple[str, Lane | None], jax.stages.Lowered]:
-    """Trace and lower the programs of every lane; return them by kind and lane."""
-    lowered: dict[tuple[str, Lane | None], jax.stages.Lowered] = {}
+def _all_programs(
+    checkpoint: Checkpoint,
+    params: Any,
+    safety_params: Any | None,
+    geometries: Mapping[Lane, Geometry],
+    mesh: Mesh,
+    with_previews: bool,
+) -> dict[Name, Callable[[], jax.stages.Lowered]]:
+    """Return by name what traces and lowers each program."""
+    lower: dict[Name, Callable[[], jax.stages.Lowered]] = {}
+    for lane, geometry in geometries.items():
+        lower[_TICK, lane] = partial(lower_tick, checkpoint.family, params, geometry, mesh)
+        lower[_SNAPSHOT, lane] = partial(lower_snapshot, geometry, mesh)
+        lower[_RESTORE, lane] = partial(lower_restore, geometry, mesh)
+        if with_previews:
+            lower[_PREVIEW, lane] = partial(lower_preview, geometry, mesh)
+        if geometry.adapters is not None:
+            sizes = geometry.adapters, geometry.adapter_entries
+            lower[_EMPTY_BANK, None] = partial(lower_empty_bank, *sizes, mesh)
+            lower[_FILL_BANK, None] = partial(lower_fill_bank, *sizes, mesh)
+    if checkpoint.safety_checker is not None:
+        checker = checkpoint.safety_checker
+        lower[_SAFETY, None] = partial(lower_safety_check, checker.network, checker.crop, safety_params, mesh)
+    return lower
+
+
+def _trace(lower: Callable[[], jax.stages.Lowered], checkpoint: Checkpoint) -> jax.stages.Lowered:
     try:
-        for lane, geometry in geometries.items():
-            lowered[_TICK, lane] = lower_tick(checkpoint.family, params, geometry, mesh)
-            lowered[_SNAPSHOT, lane] = lower_snapshot(geometry, mesh)
-            lowered[_RESTORE, lane] = lower_restore(geometry, mesh)
-            if with_previews:
-                lowered[_PREVIEW, lane] = lower_preview(geometry, mesh)
+        return lower()
     except (LookupError, TypeError, ValueError) as exc:
         first_line = str(exc).strip().split("\n", 1)[0]
         raise InvalidCheckpoint(f"{checkpoint.name}: the parameters do not fit the configs: {first_line}") from exc
-    return lowered

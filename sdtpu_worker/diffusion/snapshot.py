@@ -183,7 +183,7 @@ def fingerprint_of(checkpoint: Checkpoint, lane: Lane, geometry: Geometry, devic
     facts: list[Any] = [jax.__version__, jaxlib.__version__, device_kind, jax.local_device_count()]
     facts += [str(checkpoint.dtype), lane, geometry.slots_per_device, geometry.decode_tile]
     facts += [geometry.adapters and (geometry.adapters.rank, geometry.adapter_entries)]
-    facts += [_plain(checkpoint.schedule.config), _plain(checkpoint.family.facts()), checkpoint.loras]
+    facts += [_json(checkpoint.schedule.config), _json(checkpoint.family.facts()), checkpoint.loras]
     digest.update(repr(facts).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):
         array = np.asarray(leaf).reshape(-1)
@@ -198,11 +198,14 @@ def _num_bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
 
 
-def _plain(config: Mapping[str, Any]) -> str:
-    """Return a config's plain values; the rest (paths, classes) differs between processes."""
-    plain = (str, int, float, bool, list, tuple, type(None))
-    return json.dumps(
-        {name: value for name, value in config.items() if isinstance(value, plain) and not name.startswith("_")},
-        sort_keys=True,
-        default=str,
-    )
+def _json(config: Mapping[str, Any]) -> str:
+    """Return the plain values of a config, and of the configs in it; the rest (paths, classes) differs by process."""
+    plain = (str, int, float, bool, list, tuple, Mapping, type(None))
+
+    def only_plain(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        named = ((str(name), each) for name, each in value.items() if isinstance(each, plain))
+        return {name: only_plain(each) for name, each in named if not name.startswith("_")}
+
+    return json.dumps(only_plain(config), sort_keys=True, default=str)

@@ -16,6 +16,8 @@ from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.calibration import calibrate
 from sdtpu_worker.diffusion.checkpoint import Checkpoint, LoadOptions, load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
+from sdtpu_worker.diffusion.failures import is_out_of_memory
+from sdtpu_worker.diffusion.kept_programs import delete_all
 from sdtpu_worker.diffusion.sharding import find_devices
 from sdtpu_worker.diffusion.slot_count import choose_slots_per_device, saved_choice_file
 
@@ -75,8 +77,9 @@ def start_engine(config: Config, on_phase: Callable[[str], None] = lambda phase:
             engine = choose_slots_per_device(make, saved_choice)
     info = engine.info
     logger.info(
-        "traced %d programs in %.2f s, compiled in %.2f s (compile cache: %d hits, %d misses)",
-        len(info.resolutions), info.trace_s, info.compile_s, info.cache_hits, info.cache_misses,
+        "loaded %d kept programs in %.2f s; traced the others in %.2f s, compiled in %.2f s (compile cache: %d hits,"
+        " %d misses)",
+        info.kept_programs, info.load_s, info.trace_s, info.compile_s, info.cache_hits, info.cache_misses,
     )  # fmt: skip
     return engine
 
@@ -90,9 +93,27 @@ def make_warm_engine(
     with_previews: bool = False,
     vae_tiling: str = "auto",
 ) -> Engine:
-    """Return an engine that is compiled and calibrated; see `Engine` for the arguments and what it raises."""
-    engine = Engine(checkpoint, devices, slots_per_device, resolutions, compile_cache, with_previews, vae_tiling)
-    engine.adopt(calibrate(engine))
+    """Return an engine that is compiled and calibrated; see `Engine` for the arguments and what it raises.
+
+    Calibrating runs every program. When that fails, and some were loaded whole, all are compiled again.
+    """
+
+    def make() -> Engine:
+        return Engine(checkpoint, devices, slots_per_device, resolutions, compile_cache, with_previews, vae_tiling)
+
+    engine = make()
+    try:
+        engine.adopt(calibrate(engine))
+    except RuntimeError as exc:
+        if not engine.info.kept_programs or is_out_of_memory(exc):
+            raise
+        assert compile_cache is not None
+        assert compile_cache.programs is not None
+        logger.warning("the programs in %s do not run, and are compiled again: %s", compile_cache.programs, exc)
+        delete_all(compile_cache.programs)
+        engine.close()
+        engine = make()
+        engine.adopt(calibrate(engine))
     return engine
 
 

@@ -114,7 +114,7 @@ DEVICES = (
     _counter("sdtpu_retries_total", "tries", "Times that a job was tried again after a failure of a device"),
     _gauge("sdtpu_device_memory_bytes", "bytes", "Memory of a device: `used`, `peak` or `limit`",
            "device", "kind"),
-    _gauge("sdtpu_programs", "programs", "Programs by where they came from: `cache` or `compiler`", "origin"),
+    _gauge("sdtpu_programs", "programs", "Programs by where they came from: `kept`, `cache` or `compiler`", "origin"),
     _counter("sdtpu_programs_after_ready_total", "programs", "Programs traced or compiled while serving: stays 0"),
 )  # fmt: skip
 WORKER = (

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from celery import signals
+from celery.backends.redis import RedisBackend
 
 from sdtpu_worker.delivery import transport
 from sdtpu_worker.operations.prompt_guard import install_prompt_guard, remove_prompt_guard
@@ -53,6 +54,23 @@ def change_app(app: Any, settings: Mapping[str, Any], connection_class: type | N
                 app.amqp.Connection = own_connection
             elif connection_class is not None:
                 del app.amqp.Connection
+
+
+@contextlib.contextmanager
+def share_result_backend(app: Any) -> Iterator[None]:
+    """Have all threads share one Redis backend with its pool of connections, as `result_backend_thread_safe` does.
+
+    With a backend for each thread, a worker would keep two connections for each job that it ever held at once. Other
+    backends stay as they are: which of them threads may share is for the app to say, by that setting.
+    """
+    if not isinstance(app.backend, RedisBackend):
+        yield
+        return
+    before, app._backend_cache = app._backend_cache, app._get_backend()
+    try:
+        yield
+    finally:
+        app._backend_cache = before
 
 
 @contextlib.contextmanager

@@ -12,12 +12,14 @@ from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
 from sdtpu_worker.errors import EngineUnavailable
 
+_changing = threading.Lock()
+
 
 def wait_for_results(backend: Any, give_up: Callable[[], bool]) -> None:
     """Have a result backend try again until it works, in the threads that run jobs.
 
-    Each thread has a backend of its own, unless `result_backend_thread_safe` is set. The main thread then uses the same
-    one, and waits for nothing: its first error is raised. Safe to call again for the same backend.
+    The threads of a device worker share one backend. The main thread uses it too, and waits for nothing: its first
+    error is raised. Safe to call again for the same backend, and from several threads at once.
 
     Celery's Redis backend would give up after 20 s, read without a second try, and fail the job whose start a full
     Redis, or a master that has just become a replica, takes no note of. Other backends stay as they are.
@@ -27,9 +29,13 @@ def wait_for_results(backend: Any, give_up: Callable[[], bool]) -> None:
         give_up: asked before every further try; when it says yes, the call fails with `EngineUnavailable` and the
             job is requeued.
     """
-    if not isinstance(backend, RedisBackend) or getattr(backend, "waits_for_results", False):
-        return
+    if isinstance(backend, RedisBackend):
+        with _changing:
+            if not getattr(backend, "waits_for_results", False):
+                _change(backend, give_up)
 
+
+def _change(backend: Any, give_up: Callable[[], bool]) -> None:
     def check_patience() -> None:
         if threading.current_thread() is threading.main_thread() and (error := sys.exc_info()[1]):
             raise error

@@ -43,7 +43,12 @@ from sdtpu_worker.operations.health_http import HealthServer
 from sdtpu_worker.operations.log_format import remove_log_format
 from sdtpu_worker.operations.redis_checks import redis_warnings
 from sdtpu_worker.worker.observation import Observation
-from sdtpu_worker.worker.process_changes import change_app, freeze_start_up, watch_failures_outside_tasks
+from sdtpu_worker.worker.process_changes import (
+    change_app,
+    freeze_start_up,
+    share_result_backend,
+    watch_failures_outside_tasks,
+)
 from sdtpu_worker.worker.process_ends import end_process, leave_soon
 from sdtpu_worker.worker.result_patience import wait_for_results
 from sdtpu_worker.worker.serving import Hooks, Serving
@@ -129,6 +134,7 @@ class DeviceServices:
                 undo.callback(server.close)
             undo.callback(remove_log_format)
             undo.enter_context(watch_failures_outside_tasks())
+            undo.enter_context(share_result_backend(self._app))
             self.health.enter("looking at the broker")
             self._connect_to_broker(undo)
             self.health.enter("looking at the image store")

@@ -49,7 +49,11 @@ def serving_figures(serving: Serving) -> Readings:
         "sdtpu_device_memory_bytes": {
             (str(device), kind): count for device, kinds in engine.memory().items() for kind, count in kinds.items()
         },
-        "sdtpu_programs": {("cache",): info.cache_hits, ("compiler",): info.cache_misses},
+        "sdtpu_programs": {
+            ("kept",): info.kept_programs,
+            ("cache",): info.cache_hits,
+            ("compiler",): info.cache_misses,
+        },
         "sdtpu_programs_after_ready_total": engine.traces_since_ready,
     }
 

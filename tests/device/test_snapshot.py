@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 
 from sdtpu_worker.aggregator.plan import Phase, Place, Plan
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.diffusion.checkpoint import load_checkpoint
+from sdtpu_worker.diffusion.checkpoint import Checkpoint, load_checkpoint
+from sdtpu_worker.diffusion.checkpoint_folder import find_folder
 from sdtpu_worker.diffusion.engine import Engine
-from sdtpu_worker.diffusion.slots import Slots
-from sdtpu_worker.diffusion.snapshot import JobSnapshot
+from sdtpu_worker.diffusion.slots import Geometry, Slots
+from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of
 from sdtpu_worker.errors import SnapshotMismatch
 from sdtpu_worker.testing import FakeSnapshot
 from tests.support.engines import on_one_device, run_alone
@@ -129,6 +131,26 @@ def test_a_snapshot_of_another_configuration_is_refused(engine, shipped, devices
         other.restore(lane, 0, 0, snapshot)
     with pytest.raises(SnapshotMismatch, match="another configuration"):
         other.read_snapshot(snapshot.to_bytes(), job)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("vae", "scaling_factor", 0.5), ("unet", "freq_shift", 1), ("scheduler", "beta_end", 0.01)],
+)
+def test_a_changed_config_is_another_configuration_though_all_weights_are_equal(tmp_path, part, key, value):
+    folder = tmp_path / "copy"
+    shutil.copytree(find_folder("embedded", "main"), folder)
+    before = fingerprint(load_checkpoint(str(folder)))
+    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    config = json.loads(file.read_text())
+    assert config.get(key) != value
+    file.write_text(json.dumps({**config, key: value}))
+    assert fingerprint(load_checkpoint(str(folder))) != before == fingerprint(load_checkpoint("embedded"))
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    lane = checkpoint.family.default_size
+    return fingerprint_of(checkpoint, lane, Geometry.of(checkpoint.family, 1, 1, lane), "cpu")
 
 
 # --- bytes that anybody who can write to Redis may have written ---

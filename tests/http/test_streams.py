@@ -41,7 +41,7 @@ def test_two_hundred_streams_get_the_events_of_their_own_job_in_order(door):
     async def run() -> list[list[Event]]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=door.url, limits=limits, timeout=60, trust_env=False) as client:
-            body = {"prompt": "a fox", "num_inference_steps": 20}
+            body = {"prompt": "a fox", "num_inference_steps": 400}
             made = await asyncio.gather(*(client.post("/v1/jobs", json=body) for _ in range(STREAMS // 4)))
             ids = [answer.json()["id"] for answer in made]
             streams = await asyncio.gather(*(read_stream(client, job_id) for job_id in ids * 4))
@@ -53,7 +53,7 @@ def test_two_hundred_streams_get_the_events_of_their_own_job_in_order(door):
             assert steps == sorted(steps)
         return streams
 
-    assert sum(map(len, asyncio.run(run()))) > 2 * STREAMS
+    assert sum(map(len, asyncio.run(run()))) > STREAMS, "the end was not all that was seen, however late they looked"
     with Redis.from_url(door_redis(door)) as redis:
         wait_until(lambda: not redis.pubsub_channels("celery-task-meta-*"), "the door to unsubscribe")
 

@@ -228,7 +228,7 @@ def test_jobs_of_a_worker_that_stops_are_handed_over_and_resumed(fleet, app):
 
 
 def test_jobs_of_a_worker_that_was_killed_are_counted_as_redelivered(fleet, app):
-    first, second, ledger = fleet.start("a"), None, Ledger()
+    first, ledger = fleet.start("a", SDTPU_FAKE_STEP_MS="100"), Ledger()  # the job lasts while another worker starts
     ledger.add(1, 800)
     wait_until(lambda: scrape(first).value("sdtpu_steps_total") > 20)
     second = fleet.start("b")

@@ -29,7 +29,7 @@ def _find_devices() -> list[jax.Device]:
 def _open_cache() -> CompileCache:
     from sdtpu_worker.diffusion.cache import CompileCache
 
-    return CompileCache(XLA_CACHE)
+    return CompileCache(XLA_CACHE, keep_programs=False)
 
 
 @functools.cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,12 +72,18 @@ def make_parts(engine: Any) -> Any:
     return SimpleNamespace(make_engine=make_engine, make_store=make_image_store, make_policy=make_aggregator)
 
 
+def in_a_thread(look: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(look).result()
+
+
 def facts_of_the_process(app: Celery) -> dict[str, Any]:
     """Return everything that a device worker may change outside its own object."""
     return {
         "transports": dict(kombu_transports.TRANSPORT_ALIASES),
         "settings": {name: app.conf[name] for name in app.conf},
         "connections": vars(app.amqp).get("Connection"),
+        "the result backend of another thread": in_a_thread(lambda: id(app._backend)),
         "log records": logging.getLogRecordFactory(),
         "garbage collection": (gc.get_threshold(), gc.get_freeze_count()),
         "receivers": len(signals.task_internal_error.receivers or ()),
@@ -104,6 +112,19 @@ def test_a_start_that_fails_leaves_nothing_behind(app, error):
     with pytest.raises(type(error)):
         services.start(make_parts(error))
     wait_until(lambda: facts_of_the_process(app) == before)
+
+
+def test_the_threads_of_jobs_share_one_result_backend_and_its_connections(app):
+    own = app.backend
+    services = DeviceServices(app, "a-host", read_config(app.conf))
+    services.start(make_parts(WarmEngine()))
+    try:
+        shared = in_a_thread(lambda: app.backend)
+        assert in_a_thread(lambda: app.tasks["sdtpu.generate"].backend) is shared is app.backend
+    finally:
+        services.stop(is_stuck=False)
+    assert app.backend is own, "what waits for ever in a worker is not left to the process"
+    assert in_a_thread(lambda: app.backend) is not shared
 
 
 def test_a_health_address_that_is_taken_is_found_before_anything_is_loaded(app):

@@ -30,6 +30,13 @@ class MemoryBackend(KeyValueStoreBackend):
         self._on_read, self._redis = on_read, make_redis(self)
         self._values: dict[bytes, Any] = {}
 
+    def store_result(self, task_id: str, result: Any, state: str, *rest: Any, **options: Any) -> Any:
+        """Store a task's state; a job that was revoked or has expired stays so, as with a device worker."""
+        before = self.get(self.get_key_for_task(task_id))
+        if before is not None and self.decode(before)["status"] == "REVOKED":
+            return result
+        return super().store_result(task_id, result, state, *rest, **options)
+
     def make_async_client(self) -> Any:
         """Return what the jobs API uses in place of Redis; each call returns the same."""
         return self._redis

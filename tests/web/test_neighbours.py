@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import group
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import FTPServer
@@ -90,11 +91,21 @@ def test_celery_progress_own_script_says_why_there_is_no_image(stand_in, end, wo
     assert words in page.value("seen")
 
 
-def test_celery_progress_receiver_lets_jobs_be(stand_in):
-    import celery_progress.tasks  # noqa: F401  connects it to the end of every task
+@pytest.fixture
+def receiver() -> Iterator[None]:
+    """Connect celery-progress' receiver to the ends of tasks: it stores `IGNORED` for those that Celery ignores."""
+    from celery.signals import task_postrun
+    from celery_progress.tasks import task_postrun_handler
 
-    job = generate.delay("a fox")
-    assert job.state == "SUCCESS"
+    task_postrun.connect(task_postrun_handler)
+    yield
+    task_postrun.disconnect(task_postrun_handler)
+
+
+def test_celery_progress_receiver_leaves_the_end_of_a_job_as_it_is(stand_in, receiver):
+    stand_in.expire_next()
+    group(generate.s("a fox"), generate.s("a bear")).delay()  # the first ends as an ignored task
+    assert [job.result.state for job in stand_in.jobs] == ["REVOKED", "SUCCESS"]
 
 
 # This package's own card

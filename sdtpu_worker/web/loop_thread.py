@@ -19,6 +19,11 @@ class LoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, name="sdtpu-web", daemon=True)
         self._thread.start()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes work."""
+        return not self._loop.is_closed()
+
     def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Have the loop do some work, in the caller's context; return what it will be done with."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)

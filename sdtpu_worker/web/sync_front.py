@@ -6,18 +6,16 @@ own with its first request.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from concurrent.futures import TimeoutError as NotYet
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.config import read_setting
 from sdtpu_worker.web.bodies import too_large
 from sdtpu_worker.web.caller import Caller
+from sdtpu_worker.web.event_iterators import AsyncEventIterator, EventIterator
 from sdtpu_worker.web.exchange import Answer, EventAnswer, WebRequest
 from sdtpu_worker.web.jobs import Jobs
 from sdtpu_worker.web.jobs_api import ROUTES, answer_or_refuse, log_refusal
@@ -102,40 +100,24 @@ class SyncFront:
             running = self._start()
             what = f"{request.method} {request.base}{path}"
             work = answer_or_refuse(self._answer(running.service, path, request, may_wait, names), what)
-            return _without_hop_headers(run_with_request_thread(running.loop, work))
+            answer = _without_hop_headers(run_with_request_thread(running.loop, work))
+            if isinstance(answer, EventAnswer) and request.method == "HEAD":
+                self.iterate(answer).close()  # nobody will ever read it
+                return Answer(200, answer.headers, media_type=answer.media_type)
+            return answer
         except Exception as exc:  # of the start, such as a setting that is not allowed
             return _refuse(exc, f"{request.method} {request.base}{path}")
         finally:
             if may_wait:
                 self._give_waiting_place_back()
 
-    def iterate(self, answer: EventAnswer) -> Iterator[bytes]:
-        """Yield the events of an answer, for a while: the thread must be free again, and its client comes back."""
-        running = self._start()
-        until = time.monotonic() + read_setting("sdtpu_web_stream_s", self._app.conf)
-        following = None
-        try:
-            while True:
-                following = running.loop.begin(_next(answer.events))
-                event = following.result(max(0.0, until - time.monotonic()))
-                if event is None:
-                    return
-                yield event
-        except NotYet:
-            return
-        finally:
-            if following is not None:
-                following.cancel()
-            running.loop.begin(_end(answer))
+    def iterate(self, answer: EventAnswer) -> EventIterator:
+        """Return the events of an answer, for the thread of its request."""
+        return EventIterator(self._start().loop, answer, read_setting("sdtpu_web_stream_s", self._app.conf))
 
-    async def iterate_async(self, answer: EventAnswer) -> AsyncGenerator[bytes, None]:
-        """Yield the events of an answer in the event loop of an ASGI server: no thread is held."""
-        running = self._start()
-        try:
-            while (event := await asyncio.wrap_future(running.loop.begin(_next(answer.events)))) is not None:
-                yield event
-        finally:
-            running.loop.begin(_end(answer))
+    def iterate_async(self, answer: EventAnswer) -> AsyncEventIterator:
+        """Return the events of an answer, for the event loop of an ASGI server."""
+        return AsyncEventIterator(self._start().loop, answer)
 
     def close(self) -> None:
         """End the event loop and its connections; another request opens new ones."""
@@ -221,23 +203,6 @@ class SyncFront:
     def _give_waiting_place_back(self) -> None:
         with self._lock:
             self._waiting -= 1
-
-
-async def _next(events: AsyncGenerator[bytes, None]) -> bytes | None:
-    return await anext(events, None)
-
-
-async def _end(answer: EventAnswer) -> None:
-    """Close a stream's generator, once the step that was under way has seen that it is cancelled."""
-    try:
-        while True:
-            try:
-                await answer.events.aclose()
-                return
-            except RuntimeError:  # it is still running
-                await asyncio.sleep(0)
-    finally:
-        answer.on_end()
 
 
 def _without_hop_headers(answer: Answer | EventAnswer) -> Answer | EventAnswer:

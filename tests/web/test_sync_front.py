@@ -92,6 +92,21 @@ def test_a_stream_whose_client_leaves_gives_its_place_back(site, worker, bluepri
     wait_until(lambda: open_streams(blueprint) == 0, "the place to be free")
 
 
+def test_a_stream_that_is_never_read_gives_its_place_back(site, worker, blueprint):
+    place = post(site).json["links"]["events"]
+    head = site.test_client().head(place)
+    assert (head.status_code, head.mimetype, head.data) == (200, "text/event-stream", b"")
+    site.test_client().get(place, buffered=False).close()
+    wait_until(lambda: open_streams(blueprint) == 0, "the places to be free")
+
+
+def test_a_stream_that_outlives_its_front_ends(site, worker, blueprint):
+    answer = site.test_client().get(post(site).json["links"]["events"], buffered=False)
+    next(iter(answer.response))
+    blueprint.close()
+    answer.close()
+
+
 def test_a_request_that_would_wait_is_answered_at_once_where_no_place_is_left(site, worker):
     worker.app.conf.sdtpu_web_max_streams = 1
     with ThreadPoolExecutor(1) as thread:

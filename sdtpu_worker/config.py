@@ -15,6 +15,7 @@ from sdtpu_worker.config_values import (
     HttpKey,
     parse_address,
     parse_choice,
+    parse_dotted_path,
     parse_embedding_sources,
     parse_http_keys,
     parse_integer,
@@ -23,6 +24,7 @@ from sdtpu_worker.config_values import (
     parse_named,
     parse_optional_text,
     parse_origins,
+    parse_priorities,
     parse_queue,
     parse_resolutions,
     parse_reuse,
@@ -296,6 +298,29 @@ SETTINGS = (
         "How many event streams one door keeps open; each needs a file descriptor",
     ),
     Setting(
+        "sdtpu_web_owner", None, parse_dotted_path,
+        "The function by which the Django app finds whose request it is, like `shop.owners.find_owner`: it takes the"
+        " request and returns a text, or None for nobody. Not set, it is the user that has logged in, else the session",
+    ),
+    Setting(
+        "sdtpu_web_priorities", (6, 9), parse_priorities,
+        "The most and the least urgent priority that users of the Flask blueprint and of the Django app may ask for",
+    ),
+    Setting(
+        "sdtpu_web_max_jobs", 0, parse_integer(0, 10**9),
+        "How many unfinished jobs a user of the Flask blueprint or of the Django app may have; 0 for any number",
+    ),
+    Setting(
+        "sdtpu_web_max_streams", 4, parse_integer(0, 10_000),
+        "How many event streams a process of a WSGI server keeps open, and how many requests wait for their job"
+        " (`Prefer: wait`): each holds one of its threads",
+    ),
+    Setting(
+        "sdtpu_web_stream_s", 30.0, parse_seconds(1, 3600),
+        "Seconds after which an event stream of a WSGI server ends and frees its thread. A browser comes back by itself"
+        " and gets what is newer",
+    ),
+    Setting(
         "sdtpu_compile_cache", "auto", parse_text,
         "The folder of compiled programs: JAX's persistent compilation cache, and in `programs/` whole programs, which"
         " a start loads without tracing; those hold machine code, so that nobody but the worker's user and root may be"
@@ -357,6 +382,11 @@ class Config:
     http_max_body_bytes: int
     http_wait_s: float
     http_max_streams: int
+    web_owner: str | None
+    web_priorities: tuple[int, int]
+    web_max_jobs: int
+    web_max_streams: int
+    web_stream_s: float
     compile_cache: str
 
 

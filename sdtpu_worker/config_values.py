@@ -272,6 +272,28 @@ _KEYS_WANTED = (
 )
 
 
+def parse_priorities(value: Any) -> tuple[int, int]:
+    """Return the most and the least urgent priority of "6-9" or of a pair."""
+    match = re.fullmatch(r"([0-9])-([0-9])", value) if isinstance(value, str) else None
+    low, high = (int(match[1]), int(match[2])) if match else value if _is_pair(value) else (1, 0)
+    if not 0 <= low <= high <= 9:
+        raise ValueError("the most and the least urgent priority from 0 to 9, like '6-9' or (6, 9)")
+    return low, high
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and [type(each) for each in value] == [int, int]
+
+
+def parse_dotted_path(value: Any) -> str | None:
+    """Return the path of a function like "shop.owners.find_owner", None where it is empty."""
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
+        raise ValueError("the dotted path of a function, like 'shop.owners.find_owner'")
+    return value
+
+
 def parse_origins(value: Any) -> tuple[str, ...]:
     """Return the origins in "https://a.example,https://b.example" or in a list; none for an empty one."""
     origins = [origin.strip() for origin in value.split(",")] if isinstance(value, str) else value

@@ -31,12 +31,14 @@ class GenerateTask(Task):
 
     Attributes:
         stand_in: draws a picture in place of a device worker, in tests; see `sdtpu_worker.testing.stand_in`.
+        stand_in_worker: takes the jobs in place of the broker, in tests; see `sdtpu_worker.testing.stand_in_worker`.
     """
 
     abstract = True
     typing = False
     Request = "sdtpu_worker.worker.celery_request:DeviceRequest"
     stand_in: ClassVar[Callable[[Task, Sequence[Any], Mapping[str, Any]], dict[str, Any]] | None] = None
+    stand_in_worker: ClassVar[Any] = None
 
     def signature(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Signature:
         """Build a signature; the parameters given so far are checked at once, so that a group fails as a whole.
@@ -74,7 +76,8 @@ class GenerateTask(Task):
             def send(task_id: str) -> Any:
                 return self.apply_async(args, kwargs, *rest, **{**options, "task_id": task_id})
 
-            return send_once(self.app, key, args, kwargs, send)
+            once = send_once if self.stand_in_worker is None else self.stand_in_worker.send_once
+            return once(self.app, key, args, kwargs, send)
         options = plain_options({"expires": self.expires, **options})
         request = None if current_task else GenerationRequest.parse(args, kwargs)
         if kwargs.get("seed") is None:
@@ -83,6 +86,8 @@ class GenerateTask(Task):
         if request is not None:
             check_options(options)
         options["headers"] = {SENT_AT_HEADER: time.time(), **(options.get("headers") or {})}
+        if self.stand_in_worker is not None:
+            return self.stand_in_worker.send(self, args, kwargs, *rest, **options)
         if request is None or self.app.conf.task_always_eager:
             return self._send(args, kwargs, *rest, **options)
         if not options.get("retries"):

@@ -18,7 +18,7 @@ from sdtpu_worker.commands.options import FAILED, NOT_YET, app_option, find_app,
 if TYPE_CHECKING:
     from celery import Celery
 
-    from sdtpu_worker.http.job_state import JobState
+    from sdtpu_worker.web.job_state import JobState
 
 _POLL_S = 0.2
 _SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
@@ -144,7 +144,7 @@ def _cancel_all(app: Celery, ids: Sequence[str]) -> None:
 
 
 def _read_states(app: Celery, ids: Sequence[str]) -> list[JobState]:
-    from sdtpu_worker.http.job_state import read_state
+    from sdtpu_worker.web.job_state import read_state
 
     backend = app.backend
     if not hasattr(backend, "get_key_for_task"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -14,19 +13,20 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from sdtpu_worker.config import read_setting
-from sdtpu_worker.http import jobs_api, openai_edits, openai_images, web_ui
+from sdtpu_worker.http import openai_edits, openai_images, web_ui
 from sdtpu_worker.http.departures import CallerLeft
 from sdtpu_worker.http.door import Door, door_of
+from sdtpu_worker.http.exchange import serve_endpoint
 from sdtpu_worker.http.openapi import describe
-from sdtpu_worker.http.problems import Refusal, as_openai_error, as_problem, refusal_for
+from sdtpu_worker.http.problems import as_openai_error, as_problem
+from sdtpu_worker.web.jobs_api import ROUTES, log_refusal
+from sdtpu_worker.web.problems import Refusal, refusal_for
 
 if TYPE_CHECKING:
     from celery import Celery
-
-logger = logging.getLogger(__name__)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _CLIENT_CLOSED = 499
@@ -82,12 +82,10 @@ def make_routes() -> list[Route]:
         openai("/v1/images/variations", openai_images.refuse_variations, "POST"),
         openai("/v1/models", openai_images.list_models, "GET"),
         openai("/v1/models/{model:path}", openai_images.show_model, "GET"),
-        problem("/v1/jobs", jobs_api.create_job, "POST"),
-        problem("/v1/jobs", jobs_api.list_jobs, "GET"),
-        problem("/v1/jobs/{job_id}", jobs_api.show_job, "GET"),
-        problem("/v1/jobs/{job_id}", jobs_api.cancel_job, "DELETE"),
-        problem("/v1/jobs/{job_id}/image", jobs_api.send_image, "GET", name="job_image"),
-        problem("/v1/jobs/{job_id}/events", jobs_api.stream_events, "GET"),
+        *(
+            problem(f"/v1/jobs{each.path}", serve_endpoint(each.endpoint), each.method, name=each.name)
+            for each in ROUTES
+        ),
         problem("/sdapi/v1/txt2img", web_ui.txt2img, "POST"),
         problem("/sdapi/v1/img2img", web_ui.img2img, "POST"),
         problem("/sdapi/v1/options", web_ui.show_options, "GET"),
@@ -117,19 +115,21 @@ def _route(
             return Response(status_code=_CLIENT_CLOSED)
         except Exception as exc:
             refusal = refusal_for(exc)
-            if refusal.code == "InternalError":
-                logger.exception("%s %s failed", request.method, path)
-            elif refusal.hidden:
-                logger.warning("%s %s was refused: %s", request.method, path, refusal.hidden)
+            log_refusal(refusal, f"{request.method} {path}")
             return form(refusal)
 
     return Route(path, answer, methods=[method], name=name or endpoint.__name__)
 
 
-async def _answer_http_exception(_: Request, exc: Exception) -> Response:
+async def _answer_http_exception(request: Request, exc: Exception) -> Response:
     """Answer what the router refuses: an unknown path, a method that a path has not."""
     assert isinstance(exc, HTTPException)
-    return as_problem(Refusal(exc.status_code, exc.detail.replace(" ", ""), exc.detail, headers=exc.headers))
+    headers = dict(exc.headers or {})
+    if exc.status_code == 405:  # a route has one method; the router names that of the first route alone
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        methods = [method for route in routes for method in route.methods if method != "HEAD"]
+        headers["Allow"] = ", ".join(methods)
+    return as_problem(Refusal(exc.status_code, exc.detail.replace(" ", ""), exc.detail, headers=headers))
 
 
 async def _describe(request: Request) -> Response:

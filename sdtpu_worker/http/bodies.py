@@ -1,14 +1,12 @@
-"""Bodies of requests: read up to a limit, as one JSON object."""
+"""Bodies of the door's requests, read up to a limit."""
 
 from __future__ import annotations
 
-import json
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.requests import Request
 
-from sdtpu_worker.errors import InvalidRequest
-from sdtpu_worker.http.problems import Refusal
+from sdtpu_worker.web.bodies import check_is_json, parse_json, too_large
 
 
 async def read_json(request: Request, most_bytes: int) -> dict[str, Any]:
@@ -19,23 +17,11 @@ async def read_json(request: Request, most_bytes: int) -> dict[str, Any]:
         most_bytes: the largest body that is read.
 
     Raises:
-        Refusal: 413, the body is larger; 415, it is not declared as JSON, which a form of another site cannot do.
+        Refusal: 413, the body is larger; 415, it is not declared as JSON.
         InvalidRequest: it is not a JSON object.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise Refusal(
-            415, "NotJson", f"the body must have the type application/json, got {media_type[:60]!r};"
-            " with curl: -H 'Content-Type: application/json'",
-        )  # fmt: skip
-    body = await read_body(request, most_bytes)
-    try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidRequest(f"body must be JSON in UTF-8: {exc!s:.200}") from exc
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"body must be a JSON object, got {type(value).__name__}")
-    return value
+    check_is_json(request.headers.get("content-type", ""))
+    return parse_json(await read_body(request, most_bytes))
 
 
 async def read_body(request: Request, most_bytes: int) -> bytes:
@@ -48,23 +34,6 @@ async def read_body(request: Request, most_bytes: int) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > most_bytes:
-            raise Refusal(
-                413, "BodyTooLarge", f"the body must have at most {most_bytes:,} bytes (sdtpu_http_max_body_bytes)",
-                headers={"Connection": "close"},
-            )  # fmt: skip
+            raise too_large(most_bytes)
         parts.append(part)
     return b"".join(parts)
-
-
-def check_fields(given: dict[str, Any], known: Any) -> None:
-    """Check that an object has no other fields.
-
-    Raises:
-        InvalidRequest: it has.
-    """
-    if unknown := [name for name in given if name not in known]:
-        raise InvalidRequest(f"{unknown[0]!r:.60} is no field of this request; the fields are {', '.join(known)}")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")

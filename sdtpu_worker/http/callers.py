@@ -1,55 +1,18 @@
-"""Who asks: the caller behind a bearer key, what it may ask for, and who may come without a key."""
+"""Who asks the door: the caller behind a bearer key, and who may come without a key."""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
 
 from sdtpu_worker.config_values import HttpKey
-from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
-from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.http.keys import hash_key, presented_key
-from sdtpu_worker.http.problems import Refusal
+from sdtpu_worker.web.caller import Caller
+from sdtpu_worker.web.problems import Refusal
 
-MOST_URGENT, LEAST_URGENT = 0, 9
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Whoever sends requests.
-
-    Attributes:
-        name: of the key; empty where the door has no keys.
-        priorities: the most and the least urgent priority that it may ask for.
-        max_jobs: how many unfinished jobs it may have; 0 for any number.
-    """
-
-    name: str = ""
-    priorities: tuple[int, int] = (MOST_URGENT, LEAST_URGENT)
-    max_jobs: int = 0
-
-    def priority(self, wanted: int | None, default: int | None) -> int:
-        """Return a job's priority: the one that is wanted, or the default, moved into the caller's range.
-
-        Raises:
-            InvalidRequest: the caller may not ask for it.
-        """
-        low, high = self.priorities
-        if wanted is None:
-            return min(max(DEFAULT_PRIORITY if default is None else default, low), high)
-        if not isinstance(wanted, int) or isinstance(wanted, bool) or not low <= wanted <= high:
-            raise InvalidRequest(
-                f"priority must be an integer from {low} (the most urgent) to {high}, got {wanted!r:.40}"
-            )
-        return wanted
-
-    def tenant(self, wanted: str | None) -> str | None:
-        """Return the tenant of a job: the caller itself, or whom it names where the door has no keys."""
-        return self.name or wanted
 
 
 class Callers:

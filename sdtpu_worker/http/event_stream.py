@@ -1,35 +1,15 @@
-"""Server-sent events: how one is written, and the answer that sends them until they end or the caller leaves."""
+"""The answer that sends server-sent events until they end or the caller leaves."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sdtpu_worker.http.departures import wait_for_departure
-
-HEARTBEAT = b": still there\n\n"
-HEARTBEAT_S = 15.0
-"""Seconds without an event after which a comment is sent, so that no proxy takes the stream for dead."""
-
-
-def write_event(name: str, data: Any, event_id: str | None = None) -> bytes:
-    """Return one event.
-
-    Args:
-        name: of the event.
-        data: JSON-compatible.
-        event_id: what a client that comes back names in `Last-Event-ID`.
-    """
-    lines = [f"event: {name}", f"data: {json.dumps(data, separators=(',', ':'))}"]
-    if event_id is not None:
-        lines.insert(0, f"id: {event_id}")
-    return ("\n".join(lines) + "\n\n").encode()
 
 
 class EventStream(Response):

@@ -15,7 +15,7 @@ from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.http.door import Door, door_of
 from sdtpu_worker.http.openai_images import ImagesRequest, answer_with_pictures, read_request
 from sdtpu_worker.http.pictures_in import fit_picture, mask_of_transparency
-from sdtpu_worker.http.problems import Refusal
+from sdtpu_worker.web.problems import Refusal
 
 _MOST_FIELDS = 100
 _INTEGERS = ("n", "output_compression", "partial_images", "seed", "num_inference_steps", "priority", "clip_skip")

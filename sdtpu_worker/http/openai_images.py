@@ -16,15 +16,17 @@ from starlette.responses import JSONResponse, Response
 from sdtpu_worker.contract.request import IMAGE_FORMATS
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.http.bodies import read_json
-from sdtpu_worker.http.callers import Caller
 from sdtpu_worker.http.departures import unless_left
 from sdtpu_worker.http.door import Door, door_of
-from sdtpu_worker.http.event_stream import HEARTBEAT, HEARTBEAT_S, EventStream, write_event
-from sdtpu_worker.http.job_records import JobRecord
-from sdtpu_worker.http.job_state import JobState
-from sdtpu_worker.http.parameters import JOB_FIELDS, with_seed
-from sdtpu_worker.http.problems import Refusal, openai_error, refusal_for, refusal_for_job
+from sdtpu_worker.http.event_stream import EventStream
+from sdtpu_worker.http.problems import openai_error
 from sdtpu_worker.images.decode import decode_image, named_image
+from sdtpu_worker.web.caller import Caller
+from sdtpu_worker.web.events import HEARTBEAT, HEARTBEAT_S, write_event
+from sdtpu_worker.web.job_records import JobRecord
+from sdtpu_worker.web.job_state import JobState
+from sdtpu_worker.web.parameters import JOB_FIELDS, with_seed
+from sdtpu_worker.web.problems import Refusal, refusal_for, refusal_for_job
 
 MOST_PICTURES = 10
 MOST_PARTIAL_IMAGES = 3

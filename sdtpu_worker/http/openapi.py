@@ -22,7 +22,7 @@ from sdtpu_worker.contract.parameter_checks import (
 from sdtpu_worker.contract.prompt_syntax import PROMPT_SYNTAXES
 from sdtpu_worker.contract.request import IMAGE_FORMATS, MAX_CLIP_SKIP, MAX_STEPS
 from sdtpu_worker.contract.samplers import SAMPLER_NAMES, SIGMA_SPACINGS
-from sdtpu_worker.http.parameters import JOB_FIELDS
+from sdtpu_worker.web.parameters import JOB_FIELDS
 
 Shape = dict[str, Any]
 

@@ -15,8 +15,6 @@ from sdtpu_worker.images.pictures import check_picture_bytes, decode_mask, decod
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DATA_START, JOB_START = "data:", "job:"
-
 
 def read_base64(name: str, text: object) -> bytes:
     """Return the bytes in base64, plain or as a data URI.

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from sdtpu_worker.client.queue_figures import Figures, read_figures
-from sdtpu_worker.http.celery_threads import CeleryThreads
+from sdtpu_worker.web.celery_threads import CeleryThreads
 from sdtpu_worker.operations.exposition import expose_queues
 
 if TYPE_CHECKING:

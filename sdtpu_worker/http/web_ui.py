@@ -13,14 +13,15 @@ from starlette.responses import JSONResponse, Response
 
 from sdtpu_worker.contract.samplers import DIFFUSERS_CLASSES, OTHER_NAMES, SIGMA_SPACINGS
 from sdtpu_worker.errors import InvalidRequest
-from sdtpu_worker.http.bodies import check_fields, read_json
-from sdtpu_worker.http.callers import Caller
+from sdtpu_worker.http.bodies import read_json
 from sdtpu_worker.http.door import Door, door_of
-from sdtpu_worker.http.job_records import JobRecord
-from sdtpu_worker.http.job_state import JobState
 from sdtpu_worker.http.openai_images import wait_for_pictures
-from sdtpu_worker.http.parameters import with_seed
 from sdtpu_worker.http.pictures_in import fit_mask, fit_picture, read_base64
+from sdtpu_worker.web.bodies import check_fields
+from sdtpu_worker.web.caller import Caller
+from sdtpu_worker.web.job_records import JobRecord
+from sdtpu_worker.web.job_state import JobState
+from sdtpu_worker.web.parameters import with_seed
 
 KIND = "sdapi"
 MOST_PICTURES = 16

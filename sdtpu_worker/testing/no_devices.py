@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from celery import Task
@@ -29,7 +29,10 @@ _STORE = "SDTPU_IMAGE_STORE"
 
 
 @contextlib.contextmanager
-def stand_in(image_store: str | None = "memory://sdtpu-stand-in") -> Iterator[None]:
+def stand_in(
+    image_store: str | None = "memory://sdtpu-stand-in",
+    body: Callable[[Task, Sequence[Any], Mapping[str, Any]], dict[str, Any]] | None = None,
+) -> Iterator[None]:
     """Have every `sdtpu.generate` of this process draw a small picture instead of needing a device, for the block.
 
     The parameters are checked as a worker checks them. The picture shows 8 x 8 coloured squares, which are the same
@@ -38,11 +41,12 @@ def stand_in(image_store: str | None = "memory://sdtpu-stand-in") -> Iterator[No
 
     Args:
         image_store: where the pictures go and are read from, as for `sdtpu_image_store`; None for the app's own store.
+        body: what does a job, in place of `draw`.
     """
     store_before = os.environ.get(_STORE)
     if image_store is not None:
         os.environ[_STORE] = image_store
-    before, GenerateTask.stand_in = GenerateTask.stand_in, staticmethod(_draw)
+    before, GenerateTask.stand_in = GenerateTask.stand_in, staticmethod(body or draw)
     try:
         yield
     finally:
@@ -53,7 +57,7 @@ def stand_in(image_store: str | None = "memory://sdtpu-stand-in") -> Iterator[No
                 os.environ[_STORE] = store_before
 
 
-def _draw(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def draw(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Do what a device worker does for a job, without a device; see `sdtpu_worker.worker.run_job`."""
     task_id = task.request.id
     request = GenerationRequest.parse(args, kwargs).with_seed(task_id).with_defaults(SAMPLER_NAMES[0])

@@ -50,7 +50,7 @@ PRIVATE_NAMES = (
     PrivateName("celery.concurrency.base:BasePool", "_get_info", "extended: what `inspect stats` shows of the pool"),
     # Apps: `plugin.py` and `images/store.py` find them.
     PrivateName("celery.app.amqp:Queues", "_consume_from", "whether -Q chose the queues"),
-    PrivateName("celery:Celery", "_backend_cache", "a device worker's threads share a result backend"),
+    PrivateName("celery:Celery", "_backend_cache", "shared by a device worker's threads; in memory in tests"),
     PrivateName("celery:Celery", "_get_backend", "the one that they share"),
     PrivateName("celery", "_state", "whether there is a default app"),
     PrivateName("celery.backends.redis:SentinelBackend", "_transport_options", "how the door reaches the sentinels"),

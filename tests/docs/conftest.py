@@ -44,6 +44,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         write_files(ROOT / "docs" / "tutorial" / f"{name}.md", place)
     with private_redis() as url:
         env = worker_env(url, SDTPU_PLATFORM="cpu", SDTPU_CPU_DEVICES="2", SDTPU_COMPILE_CACHE=XLA_CACHE)
+        migrate = [sys.executable, "manage.py", "migrate", "--verbosity", "0"]
+        subprocess.run(migrate, cwd=folders["django"], env=env, check=True, timeout=60)
         log = folder / "worker.log"
         command = [sys.executable, "-m", "celery", "-A", "website", "worker", "--queues", "sdtpu", "--loglevel", "INFO"]
         with running(command, log, env=env, cwd=folders["django"]) as process:

@@ -34,6 +34,8 @@ COMMANDS = {
     "django": [
         "django-admin startproject website .",
         "celery -A website worker --queues sdtpu",
+        "celery -A website worker --hostname web@%h",
+        "python manage.py migrate",
         "python manage.py runserver",
     ],
 }
@@ -69,19 +71,23 @@ class Visitor:
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Ask for a page; return its status and body."""
-        return self._open(self._root + path)
+        return self._open(urllib.request.Request(path if "://" in path else self._root + path))
+
+    def send_json(self, path: str, value: Any) -> tuple[int, bytes]:
+        """Send what the page's script sends; return its status and body."""
+        body, headers = json.dumps(value).encode(), {"Content-Type": "application/json"}
+        return self._open(urllib.request.Request(self._root + path, body, headers))
 
     def send_form(self, prompt: str) -> tuple[int, bytes]:
-        """Open the front page, fill its form in and send it."""
+        """Open the front page, fill its form in and send it; follow to the page that comes then."""
         _, page = self.get("/")
-        action = re.search(r'<form action="([^"]+)"', page.decode())
-        assert action is not None, page
         hidden = dict(re.findall(r'<input type="hidden" name="([^"]+)" value="([^"]+)"', page.decode()))
-        return self._open(self._root + action[1], urllib.parse.urlencode({**hidden, "prompt": prompt}).encode())
+        body = urllib.parse.urlencode({**hidden, "prompt": prompt}).encode()
+        return self._open(urllib.request.Request(self._root + "/", body))
 
-    def _open(self, url: str, body: bytes | None = None) -> tuple[int, bytes]:
+    def _open(self, request: urllib.request.Request) -> tuple[int, bytes]:
         try:
-            with self._opener.open(url, body, timeout=30) as answer:
+            with self._opener.open(request, timeout=30) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as exc:
             return exc.code, exc.read()
@@ -106,36 +112,61 @@ def served(framework: str, stage: Stage, log: Path) -> Iterator[Visitor]:
         yield visitor
 
 
-def wait_until_done(visitor: Visitor, task_id: str) -> dict[str, Any]:
-    """Ask for the state as the page's script does, until the job has ended."""
+def wait_until_done(visitor: Visitor, place: str) -> dict[str, Any]:
+    """Ask for a job as the page's script does, until it has ended."""
     deadline = time.monotonic() + 60
     while True:
-        status, body = visitor.get(f"/images/{task_id}")
+        status, body = visitor.get(place)
         assert status == 200, body
-        state = json.loads(body)
-        if state["state"] in ("SUCCESS", "FAILURE"):
-            return state
-        assert time.monotonic() < deadline, state
+        job = json.loads(body)
+        if job["status"] in ("succeeded", "failed", "cancelled"):
+            return job
+        assert time.monotonic() < deadline, job
         time.sleep(0.1)
 
 
-@each_framework
-def test_a_visitor_gets_an_image_on_the_page(framework: str, stage: Stage, tmp_path: Path) -> None:
-    with served(framework, stage, tmp_path / "server.log") as visitor:
-        status, body = visitor.send_form("a red circle on a blue background")
-        assert status == 202, body
-        task_id = json.loads(body)["task_id"]
-        assert wait_until_done(visitor, task_id) == {"state": "SUCCESS"}
-        status, png = visitor.get(f"/images/{task_id}/image")
-        assert status == 200
-        image = Image.open(io.BytesIO(png)).convert("RGB")
-        assert png.startswith(b"\x89PNG")
-        red, _, blue = image.resize((1, 1), box=(0, 0, 4, 4)).tobytes()  # a corner: the background
-        assert blue > 150 > red
+def check_is_on_blue(png: bytes) -> None:
+    """Check that a picture's background, in a corner, is blue."""
+    assert png.startswith(b"\x89PNG")
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    red, _, blue = image.resize((1, 1), box=(0, 0, 4, 4)).tobytes()
+    assert blue > 150 > red
 
+
+def test_a_visitor_of_the_flask_app_gets_an_image_on_the_page(stage: Stage, tmp_path: Path) -> None:
+    with served("flask", stage, tmp_path / "server.log") as visitor:
+        assert b'"/v1/jobs"' in visitor.get("/")[1]
+        status, body = visitor.send_json("/v1/jobs", {"prompt": "a red circle on a blue background"})
+        assert status == 202, body
+        job = wait_until_done(visitor, json.loads(body)["links"]["self"])
+        assert job["status"] == "succeeded"
+        check_is_on_blue(visitor.get(job["links"]["image"])[1])
+        status, body = visitor.send_json("/v1/jobs", {"prompt": " "})
+        assert status == 400
+        assert "prompt must not be empty" in json.loads(body)["detail"]
+
+
+def test_a_visitor_of_the_django_project_gets_an_image_that_stays(stage: Stage, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "celery", "-A", "website", "worker", "--hostname", "web@%h", "--pool", "solo"]
+    log = tmp_path / "worker.log"
+    with (
+        served("django", stage, tmp_path / "server.log") as visitor,
+        running(command, log, env=stage.env, cwd=stage.folders["django"]),
+    ):
+        status, body = visitor.send_form("a red circle on a blue background")
+        place = re.search(r'data-sdtpu-job="([^"]+)"', body.decode())
+        assert status == 200
+        assert place is not None, body
+        job = wait_until_done(visitor, place[1])
+        check_is_on_blue(visitor.get(job["links"]["image"])[1])
+        deadline = time.monotonic() + 60
+        while (kept := re.search(r'<img src="(/media/[^"]+)"', visitor.get("/")[1].decode())) is None:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        check_is_on_blue(visitor.get(kept[1])[1])
         status, body = visitor.send_form(" ")
         assert status == 400
-        assert "prompt must not be empty" in json.loads(body)["error"]
+        assert b"prompt must not be empty" in body
 
 
 @each_framework

@@ -12,8 +12,8 @@ import pytest
 from redis import Redis
 
 from sdtpu_worker.contract.load_report import WorkerLoad, publish_load
-from sdtpu_worker.http.parameters import digest_of
 from sdtpu_worker.testing.processes import free_port
+from sdtpu_worker.web.parameters import digest_of
 from tests.chaos.pictures import expected_count, shown_count
 from tests.http.doors import read_events, start_door, wait_for_end
 

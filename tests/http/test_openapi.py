@@ -10,7 +10,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance
 
 from sdtpu_worker.http.app import make_routes
 from sdtpu_worker.http.openapi import OPERATIONS, describe
-from sdtpu_worker.http.parameters import JOB_FIELDS
+from sdtpu_worker.web.parameters import JOB_FIELDS
 
 schema = schemathesis.openapi.from_dict(describe("http://127.0.0.1"))
 

@@ -17,7 +17,8 @@ from celery import Celery
 from redis import Redis
 
 from sdtpu_worker.errors import ConfigurationError
-from sdtpu_worker.http import create_app, webhooks
+from sdtpu_worker.http import create_app
+from sdtpu_worker.web import webhooks
 from tests.http.doors import start_door
 from tests.support.waiting import wait_until
 

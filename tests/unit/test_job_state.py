@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings
-from sdtpu_worker.http.job_records import JobRecord
-from sdtpu_worker.http.job_state import ENDED, QUEUED, JobState, read_state
-from sdtpu_worker.http.job_view import job_json
+from sdtpu_worker.web.job_records import JobRecord
+from sdtpu_worker.web.job_state import ENDED, QUEUED, JobState, read_state
+from sdtpu_worker.web.job_view import job_json
 
 BACKEND = Celery("states", backend="redis://127.0.0.1:1/0", set_as_current=False).backend
 RESULT = GenerationResult(

@@ -1,11 +1,15 @@
-"""Where the three views are."""
+"""Where the page, the jobs API, the admin and the images are."""
 
-from django.urls import path
+from django.conf import settings
+from django.conf.urls.static import static
+from django.contrib import admin
+from django.urls import include, path
 
 from website import views
 
 urlpatterns = [
-    path("images", views.create_image, name="create_image"),
-    path("images/<str:task_id>", views.image_status, name="image_status"),
-    path("images/<str:task_id>/image", views.image, name="image"),
+    path("", views.page, name="page"),
+    path("v1/", include("sdtpu_worker.contrib.django.urls")),
+    path("admin/", admin.site.urls),
+    *static(settings.MEDIA_URL, document_root=settings.MEDIA_ROOT),
 ]

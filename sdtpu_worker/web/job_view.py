@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtpu_worker.contract.request import PICTURES
-from sdtpu_worker.http.job_records import JobRecord
-from sdtpu_worker.http.job_state import JobState
+from sdtpu_worker.web.job_records import JobRecord
+from sdtpu_worker.web.job_state import JobState
 
 
 def job_json(record: JobRecord, state: JobState, base: str) -> dict[str, Any]:

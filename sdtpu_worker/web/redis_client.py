@@ -28,6 +28,9 @@ def make_client(app: Celery) -> aioredis.Redis:
     Raises:
         ConfigurationError: the app's result backend is not Redis.
     """
+    if getattr(app.backend, "is_in_this_process", False):
+        client: aioredis.Redis = app.backend.make_async_client()  # a stand-in's, in tests
+        return client
     return aioredis.Redis.from_pool(_make_pool(app, aioredis.BlockingConnectionPool, timeout=_REPLY_S))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sdtpu_worker.http.problems import Refusal
+from sdtpu_worker.web.problems import Refusal
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -26,7 +26,7 @@ class CeleryThreads:
     """
 
     def __init__(self, app: Celery) -> None:
-        self._app, self._pending = app, 0
+        self.app, self._pending = app, 0
         self._executor = ThreadPoolExecutor(
             MOST_THREADS, thread_name_prefix="sdtpu-door", initializer=self._enter_thread
         )
@@ -36,7 +36,7 @@ class CeleryThreads:
 
         Nobody waits for a result in these threads, so nobody would ever read what the subscription brings.
         """
-        backend = self._app.backend
+        backend = self.app.backend
         if not backend.thread_safe:  # else it is shared, and the process may wait for results of its own jobs
             backend.on_task_call = lambda producer, task_id: None
 

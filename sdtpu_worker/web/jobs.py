@@ -13,22 +13,25 @@ from sdtpu_worker.client.cancel import cancel_job
 from sdtpu_worker.contract.queues import TASK_NAME
 from sdtpu_worker.contract.request import LISTED, PICTURES, GenerationRequest, draw_seed
 from sdtpu_worker.errors import InvalidRequest, SdtpuError, StorageError
-from sdtpu_worker.http.callers import Caller
-from sdtpu_worker.http.celery_threads import CeleryThreads
-from sdtpu_worker.http.job_records import JobRecord, JobRecords
-from sdtpu_worker.http.job_state import JobState, read_state
-from sdtpu_worker.http.parameters import OPTIONS, check_expires, without_options
-from sdtpu_worker.http.pictures_in import DATA_START, JOB_START
-from sdtpu_worker.http.problems import Refusal
-from sdtpu_worker.http.redis_client import make_client, make_subscriber_pool
-from sdtpu_worker.http.state_feed import StateFeed, Watch
 from sdtpu_worker.images.bring import bring_pictures
 from sdtpu_worker.images.decode import named_image
 from sdtpu_worker.images.store import read_image_bytes
 from sdtpu_worker.redaction import brief
+from sdtpu_worker.web.caller import Caller
+from sdtpu_worker.web.celery_threads import CeleryThreads
+from sdtpu_worker.web.job_records import JobRecord, JobRecords, is_job_id
+from sdtpu_worker.web.job_state import JobState, read_state
+from sdtpu_worker.web.keeper import Keeper
+from sdtpu_worker.web.parameters import OPTIONS, check_expires, without_options
+from sdtpu_worker.web.polling_feed import PollingFeed, PollingWatch
+from sdtpu_worker.web.problems import Refusal
+from sdtpu_worker.web.redis_client import make_client, make_subscriber_pool
+from sdtpu_worker.web.state_feed import StateFeed, Watch
 
 if TYPE_CHECKING:
     from celery import Celery
+
+DATA_START, JOB_START = "data:", "job:"
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +39,16 @@ _STAND_IN = "store:picture"
 """In place of a picture while the other parameters are checked."""
 
 
+Feed = StateFeed | PollingFeed
+
+
 class Jobs:
     """The jobs behind one Celery app. Belongs to one event loop; its connections open on first use.
 
     Args:
         app: the client's app.
+        threads: for what would block the event loop; None for threads of its own.
+        keeper: keeps jobs, too; None where nothing does.
 
     Attributes:
         redis: a client of the result backend's Redis.
@@ -52,17 +60,22 @@ class Jobs:
         ConfigurationError: the app's result backend is not Redis.
     """
 
-    def __init__(self, app: Celery) -> None:
-        self.app = app
+    def __init__(self, app: Celery, threads: CeleryThreads | None = None, keeper: Keeper | None = None) -> None:
+        self.app, self._keeper = app, keeper
         self._backend = app.backend
         self.redis: Any = make_client(app)  # whose types leave open whether replies are text or bytes
         expires = app.conf.result_expires
         self.expires_s = int(getattr(expires, "total_seconds", lambda: expires or 0)()) or None
         self.records = JobRecords(self.redis, self.expires_s)
-        self._subscribers: Any = make_subscriber_pool(app)  # redis-py's types leave `make_connection` out of some
-        self._feed = StateFeed(self._subscribers.make_connection, self.redis.mget, self._parse, self._key_of)
-        self.threads = CeleryThreads(app)
+        self._feed: Feed = self._make_feed()
+        self.threads = threads or CeleryThreads(app)
         self._in_background: set[asyncio.Task[None]] = set()
+
+    def _make_feed(self) -> Feed:
+        if getattr(self._backend, "is_in_this_process", False):
+            return PollingFeed(self.read_state)
+        subscribers: Any = make_subscriber_pool(self.app)  # redis-py's types leave `make_connection` out of some
+        return StateFeed(subscribers.make_connection, self.redis.mget, self._parse, self._key_of)
 
     async def close(self) -> None:
         """Close the connections, after what still runs in the background."""
@@ -171,7 +184,14 @@ class Jobs:
         options = {name: record.parameters[name] for name in OPTIONS if name in record.parameters}
         if tenant is not None:
             kwargs["tenant"] = tenant
-        self.app.tasks[TASK_NAME].apply_async((), kwargs, task_id=record.id, **options)
+
+        def send(**more: Any) -> None:
+            self.app.tasks[TASK_NAME].apply_async((), kwargs, task_id=record.id, **options, **more)
+
+        if self._keeper is None:
+            send()
+        else:
+            self._keeper.enqueue(record, send)
 
     async def _withdraw(self, records: Sequence[JobRecord], sent: Sequence[JobRecord]) -> None:
         for record in sent:
@@ -202,6 +222,8 @@ class Jobs:
             Refusal: 404, there is none; the answer is the same for a job of somebody else.
         """
         record = await self.records.find(job_id)
+        if record is None and self._keeper is not None and is_job_id(job_id):
+            record = await self.threads.call(self._keeper.find, job_id)
         if record is None or record.caller != caller.name:
             raise Refusal(404, "NoSuchJob", f"you have no job {job_id!r:.60}; results expire {self._expiry_words()}")
         return record
@@ -231,7 +253,7 @@ class Jobs:
         return state
 
     @asynccontextmanager
-    async def watch(self, job_id: str) -> AsyncIterator[Watch]:
+    async def watch(self, job_id: str) -> AsyncIterator[Watch | PollingWatch]:
         """Watch a job for the block; see `StateFeed.watch`."""
         async with self._feed.watch(job_id) as watch:
             yield watch

@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 from redis.exceptions import RedisError
 
 from sdtpu_worker.errors import ConfigurationError, InvalidRequest
-from sdtpu_worker.http.job_records import JobRecord
-from sdtpu_worker.http.job_view import job_json
-from sdtpu_worker.http.jobs import Jobs
+from sdtpu_worker.web.job_records import JobRecord
+from sdtpu_worker.web.job_view import job_json
+from sdtpu_worker.web.jobs import Jobs
 
 logger = logging.getLogger(__name__)
 

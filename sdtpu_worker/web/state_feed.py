@@ -21,7 +21,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from sdtpu_worker.http.job_state import QUEUED, JobState
+from sdtpu_worker.web.job_state import QUEUED, JobState
 
 logger = logging.getLogger(__name__)
 

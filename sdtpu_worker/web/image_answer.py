@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 
-from starlette.requests import Request
-from starlette.responses import Response
-
-from sdtpu_worker.http.problems import Refusal
+from sdtpu_worker.web.exchange import Answer
+from sdtpu_worker.web.problems import Refusal
 
 _RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 
 
-def answer_with_image(request: Request, data: bytes, content_type: str, max_age_s: int | None) -> Response:
+def answer_with_image(asked: Mapping[str, str], data: bytes, content_type: str, max_age_s: int | None) -> Answer:
     """Return the answer to a request for a picture, whole, in part, or not modified.
 
     Args:
-        request: its `If-None-Match`, `Range` and `If-Range` count.
+        asked: the request's headers, of which `If-None-Match`, `Range` and `If-Range` count.
         data: the encoded picture.
         content_type: of the picture.
         max_age_s: seconds for which a browser may keep it; None for a year.
@@ -33,12 +32,12 @@ def answer_with_image(request: Request, data: bytes, content_type: str, max_age_
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "default-src 'none'; sandbox",
     }
-    if _names(request.headers.get("if-none-match", ""), etag):
-        return Response(status_code=304, headers=headers)
-    wanted = request.headers.get("range", "")
+    if names_tag(asked.get("if-none-match", ""), etag):
+        return Answer(304, headers)
+    wanted = asked.get("range", "")
     match = _RANGE.fullmatch(wanted.strip())
-    if match is None or match.groups() == ("", "") or request.headers.get("if-range", etag) != etag:
-        return Response(data, 200, headers, content_type)  # several ranges, or no such thing: the whole picture
+    if match is None or match.groups() == ("", "") or asked.get("if-range", etag) != etag:
+        return Answer(200, headers, data, content_type)  # several ranges, or no such thing: the whole picture
     first, last = _bounds(match, len(data))
     if first > last:
         raise Refusal(
@@ -46,7 +45,7 @@ def answer_with_image(request: Request, data: bytes, content_type: str, max_age_
             headers={"Content-Range": f"bytes */{len(data)}"},
         )  # fmt: skip
     headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-    return Response(data[first : last + 1], 206, headers, content_type)
+    return Answer(206, headers, data[first : last + 1], content_type)
 
 
 def _bounds(match: re.Match[str], size: int) -> tuple[int, int]:
@@ -56,6 +55,6 @@ def _bounds(match: re.Match[str], size: int) -> tuple[int, int]:
     return max(0, size - int(match[2])), size - 1
 
 
-def _names(header: str, etag: str) -> bool:
+def names_tag(header: str, etag: str) -> bool:
     """Return whether an `If-None-Match` names a tag."""
     return any(part.strip().removeprefix("W/") in (etag, "*") for part in header.split(","))

@@ -1,0 +1,1 @@
+"""The jobs API inside web apps: `sdtpu_worker.contrib.flask` and `sdtpu_worker.contrib.django`."""

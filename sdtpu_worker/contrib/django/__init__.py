@@ -1,0 +1,1 @@
+"""The jobs API in a Django project: `"sdtpu_worker.contrib.django"` in `INSTALLED_APPS`, with the extra `django`."""

@@ -8,8 +8,8 @@ import time
 from typing import TYPE_CHECKING
 
 from sdtpu_worker.client.queue_figures import Figures, read_figures
-from sdtpu_worker.web.celery_threads import CeleryThreads
 from sdtpu_worker.operations.exposition import expose_queues
+from sdtpu_worker.web.celery_threads import CeleryThreads
 
 if TYPE_CHECKING:
     from celery import Celery

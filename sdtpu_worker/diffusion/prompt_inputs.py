@@ -80,12 +80,11 @@ def read_prompts(tokenizer: PromptTokenizer, prompts: Sequence[Prompt], syntax: 
     ids[..., 0], ids[..., 1] = tokenizer.bos_id, tokenizer.eos_id
     weights, counts = np.ones(ids.shape, np.float32), np.ones(rows, np.int32)
     for row, prompt in enumerate(prompts):
-        found = _fill_windows(tokenizer, read_weighted(*prompt))
+        found = _fill_windows(tokenizer, read_weighted(*prompt), most)
         if len(found) > most:
-            total = sum(len(window.ids) for window in found)
             raise InvalidRequest(
                 f"{prompt.name} must have at most {most} windows of {tokenizer.length - 2} tokens"
-                f" (sdtpu_prompt_windows), got {len(found)} with {total:,} tokens together; shorten it"
+                f" (sdtpu_prompt_windows), got {len(prompt.text):,} characters that need more; shorten it"
             )
         counts[row] = len(found)
         for number, window in enumerate(found):
@@ -95,16 +94,21 @@ def read_prompts(tokenizer: PromptTokenizer, prompts: Sequence[Prompt], syntax: 
     return PromptInputs(ids, weights, counts, truncated=False)
 
 
-def _fill_windows(tokenizer: PromptTokenizer, pieces: Sequence[Piece]) -> list[_Window]:
-    """Return the windows of a weighted prompt, at least one."""
+def _fill_windows(tokenizer: PromptTokenizer, pieces: Sequence[Piece], most: int) -> list[_Window]:
+    """Return the windows of a weighted prompt, at least one; more than the most where it needs more, but not all.
+
+    What follows after that is not read: so much text would take a second.
+    """
     room = tokenizer.length - 2
     windows, window, comma = list[_Window](), _Window([], []), -1
     for piece in pieces:
+        if len(windows) > most:
+            return windows
         if piece.breaks:
             windows.append(window)
             window, comma = _Window([], []), -1
             continue
-        ids, at = tokenizer.ids(piece.text), 0
+        ids, at = tokenizer.ids(piece.text, room * (most + 1) + 1), 0
         while at < len(ids):
             count = min(tokenizer.vectors.get(ids[at], 1), room)  # one, or all the vectors of an embedding
             if ids[at] == tokenizer.comma_id:

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,9 +194,9 @@ class PromptTokenizer:
         other._pattern = re.compile("|".join([f"(?i:{'|'.join(patterns)})", self._added_pattern]))
         return other
 
-    def ids(self, text: str) -> list[int]:
-        """Return all ids of a text, without start and end; for texts as long as a prompt may be."""
-        return self._ids(text, sys.maxsize)
+    def ids(self, text: str, most: int) -> list[int]:
+        """Return the first ids of a text, at most so many, without start and end."""
+        return self._ids(text, most)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, bool]:
         """Return token ids, `(len(prompts), length) int32`, and whether any prompt had to be cut."""

@@ -174,7 +174,7 @@ def tokenizer() -> PromptTokenizer:
     ],
 )
 def test_a_word_stands_alone_in_any_case_and_the_longest_counts(tokenizer, text, wanted):
-    assert [token for token in tokenizer.ids(text) if token >= 5000] == wanted
+    assert [token for token in tokenizer.ids(text, 75) if token >= 5000] == wanted
 
 
 def test_a_word_is_cut_as_other_tokens_are_in_a_plain_prompt_and_whole_in_a_weighted_one(tokenizer):

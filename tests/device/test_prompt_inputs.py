@@ -84,6 +84,9 @@ def test_a_plain_prompt_is_one_window_whatever_there_is_room_for(tokenizer):
 )  # fmt: skip
 def test_the_longest_prompts_are_refused_in_bounded_time(tokenizer, text):
     started = time.process_time()
-    with pytest.raises(InvalidRequest, match=r"at most 4 windows of 75 tokens \(sdtpu_prompt_windows\), got \d+ with"):
+    with pytest.raises(
+        InvalidRequest,
+        match=r"at most 4 windows of 75 tokens \(sdtpu_prompt_windows\), got [0-9,]+ characters that need more",
+    ):
         read(tokenizer, text)
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 1

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdtpu_worker.config import SETTINGS
+from sdtpu_worker.settings_table import SETTINGS
 
 _DEFAULTS = {setting.name: setting.default for setting in SETTINGS}
 LEASE_S: float = _DEFAULTS["sdtpu_lease_s"]

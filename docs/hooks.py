@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from docs import metric_tables, model_tables, sampler_tables  # noqa: E402  the package need not be installed to build the pages
-from sdtpu_worker.config import SETTINGS, Setting  # noqa: E402  as above
+from sdtpu_worker.settings_table import SETTINGS, Setting  # noqa: E402  as above
 
 PLACEHOLDER = re.compile(r"^\{\{ setting (\w+) \}\}$", re.MULTILINE)
 BORROWED = {
@@ -73,7 +73,9 @@ def render(markdown: str, source: str) -> str:
     wanted = PLACEHOLDER.findall(markdown)
     settings = {setting.name: setting for setting in SETTINGS}
     if unknown := set(wanted) - set(settings):
-        raise ValueError(f"{source} documents {', '.join(sorted(unknown))}, which sdtpu_worker/config.py does not have")
+        raise ValueError(
+            f"{source} documents {', '.join(sorted(unknown))}, which sdtpu_worker/settings_table.py does not have"
+        )
     if wanted and (missing := set(settings) - set(wanted)):
         names = ", ".join(sorted(missing))
         raise ValueError(f"{source} leaves {names} out; add a line {{{{ setting NAME }}}} for each")

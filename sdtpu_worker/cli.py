@@ -66,7 +66,8 @@ def demo(
 @app_option
 def settings(app_path: str | None) -> None:
     """List every setting with its default, its environment variable, what it does, and its value where it is set."""
-    from sdtpu_worker.config import SETTINGS, source_of
+    from sdtpu_worker.config import source_of
+    from sdtpu_worker.settings_table import SETTINGS
 
     conf = find_app(app_path).conf
     for setting in SETTINGS:

@@ -69,7 +69,8 @@ def _find_all(app: Celery) -> Iterator[Finding]:
 
 
 def _settings(app: Celery) -> Iterator[tuple[str, str]]:
-    from sdtpu_worker.config import SETTINGS, read_config, source_of
+    from sdtpu_worker.config import read_config, source_of
+    from sdtpu_worker.settings_table import SETTINGS
 
     read_config(app.conf)
     written = [setting.name for setting in SETTINGS if source_of(setting.name, app.conf)[1]]

@@ -121,6 +121,19 @@ class AdapterBank:
             self.fills += len(sent)
 
 
+def make_bank(
+    layout: AdapterLayout | None,
+    entries: int,
+    mesh: Mesh,
+    empty: jax.stages.Compiled | None,
+    fill: jax.stages.Compiled | None,
+) -> AdapterBank | None:
+    """Return a bank; None for a worker whose jobs name no LoRAs. See `AdapterBank` for the arguments."""
+    if layout is None or empty is None or fill is None:
+        return None
+    return AdapterBank(layout, entries, mesh, empty, fill)
+
+
 def _wanted(
     plan: Plan, jobs: Mapping[str, PreparedJob], snapshots: Mapping[str, JobSnapshot]
 ) -> dict[Place, JobAdapters | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ from sdtpu_worker.diffusion.programs import (
 from sdtpu_worker.diffusion.safety import lower_safety_check
 from sdtpu_worker.diffusion.slots import Geometry
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
+
+logger = logging.getLogger(__name__)
 
 _TICK, _SNAPSHOT, _RESTORE, _PREVIEW, _SAFETY = "tick", "snapshot", "restore", "preview", "safety check"
 _EMPTY_BANK, _FILL_BANK = "empty bank", "fill bank"
@@ -139,6 +142,24 @@ def compile_programs(
         cache_hits=hits,
         cache_misses=misses,
     )
+
+
+def in_tiles_if_needed(
+    compile_all: Callable[[bool], tuple[dict[Lane, Geometry], CompiledPrograms]], vae_tiling: str
+) -> tuple[dict[Lane, Geometry], CompiledPrograms]:
+    """Return what `compile_all(in_tiles)` makes: with `auto` in tiles only if it does not fit otherwise.
+
+    Raises:
+        ConfigurationError: it does not fit.
+    """
+    if vae_tiling == "auto":
+        try:
+            return compile_all(False)
+        except ConfigurationError as exc:
+            if not is_out_of_memory(exc):
+                raise
+            logger.warning("%s; compiling again, to decode images in tiles (sdtpu_vae_tiling)", exc)
+    return compile_all(vae_tiling != "off")
 
 
 def _compile(program: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -20,11 +20,10 @@ from sdtpu_worker.aggregator.plan import Lane, Place, Plan, phases_per_tick
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.device_loop.protocols import EngineInfo, ServingEngine
 from sdtpu_worker.diffusion import failures
-from sdtpu_worker.diffusion.adapter_bank import AdapterBank, Entries, num_entries
-from sdtpu_worker.diffusion.adapters import AdapterLayout
+from sdtpu_worker.diffusion.adapter_bank import Entries, make_bank, num_entries
 from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
-from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs
+from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs, in_tiles_if_needed
 from sdtpu_worker.diffusion.engine_io import Calibration, Tick
 from sdtpu_worker.diffusion.families.family import Family
 from sdtpu_worker.diffusion.instructions import InstructionMaker
@@ -112,7 +111,7 @@ class Engine:
             check_fits(devices[0], memory_needs(parameters, slots, programs.ticks.values(), bank))
             return geometries, programs
 
-        self._geometries, self._programs = _in_tiles_if_needed(compile_all, vae_tiling)
+        self._geometries, self._programs = in_tiles_if_needed(compile_all, vae_tiling)
         self._layouts = {lane: layout_of(geometry) for lane, geometry in self._geometries.items()}
         kind = devices[0].device_kind
         self.fingerprints = {
@@ -123,7 +122,7 @@ class Engine:
             self._safety = SafetyChecker(self._programs.safety_check, safety_params, checker.extractor, self.mesh)
         self.info = _describe(checkpoint, devices, self._geometries, self._programs)
         self._instructions = {lane: InstructionMaker(each, self.mesh) for lane, each in self._geometries.items()}
-        self.bank = _make_bank(layout, entries, self.mesh, self._programs)
+        self.bank = make_bank(layout, entries, self.mesh, self._programs.empty_bank, self._programs.fill_bank)
         self._calibration: Calibration | None = None
         self._preview_colours: dict[Lane, jax.Array] = {}
         self.reset()
@@ -352,32 +351,6 @@ def check_sizes(family: Family, lanes: Iterable[Lane]) -> None:
                 f"sdtpu_resolutions must be multiples of {family.size_multiple} pixels for this checkpoint,"
                 f" got {format_size(lane)}"
             )
-
-
-def _in_tiles_if_needed(
-    compile_all: Callable[[bool], tuple[dict[Lane, Geometry], CompiledPrograms]], vae_tiling: str
-) -> tuple[dict[Lane, Geometry], CompiledPrograms]:
-    """Return what `compile_all(in_tiles)` makes: with `auto` in tiles only if it does not fit otherwise.
-
-    Raises:
-        ConfigurationError: it does not fit.
-    """
-    if vae_tiling == "auto":
-        try:
-            return compile_all(False)
-        except ConfigurationError as exc:
-            if not failures.is_out_of_memory(exc):
-                raise
-            logger.warning("%s; compiling again, to decode images in tiles (sdtpu_vae_tiling)", exc)
-    return compile_all(vae_tiling != "off")
-
-
-def _make_bank(
-    layout: AdapterLayout | None, entries: int, mesh: jax.sharding.Mesh, programs: CompiledPrograms
-) -> AdapterBank | None:
-    if layout is None or programs.empty_bank is None or programs.fill_bank is None:
-        return None
-    return AdapterBank(layout, entries, mesh, programs.empty_bank, programs.fill_bank)
 
 
 def _describe(

@@ -13,8 +13,8 @@ from typing import Any
 from celery import Celery
 from celery.app.utils import Settings
 
-from sdtpu_worker.config import SETTINGS
 from sdtpu_worker.redaction import without_passwords
+from sdtpu_worker.settings_table import SETTINGS
 
 
 class GuardedSettings(Settings):

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import click
 
-from sdtpu_worker.config import SETTINGS
+from sdtpu_worker.settings_table import SETTINGS
 from tests.docs.pages import Block
 from tests.support.paths import ROOT
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdtpu_worker.config import SETTINGS
+from sdtpu_worker.settings_table import SETTINGS
 from tests.docs.images import DOCKERFILE, read_stages
 from tests.support.paths import ROOT
 

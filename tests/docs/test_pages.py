@@ -21,8 +21,8 @@ import pytest
 import yaml
 from celery.app.defaults import NAMESPACES, flatten
 
-from sdtpu_worker.config import SETTINGS
 from sdtpu_worker.operations.metric_table import METRICS, OUTCOMES
+from sdtpu_worker.settings_table import SETTINGS
 from tests.docs.commands import (
     OTHER_VARIABLES,
     NoSuchCommand,

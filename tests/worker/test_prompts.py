@@ -36,7 +36,7 @@ def worker(redis_url, tmp_path_factory):
 def _id_of(word: str) -> int:
     from sdtpu_worker.diffusion.tokens import PromptTokenizer
 
-    (token,) = PromptTokenizer.from_folder(SHIPPED / "tokenizer", 77).ids(word)
+    (token,) = PromptTokenizer.from_folder(SHIPPED / "tokenizer", 77).ids(word, 1000)
     return token
 
 

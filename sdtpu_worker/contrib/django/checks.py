@@ -10,10 +10,11 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning, register
 from django.utils.module_loading import import_string
 
-from sdtpu_worker.config import SETTINGS, read_setting
+from sdtpu_worker.config import read_setting
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.plugin import WORKER_STEPS
 from sdtpu_worker.redaction import sanitize_url
+from sdtpu_worker.settings_table import SETTINGS
 
 _CLIENT_SETTINGS = ("sdtpu_queue", "sdtpu_tenant_shards", "sdtpu_max_queue", "sdtpu_image_store",
                     "sdtpu_read_image_stores")  # fmt: skip

@@ -60,7 +60,7 @@ def test_jobs_choose_how_their_prompts_are_read(app, worker):
     together = group(generate.s(**ASKED, **kind) for kind in kinds * 3).apply_async().get(timeout=240)
     for i, result in enumerate(together):
         assert not ImageChops.difference(open_image(result), pictures[i % 6]).getbbox()
-    with pytest.raises(InvalidRequest, match=r"at most 2 windows of 75 tokens \(sdtpu_prompt_windows\), got 17 characters"):
+    with pytest.raises(InvalidRequest, match=r"at most 2 windows of 75 tokens .* got 17 characters"):
         generate.delay("a BREAK b BREAK c", **ASKED, **weighted).get(timeout=60)
     with pytest.raises(InvalidRequest, match="prompt must have weights from -100 to 100, got 1000"):
         generate.delay("a (b:1000)", **ASKED, **weighted)

@@ -13,7 +13,7 @@ from sdtpu_worker.planning.hlo import Instruction, Module, Shape, instructions
 HBM = 0
 _MOVES_NOTHING = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "iota", "after-all", "partition-id", "replica-id",
-    "opt-barrier", "add-dependency", "copy-done", "async-done", "async-update", "domain",
+    "opt-barrier", "add-dependency", "async-update", "domain",
 }  # fmt: skip
 _NAMES_ONLY = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
 """Custom calls by which the compiler renames or reserves memory; they move nothing."""
@@ -159,7 +159,7 @@ class Traffic:
     def _one(self, instruction: Instruction, where: str, cheapest: bool = False) -> Work:
         """Return the work of one instruction of a computation."""
         opcode, found = instruction.opcode, Work(cycles=instruction.cycles)
-        if opcode in _MOVES_NOTHING:
+        if opcode in _MOVES_NOTHING or opcode.endswith("-done"):
             return Work()
         if opcode == "while":
             trips = instruction.trip_count
@@ -184,14 +184,19 @@ class Traffic:
     def _bytes(self, instruction: Instruction, where: str) -> int:
         computation = self._module.computations[where]
         operands = [computation[name].result for name in instruction.operands if name in computation]
-        if instruction.opcode == "fusion":
+        opcode, result = instruction.opcode, instruction.result
+        if opcode == "fusion":
             return self._fusion_bytes(instruction, operands)
-        if instruction.opcode in _READS_A_PART:
-            part = sum(shape.num_bytes for shape in instruction.result)
-            return _in_hbm(instruction.result) + part * (bool(operands) and _is_in_hbm(operands[0]))
-        if instruction.opcode == "dynamic-update-slice":
-            return _in_hbm(operands[1]) + _bytes_of(operands[1]) * _is_in_hbm(instruction.result)
-        return _in_hbm(instruction.result) + sum(map(_in_hbm, operands))
+        if opcode.endswith("-start"):
+            # Once code is generated, the text has `slice-start` for an `async-start` that calls a slice. Its result is
+            # the operands, what the operation makes, and a context.
+            first = sum(map(len, operands))
+            opcode, result = opcode.removesuffix("-start"), result[first : first + 1]
+        if opcode in _READS_A_PART:
+            return _in_hbm(result) + _bytes_of(result) * (bool(operands) and _is_in_hbm(operands[0]))
+        if opcode == "dynamic-update-slice":
+            return _in_hbm(operands[1]) + _bytes_of(operands[1]) * _is_in_hbm(result)
+        return _in_hbm(result) + sum(map(_in_hbm, operands))
 
     def _fusion_bytes(self, fusion: Instruction, operands: list[tuple[Shape, ...]]) -> int:
         inner = self._module.computations[fusion.called["calls"]]

@@ -68,6 +68,21 @@ def test_a_fusion_that_slices_an_operand_reads_the_slice():
     assert traffic(in_hbm).tick().step.hbm_bytes == W + X + 8 * 128 * 2 + X
 
 
+@pytest.mark.parametrize(("space", "size"), [("S(1)", X), ("", 2 * X)])
+def test_a_slice_that_is_fetched_ahead_moves_the_slice_alone(space, size):
+    """Once code is generated, the text has it so; before, as `async-start` of a computation with a slice."""
+    whole, part = "f32[64,128]{1,0:T(8,128)}", f"f32[8,128]{{1,0:T(8,128){space}}}"
+    text = f"""HloModule jit_ahead, is_scheduled=true
+
+ENTRY %main (p: f32[64,128]) -> f32[8,128] {{
+  %p = {whole} parameter(0)
+  %slice-start.1 = (({whole}), {part}, s32[]{{:S(2)}}) slice-start(%p), slice={{[0:8], [0:128]}}
+  ROOT %slice-done.1 = {part} slice-done(%slice-start.1)
+}}
+"""
+    assert traffic(text).total() == Work(hbm_bytes=size)
+
+
 def test_loops_of_unknown_length_are_told():
     unknown = TICK.replace('{"known_trip_count":{"n":"5"}}', "{}")
     assert traffic(unknown).tick().decode == Work(hbm_bytes=2 * X, loops_of_unknown_length=1)

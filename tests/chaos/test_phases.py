@@ -178,5 +178,8 @@ def test_a_chain_goes_on_though_a_worker_is_killed(pair, witness, nothing_is_lef
     nothing_is_left()
     assert second.result["seed"] == 2
     assert len(witness.ends) == 2
-    assert not witness.changed()
-    assert runs(pair, second.id) <= (2 if phase == "announced" else 1)
+    # A worker that dies after it has sent the next step sends it again; on a busy machine both may run side by side.
+    sent_twice = {second.id} if phase == "announced" else set()
+    assert witness.changed() <= sent_twice
+    assert not witness.different_images()
+    assert runs(pair, second.id) <= 1 + len(sent_twice)

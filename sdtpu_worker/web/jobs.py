@@ -287,7 +287,11 @@ class Jobs:
         return ends
 
     async def cancel(self, record: JobRecord) -> JobState:
-        """Take a job out of the queue or off its slot; return its state, which is its end."""
+        """Take a job out of the queue or off its slot; return its state.
+
+        That is its end, unless a worker that has not heard of it yet has just stored some progress over it; the worker
+        stores the end again a tick later.
+        """
         state = await self.read_state(record.id)
         if not state.has_ended:
             await self.threads.call(cancel_job, self.app, record.id)

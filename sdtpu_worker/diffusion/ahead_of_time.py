@@ -36,6 +36,7 @@ from sdtpu_worker.diffusion.programs import lower_fill_bank, lower_restore, lowe
 from sdtpu_worker.diffusion.sharding import REPLICATED, make_mesh
 from sdtpu_worker.diffusion.slots import Geometry
 from sdtpu_worker.errors import ConfigurationError
+from sdtpu_worker.kept_files import write_whole
 
 WRONG, NO_ROOM, NO_TOPOLOGY = 3, 4, 5
 """Exit codes besides 0 and 1: the specification is wrong; a program does not fit; libtpu gives no such topology."""
@@ -80,7 +81,7 @@ def main(folder: Path, wanted: dict[str, Any]) -> None:
         "matmuls": _matmuls(checkpoint, geometry),
         "trace_s": round(time.monotonic() - started, 1),
     }
-    _write(folder / "facts.json", json.dumps(facts))
+    write_whole(folder / "facts.json", json.dumps(facts).encode())
     small = {"snapshot": lower_snapshot(geometry, mesh), "restore": lower_restore(geometry, mesh)}
     if checkpoint.adapters is not None:
         small["fill bank"] = lower_fill_bank(checkpoint.adapters, entries, mesh)
@@ -149,15 +150,9 @@ def _compile(folder: Path, name: str, program: jax.stages.Lowered) -> None:
         key: int(getattr(analysis, f"{key}_size_in_bytes"))
         for key in ("argument", "output", "alias", "temp", "generated_code")
     }
-    _write(folder / f"{name}.hlo", compiled.as_text() or "")
-    _write(folder / f"{name}.json", json.dumps({"memory": memory, "compile_s": round(time.monotonic() - started, 1)}))
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is whole or not there."""
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_whole(folder / f"{name}.hlo", (compiled.as_text() or "").encode())
+    facts = {"memory": memory, "compile_s": round(time.monotonic() - started, 1)}
+    write_whole(folder / f"{name}.json", json.dumps(facts).encode())
 
 
 def _end_with_parent() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -21,7 +20,6 @@ import platform
 import stat
 import sys
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from jax.sharding import Mesh
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.diffusion.families.family import Family
 from sdtpu_worker.diffusion.slots import Geometry
+from sdtpu_worker.kept_files import package_versions, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -100,16 +99,10 @@ class KeptPrograms:
             program: as compiled.
         """
         path = self._path(kind, lane, geometry)
-        half = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
             body = pickle.dumps(serialize(program))
             self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-            try:
-                with open(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o644), "wb") as file:
-                    file.write(_MAGIC + hashlib.sha256(body).digest() + body)
-                os.replace(half, path)
-            finally:
-                half.unlink(missing_ok=True)
+            write_whole(path, _MAGIC + hashlib.sha256(body).digest() + body)
             _delete_old(self._folder)
         except Exception as exc:  # a full disk, a program that cannot be serialised
             logger.warning("the program %s is not kept, the next start compiles it again: %s: %s", path,
@@ -146,7 +139,7 @@ def facts_of(family: Family, params: Any, mesh: Mesh, others: Any = None) -> dic
         "others": others,
         "devices": (first.platform, first.device_kind, [device.id for device in devices], len(first.client.devices())),
         "machine": _machine() if first.platform == "cpu" else None,
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **package_versions(_VERSIONS_OF)},
         "variables": {name: os.environ.get(name) for name in _VARIABLES},
         "options": {
             name: repr(value)
@@ -167,14 +160,6 @@ def code_digest(family: Family) -> str:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _VERSIONS_OF:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 @functools.cache

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import jax
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.failures import is_out_of_memory
+from sdtpu_worker.kept_files import write_whole
 from sdtpu_worker.models.kernel_table import AUTO
 from sdtpu_worker.redaction import brief
 
@@ -94,13 +93,8 @@ def _read_choice(saved_choice: Path) -> int | None:
 
 def _save_choice(saved_choice: Path, text: str) -> None:
     """Replace the file as a whole: a half-written file never has its name."""
-    half = saved_choice.with_name(f"{saved_choice.name}.{uuid.uuid4().hex}")
     try:
-        try:
-            half.write_text(text, encoding="utf-8")
-            os.replace(half, saved_choice)
-        finally:
-            half.unlink(missing_ok=True)
+        write_whole(saved_choice, text.encode())
     except OSError as exc:
         logger.warning("the slot count could not be saved, so the next start measures it again: %s", exc)
 

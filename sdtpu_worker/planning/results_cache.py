@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sdtpu_worker.kept_files import package_versions, write_whole
 from sdtpu_worker.planning.compile_ahead import Wanted
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "transformers", "diffusers")
@@ -50,14 +49,7 @@ class ResultsCache:
         text = json.dumps({"key": key, "digest": _digest(facts), "facts": facts})
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=self._folder, suffix=".part")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(text)
-                Path(part).replace(self._folder / f"{key}.json")
-            except BaseException:
-                Path(part).unlink(missing_ok=True)
-                raise
+            write_whole(self._folder / f"{key}.json", text.encode())
         except OSError:
             return
 
@@ -66,7 +58,7 @@ def fingerprint(wanted: Wanted, full: bool) -> str:
     """Return what tells a compile from others: the setting, the model's configs, versions, this package's source."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    versions = {name: _version_of(name) for name in _PACKAGES}
+    versions = package_versions(_PACKAGES)
     digest.update(json.dumps([_VERSION, asdict(wanted), full, versions], sort_keys=True).encode())
     sources = [path for pattern in _SOURCES for path in sorted(package.glob(pattern))]
     folder = Path(wanted.model).expanduser()
@@ -79,13 +71,6 @@ def fingerprint(wanted: Wanted, full: bool) -> str:
 def default_folder() -> Path:
     """Return the user's cache folder for plans."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdtpu_worker" / "plan"
-
-
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _digest(facts: Any) -> str:

@@ -237,7 +237,7 @@ def test_everything_that_a_program_is_made_of_names_its_file(shipped, devices, m
     for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
         monkeypatch.setenv(name, os.environ.get(name, "") + " --an-option=1")
         others.append(path())
-    monkeypatch.setattr(kept_programs, "_versions", lambda: {"jax": "99"})
+    monkeypatch.setattr(kept_programs, "package_versions", lambda names: {"jax": "99"})
     others.append(path())
     monkeypatch.setattr(kept_programs, "_machine", lambda: "another processor")
     others.append(path())

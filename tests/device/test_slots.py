@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,7 +92,7 @@ def test_a_choice_that_cannot_be_kept_is_only_a_warning(tmp_path, caplog, monkey
         caplog.clear()
         assert choose_slots_per_device(Bench(curve), saved_choice).info.slots_per_device == 8
         assert caplog.text.count("the next start measures it again") == 1
-    monkeypatch.setattr(Path, "write_text", lambda *args, **options: (_ for _ in ()).throw(OSError("No space left")))
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("No space left")))
     assert choose_slots_per_device(Bench(curve), tmp_path / "folder" / "slots.json").info.slots_per_device == 8
     assert list((tmp_path / "folder").iterdir()) == [], "nothing half-written stays"
 

@@ -7,7 +7,6 @@ has 264 such layers of 15 sizes. Pure functions of arrays, but for `JobAdapters`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sdtpu_worker.diffusion.memory import bytes_per_device
 from sdtpu_worker.models.layers import Adapter
 
 Layers = Mapping[str, Mapping[str, tuple[int, int]]]
@@ -105,8 +105,7 @@ class AdapterLayout:
     @cached_property
     def entry_bytes(self) -> int:
         """How many bytes an entry takes."""
-        sizes = (math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()))
-        return sum(sizes) * np.dtype(self.dtype).itemsize
+        return bytes_per_device(self.shapes())
 
     def pick(self, bank: Stack, entries: Any, part: str) -> dict[str, Adapter]:
         """Return what is added to the layers of a part, for each row of a batch; can be traced.

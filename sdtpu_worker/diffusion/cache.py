@@ -16,6 +16,8 @@ import jax
 
 logger = logging.getLogger(__name__)
 
+COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+"""Variables of the environment that decide what the compiler makes of a program, and how it rounds."""
 _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 
 

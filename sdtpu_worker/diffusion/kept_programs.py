@@ -29,6 +29,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from jax.sharding import Mesh
 
 from sdtpu_worker.aggregator.plan import Lane
+from sdtpu_worker.diffusion.cache import COMPILER_VARIABLES
 from sdtpu_worker.diffusion.families.family import Family
 from sdtpu_worker.diffusion.slots import Geometry
 from sdtpu_worker.kept_files import package_versions, write_whole
@@ -41,7 +42,6 @@ _MOST = 100
 _HALF_S = 3600.0
 """Seconds after which a half-written file is one that a killed process left."""
 _VERSIONS_OF = ("jax", "jaxlib", "flax", "numpy", "libtpu")
-_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _NOT_IN_PROGRAMS = ("cache", "log", "dump", "traceback", "num_cpu_devices")
 """JAX's options whose names hold one of these change no program."""
 
@@ -140,7 +140,7 @@ def facts_of(family: Family, params: Any, mesh: Mesh, others: Any = None) -> dic
         "devices": (first.platform, first.device_kind, [device.id for device in devices], len(first.client.devices())),
         "machine": _machine() if first.platform == "cpu" else None,
         "versions": {"python": platform.python_version(), **package_versions(_VERSIONS_OF)},
-        "variables": {name: os.environ.get(name) for name in _VARIABLES},
+        "variables": {name: os.environ.get(name) for name in COMPILER_VARIABLES},
         "options": {
             name: repr(value)
             for name, value in jax.config.values.items()

@@ -21,6 +21,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.diffusion.adapters import JobAdapters
+from sdtpu_worker.diffusion.cache import COMPILER_VARIABLES
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 _NOT_PIXELS = frozenset({"task_id", "load"})
 """Fields of a prepared job that change no pixel: its name, and what it costs."""
-_COMPILER_OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-"""Variables of the environment by which the compiler may round otherwise."""
 
 
 def pixel_digests(checkpoint: Checkpoint, fingerprints: Mapping[Lane, str]) -> Callable[[PreparedJob], str]:
@@ -40,7 +39,7 @@ def pixel_digests(checkpoint: Checkpoint, fingerprints: Mapping[Lane, str]) -> C
         fingerprints: by lane, what a snapshot's fingerprint is; see `snapshot.fingerprint_of`.
     """
     engine = [digest_weights(checkpoint), jax.devices()[0].client.platform_version]
-    engine += [os.environ.get(name) for name in _COMPILER_OPTIONS]
+    engine += [os.environ.get(name) for name in COMPILER_VARIABLES]
 
     def digest_of(job: PreparedJob) -> str:
         digest = hashlib.blake2b(digest_size=32)

@@ -21,6 +21,7 @@ from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.diffusion.adapters import JobAdapters, digest_of
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.families.family import WINDOWS
+from sdtpu_worker.diffusion.memory import bytes_per_device
 from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.slots import Geometry, Slots
 from sdtpu_worker.errors import SnapshotMismatch
@@ -154,7 +155,7 @@ class JobSnapshot:
         Raises:
             SnapshotMismatch: the bytes are not a snapshot of one of these lanes.
         """
-        sizes = {lane: [_num_bytes(leaf) for leaf in jax.tree.leaves(layout)] for lane, layout in layouts.items()}
+        sizes = {lane: [bytes_per_device(leaf) for leaf in jax.tree.leaves(layout)] for lane, layout in layouts.items()}
         most = _HEAD_BYTES + max(map(sum, sizes.values()), default=0)
         inflate = zlib.decompressobj()
         try:
@@ -202,10 +203,6 @@ def fingerprint_of(checkpoint: Checkpoint, lane: Lane, geometry: Geometry, devic
         for end in ends:
             digest.update(end.tobytes())
     return digest.hexdigest()
-
-
-def _num_bytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
 
 
 def _json(config: Mapping[str, Any]) -> str:

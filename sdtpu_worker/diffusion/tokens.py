@@ -194,21 +194,17 @@ class PromptTokenizer:
         other._pattern = re.compile("|".join([f"(?i:{'|'.join(patterns)})", self._added_pattern]))
         return other
 
-    def ids(self, text: str, most: int) -> list[int]:
-        """Return the first ids of a text, at most so many, without start and end."""
-        return self._ids(text, most)
-
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, bool]:
         """Return token ids, `(len(prompts), length) int32`, and whether any prompt had to be cut."""
         rows, truncated = np.full((len(prompts), self.length), self.pad_id, np.int32), False
         for row, prompt in zip(rows, prompts, strict=True):
-            ids = self._ids(prompt, self.length - 1)
+            ids = self.ids(prompt, self.length - 1)
             truncated |= len(ids) > self.length - 2
             whole = [self.bos_id, *ids[: self.length - 2], self.eos_id]
             row[: len(whole)] = whole
         return rows, truncated
 
-    def _ids(self, prompt: str, most: int) -> list[int]:
+    def ids(self, prompt: str, most: int) -> list[int]:
         """Return the first ids between start and end, at most so many."""
         parts, fewest = list[int | str](), 0
         for part in self._parts(prompt):

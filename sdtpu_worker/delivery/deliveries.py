@@ -108,6 +108,8 @@ class Deliveries:
     @property
     def num_places(self) -> int:
         """How many of the held messages count against what this worker may take."""
+        if not self.aside:  # asked at each turn of the event loop
+            return len(self._held)
         return sum(delivery.task_id not in self.aside for delivery in self._held.copy().values())
 
     def holds(self, tag: str) -> bool:

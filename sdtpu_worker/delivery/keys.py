@@ -1,4 +1,4 @@
-"""The names of the Redis keys that hold messages, leases, dead letters what is kept of a job, and what is reused."""
+"""The names of the Redis keys that hold messages, leases, dead letters, what is kept of a job, and what is reused."""
 
 from __future__ import annotations
 

@@ -18,12 +18,11 @@ from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.offline import generate
 from sdtpu_worker.diffusion.preparation import PreparedJob, prepare_job
-from sdtpu_worker.diffusion.samplers import NoiseSchedule
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint, InvalidRequest, SnapshotMismatch
 from tests.support import adapter_cases
 from tests.support.adapter_cases import LAYOUTS, MODELS, RANK, lora_tensors
 from tests.support.checkpoints import make_random_checkpoint
-from tests.support.engines import on_one_device, run_alone
+from tests.support.engines import on_one_device, prepare_with_scheduler, run_alone
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = adapter_cases.cases()
@@ -88,12 +87,9 @@ def golden() -> np.ndarray:
 
 def prepare_case(engine: Engine, number: int) -> PreparedJob:
     case = CASES[number]
-    schedule = NoiseSchedule.from_config(case.scheduler, corrects_outdated=case.model != "xl")
-    defaults = dataclasses.replace(engine.checkpoint.defaults, sampler=schedule.default_sampler)
-    checkpoint = dataclasses.replace(engine.checkpoint, schedule=schedule, defaults=defaults)
     asked: dict[str, Any] = {**case.request, "loras": list(case.loras)}
     request = GenerationRequest(**asked, seed=adapter_cases.SEED)
-    return prepare_job(checkpoint, engine.info.resolutions, str(number), request, None, {})
+    return prepare_with_scheduler(engine, case.scheduler, str(number), request)
 
 
 def test_pictures_are_those_of_pytorchs_pipelines_in_every_layout_and_with_every_weight(engine, golden):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import json
 import shutil
@@ -19,13 +18,12 @@ from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.families.family import PictureUse
 from sdtpu_worker.diffusion.offline import generate
-from sdtpu_worker.diffusion.preparation import PreparedJob, prepare_job
-from sdtpu_worker.diffusion.samplers import NoiseSchedule
+from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.errors import InvalidCheckpoint, InvalidRequest, SnapshotMismatch
 from tests.device.pytorch_layout import rewrite
 from tests.support import picture_cases
 from tests.support.checkpoints import make_random_checkpoint, make_random_controlnet
-from tests.support.engines import on_one_device, run_alone
+from tests.support.engines import on_one_device, prepare_with_scheduler, run_alone
 from tests.support.picture_cases import MODELS, SIZE, make_image, make_mask
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,9 +58,6 @@ def sd(devices, compile_cache, tmp_path_factory) -> Engine:
 
 def prepare_case(engine: Engine, number: int) -> PreparedJob:
     case = CASES[number]
-    schedule = NoiseSchedule.from_config(case.scheduler, corrects_outdated=not case.model.startswith("xl"))
-    defaults = dataclasses.replace(engine.checkpoint.defaults, sampler=schedule.default_sampler)
-    checkpoint = dataclasses.replace(engine.checkpoint, schedule=schedule, defaults=defaults)
     pictures: dict[str, Any] = {}
     names: dict[str, Any] = {}
     if case.image is not None:
@@ -73,7 +68,7 @@ def prepare_case(engine: Engine, number: int) -> PreparedJob:
     if case.mask is not None:
         pictures["mask_image"], names["mask_image"] = make_mask(case.mask), NAMED
     request = GenerationRequest(**case.request, **names, seed=picture_cases.SEED, preserve_unmasked=False)
-    return prepare_job(checkpoint, engine.info.resolutions, str(number), request, None, pictures)
+    return prepare_with_scheduler(engine, case.scheduler, str(number), request, pictures)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from sdtpu_worker.diffusion.calibration import calibrate
 from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.offline import generate
-from sdtpu_worker.diffusion.preparation import PreparedJob, prepare_job
-from sdtpu_worker.diffusion.samplers import NoiseSchedule
+from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.errors import InvalidRequest, SnapshotMismatch
 from tests.support import weighted_cases
 from tests.support.checkpoints import make_random_checkpoint
-from tests.support.engines import on_one_device, run_alone
+from tests.support.engines import on_one_device, prepare_with_scheduler, run_alone
 from tests.support.picture_cases import make_image, make_mask
 from tests.support.weighted_cases import MODELS, WINDOWS, WORDS, embedding_tensors
 
@@ -68,11 +66,8 @@ def golden() -> np.ndarray:
 
 def prepare_case(engine: Engine, number: int) -> PreparedJob:
     case = CASES[number]
-    schedule = NoiseSchedule.from_config(case.scheduler, corrects_outdated=case.model != "xl")
-    defaults = dataclasses.replace(engine.checkpoint.defaults, sampler=schedule.default_sampler)
-    checkpoint = dataclasses.replace(engine.checkpoint, schedule=schedule, defaults=defaults)
     request = GenerationRequest(**case.request, seed=weighted_cases.SEED)
-    return prepare_job(checkpoint, engine.info.resolutions, str(number), request, None, {})
+    return prepare_with_scheduler(engine, case.scheduler, str(number), request)
 
 
 def test_pictures_are_those_of_pytorch(engine, golden):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sdtpu_worker.aggregator.plan import Lane, Phase, Plan
@@ -10,12 +11,24 @@ from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.engine_io import DecodedImage
 from sdtpu_worker.diffusion.offline import generate
-from sdtpu_worker.diffusion.preparation import PreparedJob
+from sdtpu_worker.diffusion.preparation import PreparedJob, prepare_job
+from sdtpu_worker.diffusion.samplers import NoiseSchedule
 
 
 def generate_all(engine: Engine, requests: Sequence[GenerationRequest], steps_per_tick: int = 4) -> list[DecodedImage]:
     """Run requests through the policy, all at once; return the decoded images in the requests' order."""
     return generate(engine, [engine.prepare(str(i), request) for i, request in enumerate(requests)], steps_per_tick)
+
+
+def prepare_with_scheduler(
+    engine: Engine, config: Mapping[str, Any], name: str, request: GenerationRequest, pictures: Any = None
+) -> PreparedJob:
+    """Prepare a job as an engine whose checkpoint had this scheduler config would; its name is the task id."""
+    is_xl = "text_encoder_2" in engine.checkpoint.params
+    schedule = NoiseSchedule.from_config(dict(config), corrects_outdated=not is_xl)
+    defaults = dataclasses.replace(engine.checkpoint.defaults, sampler=schedule.default_sampler)
+    checkpoint = dataclasses.replace(engine.checkpoint, schedule=schedule, defaults=defaults)
+    return prepare_job(checkpoint, engine.info.resolutions, name, request, None, pictures or {})
 
 
 def run_alone(engine: Engine, job: PreparedJob, device: int, slot: int, portions: Iterable[int]) -> DecodedImage:

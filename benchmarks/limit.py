@@ -32,12 +32,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.saturated_loop import run_all
 from benchmarks.serving_constant_speed import hold_speed
 from sdtpu_worker import GenerationRequest, install
 from sdtpu_worker.aggregator.costs import Cost
 from sdtpu_worker.aggregator.plan import Phase, Plan
 from sdtpu_worker.aggregator.policy import Aggregator
-from sdtpu_worker.device_loop.loop import DeviceLoop
 from sdtpu_worker.diffusion.cache import CompileCache
 from sdtpu_worker.diffusion.checkpoint import load_checkpoint
 from sdtpu_worker.diffusion.engine import Engine
@@ -154,14 +154,7 @@ def _phases(
 def loop(engine: Engine, jobs: Sequence[PreparedJob]) -> float:
     """Return the images per second of the device loop with the step-level policy."""
     policy = Aggregator(engine.costs, engine.info.slots_per_device, engine.info.phases_per_tick, tick_s=0.1)
-    device_loop = DeviceLoop(engine, policy)
-    started = time.perf_counter()
-    submissions = [device_loop.submit(job) for job in jobs]
-    device_loop.start()
-    for submission in submissions:
-        submission.future.result(600)
-    elapsed_s = time.perf_counter() - started
-    device_loop.close()
+    elapsed_s, _ = run_all(engine, policy, jobs)
     return len(jobs) / elapsed_s
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import click
 
 from sdtpu_worker.commands.check import check
+from sdtpu_worker.commands.compile import compile_command
 from sdtpu_worker.commands.door import key, serve
 from sdtpu_worker.commands.jobs import cancel, generate, status
-from sdtpu_worker.commands.options import app_option, find_app, parse_address
+from sdtpu_worker.commands.options import app_option, clear_errors, find_app, find_client_app, parse_address
 from sdtpu_worker.commands.plan import plan
 from sdtpu_worker.commands.queue import queue
+from sdtpu_worker.commands.signals import signals_handled_by
 
 
 @click.group("sdtpu")
@@ -23,7 +25,7 @@ def sdtpu() -> None:
     """Image generation on a TPU host, behind Celery."""
 
 
-for command in (generate, status, cancel, queue, check, plan, serve, key):
+for command in (generate, status, cancel, queue, check, plan, compile_command, serve, key):
     sdtpu.add_command(command)
 
 
@@ -38,7 +40,11 @@ for command in (generate, status, cancel, queue, check, plan, serve, key):
               " checkpoint's own.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first image.")
 @click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="Simulated CPU devices.")
-@click.option("--slots-per-device", type=click.IntRange(1, 64), help="Slots per device. Default: 1, with --mix 3.")
+@click.option("--slots-per-device", type=click.IntRange(1, 64), help="Slots per device. Default: 1, with --mix 3,"
+              " with --web 2.")  # fmt: skip
+@click.option("--web", is_flag=True, help="A page in your browser instead of prompts, until Ctrl-C; needs the extra"
+              " `http`.")  # fmt: skip
+@click.option("--no-browser", is_flag=True, help="With --web: print the page's address only.")
 @click.option("--mix", is_flag=True, help="24 jobs of all kinds in one batch: from text, from pictures, with masks,"
               " with the LoRA `outline` at several weights; many samplers, steps and guidance scales.")  # fmt: skip
 def demo(
@@ -49,12 +55,24 @@ def demo(
     seed: int,
     devices: int,
     slots_per_device: int | None,
+    web: bool,
+    no_browser: bool,
     mix: bool,
 ) -> None:
     """Run everything on this machine: a private Redis, a worker on simulated devices, 24 prompts."""
     from sdtpu_worker.demo.command import DemoFailed, run_demo
+    from sdtpu_worker.demo.web import run_web_demo
 
+    if web and (mix or prompts or steps):
+        raise click.ClickException("--mix, --prompt and --steps must be left out with --web: the page asks for them")
+    if no_browser and not web:
+        raise click.ClickException("--no-browser must come with --web")
     try:
+        if web:
+            # also where a shell has started this in its background, deaf to Ctrl-C
+            with signals_handled_by(signal.default_int_handler, signal.SIGINT, signal.SIGTERM):
+                run_web_demo(out, model, devices, slots_per_device, opens_browser=not no_browser)
+            return
         run_demo(out, list(prompts), model, steps, seed, devices, slots_per_device, mix)
     except DemoFailed as exc:
         raise click.ClickException(str(exc)) from exc
@@ -84,12 +102,9 @@ def settings(app_path: str | None) -> None:
 def queues(app_path: str | None, as_json: bool) -> None:
     """Say how many jobs wait in each of the task's queues, by priority, and how many workers hold."""
     from sdtpu_worker.client.queue_state import read_queues
-    from sdtpu_worker.errors import SdtpuError
 
-    try:
-        states = read_queues(find_app(app_path))
-    except SdtpuError as exc:
-        raise click.ClickException(str(exc)) from exc
+    with clear_errors():
+        states = read_queues(find_client_app(app_path))
     totals = {
         "waiting": sum(sum(state.waiting.values()) for state in states),
         "held": sum(state.held for state in states),
@@ -121,20 +136,17 @@ def queues(app_path: str | None, as_json: bool) -> None:
 def metrics(app_path: str | None, listen: str | None) -> None:
     """Print what Redis knows of the queues and the workers, in Prometheus' text format; no worker has to run."""
     from sdtpu_worker.client.queue_figures import read_figures
-    from sdtpu_worker.errors import SdtpuError
 
     try:
         from sdtpu_worker.operations.exposition import expose_queues
     except ImportError as exc:
         raise click.ClickException(f"{exc}: pip install 'sdtpu_worker[metrics]'") from exc
-    app = find_app(app_path)
-    try:
+    app = find_client_app(app_path)
+    with clear_errors():
         if listen:
             _serve_metrics(listen, lambda accept: expose_queues(read_figures(app), accept))
         else:
             click.echo(expose_queues(read_figures(app))[1].decode(), nl=False)
-    except SdtpuError as exc:
-        raise click.ClickException(str(exc)) from exc
 
 
 @sdtpu.command()
@@ -146,12 +158,9 @@ def purge(app_path: str | None) -> None:
     Jobs that workers hold continue. Deleted jobs stay PENDING.
     """
     from sdtpu_worker.client.queue_state import purge_queues
-    from sdtpu_worker.errors import SdtpuError
 
-    try:
-        deleted = purge_queues(find_app(app_path))
-    except SdtpuError as exc:
-        raise click.ClickException(str(exc)) from exc
+    with clear_errors():
+        deleted = purge_queues(find_client_app(app_path))
     click.echo(f"{deleted} jobs deleted")
 
 
@@ -189,9 +198,8 @@ def _serve_metrics(listen: str, page: Callable[[str], tuple[str, bytes]]) -> Non
         return [Check("serving", True, "answers; whether Redis does, /metrics tells")]
 
     stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    server = HealthServer(parse_address(listen, "--listen"), alive, alive, {"/metrics": page}, "--listen")
-    click.echo(f"metrics: http://{format_address(server.address)}/metrics")
-    stopped.wait()
-    server.close()
+    with signals_handled_by(lambda *_: stopped.set(), signal.SIGINT, signal.SIGTERM):
+        server = HealthServer(parse_address(listen, "--listen"), alive, alive, {"/metrics": page}, "--listen")
+        click.echo(f"metrics: http://{format_address(server.address)}/metrics")
+        stopped.wait()
+        server.close()

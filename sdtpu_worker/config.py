@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from sdtpu_worker.config_values import HttpKey
@@ -71,12 +72,35 @@ class Config:
     http_max_body_bytes: int
     http_wait_s: float
     http_max_streams: int
+    http_page: bool
+    web_page: bool
     web_owner: str | None
     web_priorities: tuple[int, int]
     web_max_jobs: int
     web_max_streams: int
     web_stream_s: float
     compile_cache: str
+    programs: str | None
+
+
+_OF_ENGINE = (
+    *("model", "revision", "tokenizer", "prediction_type", "loras_merged", "loras", "lora_rank", "embeddings"),
+    *("prompt_windows", "guidance", "image_inputs", "controlnets", "platform", "cpu_devices", "dtype"),
+    *("slots_per_device", "resolutions", "vae_tiling", "attention", "preview_every", "compile_cache", "programs"),
+)
+
+
+def engine_settings(conf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that decide a worker's programs, by the settings' names, as JSON can hold them.
+
+    Args:
+        conf: a Celery app's `conf`, or any mapping with `sdtpu_*` keys.
+
+    Raises:
+        ConfigurationError: a value is not allowed.
+    """
+    values = {f"sdtpu_{name}": read_setting(f"sdtpu_{name}", conf) for name in _OF_ENGINE}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def read_setting(name: str, conf: Mapping[str, Any]) -> Any:
@@ -98,6 +122,16 @@ def read_setting(name: str, conf: Mapping[str, Any]) -> Any:
         return setting.parse(raw)
     except ValueError as exc:
         raise ConfigurationError(f"{source} must be {exc}, got {sanitize_url(brief(raw))}") from exc
+
+
+def result_expires_s(conf: Mapping[str, Any]) -> int | None:
+    """Return the seconds for which results are kept, Celery's `result_expires`; None for ever.
+
+    Args:
+        conf: the app's configuration.
+    """
+    expires = conf.get("result_expires")
+    return int(expires.total_seconds() if isinstance(expires, timedelta) else expires or 0) or None
 
 
 def source_of(name: str, conf: Mapping[str, Any]) -> tuple[Any, str]:

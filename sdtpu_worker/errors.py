@@ -12,7 +12,7 @@
     ├── DeliveryLimitExceeded            the job was on the devices of too many workers that died; names them
     ├── SnapshotMismatch                 a snapshot does not fit this engine; the job starts from its first step
     ├── EngineUnavailable                the worker's engine has stopped or never started
-    ├── BrokerUnavailable (ConnectionError)   Redis cannot be reached or takes no writes; nothing was enqueued
+    ├── BrokerUnavailable (ConnectionError)   Redis cannot be reached or takes no writes; nothing was done
     └── StorageError                     an image could not be stored, or cannot be read any more
 
 Each is built from positional arguments alone, so that Celery's JSON result backend can rebuild it at the client.

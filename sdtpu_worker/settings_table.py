@@ -99,8 +99,8 @@ SETTINGS = (
     Setting(
         "sdtpu_prompt_windows", 3, parse_integer(1, 16),
         "How many windows of 75 tokens the prompt of a job with `prompt_syntax=\"weighted\"` may have; a longer one"
-        " fails with `InvalidRequest`. Only devices that have a job with several windows spend time on them; with 1"
-        " the program has no place for more",
+        " fails with `InvalidRequest`. Only devices that have a job with several windows spend time on them, but for"
+        " a few thousandths of a step on a TPU; with 1 the program has no place for more",
     ),
     Setting(
         "sdtpu_guidance", "auto", parse_choice("auto", "on", "off"),
@@ -121,7 +121,7 @@ SETTINGS = (
     Setting(
         "sdtpu_platform", "auto", parse_choice("auto", "tpu", "gpu", "cpu"),
         "The devices to run on. With `tpu`, `gpu` or `cpu` the worker does not start without such devices; `auto` takes"
-        " the devices that JAX finds, and logs them",
+        " the devices that JAX finds, and logs them. `gpu` needs the extra `gpu`, `tpu` the extra `tpu`",
     ),
     Setting(
         "sdtpu_cpu_devices", 8, parse_integer(1, 64),
@@ -290,6 +290,15 @@ SETTINGS = (
         "How many event streams one door keeps open; each needs a file descriptor",
     ),
     Setting(
+        "sdtpu_http_page", True, parse_switch,
+        "Whether the door shows its page, on which people make pictures in a browser. The page itself needs no key; it"
+        " asks for one where the door has keys",
+    ),
+    Setting(
+        "sdtpu_web_page", False, parse_switch,
+        "Whether the Flask blueprint and the Django app show the page, too, at `page/` below the jobs API",
+    ),
+    Setting(
         "sdtpu_web_owner", None, parse_dotted_path,
         "The function by which the Django app finds whose request it is, like `shop.owners.find_owner`: it takes the"
         " request and returns a text, or None for nobody. Not set, it is the user that has logged in, else the session",
@@ -317,5 +326,10 @@ SETTINGS = (
         "The folder of compiled programs: JAX's persistent compilation cache, and in `programs/` whole programs, which"
         " a start loads without tracing; those hold machine code, so that nobody but the worker's user and root may be"
         " able to write the folder. `auto` is `~/.cache/sdtpu_worker/xla`; with `off` every start compiles anew",
+    ),
+    Setting(
+        "sdtpu_programs", None, parse_optional_text,
+        "A folder of whole programs that `sdtpu compile` made ahead, as for an image. A start looks there first, and"
+        " only reads it; nobody but the worker's user and root may be able to write it",
     ),
 )  # fmt: skip

@@ -105,6 +105,7 @@ class QueuedJob:
         slot_since: when the job got its slot.
         used_s: the seconds that the job spent in slots that it lost.
         load: what it asks of its device besides.
+        previewed_at: how many steps it had taken at its last preview.
     """
 
     task_id: str
@@ -118,6 +119,12 @@ class QueuedJob:
     slot_since: float = 0.0
     used_s: float = 0.0
     load: Load = NO_LOAD
+    previewed_at: int = 0
+
+    @property
+    def steps_done(self) -> int:
+        """How many denoising steps the job has taken."""
+        return self.num_steps - self.remaining
 
     def level(self, now: float) -> int:
         """Return the priority, improved by the time since the job arrived."""

@@ -31,7 +31,6 @@ class PlanBuilder:
         displaced: jobs that lost their slot because they are not eligible; they do not join the queue.
         touched: by `(device, slot)`, the job that holds the slot, or held it last, in this tick.
         jobs: the jobs whose steps the plan counts: all in `touched`, less the parked ones.
-        previews_before: by task id, how many previews a job was due before this tick.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class PlanBuilder:
         self.resumed: list[Place] = []
         self.touched = {(d, i): job for d, device in enumerate(slots) for i, job in enumerate(device) if job}
         self.jobs: list[QueuedJob] = list(self.touched.values())
-        self.previews_before = {job.task_id: self._previews_due(job) for job in self.jobs}
 
     def preempt(self) -> None:
         """Let the first jobs of the queue take the slots of running jobs of lower priority, one on each device.
@@ -112,7 +110,7 @@ class PlanBuilder:
             resumed=tuple(self.resumed),
             previews=tuple(self._previews()),
             occupied=len(self.touched),
-            steps_done={job.task_id: job.num_steps - job.remaining for job in self.jobs},
+            steps_done={job.task_id: job.steps_done for job in self.jobs},
             work_s=tuple(self.elapsed_s),
         )
 
@@ -123,17 +121,24 @@ class PlanBuilder:
         self.jobs.remove(job)
         job.parked, job.used_s = True, job.used_s + self.now - job.slot_since
 
-    def _previews_due(self, job: QueuedJob) -> int:
-        """Return how many previews a job should have had by now."""
-        return (job.num_steps - job.remaining) // self.preview_every if self.preview_every else 0
-
     def _previews(self) -> Iterator[Place]:
-        """Yield on each device one job that takes another `preview_every`th step in this tick."""
+        """Yield on each device one job that has passed another `preview_every`th step, the longest without one first.
+
+        The other jobs of the device that have are due in the next ticks.
+        """
         for device, slots in enumerate(self.slots):
-            for i, job in enumerate(slots):
-                if job and self._previews_due(job) > self.previews_before.get(job.task_id, 0):
-                    yield Place(job.task_id, device, i)
-                    break
+            due = [
+                (job.steps_done - job.previewed_at, -i, job) for i, job in enumerate(slots) if job and self._is_due(job)
+            ]
+            if due:
+                _, i, job = max(due, key=lambda each: each[:2])
+                job.previewed_at = job.steps_done
+                yield Place(job.task_id, device, -i)
+
+    def _is_due(self, job: QueuedJob) -> bool:
+        """Return whether a job has passed another `preview_every`th step since its last preview."""
+        every = self.preview_every
+        return bool(every) and job.steps_done // every > job.previewed_at // every
 
     def _add_phase(self, device: int) -> bool:
         """Add one phase; return False if the device has nothing to do in the rest of the tick."""

@@ -47,6 +47,10 @@ class _LaneState:
                 if job is not None:
                     yield device, i, job
 
+    def has_job(self, task_id: str) -> bool:
+        """Return whether the job waits or has a slot."""
+        return task_id in self.waiting or any(job.task_id == task_id for *_, job in self.running())
+
     def has_work(self, eligibility: Eligibility = EVERY_JOB) -> bool:
         """Return whether an eligible job waits or any job has a slot."""
         return any(task_id in eligibility for task_id in self.waiting) or any(True for _ in self.running())
@@ -110,12 +114,12 @@ class Aggregator:
         """
         if not 0 <= steps_done <= num_steps:
             raise ValueError(f"task {task_id} cannot have done {steps_done} of its {num_steps} steps")
-        if any(task_id == job.task_id for job in self._jobs()):
+        if any(state.has_job(task_id) for state in self._lanes.values()):
             raise ValueError(f"task {task_id} was added already: a task id may be added again once its job has ended")
         self._number += 1
         self._lanes[lane].waiting[task_id] = QueuedJob(
             task_id, num_steps, terms or Terms(), self._number, now, remaining=num_steps - steps_done,
-            has_started=steps_done > 0, parked=steps_done > 0, load=load,
+            has_started=steps_done > 0, parked=steps_done > 0, load=load, previewed_at=steps_done,
         )  # fmt: skip
 
     def cancel(self, task_id: str) -> bool:
@@ -263,11 +267,6 @@ class Aggregator:
         """Return the devices that get no job: the excluded ones, and those to avoid if others are left."""
         closed = self._excluded | self._eligibility.avoid
         return closed if any(device not in closed for device in range(self.num_devices)) else self._excluded
-
-    def _jobs(self) -> Iterator[QueuedJob]:
-        for state in self._lanes.values():
-            yield from state.waiting.values()
-            yield from (job for *_, job in state.running())
 
     def _plan_lane(self, lane: Lane, state: _LaneState, steps: int, now: float) -> Plan:
         queue = deque(sorted(self._eligible(state), key=lambda job: job.order(now)))

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from sdtpu_worker.client.broker_errors import unavailable
+
 if TYPE_CHECKING:
     from celery import Celery
 
@@ -22,8 +24,14 @@ def bounded_wait(app: Celery) -> Iterator[None]:
     Celery subscribes to a job's result before it sends the job, and retries that for a long time. Other threads keep
     Celery's patience, and so does a thread that waits for a result. An app whose `result_backend_transport_options`
     have a `retry_policy` keeps that policy.
+
+    Raises:
+        BrokerUnavailable: the result backend is a database that is away, which cannot even be looked for.
     """
-    backend = app.backend
+    try:
+        backend = app.backend
+    except Exception as exc:  # each kind has errors of its own
+        raise unavailable(app, exc, at_backend=True) from exc
     has_own_policy = "retry_policy" in (app.conf.result_backend_transport_options or {})
     if has_own_policy or not hasattr(backend, "on_connection_error"):
         yield

@@ -43,13 +43,16 @@ _DISK_FULL = ("cannot save to its disk and takes no writes", "look into Redis' l
 _MAX_CAUSES = 10
 
 
-def unavailable(app: Celery, exc: BaseException, at_backend: bool = False) -> BrokerUnavailable:
-    """Return the error for a job that Redis did not take.
+def unavailable(
+    app: Celery, exc: BaseException, at_backend: bool = False, failed: str = "the job was not enqueued"
+) -> BrokerUnavailable:
+    """Return the error for what could not be done because Redis, or what else is configured, did not take part.
 
     Args:
         app: the client's app, whose broker or result backend failed.
         exc: what Celery raised.
         at_backend: whether the result backend failed; False for the broker.
+        failed: what could not be done.
     """
     cause: BaseException = exc
     state, remedy = _NOT_REACHED
@@ -63,12 +66,20 @@ def unavailable(app: Celery, exc: BaseException, at_backend: bool = False) -> Br
     else:
         cause = chain[-1]
     urls = app.conf.result_backend if at_backend else (app.conf.broker_write_url or app.conf.broker_url)
-    server = "the result backend" if at_backend else "Redis"
-    text = re.sub(r"\S+://\S+", lambda url: without_password(url[0]), " ".join(str(cause).split()))
-    return BrokerUnavailable(
-        f"the job was not enqueued: {server} at {without_password(urls or 'redis://localhost:6379/0')} {state}"
-        f" ({text}); {remedy}"
-    )
+    place = without_password(urls or "redis://localhost:6379/0")
+    broker = "Redis" if place.startswith(("redis", "sentinel")) else "the broker"
+    server = "the result backend" if at_backend else broker
+    return BrokerUnavailable(f"{failed}: {server} at {place} {state} ({_text(cause)}); {remedy}")
+
+
+def cause_of(exc: BaseException) -> str:
+    """Return what lies behind an error in one line without passwords."""
+    *_, last = _causes(exc)
+    return _text(last)
+
+
+def _text(exc: BaseException) -> str:
+    return re.sub(r"\S+://\S+", lambda url: without_password(url[0]), " ".join(str(exc).split()))
 
 
 def _causes(exc: BaseException | None) -> Iterator[BaseException]:

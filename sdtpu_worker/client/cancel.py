@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sdtpu_worker.client.broker_errors import unavailable
+from sdtpu_worker.client.stored_state import read_stored
+
 if TYPE_CHECKING:
     from celery import Celery
 
@@ -21,20 +24,22 @@ def cancel_job(app: Celery, task_id: str) -> None:
         task_id: the job's.
 
     Raises:
-        Exception: the broker or the result backend does not answer; each has errors of its own.
+        BrokerUnavailable: the broker does not answer.
+        Exception: the result backend does not answer; each has errors of its own.
     """
     from celery.exceptions import TaskRevokedError
 
     backend = app.backend
     if _has_ended(app, task_id):
         return
-    app.control.revoke(task_id, terminate=True)
+    try:
+        app.control.revoke(task_id, terminate=True)
+    except Exception as exc:  # each broker has errors of its own
+        raise unavailable(app, exc, failed=f"job {task_id} was not cancelled") from exc
     if not _has_ended(app, task_id):
         backend.store_result(task_id, TaskRevokedError(REASON), "REVOKED")
 
 
 def _has_ended(app: Celery, task_id: str) -> bool:
-    backend = app.backend
-    stored = backend.get(backend.get_key_for_task(task_id))
-    meta = None if stored is None else backend.decode(stored)
-    return isinstance(meta, dict) and meta.get("status") in backend.READY_STATES
+    meta = read_stored(app.backend, task_id)
+    return isinstance(meta, dict) and meta.get("status") in app.backend.READY_STATES

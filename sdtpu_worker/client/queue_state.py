@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.client.admission import messages_ahead
-from sdtpu_worker.client.routing import device_queues
+from sdtpu_worker.client.routing import device_queues, reporting_queues
 from sdtpu_worker.client.waiting import as_text, read_waiting
 from sdtpu_worker.config import read_setting
 from sdtpu_worker.contract.load_report import WorkerLoad, estimated_start_s, read_loads
@@ -112,7 +112,7 @@ def read_queues(app: Celery) -> list[QueueState]:
         ConfigurationError: the broker is not Redis.
         BrokerUnavailable: Redis does not answer.
     """
-    with _broker(app) as (redis, prefix, queues, bands):
+    with open_broker(app) as (redis, prefix, queues, bands):
         return _queue_states(redis, prefix, queues, bands)
 
 
@@ -128,9 +128,9 @@ def read_broker(app: Celery) -> BrokerState:
     """
     main = read_setting("sdtpu_queue", app.conf)
     shards = set(shard_queues(main, read_setting("sdtpu_tenant_shards", app.conf)))
-    with _broker(app) as (redis, prefix, queues, bands):
+    with open_broker(app) as (redis, prefix, queues, bands):
         states = _queue_states(redis, prefix, queues, bands)
-        loads = {queue: read_loads(redis, queue, prefix) for queue in (main, *(set(queues) - shards))}
+        loads = {queue: read_loads(redis, queue, prefix) for queue in reporting_queues(app, queues)}
         memory = _memory_of(redis)
         dead = {as_text(kind): int(count) for kind, count in redis.hgetall(prefix + DEAD_COUNTS_KEY).items()}
     lengths = {state.queue: list(state.waiting.values()) for state in states}
@@ -183,7 +183,7 @@ def purge_queues(app: Celery) -> int:
         ConfigurationError: the broker is not Redis.
         BrokerUnavailable: Redis does not answer.
     """
-    with _broker(app) as (redis, prefix, queues, _):
+    with open_broker(app) as (redis, prefix, queues, _):
         lists = [name for names in queues.values() for name in names]
         deleted = 0
         for name in lists:
@@ -204,12 +204,12 @@ def broker_with_prefix(app: Celery) -> Iterator[tuple[Any, str]]:
         ConfigurationError: the broker is not Redis.
         BrokerUnavailable: Redis does not answer.
     """
-    with _broker(app) as (redis, prefix, *_):
+    with open_broker(app) as (redis, prefix, *_):
         yield redis, prefix
 
 
 @contextlib.contextmanager
-def _broker(app: Celery) -> Iterator[tuple[Any, str, dict[str, list[str]], Sequence[int]]]:
+def open_broker(app: Celery) -> Iterator[tuple[Any, str, dict[str, list[str]], Sequence[int]]]:
     """Connect to the broker; yield its client, the prefix of keys, the lists of each queue, and the bands."""
     from kombu.exceptions import OperationalError
     from redis.exceptions import RedisError

@@ -8,7 +8,7 @@ name does too (`send_task`, `celery call`, a signature of another process).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery.app.amqp import AMQP
@@ -65,6 +65,17 @@ def device_queues(app: Celery) -> list[str]:
         logger.warning("the app's routes do not tell the queue of %s without a job: %r", TASK_NAME, exc)
         return names
     return list(dict.fromkeys([*names, name_of(routed)]))
+
+
+def reporting_queues(app: Celery, queues: Iterable[str]) -> list[str]:
+    """Return those of the task's queues under whose names workers publish their load: not the tenants' shards.
+
+    Args:
+        app: an app of a client or a worker.
+        queues: what `device_queues` returned.
+    """
+    names = shard_queues(read_setting("sdtpu_queue", app.conf), read_setting("sdtpu_tenant_shards", app.conf))
+    return [queue for queue in queues if queue not in names[1:]]
 
 
 def name_of(queue: Any) -> str:

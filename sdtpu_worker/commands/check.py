@@ -158,8 +158,9 @@ def _devices(app: Celery) -> Iterator[tuple[str, str]]:
     )
     if run.returncode:
         last = run.stderr.strip().splitlines()[-1:] or [""]
-        raise ValueError(f"JAX finds no devices (sdtpu_platform is {platform}): {last[0]:.300}; a worker that runs on"
-                         " this machine may have them")  # fmt: skip
+        raise ValueError(f"JAX finds no devices (sdtpu_platform is {platform}): {last[0]:.300}; a worker's host needs"
+                         f" sdtpu_worker[{platform if platform in ('tpu', 'gpu') else 'worker'}] installed, and such"
+                         " devices that no other process holds")  # fmt: skip
     number, found, kind = run.stdout.strip().split(" ", 2)
     simulated = f", as {read_setting('sdtpu_cpu_devices', app.conf)} simulated ones" if found == "cpu" else ""
     yield "ok", f"{number} of platform {found} ({kind}){simulated}"

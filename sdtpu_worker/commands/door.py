@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sdtpu_worker.commands.options import app_option, find_app, parse_address
+from sdtpu_worker.commands.options import app_option, clear_errors, find_client_app, parse_address
 
 
 @click.command()
@@ -12,16 +12,13 @@ from sdtpu_worker.commands.options import app_option, find_app, parse_address
 @click.option("--address", metavar="HOST:PORT", help="Where to listen. Default: sdtpu_http_address, 127.0.0.1:8090.")
 def serve(app_path: str | None, address: str | None) -> None:
     """Serve pictures over HTTP: OpenAI's Images API, jobs with live events, and the web UI's API."""
-    from sdtpu_worker.errors import SdtpuError
-
     try:
         from sdtpu_worker.http.serve import serve as serve_door
     except ModuleNotFoundError as exc:
         raise click.ClickException(f"{exc}; install the extra: pip install 'sdtpu_worker[http]'") from exc
     try:
-        serve_door(find_app(app_path), parse_address(address) if address else None)
-    except SdtpuError as exc:
-        raise click.ClickException(str(exc)) from exc
+        with clear_errors():
+            serve_door(find_client_app(app_path), parse_address(address) if address else None)
     except KeyboardInterrupt:
         raise click.ClickException("stopped") from None
 

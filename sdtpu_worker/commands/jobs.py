@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdtpu_worker.commands.options import FAILED, NOT_YET, app_option, find_app, json_option
+from sdtpu_worker.commands.options import FAILED, NOT_YET, app_option, clear_errors, find_client_app, json_option
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -50,9 +50,9 @@ def generate(
     steps: int | None, as_json: bool, priority: int | None, **more: Any,
 ) -> None:  # fmt: skip
     """Make pictures: enqueue a job for each, wait, and save them. Ctrl-C cancels what is not done."""
-    from sdtpu_worker.errors import SdtpuError
+    from sdtpu_worker.client.stored_state import lasting_backend
 
-    app = find_app(app_path)
+    app = find_client_app(app_path)
     parameters = {name: value for name, value in more.items() if value is not None} | _read_size(size)
     if steps is not None:
         parameters["num_inference_steps"] = steps
@@ -60,15 +60,13 @@ def generate(
         parameters["seed"] = seed
     ids: list[str] = []
     states: list[JobState] = []
-    try:
-        with _cancelling(app, ids):
-            for number, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
-                given = parameters if seed is None else {**parameters, "seed": seed + number}
-                ids.append(app.tasks["sdtpu.generate"].apply_async((prompt,), given, priority=priority).id)
-            states = _wait(app, ids, quiet=as_json)
-            saved = [_save(app, job_id, state, out) for job_id, state in zip(ids, states, strict=True)]
-    except SdtpuError as exc:
-        raise click.ClickException(str(exc)) from exc
+    with clear_errors(), _cancelling(app, ids):
+        lasting_backend(app)
+        for number, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
+            given = parameters if seed is None else {**parameters, "seed": seed + number}
+            ids.append(app.tasks["sdtpu.generate"].apply_async((prompt,), given, priority=priority).id)
+        states = _wait(app, ids, quiet=as_json)
+        saved = [_save(app, job_id, state, out) for job_id, state in zip(ids, states, strict=True)]
     if as_json:
         jobs = zip(ids, states, saved, strict=True)
         click.echo(json.dumps({"jobs": [_facts(job_id, state) | {"file": path} for job_id, state, path in jobs]}))
@@ -87,7 +85,8 @@ def status(app_path: str | None, job_id: str, as_json: bool) -> None:
 
     Exit code 0: it has succeeded; 3: it has failed or was cancelled; 4: it has not ended.
     """
-    (state,) = _read_states(find_app(app_path), [job_id])
+    with clear_errors():
+        (state,) = _read_states(find_client_app(app_path), [job_id])
     if as_json:
         click.echo(json.dumps(_facts(job_id, state)))
     else:
@@ -101,9 +100,10 @@ def status(app_path: str | None, job_id: str, as_json: bool) -> None:
 @json_option
 def cancel(app_path: str | None, job_ids: tuple[str, ...], as_json: bool) -> None:
     """Take jobs out of the queue or off their slots. A job that has ended stays as it is."""
-    app = find_app(app_path)
-    _cancel_all(app, job_ids)
-    states = _read_states(app, job_ids)
+    app = find_client_app(app_path)
+    with clear_errors():
+        _cancel_all(app, job_ids)
+        states = _read_states(app, job_ids)
     if as_json:
         facts = [_facts(job_id, state) for job_id, state in zip(job_ids, states, strict=True)]
         click.echo(json.dumps({"jobs": facts}))
@@ -124,50 +124,62 @@ def _read_size(size: str | None) -> dict[str, int]:
 @contextlib.contextmanager
 def _cancelling(app: Celery, ids: Sequence[str]) -> Iterator[None]:
     """Cancel the jobs if the block does not end well."""
+    from sdtpu_worker.errors import SdtpuError
+
     try:
         yield
     except KeyboardInterrupt:
         _cancel_all(app, ids)
         raise click.ClickException(f"stopped; {len(ids)} jobs were cancelled where they were not done") from None
     except BaseException:
-        with contextlib.suppress(click.ClickException):
+        with contextlib.suppress(SdtpuError):
             _cancel_all(app, ids)
         raise
 
 
 def _cancel_all(app: Celery, ids: Sequence[str]) -> None:
-    from sdtpu_worker.client.cancel import cancel_job
+    """Cancel jobs.
 
-    with _clear_errors():
-        for job_id in ids:
+    Raises:
+        SdtpuError: the broker or the result backend cannot be reached, or used.
+    """
+    from sdtpu_worker.client.cancel import cancel_job
+    from sdtpu_worker.client.stored_state import lasting_backend
+
+    lasting_backend(app)
+    for job_id in ids:
+        with _reading_state(app, job_id):
             cancel_job(app, job_id)
 
 
 def _read_states(app: Celery, ids: Sequence[str]) -> list[JobState]:
-    from sdtpu_worker.web.job_state import read_state
+    """Return the states of jobs as they are now.
 
-    backend = app.backend
-    if not hasattr(backend, "get_key_for_task"):
-        raise click.ClickException(
-            f"this command needs a result backend that keeps results by task id, like redis://, got {backend!r}"
-        )
-    with _clear_errors():
-        return [read_state(backend, backend.get(backend.get_key_for_task(job_id))) for job_id in ids]
+    Raises:
+        SdtpuError: the result backend cannot be reached, or used.
+    """
+    from sdtpu_worker.client.stored_state import lasting_backend
+    from sdtpu_worker.web.job_state import read_state_of
+
+    backend, states = lasting_backend(app), []
+    for job_id in ids:
+        with _reading_state(app, job_id):
+            states.append(read_state_of(backend, job_id))
+    return states
 
 
 @contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn the errors of a broker or a result backend that does not answer into one line."""
-    from kombu.exceptions import OperationalError
-    from redis.exceptions import RedisError
-
-    from sdtpu_worker.redaction import sanitize_url
+def _reading_state(app: Celery, job_id: str) -> Iterator[None]:
+    """Name the job and the result backend where that does not answer."""
+    from sdtpu_worker.client.broker_errors import unavailable
+    from sdtpu_worker.errors import SdtpuError
 
     try:
         yield
-    except (OperationalError, RedisError, OSError, RuntimeError) as exc:
-        text = sanitize_url(str(exc))
-        raise click.ClickException(f"Redis does not answer: {text}; start it, or correct result_backend") from exc
+    except SdtpuError:
+        raise
+    except Exception as exc:  # each result backend has errors of its own
+        raise unavailable(app, exc, at_backend=True, failed=f"the state of job {job_id} cannot be read") from exc
 
 
 def _wait(app: Celery, ids: Sequence[str], quiet: bool) -> list[JobState]:

@@ -1,7 +1,9 @@
-"""What several commands share: `--app`, `--json`, addresses, and the codes with which they exit."""
+"""What several commands share: `--app`, `--json`, addresses, errors, and the codes with which they exit."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -22,6 +24,17 @@ app_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object in place of text.")
 
 
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """End the command with one line and exit code 1 where the block raises an error of this package."""
+    from sdtpu_worker.errors import SdtpuError
+
+    try:
+        yield
+    except SdtpuError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
 def find_app(path: str | None) -> Celery:
     """Return the app that a command is about: that of its own option, of `celery -A`, or the ready-made one."""
     if path:
@@ -37,6 +50,25 @@ def find_app(path: str | None) -> Celery:
     from sdtpu_worker.app import app as ready_made
 
     return ready_made
+
+
+def find_client_app(path: str | None) -> Celery:
+    """Return the app of `find_app`, for a command that speaks with its broker.
+
+    Raises:
+        ClickException: kombu has no transport for `broker_url`, or its driver is not installed.
+    """
+    from sdtpu_worker.redaction import without_password
+
+    app = find_app(path)
+    try:
+        app.connection_for_write().get_transport_cls()
+    except (KeyError, ImportError) as exc:
+        url = without_password(app.conf.broker_write_url or app.conf.broker_url)
+        raise click.ClickException(
+            f"broker_url must be one that kombu can open, like redis://, got {url}: {exc.args[0]}"
+        ) from exc
+    return app
 
 
 def parse_address(address: str, option: str = "--address") -> tuple[str, int]:

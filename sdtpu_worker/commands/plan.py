@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import signal
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
-from sdtpu_worker.commands.options import json_option
+from sdtpu_worker.commands.compiler import NO_FIT, compiling
+from sdtpu_worker.commands.options import app_option, find_app, json_option
 
 _SLOTS = (1, 2, 4, 8)
-_NO_FIT = 5
 _GIB = 2**30
 
 
-def _slots(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+def _slots(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
     if text == "auto":
         return _SLOTS
     if re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", text) and all(int(each) <= 64 for each in text.split(",")):
@@ -34,36 +37,62 @@ def _resolution(context: click.Context, parameter: click.Parameter, text: str | 
     return int(found[1]), int(found[2] or found[1])
 
 
+def _finite(context: click.Context, parameter: click.Parameter, number: float | None) -> float | None:
+    if number is not None and not math.isfinite(number):
+        raise click.BadParameter(f"must be a finite number, got {number}")
+    return number
+
+
 def _steps(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
     if re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text) and all(int(each) <= 1000 for each in text.split(",")):
         return tuple(int(each) for each in text.split(","))
     raise click.BadParameter(f"must be numbers from 1 to 1000 like 30 or 20,30,50, got {text!r}")
 
 
+def _controlnets(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> tuple[tuple[str, str], ...] | None:
+    from sdtpu_worker.errors import ConfigurationError
+    from sdtpu_worker.planning.settings import parse_controlnets
+
+    try:
+        return None if text is None else parse_controlnets(text)
+    except (ValueError, ConfigurationError) as exc:
+        raise click.BadParameter(f"must be a number, or {exc}, got {text!r}") from exc
+
+
 @click.command()
-@click.option("--model", required=True, metavar="NAME|FOLDER",
+@app_option
+@click.option("--model", metavar="NAME|FOLDER",
               help="sd15, sd21, sdxl, embedded, embedded-turbo, or a folder with a checkpoint's configs.")  # fmt: skip
 @click.option("--topology", default="v5e:2x4", show_default=True, metavar="CHIP[:LAYOUT]",
               help="The chips of one host: v4, v5e, v5p or v6e, with a layout like 2x4, or a whole host.")  # fmt: skip
-@click.option("--slots-per-device", "slots", default="4", show_default=True, callback=_slots, metavar="N[,N…]|auto",
-              help="Which slot counts to compile; auto: 1, 2, 4 and 8, one after the other.")  # fmt: skip
+@click.option("--slots-per-device", "slots", callback=_slots, metavar="N[,N…]|auto",
+              help="Which slot counts to compile; auto: 1, 2, 4 and 8, one after the other. Default: 4.")  # fmt: skip
 @click.option("--resolution", callback=_resolution, metavar="SIDE|HEIGHTxWIDTH", help="Default: the model's own.")
-@click.option("--guidance", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
-              help="As sdtpu_guidance: off has no rows for negative prompts.")  # fmt: skip
-@click.option("--lora-rank", type=click.IntRange(0, 256), default=0, show_default=True,
-              help="Room for LoRAs of single jobs, as sdtpu_lora_rank with sdtpu_loras; 0: none.")  # fmt: skip
+@click.option("--guidance", type=click.Choice(["auto", "on", "off"]), help="off has no rows for negative prompts.")
+@click.option("--prompt-windows", type=click.IntRange(1, 16), help="Windows that a prompt may have.")
+@click.option("--image-inputs/--no-image-inputs", default=None, help="Whether jobs may start from pictures.")
+@click.option("--controlnets", callback=_controlnets, metavar="NUMBER|NAME=FOLDER,…",
+              help="A number: as many as they are usual for the model; or folders with their configs.")  # fmt: skip
+@click.option("--lora-rank", type=click.IntRange(0, 256), help="Room for LoRAs of single jobs; 0: none.")
+@click.option("--previews/--no-previews", default=None, help="Whether jobs show previews.")
+@click.option("--vae-tiling", type=click.Choice(["auto", "on", "off"]), help="auto: only if it does not fit.")
+@click.option("--attention", type=click.Choice(["auto", "plain", "packed"]))
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]))
 @click.option("--full", is_flag=True, help="Wait for the generated code, and with it the compiler's own estimate.")
-@click.option("--time-limit", type=click.FloatRange(1), default=900.0, show_default=True,
+@click.option("--time-limit", type=click.FloatRange(1), default=900.0, show_default=True, callback=_finite,
               help="Seconds for each compile; what is known by then is reported.")  # fmt: skip
-@click.option("--memory-limit", type=click.FloatRange(0.5), default=12.0, show_default=True,
+@click.option("--memory-limit", type=click.FloatRange(0.5), default=12.0, show_default=True, callback=_finite,
               help="GiB of memory that the compiler may use on this machine.")  # fmt: skip
 @click.option("--steps", default="30", show_default=True, callback=_steps, metavar="N[,N…]",
               help="Denoising steps of your jobs, for the best setting and the load.")  # fmt: skip
-@click.option("--load", type=click.FloatRange(0, min_open=True), metavar="JOBS_PER_HOUR",
+@click.option("--load", type=click.FloatRange(0, min_open=True), metavar="JOBS_PER_HOUR", callback=_finite,
               help="Find the hosts for this load, in a simulation.")  # fmt: skip
-@click.option("--p99", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True,
+@click.option("--p99", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, callback=_finite,
               help="With --load: seconds that 99 of 100 jobs may take at most.")  # fmt: skip
-@click.option("--price", type=click.FloatRange(0), help="With --load: of a chip for an hour, in your currency.")
+@click.option("--price", type=click.FloatRange(0), callback=_finite,
+              help="With --load: of a chip for an hour, in your currency.")  # fmt: skip
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path),
               help="Folder for compiled results. Default: the user's cache folder.")  # fmt: skip
 @click.option("--no-cache", is_flag=True, help="Compile again, and keep nothing.")
@@ -72,40 +101,27 @@ def plan(**options: Any) -> None:
     """Say what a model would cost on a TPU host, without one: memory, traffic, times, hosts and money.
 
     Compiles the worker's own programs for the host's chips, from shapes alone. Needs the extra `plan`; no network, no
-    TPU and no weights. Progress goes to stderr. Exit code 5 where nothing that was compiled fits the memory.
+    TPU and no weights. What no option says is as in the worker's settings: in the environment (SDTPU_…), in the app of
+    --app, else their defaults. Progress goes to stderr. Exit code 5 where nothing that was compiled fits the memory.
     """
-    from sdtpu_worker.errors import SdtpuError
     from sdtpu_worker.planning.report import to_text
 
-    before = signal.signal(signal.SIGTERM, _stop)  # so that the compiler ends with this process
-    try:
+    with compiling():
         found = _make(options)
-    except SdtpuError as exc:
-        raise click.ClickException(str(exc)) from exc
-    except KeyboardInterrupt:
-        raise click.ClickException("stopped") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
     click.echo(json.dumps(found) if options["as_json"] else to_text(found))
-    raise SystemExit(0 if found["best_slots_per_device"] else _NO_FIT)
+    raise SystemExit(0 if found["best_slots_per_device"] else NO_FIT)
 
 
 def _make(options: dict[str, Any]) -> dict[str, Any]:
-    from sdtpu_worker.planning.compile_ahead import Limits, Wanted
+    from sdtpu_worker.planning.compile_ahead import Limits
     from sdtpu_worker.planning.plan import LoadWanted, make_plan
     from sdtpu_worker.planning.results_cache import ResultsCache, default_folder
+    from sdtpu_worker.planning.settings import read_planned
 
-    wanted = Wanted(
-        model=options["model"],
-        topology=options["topology"],
-        slots=options["slots"][0],
-        resolution=options["resolution"],
-        guidance=options["guidance"],
-        lora_rank=options["lora_rank"],
-    )
+    if options["price"] is not None and not options["load"]:
+        raise click.UsageError("--price is for --load: give the jobs per hour that the hosts are to serve")
     return make_plan(
-        wanted,
-        options["slots"],
+        read_planned(options, _settings(options["app_path"])),
         options["steps"],
         LoadWanted(options["load"], options["p99"]) if options["load"] else None,
         options["price"],
@@ -115,5 +131,8 @@ def _make(options: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _stop(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+def _settings(app_path: str | None) -> Mapping[str, Any]:
+    """Return the configuration of the app that is named, here or to `celery -A`; without one, none."""
+    if app_path or getattr(click.get_current_context().find_root().obj, "app", None):
+        return cast("Mapping[str, Any]", find_app(app_path).conf)
+    return {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdtpu_worker.commands.options import app_option, find_app, json_option
+from sdtpu_worker.commands.options import app_option, clear_errors, find_client_app, json_option
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -26,7 +26,7 @@ _EVERY_S = 1.0
 @json_option
 def queue(app_path: str | None, watch: bool, as_json: bool) -> None:
     """Say how many jobs wait and for how long, and what each host has in its slots."""
-    app = find_app(app_path)
+    app = find_client_app(app_path)
     while True:
         facts = _read(app)
         if watch and not as_json:
@@ -42,12 +42,9 @@ def queue(app_path: str | None, watch: bool, as_json: bool) -> None:
 
 def _read(app: Celery) -> dict[str, Any]:
     from sdtpu_worker.client.queue_state import read_broker
-    from sdtpu_worker.errors import SdtpuError
 
-    try:
+    with clear_errors():
         broker = read_broker(app)
-    except SdtpuError as exc:
-        raise click.ClickException(str(exc)) from exc
     states = broker.queues
     oldest_s = max((state.oldest_s for state in states if state.oldest_s is not None), default=None)
     return {

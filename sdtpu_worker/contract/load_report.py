@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sdtpu_worker.contract.report_text import read_report
 from sdtpu_worker.contract.request import DEFAULT_STEPS, MAX_STEPS, GenerationRequest
+from sdtpu_worker.contract.served import Served
 from sdtpu_worker.redaction import brief
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class WorkerLoad:
         held: how many jobs the worker holds, in a slot or waiting for one, by priority number.
         next_free_s: seconds until the next slot is free; 0 when one is free now.
         default_steps: denoising steps of a job that asks for no number of them.
+        serves: what its jobs may ask for; None from a worker that does not say.
     """
 
     host: str
@@ -53,6 +56,7 @@ class WorkerLoad:
     held: Mapping[int, int]
     next_free_s: float = 0.0
     default_steps: int = DEFAULT_STEPS
+    serves: Served | None = None
 
     def __post_init__(self) -> None:
         _check_text("host", self.host, MAX_HOST_CHARACTERS)
@@ -81,7 +85,7 @@ class WorkerLoad:
             ValueError: the text is not a load report, or a field is out of its bounds. No other exception is raised,
                 whatever the text is.
         """
-        facts = _read_report(text)
+        facts = read_report("a load report", text, MAX_REPORT_BYTES)
         held = facts.get("held")
         if not isinstance(held, dict) or not isinstance(facts.get("step_s"), dict):
             raise ValueError("held and step_s of a load report must be JSON objects")
@@ -95,6 +99,7 @@ class WorkerLoad:
             held={int(priority): count for priority, count in held.items()},
             next_free_s=facts.get("next_free_s", -1.0),
             default_steps=facts.get("default_steps", DEFAULT_STEPS),
+            serves=None if facts.get("serves") is None else Served.from_json(facts["serves"]),
         )
 
     def starts(self, priority: int, has_deadline: bool) -> tuple[float, float]:
@@ -206,7 +211,7 @@ def _is_alive(text: str | bytes, now_s: Any) -> bool:
     Raises:
         ValueError: no worker wrote the report: it does not say when it expires, or expires more than an hour from now.
     """
-    until: Any = _read_report(text).get("until")
+    until: Any = read_report("a load report", text, MAX_REPORT_BYTES).get("until")
     _check_number("until", until, 0, _seconds(now_s) + MAX_TTL_S)
     return until > _seconds(now_s)
 
@@ -217,23 +222,6 @@ def _is_living_report(text: str | bytes, now_s: Any) -> bool:
         return _is_alive(text, now_s)
     except ValueError:
         return False
-
-
-def _read_report(text: str | bytes) -> dict[str, Any]:
-    """Return the fields of a report, unchecked.
-
-    Raises:
-        ValueError: the text is not a JSON object, or is too large for a report.
-    """
-    if len(text) > MAX_REPORT_BYTES:
-        raise ValueError(f"a load report must have at most {MAX_REPORT_BYTES:,} bytes, got {len(text):,}")
-    try:
-        facts = json.loads(text)
-    except RecursionError as exc:
-        raise ValueError("a load report must not be nested so deeply") from exc
-    if not isinstance(facts, dict):
-        raise ValueError(f"a load report must be a JSON object, got {brief(facts)}")
-    return facts
 
 
 def _check_number(name: str, value: Any, low: float, high: float, kind: Any = int | float) -> None:

@@ -47,6 +47,7 @@ class JobsBlueprint(Blueprint):
                 query=request.args,
                 owner=find_owner,
                 read=request.stream.read,
+                csrf_token=_csrf_token,
             )
             answer = self._front.answer(path, asked, **names)
             if isinstance(answer, EventAnswer):
@@ -79,8 +80,8 @@ def create_blueprint(
     """
     blueprint = JobsBlueprint(app, name, url_prefix)
     for path in PATHS:
-        endpoint = path.replace("/{job_id}", "job").replace("/", "_") or "jobs"
-        rule = path.replace("{job_id}", "<job_id>")
+        endpoint = _endpoint_name(path)
+        rule = path.replace("{", "<").replace("}", ">")
         blueprint.add_url_rule(
             rule,
             endpoint,
@@ -89,6 +90,19 @@ def create_blueprint(
             provide_automatic_options=False,
         )
     return blueprint
+
+
+def _endpoint_name(path: str) -> str:
+    """Return the name of a path of the jobs API for `url_for`: `jobs`, `job_image`, `page`, …"""
+    if path.startswith("/page"):
+        return {"/page": "to_page", "/page/": "page"}.get(path, "page_file")
+    return path.replace("/{job_id}", "job").replace("/", "_").removeprefix("_") or "jobs"
+
+
+def _csrf_token() -> str:
+    """Return the token of Flask-WTF's `CSRFProtect` where the app has it."""
+    make_token = current_app.jinja_env.globals.get("csrf_token")
+    return str(make_token()) if callable(make_token) else ""
 
 
 def _owner_in_session() -> str:

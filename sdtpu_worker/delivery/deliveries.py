@@ -20,13 +20,11 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ResponseError
-
 from sdtpu_worker.delivery import scripts
+from sdtpu_worker.delivery.connection import Connection
 from sdtpu_worker.delivery.delivery import Delivery, Move, describe_dead_letter
 from sdtpu_worker.delivery.job_facts import JobFacts, read_job_facts
 from sdtpu_worker.delivery.keys import Keys
-from sdtpu_worker.delivery.scripts import is_read_only
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -52,6 +50,7 @@ class Deliveries:
         host: this worker's name.
 
     Attributes:
+        connection: to the broker's Redis.
         on_free: called when a held message has left this worker, so that another one may be taken.
         on_deferred: called with the time, on Redis' clock, at which a message that was just deferred is due.
         on_dead_letter: called with the kind of every message that this worker dead-letters.
@@ -60,10 +59,9 @@ class Deliveries:
     """
 
     def __init__(self, connect: Callable[[], Redis], keys: Keys, lease_s: float, host: str) -> None:
-        self._connect, self.keys, self.lease_s = connect, keys, lease_s
+        self.connection, self.keys, self.lease_s = Connection(connect), keys, lease_s
         self._name = f"{host}\n{uuid.uuid4().hex}"  # a restarted worker has the same host name, but another id
-        self._lock, self._connecting = threading.Lock(), threading.Lock()
-        self._client: Redis | None = None
+        self._lock = threading.Lock()
         self._held: dict[str, Delivery] = {}
         self._unsent_moves: dict[str, Move] = {}  # by tag
         self.on_free: Callable[[], None] = lambda: None
@@ -79,28 +77,7 @@ class Deliveries:
         Raises:
             Exception: any error of the driver when Redis cannot be reached.
         """
-        with self._connecting:
-            if self._client is None:
-                self._client = self._connect()
-            return self._client
-
-    def follow(self, connect: Callable[[], Redis]) -> None:
-        """Use another server from the next command on: the consumer takes its messages from there now.
-
-        Args:
-            connect: makes a client of that server, with time-outs.
-        """
-        with self._connecting:
-            client, self._client, self._connect = self._client, None, connect
-        if client is not None:  # other threads may use some of its connections at this moment
-            client.connection_pool.disconnect(inuse_connections=False)
-
-    def close(self) -> None:
-        """Close the connections."""
-        with self._connecting:
-            if self._client is not None:
-                self._client.connection_pool.disconnect()
-                self._client = None
+        return self.connection.client()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -183,7 +160,7 @@ class Deliveries:
         tags = list(self._held)
         if not tags:
             return []
-        gone: Any = self._eval(scripts.RENEW, [self.keys.leases], [self.lease_s, *tags])
+        gone: Any = self.connection.run(scripts.RENEW, [self.keys.leases], [self.lease_s, *tags])
         return [tag for raw in gone if (tag := raw.decode()) in self._held]  # a job may have ended in the meantime
 
     def flush(self) -> None:
@@ -214,7 +191,7 @@ class Deliveries:
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
         """
-        count: Any = self._eval(scripts.SWEEP, [self.keys.held, self.keys.leases], [_MAX_MOVES, not_after])
+        count: Any = self.connection.run(scripts.SWEEP, [self.keys.held, self.keys.leases], [_MAX_MOVES, not_after])
         if count:
             self.redelivered += count
             logger.warning("%d messages redelivered: their worker has stopped renewing its leases", count)
@@ -234,7 +211,7 @@ class Deliveries:
             redis.exceptions.RedisError: Redis was not reached; the message is redelivered when its lease expires.
         """
         keys = [self.keys.held, self.keys.leases, self.keys.delayed]
-        is_deferred = bool(self._eval(scripts.DEFER, keys, [tag, due_at]))
+        is_deferred = bool(self.connection.run(scripts.DEFER, keys, [tag, due_at]))
         if is_deferred:
             self.on_deferred(due_at)
         return is_deferred
@@ -248,7 +225,7 @@ class Deliveries:
         Raises:
             redis.exceptions.RedisError: Redis was not reached.
         """
-        next_s = self._eval(scripts.REQUEUE_DUE, [self.keys.held, self.keys.delayed], [_MAX_MOVES])
+        next_s = self.connection.run(scripts.REQUEUE_DUE, [self.keys.held, self.keys.delayed], [_MAX_MOVES])
         return None if next_s is None else float(next_s)
 
     def dead_letter(self, tag: str, kind: str, queue: str, reason: str, size: int, message: bytes) -> None:
@@ -267,7 +244,7 @@ class Deliveries:
         """
         letter = describe_dead_letter(time.time(), kind, queue, reason, size, message)
         keys = [self.keys.held, self.keys.leases, self.keys.dead, self.keys.dead_counts]
-        self._eval(scripts.DEAD_LETTER, keys, [tag, kind, letter, MAX_DEAD_LETTERS - 1])
+        self.connection.run(scripts.DEAD_LETTER, keys, [tag, kind, letter, MAX_DEAD_LETTERS - 1])
         self.dead_letters += 1
         self.on_dead_letter(kind)
 
@@ -288,7 +265,7 @@ class Deliveries:
         starting = [tag for tag, delivery in held if delivery.task_id in task_ids]
         left = [tag for tag in starts if alone and tag not in starting]
         keys = [self.keys.held, *(starts[tag] for tag in (*starting, *left))]
-        self._eval(scripts.RECORD_STARTS, keys, [self._name, JOB_FACTS_EXPIRE_S, *starting])
+        self.connection.run(scripts.RECORD_STARTS, keys, [self._name, JOB_FACTS_EXPIRE_S, *starting])
 
     def job_facts(self, task_id: str) -> JobFacts:
         """Return what earlier workers left of a job.
@@ -308,7 +285,7 @@ class Deliveries:
             tags = [tag for tag, delivery in self._held.items() if delivery.task_id == task_id]
         for tag in tags:
             keys = [self.keys.held, self.keys.snapshot(task_id)]
-            if self._eval(scripts.SAVE_SNAPSHOT, keys, [tag, data, JOB_FACTS_EXPIRE_S]):
+            if self.connection.run(scripts.SAVE_SNAPSHOT, keys, [tag, data, JOB_FACTS_EXPIRE_S]):
                 return
 
     def _requeue_later(self, wanted: Callable[[Delivery], bool]) -> None:
@@ -340,13 +317,4 @@ class Deliveries:
         return Move(scripts.REQUEUE, () if delivery.suspect else (self.keys.starts(delivery.task_id),))
 
     def _send(self, tag: str, move: Move) -> None:
-        self._eval(move.script, [self.keys.held, self.keys.leases, *move.job_keys], [tag, self._name])
-
-    def _eval(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        client = self.client
-        try:
-            return client.eval(script, len(keys), *keys, *args)
-        except ResponseError as exc:
-            if is_read_only(exc):  # the name of the server may belong to another one by now: connect anew
-                client.connection_pool.disconnect()
-            raise
+        self.connection.run(move.script, [self.keys.held, self.keys.leases, *move.job_keys], [tag, self._name])

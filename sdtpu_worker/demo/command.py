@@ -122,16 +122,16 @@ def run_demo(
             click.echo("starting a private Redis …")
             redis_url = stack.enter_context(private_redis())
             click.echo(f"starting a worker on {devices} simulated devices (log: {log}) …")
-            process = stack.enter_context(_worker(redis_url, log, model, devices, slots_per_device, settings))
+            process = stack.enter_context(demo_worker(redis_url, log, model, devices, slots_per_device, settings))
             click.echo(re.sub(r"^.*(?=ready:)", "", wait_for_line(process, log, "ready: ", START_TIMEOUT_S)))
             wait_for_line(process, log, " ready.", START_TIMEOUT_S)
             report, task_ids = _produce(redis_url, jobs, out)
     except StartFailed as exc:
         raise DemoFailed(str(exc)) from exc
-    compiled = re.search(r"traced \d+ programs .*", log.read_text(errors="replace"))
+    started_in = re.search(r"(?<=started in ).*", log.read_text(errors="replace"))
     if is_mix:
         _print_mix(mix.count_shared_ticks(trace, dict(zip(task_ids, mix.JOBS, strict=True))), report)
-    _print_report(report, compiled.group() if compiled else "", time.monotonic() - started, out)
+    _print_report(report, started_in.group() if started_in else "", time.monotonic() - started, out)
 
 
 def _check_mix(prompts: Sequence[str], model: str, steps: int | None) -> None:
@@ -168,9 +168,10 @@ def _check_parameters(jobs: Sequence[DemoJob]) -> None:
 
 
 @contextlib.contextmanager
-def _worker(
+def demo_worker(
     redis_url: str, log: Path, model: str, devices: int, slots_per_device: int, settings: Mapping[str, str]
 ) -> Iterator[Any]:
+    """Run a worker on simulated devices, in a temporary folder, and end it with the block."""
     env = worker_env(
         redis_url,
         SDTPU_MODEL=str(Path(model).resolve()) if Path(model).exists() else model,
@@ -317,14 +318,14 @@ one device batch     {shared.jobs} jobs in one tick of {shared.ticks}, of {share
 compiled meanwhile   {compiled or "nothing"}""")
 
 
-def _print_report(report: dict[str, Any], compiled: str, total_s: float, out: Path) -> None:
+def _print_report(report: dict[str, Any], started_in: str, total_s: float, out: Path) -> None:
     click.echo(f"""
 jobs                 {report["jobs"]}, each a task of its own, in {report["wall_s"]:.1f} s
 device-seconds used  {report["device_seconds_used"]:.1f}
 device-seconds idle  {report["device_seconds_idle"]:.1f}
 slot occupancy       {100 * report["slot_occupancy"]:.0f} % of {report["slots"]} slots on {report["devices"]} devices
 seconds per image    {report["seconds_per_image"]:.2f}
-worker start-up      {compiled}
+worker start-up      {started_in}
 whole demo           {total_s:.0f} s
 
 {out / "grid.png"} shows all pictures; {out / "results.json"} has every result.""")

@@ -2,8 +2,7 @@
 
 It knows neither Celery nor JAX: see `protocols.py` for what it uses of an engine and a policy.
 
-At most two ticks are in flight. The second is dispatched shortly before the first is expected to end: early enough
-that the devices never wait, late enough that a job which comes in the meantime is in it.
+At most two ticks are in flight. The second is dispatched shortly before the first is expected to end.
 
 A device program that fails costs only the job at fault its image. All jobs that had a slot are tried again, apart from
 other jobs and from each other (`aggregator/quarantine.py`). The other devices continue when one is lost. When all
@@ -28,7 +27,7 @@ from sdtpu_worker.device_loop.protocols import DeviceEngine, Image, Job, Policy,
 from sdtpu_worker.device_loop.stages import LoopStage
 from sdtpu_worker.device_loop.stats import LoopStats
 from sdtpu_worker.device_loop.submission import Submission, is_of_job
-from sdtpu_worker.device_loop.ticks_in_flight import MAX_TICKS_IN_FLIGHT, TickInFlight, TicksInFlight, dispatch_lead_s
+from sdtpu_worker.device_loop.ticks_in_flight import TickInFlight, TicksInFlight
 from sdtpu_worker.device_loop.trace import NoTrace, Trace
 from sdtpu_worker.errors import EngineUnavailable
 
@@ -234,10 +233,7 @@ class DeviceLoop:
         """Return how long to wait before the next dispatch; None while there is nothing to dispatch."""
         if self._nothing_to_plan or self._stage >= LoopStage.PARKING or not self._jobs:
             return None
-        if len(self._ticks) >= MAX_TICKS_IN_FLIGHT:
-            return None
-        oldest = self._ticks.oldest
-        return oldest.ends_at - dispatch_lead_s(oldest.expected_s) - now if oldest else 0.0
+        return self._ticks.seconds_until_next(now)
 
     def _is_due(self, now: float) -> bool:
         wait_s = self._seconds_until_due(now)

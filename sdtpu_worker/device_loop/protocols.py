@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sdtpu_worker.aggregator.costs import TickCosts
 from sdtpu_worker.aggregator.jobs import Eligibility, Load, Overdue, Terms
 from sdtpu_worker.aggregator.plan import Lane, Outcome, Place, Plan
-from sdtpu_worker.contract.request import DEFAULT_STEPS, GenerationRequest
+from sdtpu_worker.contract.request import GenerationRequest
+from sdtpu_worker.device_loop.engine_info import EngineInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,51 +181,6 @@ class DeviceEngine(Protocol):
         Raises:
             Exception: no device works; the loop gives up.
         """
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What an engine is: facts that are fixed when it has compiled its programs.
-
-    Attributes:
-        model: the checkpoint's name, as results report it.
-        default_sampler: the sampler of a request that names none.
-        dtype: of the parameters and the computation, such as `bfloat16`.
-        platform: `tpu`, `gpu` or `cpu`.
-        device_kind: the accelerator's name.
-        num_devices: devices of this host.
-        slots_per_device: rows of one device's batch.
-        phases_per_tick: the most phases that a device runs in one tick.
-        resolutions: the lanes that have programs.
-        load_s, trace_s, compile_s: seconds that loading kept programs took, and tracing and compiling the others.
-        kept_programs: programs that an earlier start kept, which were only loaded.
-        cache_hits, cache_misses: of the others, those that came from the persistent compilation cache, and the rest.
-        default_steps: denoising steps of a request that names none.
-        loras: `(name, weight)` of those that are merged into the model; jobs may name more.
-    """
-
-    model: str
-    default_sampler: str
-    dtype: str
-    platform: str
-    device_kind: str
-    num_devices: int
-    slots_per_device: int
-    phases_per_tick: int
-    resolutions: tuple[Lane, ...]
-    load_s: float = 0.0
-    trace_s: float = 0.0
-    compile_s: float = 0.0
-    kept_programs: int = 0
-    cache_hits: int = 0
-    cache_misses: int = 0
-    default_steps: int = DEFAULT_STEPS
-    loras: tuple[tuple[str, float], ...] = ()
-
-    @property
-    def num_slots(self) -> int:
-        """Slots of one resolution over all devices."""
-        return self.num_devices * self.slots_per_device
 
 
 class ServingEngine(DeviceEngine, Protocol):

@@ -189,11 +189,12 @@ class Submission:
     def update_progress(self, steps_done: int, preview: np.ndarray | None = None) -> None:
         """Set how far the job is after a tick."""
         old, parked = self.progress, self.stage is JobStage.PARKED
-        self.progress = replace(
-            old,
+        self.progress = Progress(  # not `replace`, which takes four times as long, for every job in every tick
             current=max(steps_done, old.current),
+            total=old.total,
             pending=parked,
             description="waiting for a slot again" if parked else "denoising",
+            eta_s=old.eta_s,
             preview=old.preview if preview is None else preview,
         )
         if self.progress.pending != old.pending:

@@ -19,7 +19,10 @@ _LEAD_S, _LEAD_SHARE = 0.01, 0.1
 
 
 def dispatch_lead_s(expected_s: float) -> float:
-    """Return how long before the expected end of a tick of this length the next tick is dispatched."""
+    """Return how long before the expected end of a tick of this length the next tick is dispatched.
+
+    That is early enough that the devices never wait, and late enough that a job which comes in the meantime is in it.
+    """
     return _LEAD_S + _LEAD_SHARE * expected_s
 
 
@@ -147,6 +150,13 @@ class TicksInFlight:
     def stop(self) -> None:
         """End the waiting thread as soon as the ticks in flight have ended."""
         self._to_wait_for.put(None)
+
+    def seconds_until_next(self, now: float) -> float | None:
+        """Return how long to wait before the next dispatch; None while as many ticks are in flight as may be."""
+        if len(self._ticks) >= MAX_TICKS_IN_FLIGHT:
+            return None
+        oldest = self.oldest
+        return 0.0 if oldest is None else oldest.ends_at - dispatch_lead_s(oldest.expected_s) - now
 
     def ends_at(self, now: float) -> float:
         """Return when the devices should be done with all ticks."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from sdtpu_worker.diffusion.adapters import AdapterLayout
 from sdtpu_worker.diffusion.checkpoint import Defaults, decide_guidance
 from sdtpu_worker.diffusion.checkpoint_folder import EMBEDDED, find_folder
 from sdtpu_worker.diffusion.families.family import Family, Params
-from sdtpu_worker.diffusion.known_models import KNOWN_MODELS, ConfigFolder, KnownModel
+from sdtpu_worker.diffusion.known_models import KNOWN_MODELS, ConfigFolder, KnownModel, usual_controlnet
 from sdtpu_worker.diffusion.parts import Parts
 from sdtpu_worker.diffusion.samplers import NoiseSchedule
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
@@ -35,7 +38,15 @@ class AbstractCheckpoint:
     adapters: AdapterLayout | None
 
 
-def read_abstract(name: str, dtype: Any, guidance: str = "auto", lora_rank: int = 0) -> AbstractCheckpoint:
+def read_abstract(
+    name: str,
+    dtype: Any,
+    guidance: str = "auto",
+    lora_rank: int = 0,
+    image_inputs: bool = True,
+    prompt_windows: int = 1,
+    controlnets: Mapping[str, str] | None = None,
+) -> AbstractCheckpoint:
     """Read a model's configs.
 
     Args:
@@ -43,6 +54,9 @@ def read_abstract(name: str, dtype: Any, guidance: str = "auto", lora_rank: int 
         dtype: of the parameters and the computation.
         guidance: as `sdtpu_guidance`.
         lora_rank: that the programs have room for, for LoRAs of single jobs; 0 for a worker whose jobs name none.
+        image_inputs: as `sdtpu_image_inputs`.
+        prompt_windows: as `sdtpu_prompt_windows`.
+        controlnets: by name, folders with a ControlNet's config; an empty text for one as they are usual for the model.
 
     Raises:
         InvalidCheckpoint: there is no such model, or a config is not honoured in every key.
@@ -50,13 +64,26 @@ def read_abstract(name: str, dtype: Any, guidance: str = "auto", lora_rank: int 
     """
     source = _find(name)
     schedule = NoiseSchedule.from_config(source.scheduler_config, corrects_outdated=not source.is_xl)
-    parts = Parts(source, dtype)
-    defaults, is_guided = decide_guidance(name, schedule, parts.guidance_width, guidance)
-    family = parts.abstract_family(is_guided)
+    with tempfile.TemporaryDirectory(prefix="sdtpu-controlnets-") as scratch:
+        folders = {
+            each: folder or _write_usual_controlnet(source, Path(scratch, str(number)))
+            for number, (each, folder) in enumerate((controlnets or {}).items())
+        }
+        parts = Parts(source, dtype, takes_pictures=image_inputs, controlnets=folders, prompt_windows=prompt_windows)
+        defaults, is_guided = decide_guidance(name, schedule, parts.guidance_width, guidance)
+        family = parts.family(is_guided)
     layout = AdapterLayout(lora_rank, dtype, family.adapter_layers) if lora_rank else None
     if layout is not None and not any(layout.layers.values()):
         raise ConfigurationError(f"--lora-rank must be 0 for {name}: it has no layer that a LoRA may change")
-    return AbstractCheckpoint(name, family, parts.params, defaults, layout)
+    return AbstractCheckpoint(name, family, parts.shapes, defaults, layout)
+
+
+def _write_usual_controlnet(source: KnownModel | ConfigFolder, folder: Path) -> str:
+    """Write the config of a ControlNet as they are usual for a model: a copy of its UNet's way down."""
+    config = usual_controlnet(source.config("unet"), len(source.config("vae")["block_out_channels"]))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 def _find(name: str) -> KnownModel | ConfigFolder:

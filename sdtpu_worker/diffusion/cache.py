@@ -18,7 +18,18 @@ logger = logging.getLogger(__name__)
 
 COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 """Variables of the environment that decide what the compiler makes of a program, and how it rounds."""
+PROGRAMS = "programs"
+"""The folder of whole programs in that of the cache."""
 _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
+
+
+def cache_folder(setting: str) -> Path | None:
+    """Return the folder that `sdtpu_compile_cache` means: `auto` for the user's cache folder; None for `off`."""
+    if setting == "off":
+        return None
+    if setting == "auto":
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdtpu_worker" / "xla"
+    return Path(setting).expanduser()
 
 
 class CompileCache:
@@ -27,23 +38,23 @@ class CompileCache:
     Args:
         folder: where compiled programs are kept; `auto` for the user's cache folder, `off` for nowhere.
         keep_programs: keep programs also whole; see `kept_programs.py`.
+        ahead: a folder of whole programs that were made ahead, which is only read; None for none.
 
     Attributes:
         path: the folder; None if compiled programs are not kept.
         programs: the folder of whole programs; None if they are not kept.
+        ahead: as given.
     """
 
-    def __init__(self, folder: str, keep_programs: bool = True) -> None:
+    def __init__(self, folder: str, keep_programs: bool = True, ahead: Path | None = None) -> None:
+        self.ahead = ahead
         self._lock, self._counts = threading.Lock(), {_HIT: 0, _MISS: 0}  # programs are compiled in several threads
         self._of_thread = threading.local()
         self.path: Path | None = None
         self.programs: Path | None = None
-        if folder == "off":
+        path = cache_folder(folder)
+        if path is None:
             return
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        path = Path(base if folder == "auto" else folder).expanduser()
-        if folder == "auto":
-            path = path / "sdtpu_worker" / "xla"
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -53,7 +64,7 @@ class CompileCache:
                 exc,
             )
             return
-        self.path, self.programs = path, path / "programs" if keep_programs else None
+        self.path, self.programs = path, path / PROGRAMS if keep_programs else None
         jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

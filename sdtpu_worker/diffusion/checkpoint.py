@@ -1,16 +1,19 @@
 """Load a checkpoint: any folder or hub name in the diffusers layout, or one file in the original layout.
 
+Its configs are enough to trace programs. So its weights can be read meanwhile, in a thread: see `LoadingCheckpoint`.
+
 Weights are safetensors or Flax's msgpack, see `loading/`: no pickle, and no random initialisation first. Which family a
 checkpoint is of, its parts say; every key of its configs is honoured or refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sdtpu_worker.contract.request import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, GenerationRequest
@@ -29,6 +32,7 @@ from sdtpu_worker.models.configs import read_safety_checker_config
 from sdtpu_worker.models.network import Network
 
 _FEW_STEPS, _GUIDANCE_OF_LCM = 4, 8.5
+_F32 = jnp.float32
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class LoadedSafetyChecker:
     Attributes:
         network: the checker.
         config: of the network, as JSON.
-        params: its parameters as host arrays, float32.
+        params: its parameters as host arrays, float32; or their shapes.
         extractor: transformers' `CLIPImageProcessor`.
     """
 
@@ -75,7 +79,7 @@ class LoadedSafetyChecker:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: a family without state, and parameters as host arrays beside it.
+    """A checkpoint: a family without state, and parameters beside it, as host arrays or only as their shapes.
 
     Attributes:
         name: the `model` of results.
@@ -102,6 +106,18 @@ class Checkpoint:
     adapters: AdapterFiles | None = None
     embeddings: tuple[tuple[str, str], ...] = ()
     prompt_windows: int = 1
+
+    @property
+    def outline(self) -> Checkpoint:
+        """All that programs are traced from: this checkpoint, where nothing is read meanwhile."""
+        return self
+
+    def wait(self) -> Checkpoint:
+        """Return this checkpoint: it has its weights."""
+        return self
+
+    def check(self) -> None:
+        """Return at once: nothing can fail any more."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +164,26 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
             not honoured in every key, or weights in another format than msgpack or safetensors; or a LoRA does not fit.
         ConfigurationError: a setting does not fit the checkpoint.
     """
+    _, read = open_checkpoint(name, dtype, options)
+    return read(lambda: None)
+
+
+def open_checkpoint(
+    name: str, dtype: Any = jnp.float32, options: LoadOptions | None = None
+) -> tuple[Checkpoint, Callable[[Callable[[], None]], Checkpoint]]:
+    """Read a checkpoint's configs alone.
+
+    Args:
+        name, dtype, options: as for `load_checkpoint`.
+
+    Returns:
+        The checkpoint with shapes in place of arrays, and what reads the arrays: see `LoadingCheckpoint`.
+
+    Raises:
+        InvalidCheckpoint: the checkpoint is missing, not of a family that is served, or has a config that is not
+            honoured in every key.
+        ConfigurationError: a setting does not fit the checkpoint.
+    """
     options = options or LoadOptions()
     source = _open(find_folder(name, options.revision), options)
     # PyTorch's pipelines for 1.x and 2.x mend outdated configs; the one for XL does not.
@@ -167,19 +203,28 @@ def load_checkpoint(name: str, dtype: Any = jnp.float32, options: LoadOptions | 
     if options.loras is not None:
         layout = AdapterLayout(options.lora_rank, dtype, family.adapter_layers)
         adapters = AdapterFiles(options.loras, layout, parts.lora_shapes)
-    return Checkpoint(
+    outline = Checkpoint(
         name=name,
         dtype=dtype,
         family=family,
-        params=parts.params,
+        params=parts.shapes,
         schedule=schedule,
         defaults=defaults,
-        safety_checker=_load_safety_checker(source) if source.has_safety_checker else None,
-        loras=parts.loras,
+        safety_checker=_read_safety_checker(source) if source.has_safety_checker else None,
         adapters=adapters,
         embeddings=parts.embeddings.facts,
         prompt_windows=options.prompt_windows,
     )
+
+    def read(go_on: Callable[[], None]) -> Checkpoint:
+        params, loras = parts.read(go_on)
+        checker = outline.safety_checker
+        if checker is not None:
+            weights = read_weights(source.open("safety_checker", checker.network.shapes), checker.network.shapes, _F32)
+            checker = replace(checker, params=weights)
+        return replace(outline, params=params, loras=loras, safety_checker=checker)
+
+    return outline, read
 
 
 def _open(path: Path, options: LoadOptions) -> Folder | CheckpointFile:
@@ -245,7 +290,7 @@ def _defaults(schedule: NoiseSchedule, guidance_width: int) -> Defaults:
     return Defaults(sampler, DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE)
 
 
-def _load_safety_checker(source: Folder | CheckpointFile) -> LoadedSafetyChecker:
+def _read_safety_checker(source: Folder | CheckpointFile) -> LoadedSafetyChecker:
     from transformers import CLIPImageProcessor
 
     try:
@@ -258,5 +303,5 @@ def _load_safety_checker(source: Folder | CheckpointFile) -> LoadedSafetyChecker
         raise InvalidCheckpoint(
             f"{source.name}: the safety checker cannot be used: {type(exc).__name__}: {exc}"
         ) from exc
-    params = read_weights(source.open("safety_checker", network.shapes), network.shapes, jnp.float32)
-    return LoadedSafetyChecker(network, config, params, extractor)
+    shapes = {name: jax.ShapeDtypeStruct(shape, _F32) for name, shape in network.shapes.items()}
+    return LoadedSafetyChecker(network, config, shapes, extractor)

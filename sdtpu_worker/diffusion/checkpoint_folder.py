@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sdtpu_worker.diffusion.json_files import read_json
 from sdtpu_worker.diffusion.loading.hub import download_weights
 from sdtpu_worker.diffusion.loading.part_files import has_weights, open_part
 from sdtpu_worker.diffusion.loading.tensors import Shapes, TensorSource
@@ -79,13 +79,13 @@ class Folder:
         classes = read_classes(path)
         check_classes(path, classes)
         self.is_xl, self.has_safety_checker = "text_encoder_2" in classes, "safety_checker" in classes
-        self.scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", path)
-        index = read_json(path / "model_index.json", path)
+        self.scheduler_config = _read(path / "scheduler" / "scheduler_config.json", path)
+        index = _read(path / "model_index.json", path)
         self.zeroes_empty = bool(index.get("force_zeros_for_empty_prompt", True))
 
     def config(self, part: str) -> Mapping[str, Any]:
         """Return a part's config."""
-        return read_json(self.path / part / "config.json", self.path)
+        return _read(self.path / part / "config.json", self.path)
 
     def label(self, part: str) -> str:
         """Return what an error calls a part's config."""
@@ -107,7 +107,7 @@ def _is_whole(folder: Path) -> bool:
 
 def read_classes(folder: Path) -> dict[str, str]:
     """Return by part the class that `model_index.json` names for it."""
-    index = read_json(folder / "model_index.json", folder)
+    index = _read(folder / "model_index.json", folder)
     return {
         part: str(entry[1]).removeprefix("Flax")
         for part, entry in index.items()
@@ -136,20 +136,14 @@ def check_classes(folder: Path, classes: Mapping[str, str]) -> None:
         )
 
 
-def read_json(path: Path, folder: Path) -> Mapping[str, Any]:
+def _read(path: Path, folder: Path) -> Mapping[str, Any]:
     """Return what a file of a checkpoint says.
 
     Raises:
         InvalidCheckpoint: it is missing, or holds no JSON object.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise InvalidCheckpoint(
             f"{folder} is not a checkpoint in the diffusers layout: {path.relative_to(folder)} is missing"
-        ) from None
-    except (OSError, ValueError, RecursionError) as exc:
-        raise InvalidCheckpoint(f"{path} cannot be read as JSON: {exc}") from exc
-    if not isinstance(data, dict):
-        raise InvalidCheckpoint(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data
+        )
+    return read_json(path)

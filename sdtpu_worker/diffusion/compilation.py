@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,8 +34,9 @@ from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 
 logger = logging.getLogger(__name__)
 
-_TICK, _SNAPSHOT, _RESTORE, _PREVIEW, _SAFETY = "tick", "snapshot", "restore", "preview", "safety check"
+TICK, _SNAPSHOT, _RESTORE, _PREVIEW, _SAFETY = "tick", "snapshot", "restore", "preview", "safety check"
 _EMPTY_BANK, _FILL_BANK = "empty bank", "fill bank"
+_CHECK_EVERY_S = 0.2
 
 Name = tuple[str, Lane | None]
 """What a program does, and its lane if it has one."""
@@ -76,59 +78,73 @@ def compile_programs(
     mesh: Mesh,
     with_previews: bool,
     cache: CompileCache | None,
+    keep: KeptPrograms | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> CompiledPrograms:
     """Load the programs that are kept; trace the others one after the other, then compile them side by side.
 
     Args:
-        checkpoint: the loaded model.
-        params: of the checkpoint on the mesh, replicated.
-        safety_params: the safety checker's parameters on the mesh, replicated; None without one.
+        checkpoint: the model; nothing of its weights is read.
+        params: shapes of its parameters on the mesh, replicated.
+        safety_params: shapes of the safety checker's parameters on the mesh, replicated; None without one.
         geometries: the sizes of every lane.
         mesh: the devices.
         with_previews: also compile the programs that make previews.
-        cache: the persistent compilation cache, in whose folder programs are kept; None to compile all of them.
+        cache: the persistent compilation cache, for its counts; None without one.
+        keep: the programs that are kept, see `kept_programs`; None to compile all of them.
+        check: called between programs and while they compile; what it raises is raised at once, and programs whose
+            compiling has not begun are not compiled.
 
     Raises:
         InvalidCheckpoint: the parameters do not fit the configs.
         ConfigurationError: the compiler finds no room for a program in the devices' memory.
     """
     started = time.monotonic()
-    lower = _all_programs(checkpoint, params, safety_params, geometries, mesh, with_previews)
-    keep = None
-    if cache is not None and cache.programs is not None:
-        checker = checkpoint.safety_checker
-        others = None if checker is None else (checker.config, checker.crop)
-        keep = KeptPrograms(cache.programs, facts_of(checkpoint.family, params, mesh, others), mesh)
-    size = next(iter(geometries.values()))
-    with ThreadPoolExecutor(len(lower)) as threads:
+    lower = all_programs(checkpoint, params, safety_params, geometries, mesh, with_previews)
 
-        def geometry_of(name: Name) -> Geometry:
-            return geometries[name[1]] if name[1] else size
+    def load(name: Name) -> jax.stages.Compiled | None:
+        return keep and keep.load(*name, geometry_of(name, geometries))
 
-        def load(name: Name) -> jax.stages.Compiled | None:
-            return keep and keep.load(*name, geometry_of(name))
+    def compile_and_keep(name: Name, program: jax.stages.Lowered) -> jax.stages.Compiled:
+        compiled = compile_one(program)
+        # On CPUs, the copy of a program that is itself read from a cache fails when it runs: it lacks functions.
+        if keep is not None and not (cache is not None and cache.was_hit()):
+            keep.save(*name, geometry_of(name, geometries), compiled)
+        return compiled
 
+    threads = ThreadPoolExecutor(len(lower))
+    try:
         kept = {name: program for name, program in zip(lower, threads.map(load, lower), strict=True) if program}
         loaded = time.monotonic()
-        lowered = {name: _trace(make, checkpoint) for name, make in lower.items() if name not in kept}
+        lowered = {}
+        for name, make in lower.items():
+            check()
+            if name not in kept:
+                lowered[name] = trace_one(make, checkpoint)
+        if lowered and keep is not None and (reason := keep.missing()):
+            logger.warning(
+                "%s; %d programs are compiled here. This worker looks for the fingerprint %s: run sdtpu compile with"
+                " its settings and versions", reason, len(lowered), keep.fingerprint,
+            )  # fmt: skip
         traced = time.monotonic()
         counts = cache.counts() if cache else (0, 0)
-
-        def compile_and_keep(name: Name) -> jax.stages.Compiled:
-            program = _compile(lowered[name])
-            # On CPUs, the copy of a program that is itself read from a cache fails when it runs: it lacks functions.
-            if keep is not None and cache is not None and not cache.was_hit():
-                keep.save(*name, geometry_of(name), program)
-            return program
-
-        compiled = kept | dict(zip(lowered, threads.map(compile_and_keep, lowered), strict=True))
+        on_the_way = {name: threads.submit(compile_and_keep, name, program) for name, program in lowered.items()}
+        pending = set(on_the_way.values())
+        while pending:
+            done, pending = wait(pending, _CHECK_EVERY_S, FIRST_EXCEPTION)
+            for each in done:
+                each.result()
+            check()
+        compiled = kept | {name: each.result() for name, each in on_the_way.items()}
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # the compiler cannot be interrupted: an error comes first
     hits, misses = cache.since(counts) if cache else (0, 0)
 
     def by_lane(kind: str) -> dict[Lane, jax.stages.Compiled]:
         return {lane: program for (of_kind, lane), program in compiled.items() if of_kind == kind and lane}
 
     return CompiledPrograms(
-        ticks=by_lane(_TICK),
+        ticks=by_lane(TICK),
         snapshots=by_lane(_SNAPSHOT),
         restores=by_lane(_RESTORE),
         previews=by_lane(_PREVIEW),
@@ -162,7 +178,31 @@ def in_tiles_if_needed(
     return compile_all(vae_tiling != "off")
 
 
-def _compile(program: jax.stages.Lowered) -> jax.stages.Compiled:
+def kept_programs_of(
+    checkpoint: Checkpoint, params: Any, mesh: Mesh, folder: Path | None, ahead: Path | None = None
+) -> KeptPrograms:
+    """Return the programs that are kept for a model and its devices.
+
+    Args:
+        checkpoint, params, mesh: as for `compile_programs`.
+        folder, ahead: where they lie, as for `KeptPrograms`.
+    """
+    checker = checkpoint.safety_checker
+    others = None if checker is None else (checker.config, checker.crop)
+    return KeptPrograms(folder, facts_of(checkpoint.family, params, mesh, others), mesh, ahead)
+
+
+def geometry_of(name: Name, geometries: Mapping[Lane, Geometry]) -> Geometry:
+    """Return the sizes that a program is made for; those of the first lane for one that has none."""
+    return geometries[name[1]] if name[1] else next(iter(geometries.values()))
+
+
+def compile_one(program: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile a program.
+
+    Raises:
+        ConfigurationError: the compiler finds no room for it in the devices' memory.
+    """
     try:
         return program.compile()
     except RuntimeError as exc:
@@ -172,7 +212,7 @@ def _compile(program: jax.stages.Lowered) -> jax.stages.Compiled:
         raise ConfigurationError(f"the model does not fit: {first_line}; {WHAT_MAKES_IT_SMALLER}") from exc
 
 
-def _all_programs(
+def all_programs(
     checkpoint: Checkpoint,
     params: Any,
     safety_params: Any | None,
@@ -183,7 +223,7 @@ def _all_programs(
     """Return by name what traces and lowers each program."""
     lower: dict[Name, Callable[[], jax.stages.Lowered]] = {}
     for lane, geometry in geometries.items():
-        lower[_TICK, lane] = partial(lower_tick, checkpoint.family, params, geometry, mesh)
+        lower[TICK, lane] = partial(lower_tick, checkpoint.family, params, geometry, mesh)
         lower[_SNAPSHOT, lane] = partial(lower_snapshot, geometry, mesh)
         lower[_RESTORE, lane] = partial(lower_restore, geometry, mesh)
         if with_previews:
@@ -198,7 +238,12 @@ def _all_programs(
     return lower
 
 
-def _trace(lower: Callable[[], jax.stages.Lowered], checkpoint: Checkpoint) -> jax.stages.Lowered:
+def trace_one(lower: Callable[[], jax.stages.Lowered], checkpoint: Checkpoint) -> jax.stages.Lowered:
+    """Trace and lower a program.
+
+    Raises:
+        InvalidCheckpoint: the parameters do not fit the configs.
+    """
     try:
         return lower()
     except (LookupError, TypeError, ValueError) as exc:

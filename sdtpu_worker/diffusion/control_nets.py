@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdtpu_worker.diffusion.json_files import read_json
 from sdtpu_worker.diffusion.loading.hub import download_weights
 from sdtpu_worker.diffusion.loading.part_files import WHOLE_FOLDER, has_weights, open_part
 from sdtpu_worker.diffusion.loading.tensors import TensorSource
@@ -68,7 +68,7 @@ def find_controlnets(
     found = []
     for name, source in sorted(sources.items()):
         folder = _find(name, source)
-        raw = _read_json(folder / _CONFIG)
+        raw = read_json(folder / _CONFIG)
         config = read_controlnet_config(raw, str(folder / _CONFIG))
         _check(name, folder, config, unet, factor, latent_channels)
         found.append(ControlNet(name, networks.controlnet(config), config.block_out_channels[0], raw, folder))
@@ -92,16 +92,6 @@ def _find(name: str, source: str) -> Path:
             f"sdtpu_controlnets: {name} is no folder {source!r} here, and the hub did not give it"
             f" ({type(exc).__name__}: {exc}); check the name"
         ) from exc
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as exc:
-        raise InvalidCheckpoint(f"{path} must be a ControlNet's config, it cannot be read: {exc}") from exc
-    if not isinstance(data, dict):
-        raise InvalidCheckpoint(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data
 
 
 def _check(name: str, folder: Path, config: Any, unet: Any, factor: int, latent_channels: int) -> None:

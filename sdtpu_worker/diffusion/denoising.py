@@ -15,11 +15,15 @@ import jax.numpy as jnp
 from sdtpu_worker.contract.request import MAX_STEPS
 from sdtpu_worker.diffusion.adapters import Adapted, Stack
 from sdtpu_worker.diffusion.families.family import WINDOWS, Family, Pictures, PictureUse
+from sdtpu_worker.diffusion.hoisting import hoist
 from sdtpu_worker.diffusion.samplers import COLUMNS
 from sdtpu_worker.diffusion.slots import Controls, Decoded, Geometry, Phases, Picture, Slots
 from sdtpu_worker.diffusion.tiled_decoding import decode_in_tiles
+from sdtpu_worker.models.selection import current_selection
 
 _State = tuple[jax.Array, jax.Array, jax.Array]
+CONTROL = "control"
+"""The name of what only jobs with ControlNets cost in the compiled program, for `sdtpu plan`."""
 _NOISE_OF_PICTURES = 2**32 - 1
 """What the noise of encoded pictures is drawn with; the noise of steps is with their numbers."""
 
@@ -129,7 +133,7 @@ def advance(
     add = _make_controls(family, geometry, params, slots)
     state = slots.latents, slots.history, slots.step
 
-    def denoise(adapters: Adapted | None, _: Any, state: _State) -> _State:
+    def denoise(adapters: Adapted | None, params: Any, state: _State) -> _State:
         x, history, step = state
         row = slots.table[rows, jnp.minimum(step, MAX_STEPS - 1)]  # (S, len(COLUMNS))
         column = {name: row[:, i, None, None, None] for i, name in enumerate(COLUMNS)}
@@ -160,7 +164,11 @@ def advance(
 
     def run() -> _State:
         adapters = _adapters_of(geometry, bank, slots.adapters and slots.adapters.entry, halves)
-        after: _State = jax.lax.fori_loop(0, steps, partial(denoise, adapters), state)
+        step_of = partial(denoise, adapters)
+        # Elsewhere than on a TPU nothing of the parameters is packed or cast in a step.
+        is_tpu = current_selection().platform == "tpu"
+        take_step = hoist(step_of, params, state) if is_tpu else partial(step_of, params)
+        after: _State = jax.lax.fori_loop(0, steps, lambda _, state: take_step(state), state)
         return after
 
     # A phase without steps, as one that decodes, has nothing to gather.
@@ -214,7 +222,8 @@ def _make_controls(
 
                 return jax.tree.map(plus, before, ask(number))
 
-            added = jax.lax.cond(jnp.any(scale != 0), run, lambda before: before, added)
+            with jax.named_scope(CONTROL):
+                added = jax.lax.cond(jnp.any(scale != 0), run, lambda before: before, added)
         return added
 
     return add

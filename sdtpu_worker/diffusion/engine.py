@@ -9,33 +9,39 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from sdtpu_worker.aggregator.costs import TickCosts
-from sdtpu_worker.aggregator.plan import Lane, Place, Plan, phases_per_tick
+from sdtpu_worker.aggregator.plan import Lane, Place, Plan
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.device_loop.protocols import EngineInfo, ServingEngine
+from sdtpu_worker.device_loop.protocols import ServingEngine
 from sdtpu_worker.diffusion import failures
-from sdtpu_worker.diffusion.adapter_bank import Entries, make_bank, num_entries
+from sdtpu_worker.diffusion.adapter_bank import Entries, make_bank
+from sdtpu_worker.diffusion.background import Background
 from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
-from sdtpu_worker.diffusion.compilation import CompiledPrograms, compile_programs, in_tiles_if_needed
+from sdtpu_worker.diffusion.compilation import CompiledPrograms
+from sdtpu_worker.diffusion.engine_info import describe_engine
 from sdtpu_worker.diffusion.engine_io import Calibration, Tick
-from sdtpu_worker.diffusion.families.family import Family
+from sdtpu_worker.diffusion.families.family import Params
 from sdtpu_worker.diffusion.instructions import InstructionMaker
+from sdtpu_worker.diffusion.loading_checkpoint import LoadingCheckpoint
 from sdtpu_worker.diffusion.memory import bytes_per_device, check_fits, memory_needs, memory_of
 from sdtpu_worker.diffusion.pixel_digest import pixel_digests
-from sdtpu_worker.diffusion.preparation import PreparedJob, format_size, prepare_job
+from sdtpu_worker.diffusion.preparation import PreparedJob, prepare_job
+from sdtpu_worker.diffusion.program_setting import Setting, compile_setting, sizes_of
 from sdtpu_worker.diffusion.reference_image import find_lost_devices
 from sdtpu_worker.diffusion.safety import SafetyChecker
-from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, by_device, make_mesh, put
-from sdtpu_worker.diffusion.slots import NOTHING, Geometry, Slots
+from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, make_mesh, platform_of, put
+from sdtpu_worker.diffusion.slot_states import copy_states, slot_of_each_device, write_states
+from sdtpu_worker.diffusion.slots import Geometry
 from sdtpu_worker.diffusion.snapshot import JobSnapshot, fingerprint_of, layout_of
-from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.models.kernel_table import AUTO, check_wanted
 
 logger = logging.getLogger(__name__)
@@ -51,7 +57,7 @@ class Engine:
     the other methods.
 
     Args:
-        checkpoint: the loaded model.
+        checkpoint: the model; its weights are waited for when the programs are there.
         devices: the devices to use.
         slots_per_device: rows of each device's batch; fixed for good, since pixels are bitwise equal only within
             one compiled configuration.
@@ -60,11 +66,11 @@ class Engine:
         with_previews: compile the programs that plans with previews need.
         vae_tiling: `on` decodes images in tiles, `off` does not, `auto` does if the programs do not fit without.
         attention: how attentions are computed, see `sdtpu_attention`.
+        on_phase: called with what begins, as `start_engine` is.
 
     Attributes:
         info: what the worker reads of the engine.
         has_previews: plans may ask for previews.
-        params: the parameters on the devices.
         bank: the LoRAs of single jobs on the devices; None for a worker whose jobs name none.
         fingerprints: by lane, what a snapshot's fingerprint must be to resume from it here.
 
@@ -76,7 +82,7 @@ class Engine:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | LoadingCheckpoint,
         devices: list[jax.Device],
         slots_per_device: int = 1,
         resolutions: tuple[Lane, ...] | None = None,
@@ -84,50 +90,53 @@ class Engine:
         with_previews: bool = False,
         vae_tiling: str = "auto",
         attention: str = AUTO,
+        on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
-        self.checkpoint, self.has_previews, self.mesh = checkpoint, with_previews, make_mesh(devices)
-        family = checkpoint.family
-        lanes = tuple(dict.fromkeys(resolutions or (family.default_size,)))
-        check_sizes(family, lanes)
-        check_wanted(devices[0].platform, attention)
-        parameters = bytes_per_device(checkpoint.params)
-        layout = None if checkpoint.adapters is None else checkpoint.adapters.layout
-        entries = num_entries(len(lanes), slots_per_device, phases_per_tick(slots_per_device))
-        bank = (entries + 1) * layout.entry_bytes if layout else 0  # one stands for nothing while others are sent
-        check_fits(devices[0], memory_needs(parameters, adapters=bank))  # before minutes of compiling
-        self.params = put(checkpoint.params, self.mesh, REPLICATED)
-        checker = checkpoint.safety_checker
-        safety_params = None if checker is None else put(checker.params, self.mesh, REPLICATED)
+        self.has_previews, self.mesh = with_previews, make_mesh(devices)
+        setting = Setting(slots_per_device, resolutions, with_previews, vae_tiling, attention)
+        sizes = sizes_of(checkpoint.outline, setting)
+        check_wanted(platform_of(devices[0]), attention)
+        check_fits(devices[0], memory_needs(sizes.parameters, adapters=sizes.bank))  # before minutes of compiling
+        placed = Background(partial(_place, checkpoint, self.mesh), name="sdtpu-placing")
 
-        def compile_all(in_tiles: bool) -> tuple[dict[Lane, Geometry], CompiledPrograms]:
-            sizes = len(devices), slots_per_device
-            geometries = {
-                lane: Geometry.of(family, *sizes, lane, in_tiles, layout, entries, attention) for lane in lanes
-            }
-            programs = compile_programs(
-                checkpoint, self.params, safety_params, geometries, self.mesh, with_previews, compile_cache
-            )
+        def check_memory(geometries: Mapping[Lane, Geometry], programs: CompiledPrograms) -> None:
             slots = sum(bytes_per_device(each.empty_slots(), len(devices)) for each in geometries.values())
-            check_fits(devices[0], memory_needs(parameters, slots, programs.ticks.values(), bank))
-            return geometries, programs
+            check_fits(devices[0], memory_needs(sizes.parameters, slots, programs.ticks.values(), sizes.bank))
 
-        self._geometries, self._programs = in_tiles_if_needed(compile_all, vae_tiling)
+        on_phase(f"loading or compiling programs for {slots_per_device} slots per device")
+        self._geometries, self._programs = compile_setting(
+            checkpoint.outline, setting, self.mesh, compile_cache, check_memory, placed.check
+        )
+        on_phase("waiting for the weights")
+        self.params, safety_params = placed.result()
+        self.checkpoint = checkpoint = checkpoint.wait()
         self._layouts = {lane: layout_of(geometry) for lane, geometry in self._geometries.items()}
         kind = devices[0].device_kind
         self.fingerprints = {
             lane: fingerprint_of(checkpoint, lane, geometry, kind) for lane, geometry in self._geometries.items()
         }
-        self._safety = None
+        self._safety, checker = None, checkpoint.safety_checker
         if checker is not None and self._programs.safety_check is not None:
             self._safety = SafetyChecker(self._programs.safety_check, safety_params, checker.extractor, self.mesh)
-        self.info = _describe(checkpoint, devices, self._geometries, self._programs)
+        self.info = describe_engine(checkpoint, devices, self._geometries, self._programs)
         self._instructions = {lane: InstructionMaker(each, self.mesh) for lane, each in self._geometries.items()}
-        self.bank = make_bank(layout, entries, self.mesh, self._programs.empty_bank, self._programs.fill_bank)
+        self.bank = make_bank(
+            sizes.layout, sizes.entries, self.mesh, self._programs.empty_bank, self._programs.fill_bank
+        )
         self._calibration: Calibration | None = None
         self._preview_colours: dict[Lane, jax.Array] = {}
         self.reset()
         self._traces = TraceCounter()
         self._unregister = weakref.finalize(self, self._traces.close)
+
+    @property
+    def params(self) -> Params:
+        """The parameters on the devices; ticks use those that were set last."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        self._params, self._leaves = params, tuple(jax.tree.leaves(params))
 
     def adopt(self, calibration: Calibration) -> None:
         """Take over what `calibrate` measured: the engine is ready, with empty slots, and counts traces from now on."""
@@ -215,7 +224,7 @@ class Engine:
         todo = self._instructions[plan.lane].make(plan, jobs, entries)
         bank = None if self.bank is None else self.bank.arrays
         tick = self._programs.ticks[plan.lane]
-        self._slots[plan.lane], decoded = tick(self.params, self._slots[plan.lane], todo, bank)
+        self._slots[plan.lane], decoded = tick(self._leaves, self._slots[plan.lane], todo, bank)
         return Tick(plan, decoded, parked, self._preview(plan.lane, plan.previews) if plan.previews else None)
 
     def read_snapshot(self, data: bytes, job: PreparedJob) -> JobSnapshot:
@@ -304,81 +313,28 @@ class Engine:
         """Start copying the states of slots to the host."""
         if not places:
             return {}
-        slots = put(self._slot_of_each_device(places), self.mesh, SHARDED)
-        states = self._programs.snapshots[lane](self._slots[lane], slots)
-        leaves, structure = jax.tree.flatten(states)
-        rows = [by_device(leaf) for leaf in leaves]
-        snapshots = {}
-        for place in places:
-            arrays: Slots = jax.tree.unflatten(structure, [leaf[place.device] for leaf in rows])
-            for array in jax.tree.leaves(arrays):
-                array.copy_to_host_async()
-            adapters = None if self.bank is None else self.bank.used(lane, place)
-            snapshots[place.task_id] = JobSnapshot(self.fingerprints[lane], lane, arrays, adapters)
-        return snapshots
+        states = copy_states(self._programs.snapshots[lane], self._slots[lane], places, self.mesh)
+        used = {place: None if self.bank is None else self.bank.used(lane, place) for place in places}
+        fingerprint = self.fingerprints[lane]
+        return {place.task_id: JobSnapshot(fingerprint, lane, states[place], used[place]) for place in places}
 
     def _put_back(self, lane: Lane, snapshots: Mapping[Place, JobSnapshot], entries: Entries) -> None:
-        slots, states = self._slot_of_each_device(snapshots, NOTHING), self._geometries[lane].empty_states()
-        for place, snapshot in snapshots.items():
-            for leaf, row in zip(jax.tree.leaves(states), jax.tree.leaves(snapshot.state), strict=True):
-                leaf[place.device] = row[0]
-            if states.adapters is not None:
-                states.adapters.entry[place.device] = entries[place]
-        restored = self._programs.restores[lane](self._slots[lane], *put((slots, states), self.mesh, SHARDED))
-        self._slots[lane] = restored
+        states = {place: snapshot.state for place, snapshot in snapshots.items()}
+        program, geometry = self._programs.restores[lane], self._geometries[lane]
+        self._slots[lane] = write_states(program, self._slots[lane], states, entries, geometry, self.mesh)
 
     def _preview(self, lane: Lane, places: Sequence[Place]) -> jax.Array:
-        slots = put(self._slot_of_each_device(places), self.mesh, SHARDED)
+        slots = put(slot_of_each_device(places, self.info.num_devices), self.mesh, SHARDED)
         return self._programs.previews[lane](self._preview_colours[lane], self._slots[lane], slots)
 
-    def _slot_of_each_device(self, places: Iterable[Place], otherwise: int = 0) -> np.ndarray:
-        """Return `(D,) int32`."""
-        slots = np.full(self.info.num_devices, otherwise, np.int32)
-        for place in places:
-            slots[place.device] = place.slot
-        return slots
 
-
-def check_sizes(family: Family, lanes: Iterable[Lane]) -> None:
-    """Make sure that the model can draw images of these sizes.
-
-    Raises:
-        ConfigurationError: it cannot.
-    """
-    for lane in lanes:
-        if any(side % family.size_multiple for side in lane):
-            raise ConfigurationError(
-                f"sdtpu_resolutions must be multiples of {family.size_multiple} pixels for this checkpoint,"
-                f" got {format_size(lane)}"
-            )
-
-
-def _describe(
-    checkpoint: Checkpoint,
-    devices: Sequence[jax.Device],
-    geometries: Mapping[Lane, Geometry],
-    programs: CompiledPrograms,
-) -> EngineInfo:
-    geometry = next(iter(geometries.values()))
-    return EngineInfo(
-        model=checkpoint.name,
-        default_sampler=checkpoint.defaults.sampler,
-        dtype=checkpoint.dtype.__name__,
-        platform=devices[0].platform,
-        device_kind=devices[0].device_kind,
-        num_devices=len(devices),
-        slots_per_device=geometry.slots_per_device,
-        phases_per_tick=geometry.phases,
-        resolutions=tuple(geometries),
-        load_s=programs.load_s,
-        trace_s=programs.trace_s,
-        compile_s=programs.compile_s,
-        kept_programs=programs.kept,
-        cache_hits=programs.cache_hits,
-        cache_misses=programs.cache_misses,
-        default_steps=checkpoint.defaults.num_inference_steps,
-        loras=tuple((lora.name, lora.weight) for lora in checkpoint.loras),
-    )
+def _place(
+    checkpoint: Checkpoint | LoadingCheckpoint, mesh: Mesh, go_on: Callable[[], None]
+) -> tuple[Params, Params | None]:
+    """Return the parameters of a model and of its safety checker on every device, when they are read."""
+    whole = checkpoint.wait()
+    checker = whole.safety_checker
+    return put(whole.params, mesh, REPLICATED), None if checker is None else put(checker.params, mesh, REPLICATED)
 
 
 if TYPE_CHECKING:

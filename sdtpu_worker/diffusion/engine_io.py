@@ -69,9 +69,12 @@ class Tick:
         for place in plan.previews:
             self._previews[place.device].copy_to_host_async()
         self._wanted = plan.decoded()
+        self._shards: Mapping[int, jax.Array] = {}
         if self._wanted:
             decoded.finite.copy_to_host_async()
-            for shard in self._shards().values():
+            devices = {image.device for image in self._wanted}
+            self._shards = {i: shard for i, shard in by_device(decoded.pixels).items() if i in devices}
+            for shard in self._shards.values():
                 shard.copy_to_host_async()
 
     def wait(self) -> list[DecodedImage]:
@@ -88,13 +91,8 @@ class Tick:
         if not self._wanted:
             return []
         finite = np.asarray(self._decoded.finite)
-        shards = {device: np.asarray(shard) for device, shard in self._shards().items()}
+        shards = {device: np.asarray(shard) for device, shard in self._shards.items()}
         return [
             DecodedImage(task_id, device, slot, shards[device][0, phase], bool(finite[device, phase]))
             for device, phase, slot, task_id in self._wanted
         ]
-
-    def _shards(self) -> Mapping[int, jax.Array]:
-        """Return the pixels of the devices that decoded something."""
-        wanted = {image.device for image in self._wanted}
-        return {device: shard for device, shard in by_device(self._decoded.pixels).items() if device in wanted}

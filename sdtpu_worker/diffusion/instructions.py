@@ -8,9 +8,10 @@ from typing import Any
 from sdtpu_worker.aggregator.plan import Place, Plan
 from sdtpu_worker.diffusion.adapter_bank import Entries
 from sdtpu_worker.diffusion.adapters import digest_of
+from sdtpu_worker.diffusion.packed_instructions import InstructionPacking, PackedInstructions
 from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.sharding import SHARDED, Mesh, put, replace_shards
-from sdtpu_worker.diffusion.slots import Geometry, Instructions
+from sdtpu_worker.diffusion.slots import Geometry
 
 
 class InstructionMaker:
@@ -22,10 +23,10 @@ class InstructionMaker:
     """
 
     def __init__(self, geometry: Geometry, mesh: Mesh) -> None:
-        self._geometry, self._mesh = geometry, mesh
+        self._geometry, self._mesh, self._packing = geometry, mesh, InstructionPacking(geometry)
         self._no_pictures = put(geometry.no_pictures(geometry.num_devices), mesh, SHARDED)
 
-    def make(self, plan: Plan, jobs: Mapping[str, PreparedJob], entries: Entries) -> Instructions:
+    def make(self, plan: Plan, jobs: Mapping[str, PreparedJob], entries: Entries) -> PackedInstructions:
         """Return a plan's instructions on the devices.
 
         Args:
@@ -33,7 +34,7 @@ class InstructionMaker:
             jobs: by task id, the prepared jobs that the plan inserts.
             entries: where their LoRAs lie; empty for a worker whose jobs name none.
         """
-        todo = self._geometry.no_instructions(self._put_pictures(plan, jobs))
+        words, todo = self._packing.no_instructions()
         row = todo.phases
         for i, phases in enumerate(plan.devices):
             todo.num_phases[i] = len(phases)
@@ -44,8 +45,8 @@ class InstructionMaker:
                 if phase.insert:
                     row.insert_slot[i, p], task_id = phase.insert
                     _insert(row, i, p, jobs[task_id], entries.get(Place(task_id, i, phase.insert[0]), 0))
-        on_devices: Instructions = put(todo, self._mesh, SHARDED)
-        return on_devices
+        pictures = dict(self._put_pictures(plan, jobs))
+        return PackedInstructions(put(words, self._mesh, SHARDED), pictures)
 
     def _put_pictures(self, plan: Plan, jobs: Mapping[str, PreparedJob]) -> Mapping[str, Any]:
         """Return the pictures of the jobs that a plan inserts, on the devices; only a device with one gets any."""

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sdtpu_worker.diffusion.checkpoint_folder import Folder, read_json
+from sdtpu_worker.diffusion.checkpoint_folder import Folder
+from sdtpu_worker.diffusion.json_files import read_json
 from sdtpu_worker.diffusion.loading import architectures
 from sdtpu_worker.diffusion.loading.tensors import Shapes, TensorSource
 from sdtpu_worker.errors import InvalidCheckpoint
+from sdtpu_worker.models.config_tables import CONTROLNET
 
 _DEFAULT_LENGTH = 77
 _ARCHITECTURES = {"sd15": ("sd1", "epsilon"), "sd21": ("sd2", "v_prediction"), "sdxl": ("sdxl", "epsilon")}
@@ -74,6 +76,18 @@ class KnownModel:
         raise InvalidCheckpoint(f"{self.name} is a name for plans and has no weights; sdtpu_model must be a checkpoint")
 
 
+def usual_controlnet(unet: Mapping[str, Any], levels: int) -> dict[str, Any]:
+    """Return the config of a ControlNet as public ones are for a model: a copy of its UNet's way down.
+
+    Args:
+        unet: the config of the model's UNet.
+        levels: of the model's autoencoder, each of which halves the sides but the first.
+    """
+    shared = {key: value for key, value in unet.items() if key in CONTROLNET.keys() - {"in_channels"}}
+    embedding = [16, 32, 96, *[256] * levels][:levels]
+    return {**shared, "_class_name": "ControlNetModel", "conditioning_embedding_out_channels": embedding}
+
+
 class ConfigFolder(Folder):
     """A checkpoint's folder of which only the configs are read: it may lack weights and vocabulary.
 
@@ -87,7 +101,7 @@ class ConfigFolder(Folder):
     def tokenizer(self, name: str, most: int) -> Any:
         """Return the length of prompts, as the tokenizer's config says."""
         path = self.path / name / "tokenizer_config.json"
-        length = read_json(path, self.path).get("model_max_length") if path.is_file() else None
+        length = read_json(path).get("model_max_length") if path.is_file() else None
         if not isinstance(length, int | float) or not 2 < length <= 100_000:  # a larger one stands for "no limit"
             length = _DEFAULT_LENGTH
         return PromptLength(min(int(length), most))

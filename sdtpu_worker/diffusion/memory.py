@@ -75,11 +75,25 @@ def check_fits(device: jax.Device, needs: Mapping[str, int]) -> None:
     Raises:
         ConfigurationError: it does not; the text has the numbers and what makes them smaller.
     """
-    limit, needed = device_memory(device), sum(needs.values())
+    check_limit(device_memory(device), device.device_kind, needs)
+
+
+def check_limit(limit: int | None, device_kind: str, needs: Mapping[str, int]) -> None:
+    """Make sure that everything that a device must hold at a time fits into some bytes of memory.
+
+    Args:
+        limit: the bytes; None for as many as are needed.
+        device_kind: of the device, for the error.
+        needs: of `memory_needs`.
+
+    Raises:
+        ConfigurationError: it does not fit.
+    """
+    needed = sum(needs.values())
     if limit is None or needed <= limit:
         return
     listed = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in needs.items() if size)
     raise ConfigurationError(
         f"the model does not fit: a device would be out of memory. It needs {needed / _GIB:.2f} GiB ({listed}) and the"
-        f" {device.device_kind} has {limit / _GIB:.2f}; {WHAT_MAKES_IT_SMALLER}"
+        f" {device_kind} has {limit / _GIB:.2f}; {WHAT_MAKES_IT_SMALLER}"
     )

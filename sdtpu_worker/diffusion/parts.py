@@ -1,4 +1,4 @@
-"""The parts of a checkpoint: each config read strictly, each network made of it, each tensor accounted for."""
+"""The parts of a checkpoint: each config read strictly, each network made of it, then each tensor accounted for."""
 
 from __future__ import annotations
 
@@ -48,12 +48,16 @@ class _Wanted:
     kept: Collection[str] | None = None
     takes_loras: bool = False
 
+    def keeps(self, name: str) -> bool:
+        """Return whether a parameter is used."""
+        return self.kept is None or name in self.kept
+
 
 class Parts:
     """Reads the parts of one checkpoint, and keeps the parameters.
 
     Args:
-        source: the folder or the file; for `abstract_family` also a known model.
+        source: the folder or the file; also a known model, if no weights are read.
         dtype: of parameters and computation.
         loras: `(name, weight)` of what is merged into the parameters.
         takes_pictures: keep the half of the autoencoder that makes latents of pictures.
@@ -62,8 +66,8 @@ class Parts:
         embeddings: as for `read_embeddings`.
 
     Attributes:
-        params: by part, then by tensor name; empty until `family` has read them.
-        loras: what was merged; likewise.
+        shapes: by part, then by tensor name, shapes and dtypes of the parameters; empty until `family` has read the
+            configs.
         embeddings: the words with vectors of their own; likewise.
     """
 
@@ -80,8 +84,7 @@ class Parts:
         self._prompt_windows, self._embedding_sources, self.embeddings = prompt_windows, embeddings, Embeddings()
         self._controlnets = controlnets or {}
         self.source, self.dtype, self._loras_wanted, self._takes_pictures = source, dtype, loras, takes_pictures
-        self.params: dict[str, dict[str, Any]] = {}
-        self.loras: tuple[MergedLora, ...] = ()
+        self.shapes: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
         self._configs: dict[str, Any] = {}
         self._wanted: dict[str, _Wanted] = {}
         self._unet_config = self._config("unet", read_unet_config)
@@ -97,20 +100,7 @@ class Parts:
         return {part: wanted.shapes for part, wanted in self._wanted.items() if wanted.takes_loras}
 
     def family(self, is_guided: bool) -> StableDiffusion | StableDiffusionXL:
-        """Read everything, and return the family.
-
-        Args:
-            is_guided: every job has a row for its negative prompt.
-
-        Raises:
-            InvalidCheckpoint: a part is broken, or does not fit another.
-        """
-        family = self._family(is_guided)
-        self._load()
-        return family
-
-    def abstract_family(self, is_guided: bool) -> StableDiffusion | StableDiffusionXL:
-        """Read the configs alone, and return the family; `params` has shapes and dtypes in place of arrays.
+        """Read the configs, and return the family.
 
         Args:
             is_guided: every job has a row for its negative prompt.
@@ -118,27 +108,41 @@ class Parts:
         Raises:
             InvalidCheckpoint: a config is broken, or does not fit another.
         """
-        family = self._family(is_guided)
+        make = self._stable_diffusion_xl if self.source.is_xl else self._stable_diffusion
+        family = make(is_guided)
         for part, wanted in self._wanted.items():
-            self.params[part] = {
-                name: jax.ShapeDtypeStruct(shape, wanted.dtype)
-                for name, shape in wanted.shapes.items()
-                if wanted.kept is None or name in wanted.kept
+            shapes = dict(wanted.shapes)
+            if (table := shapes.get(_TOKEN_TABLE)) and self.embeddings.vectors:
+                shapes[_TOKEN_TABLE] = (table[0] + self.embeddings.more_rows(part), *table[1:])
+            self.shapes[part] = {
+                name: jax.ShapeDtypeStruct(shape, wanted.dtype) for name, shape in shapes.items() if wanted.keeps(name)
             }
         return family
 
-    def _family(self, is_guided: bool) -> StableDiffusion | StableDiffusionXL:
-        return self._stable_diffusion_xl(is_guided) if self.source.is_xl else self._stable_diffusion(is_guided)
+    def read(
+        self, go_on: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, dict[str, Any]], tuple[MergedLora, ...]]:
+        """Read every part's parameters, one tensor at a time, and merge LoRAs; call `family` before.
 
-    def _load(self) -> None:
-        """Read every part's parameters, when all configs are known to be good and LoRAs to fit."""
-        merge = merge_loras(self._loras_wanted, self.lora_shapes)
+        Args:
+            go_on: called before each tensor; what it raises ends the reading.
+
+        Returns:
+            Host arrays by part, then by tensor name, in the shapes of `shapes`; and what was merged.
+
+        Raises:
+            InvalidCheckpoint: a tensor is missing or broken, or a LoRA does not fit.
+        """
+        merge, params = merge_loras(self._loras_wanted, self.lora_shapes), {}
         for part, wanted in self._wanted.items():
-            weights = iterate_weights(wanted.open(), wanted.shapes, wanted.dtype, merge.changes.get(part))
-            self.params[part] = {name: array for name, array in weights if wanted.kept is None or name in wanted.kept}
-            if (table := self.params[part].get(_TOKEN_TABLE)) is not None:
-                self.params[part][_TOKEN_TABLE] = self.embeddings.extend(table, part)
-        self.loras = merge.merged
+            params[part] = dict[str, Any]()
+            for name, array in iterate_weights(wanted.open(), wanted.shapes, wanted.dtype, merge.changes.get(part)):
+                go_on()
+                if wanted.keeps(name):
+                    params[part][name] = array
+            if (table := params[part].get(_TOKEN_TABLE)) is not None:
+                params[part][_TOKEN_TABLE] = self.embeddings.extend(table, part)
+        return params, merge.merged
 
     def _stable_diffusion(self, is_guided: bool) -> StableDiffusion:
         text_encoder, tokenizer, config = self._text_encoder("text_encoder", "tokenizer", projection=False)

@@ -18,9 +18,10 @@ from jax.sharding import Mesh, NamedSharding
 from sdtpu_worker.diffusion.adapters import AdapterLayout, Stack
 from sdtpu_worker.diffusion.denoising import advance, decode, insert
 from sdtpu_worker.diffusion.families.family import Family
+from sdtpu_worker.diffusion.packed_instructions import InstructionPacking, PackedInstructions
 from sdtpu_worker.diffusion.samplers import COLUMNS
-from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED
-from sdtpu_worker.diffusion.slots import Decoded, Geometry, Instructions, Slots
+from sdtpu_worker.diffusion.sharding import REPLICATED, SHARDED, platform_of
+from sdtpu_worker.diffusion.slots import Decoded, Geometry, Slots
 from sdtpu_worker.models.selection import Selection, selecting
 
 logger = logging.getLogger(__name__)
@@ -30,24 +31,38 @@ DECODE, INSERT, ADVANCE = "decode", "insert", "advance"
 
 
 def lower_tick(family: Family, params: Any, geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:
-    """Trace and lower the tick, ahead of time.
+    """Trace and lower the tick, ahead of time, for the mesh's devices; see `trace_tick`."""
+    return trace_tick(family, params, geometry, mesh, platform_of(mesh.devices.flat[0])).lower()
+
+
+def trace_tick(family: Family, params: Any, geometry: Geometry, mesh: Mesh, platform: str) -> jax.stages.Traced:
+    """Trace the tick, ahead of time.
 
     Args:
         family: the model.
         params: its parameters on the mesh, replicated (arrays or shapes); every leaf makes a dispatch slower.
         geometry: the sizes.
         mesh: the devices.
+        platform: what the kernels are chosen for, as the table of kernels calls it.
 
     Returns:
-        What `.compile()` makes `tick(params, slots, instructions, bank) -> (slots, Decoded)` of; the slots passed in
-        are donated. The bank is that of `lower_empty_bank`, or None where the geometry has no adapters. A wrong shape,
-        dtype or sharding is an error: the result never compiles again.
+        What `.lower().compile()` makes `tick(leaves, slots, instructions, bank) -> (slots, Decoded)` of; the slots
+        passed in are donated. The leaves are those of the parameters, in a tuple: to flatten dictionaries of thousands
+        of arrays takes the host a third of a millisecond each time. The instructions are packed. The bank is that of
+        `lower_empty_bank`, or None where the geometry has no adapters. A wrong shape, dtype or sharding is an error:
+        the result never compiles again.
     """
 
-    selection = Selection(mesh.devices.flat[0].platform, geometry.attention)
+    selection = Selection(platform, geometry.attention)
 
-    def local_tick(params: Any, slots: Slots, todo: Instructions, bank: Stack | None) -> tuple[Slots, Decoded]:
-        todo = jax.tree.map(lambda leaf: leaf[0], todo)  # this device's own row
+    packing, (leaves, structure) = InstructionPacking(geometry), jax.tree.flatten(params)
+
+    def local_tick(
+        leaves: tuple[Any, ...], slots: Slots, packed: PackedInstructions, bank: Stack | None
+    ) -> tuple[Slots, Decoded]:
+        params = jax.tree.unflatten(structure, leaves)
+        packed = jax.tree.map(lambda leaf: leaf[0], packed)  # this device's own row
+        todo = packing.unpack(packed.words, packed.pictures)
 
         def phase(i: jax.Array, carry: tuple[Slots, Decoded]) -> tuple[Slots, Decoded]:
             slots, decoded = carry
@@ -70,11 +85,12 @@ def lower_tick(family: Family, params: Any, geometry: Geometry, mesh: Mesh) -> j
     )
     layout, entries = geometry.adapters, geometry.num_devices * geometry.adapter_entries
     bank = None if layout is None else layout.shapes((entries,))
-    shapes = sharded_shapes(mesh, (geometry.empty_slots(), geometry.no_instructions(), bank))
-    lowered = jax.jit(tick, donate_argnums=1).lower(params, *shapes)
+    instructions = packing.shapes(geometry.no_pictures(geometry.num_devices))
+    shapes = sharded_shapes(mesh, (geometry.empty_slots(), instructions, bank))
+    traced = jax.jit(tick, donate_argnums=1).trace(tuple(leaves), *shapes)
     for shape, choice in selection.chosen.items():
         logger.info("attention of %s: %s (%s)", shape, choice.implementation, choice.reason)
-    return lowered
+    return traced
 
 
 def lower_snapshot(geometry: Geometry, mesh: Mesh) -> jax.stages.Lowered:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdtpu_worker.aggregator.plan import Lane, Phase, Plan
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.device_loop.protocols import EngineInfo
+from sdtpu_worker.device_loop.engine_info import EngineInfo
 from sdtpu_worker.diffusion.checkpoint import Checkpoint
 from sdtpu_worker.diffusion.engine_io import DecodedImage, Tick
 from sdtpu_worker.diffusion.preparation import PreparedJob, plain_request

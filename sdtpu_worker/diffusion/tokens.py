@@ -13,7 +13,6 @@ bring them into their canonical order takes the square of their number.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import re
@@ -31,6 +30,7 @@ from ftfy.fixes import unescape_html
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from sdtpu_worker.diffusion.json_files import read_json
 from sdtpu_worker.errors import InvalidCheckpoint
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would start a thread per core, for one prompt at a time
@@ -84,17 +84,18 @@ class Vocabulary:
         """Read `vocab.json` and `merges.txt`, else `tokenizer.json`, with the configs beside them.
 
         Raises:
-            OSError, ValueError, KeyError, TypeError, AttributeError: a file is missing or says something else.
+            InvalidCheckpoint, OSError, ValueError, KeyError, TypeError, AttributeError: a file is missing or says
+                something else.
         """
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _read_if_there(folder / "tokenizer_config.json")
         added: dict[str, int] = {}
         lone: set[str] = set()
         if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
-            ids: Any = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            ids: Any = read_json(folder / "vocab.json")
             lines = (folder / "merges.txt").read_text(encoding="utf-8").strip().split("\n")
             pairs: Any = (line.split() for line in lines[1 : 1 + _MOST_MERGES])  # the first one is a version
         else:
-            whole = _read_json(folder / "tokenizer.json")
+            whole = _read_if_there(folder / "tokenizer.json")
             ids = whole["model"]["vocab"]
             pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in whole["model"]["merges"])
             for facts in whole.get("added_tokens") or ():
@@ -103,8 +104,8 @@ class Vocabulary:
             for index, facts in decoder.items():
                 _add(added, lone, int(index), facts)
         else:  # files of older versions
-            config |= _read_json(folder / "special_tokens_map.json")
-            for token, index in _read_json(folder / "added_tokens.json").items():
+            config |= _read_if_there(folder / "special_tokens_map.json")
+            for token, index in _read_if_there(folder / "added_tokens.json").items():
                 _add(added, lone, index, {"content": token})
         if pad_token is not None:
             config["pad_token"] = pad_token
@@ -288,14 +289,8 @@ def _add(added: dict[str, int], lone: set[str], index: int, facts: Mapping[str, 
         lone.add(facts["content"])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return what a file says, nothing if there is none."""
-    if not path.exists():
-        return {}
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict):
-        raise ValueError(f"{path.name} must hold a JSON object, got {type(data).__name__}")
-    return data
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
 
 
 def _text(token: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -23,13 +24,17 @@ from sdtpu_worker.http.exchange import serve_endpoint
 from sdtpu_worker.http.openapi import describe
 from sdtpu_worker.http.problems import as_openai_error, as_problem
 from sdtpu_worker.web.jobs_api import ROUTES, log_refusal
-from sdtpu_worker.web.problems import Refusal, refusal_for
+from sdtpu_worker.web.problems import Refusal, method_refusal, refusal_for
 
 if TYPE_CHECKING:
     from celery import Celery
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _CLIENT_CLOSED = 499
+PAGE = "v1/jobs/page/"
+"""The page's address, relative to the door's: it holds wherever the door is mounted."""
+_OPENAI_PATH = re.compile(r"/v1/(?!jobs(/|$))")
+"""What clients of OpenAI's API ask for; they read errors in its form alone."""
 
 
 def create_app(app: Celery) -> Starlette:
@@ -42,7 +47,7 @@ def create_app(app: Celery) -> Starlette:
         app: the client's app, with `install(app)`; its configuration and the environment have the settings.
 
     Raises:
-        ConfigurationError: a setting is not allowed, or the result backend is not Redis.
+        ConfigurationError: a setting is not allowed, or results or records have no place (`make_client`).
     """
     door = Door(app)
 
@@ -95,6 +100,7 @@ def make_routes() -> list[Route]:
         problem("/sdapi/v1/schedulers", web_ui.list_schedulers, "GET"),
         problem("/sdapi/v1/progress", web_ui.show_progress, "GET"),
         problem("/sdapi/v1/interrupt", web_ui.interrupt, "POST"),
+        problem("/", _to_page, "GET"),
         problem("/openapi.json", _describe, "GET"),
         problem("/metrics", _metrics, "GET"),
         problem("/livez", _live, "GET"),
@@ -124,12 +130,26 @@ def _route(
 async def _answer_http_exception(request: Request, exc: Exception) -> Response:
     """Answer what the router refuses: an unknown path, a method that a path has not."""
     assert isinstance(exc, HTTPException)
-    headers = dict(exc.headers or {})
+    form = as_openai_error if _OPENAI_PATH.match(get_path(request)) else as_problem
     if exc.status_code == 405:  # a route has one method; the router names that of the first route alone
         routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-        methods = [method for route in routes for method in route.methods if method != "HEAD"]
-        headers["Allow"] = ", ".join(methods)
-    return as_problem(Refusal(exc.status_code, exc.detail.replace(" ", ""), exc.detail, headers=headers))
+        methods = list(dict.fromkeys(method for route in routes for method in route.methods if method != "HEAD"))
+        return form(method_refusal(request.method, methods))
+    if exc.status_code == 404:
+        return form(Refusal(404, "NotFound", f"there is nothing at {get_path(request)!r:.200}; see /openapi.json"))
+    return form(Refusal(exc.status_code, exc.detail.replace(" ", ""), exc.detail, headers=exc.headers))
+
+
+def get_path(request: Request) -> str:
+    """Return a request's path below the address at which the door is mounted."""
+    return request.url.path.removeprefix(str(request.scope.get("root_path", "")))
+
+
+async def _to_page(request: Request) -> Response:
+    """Answer `GET /`: the page, where the door has it."""
+    if not door_of(request).has_page:
+        raise Refusal(404, "NotFound", "this door has no page (sdtpu_http_page); see /openapi.json")
+    return Response(status_code=307, headers={"Location": PAGE})
 
 
 async def _describe(request: Request) -> Response:

@@ -31,12 +31,12 @@ class Door(JobsService):
         started_at: seconds since 1970.
 
     Raises:
-        ConfigurationError: a setting is not allowed, or the result backend is not Redis.
+        ConfigurationError: a setting is not allowed, or results or records have no place (`make_client`).
     """
 
     def __init__(self, app: Celery) -> None:
         conf = app.conf
-        super().__init__(app)
+        super().__init__(app, page_setting="sdtpu_http_page")
         self.callers = Callers(
             read_setting("sdtpu_http_keys", conf),
             read_setting("sdtpu_http_open", conf),

@@ -11,6 +11,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sdtpu_worker.contract.parameter_checks import check_side
 from sdtpu_worker.errors import InvalidRequest
 from sdtpu_worker.http.door import Door, door_of
 from sdtpu_worker.http.openai_images import ImagesRequest, answer_with_pictures, read_request
@@ -18,7 +19,8 @@ from sdtpu_worker.http.pictures_in import fit_picture, mask_of_transparency
 from sdtpu_worker.web.problems import Refusal
 
 _MOST_FIELDS = 100
-_INTEGERS = ("n", "output_compression", "partial_images", "seed", "num_inference_steps", "priority", "clip_skip")
+_INTEGERS = ("n", "output_compression", "partial_images", "seed", "num_inference_steps", "priority", "clip_skip",
+             "width", "height")  # fmt: skip
 _NUMBERS = ("guidance_scale", "strength", "image_guidance_scale", "eta", "guidance_rescale", "expires")
 _SWITCHES = ("stream", "preserve_unmasked")
 
@@ -107,7 +109,14 @@ def _typed(fields: Mapping[str, str]) -> dict[str, Any]:
 def _fit(wanted: ImagesRequest, files: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the pictures as parameters; their size is that of the result, so none is asked for besides."""
     given = wanted.parameters
-    size = (given["width"], given["height"]) if "width" in given else None
+    for name in ("width", "height"):
+        if isinstance(given.get(name), str):  # what is no number; the size as a whole is checked with the picture
+            check_side(name, given[name])
+    if (given.get("width") is None) != (given.get("height") is None):
+        raise InvalidRequest(
+            "width and height must be given together, or neither; without them the result has the picture's size"
+        )
+    size = None if given.get("width") is None else (given["width"], given["height"])
     pictures: dict[str, Any] = {"image": fit_picture("image", files["image"], size), "width": None, "height": None}
     if "mask" in files:
         pictures["mask_image"] = mask_of_transparency("mask", files["mask"], size)

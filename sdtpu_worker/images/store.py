@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sdtpu_worker.config import read_setting
+from sdtpu_worker.config import read_setting, result_expires_s
 from sdtpu_worker.contract.result import GenerationResult, StoredImage
 from sdtpu_worker.errors import ConfigurationError, StorageError
 from sdtpu_worker.images.decode import decode_image, named_image
@@ -191,8 +191,7 @@ def _read_from_own_stores(app: Celery, task_id: str, image: StoredImage) -> byte
 
 def _find_store(app: Celery, url: str, setting: str = "sdtpu_image_store") -> RedisImageStore | FileImageStore:
     """Return the store at a URL; it is not asked yet whether it answers."""
-    expires = app.conf.result_expires
-    expires_s = int(getattr(expires, "total_seconds", lambda: expires or 0)()) or None
+    expires_s = result_expires_s(app.conf)
     if url == "redis":
         return RedisImageStore(_backend_client(app), expires_s)
     if not url.startswith(("redis://", "rediss://", "unix://")):

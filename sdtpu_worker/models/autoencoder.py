@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdtpu_worker.models.attention import Attention
+from sdtpu_worker.models.convolution import Measured, normalise_and_convolve
 from sdtpu_worker.models.layers import Conv, GroupNorm
 from sdtpu_worker.models.resnet import Downsample, ResnetBlock, Upsample
 
@@ -52,12 +53,12 @@ class MidBlock(nnx.Module):
         self.attentions = nnx.List([PixelAttention(channels, config.norm_num_groups)] if attends else [])
         self.resnets = nnx.List([_resnet(config, channels, channels) for _ in range(2)])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Measured) -> Measured:
         """Map `(B, h, w, C)` to the same shape."""
-        x = self.resnets[0](x)
+        x = self.resnets[0].measured(x)
         for layer in self.attentions:
-            x = layer(x)
-        return self.resnets[1](x)
+            x = Measured(layer(x.image))
+        return self.resnets[1].measured(x)
 
 
 class DownBlock(nnx.Module):
@@ -67,10 +68,12 @@ class DownBlock(nnx.Module):
         self.resnets = _resnets(config, in_channels, out_channels, config.layers_per_block)
         self.downsamplers = nnx.List([] if is_last else [Downsample(out_channels, padding=0)])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Measured) -> Measured:
         """Map `(B, h, w, in)` to `(B, h / 2, w / 2, out)`."""
-        for layer in [*self.resnets, *self.downsamplers]:
-            x = layer(x)
+        for layer in self.resnets:
+            x = layer.measured(x)
+        for downsample in self.downsamplers:
+            x = Measured(downsample(x.image))
         return x
 
 
@@ -81,12 +84,12 @@ class UpBlock(nnx.Module):
         self.resnets = _resnets(config, in_channels, out_channels, config.layers_per_block + 1)
         self.upsamplers = nnx.List([] if is_last else [Upsample(out_channels)])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Measured) -> Measured:
         """Map `(B, h, w, in)` to `(B, 2 h, 2 w, out)`."""
         for layer in self.resnets:
-            x = layer(x)
+            x = layer.measured(x)
         for upsample in self.upsamplers:
-            x = upsample(x, 2 * x.shape[1], 2 * x.shape[2])
+            x = upsample.measured(x.image, 2 * x.image.shape[1], 2 * x.image.shape[2])
         return x
 
 
@@ -110,10 +113,10 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `(B, H, W, 3)` to `(B, h, w, 2 C)`."""
-        x = self.conv_in(x)
+        y = Measured(self.conv_in(x))
         for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(self.activation(self.conv_norm_out(self.mid_block(x))))
+            y = block(y)
+        return normalise_and_convolve(self.conv_norm_out, self.activation, self.conv_out, self.mid_block(y))
 
 
 class Decoder(nnx.Module):
@@ -136,10 +139,10 @@ class Decoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `(B, h, w, C)` to `(B, H, W, 3)`."""
-        x = self.mid_block(self.conv_in(x))
+        y = self.mid_block(Measured(self.conv_in(x)))
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(self.activation(self.conv_norm_out(x)))
+            y = block(y)
+        return normalise_and_convolve(self.conv_norm_out, self.activation, self.conv_out, y)
 
 
 class AutoencoderEncoder(nnx.Module):

@@ -45,7 +45,7 @@ class ClipLayer(nnx.Module):
     """Attention, then dense layers; each after a norm and beside a shortcut.
 
     Args:
-        config: transformers' `CLIPTextConfig` or `CLIPVisionConfig`.
+        config: a `ClipTextConfig` or `ClipVisionConfig`.
         causal: a position sees only what stands before it.
     """
 

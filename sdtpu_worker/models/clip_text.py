@@ -70,7 +70,7 @@ class ClipTextEncoder(nnx.Module):
     """transformers' `CLIPTextModel`, or `CLIPTextModelWithProjection`.
 
     Args:
-        config: transformers' `CLIPTextConfig`.
+        config: a `ClipTextConfig`.
         projection: whether the pooled state is projected.
     """
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import CLIPTextConfig, CLIPVisionConfig
-
 from sdtpu_worker.errors import InvalidCheckpoint
 from sdtpu_worker.models import config_tables
 from sdtpu_worker.models.config_classes import (
     AutoencoderConfig,
     AutoencoderTinyConfig,
+    ClipTextConfig,
+    ClipVisionConfig,
     ControlNetConfig,
     UNetConfig,
 )
@@ -101,7 +101,7 @@ def read_autoencoder_config(raw: Mapping[str, Any], what: str = "the VAE's confi
     return config
 
 
-def read_clip_text_config(raw: Mapping[str, Any], what: str = "the text encoder's config") -> CLIPTextConfig:
+def read_clip_text_config(raw: Mapping[str, Any], what: str = "the text encoder's config") -> ClipTextConfig:
     """Read the config of a `CLIPTextModel`, with or without projection.
 
     Args:
@@ -109,12 +109,12 @@ def read_clip_text_config(raw: Mapping[str, Any], what: str = "the text encoder'
         what: which config, for the error.
 
     Returns:
-        transformers' config, so that its defaults fill in what is missing.
+        A config with transformers' defaults for what is missing.
 
     Raises:
         InvalidCheckpoint: a key or a value is not supported, or two of them do not fit.
     """
-    return _clip(CLIPTextConfig, check(raw, config_tables.CLIP_TEXT, what), what)
+    return _clip(ClipTextConfig, check(raw, config_tables.CLIP_TEXT, what), what)
 
 
 def read_safety_checker_config(raw: Mapping[str, Any], what: str = "the safety checker's config") -> Any:
@@ -125,7 +125,7 @@ def read_safety_checker_config(raw: Mapping[str, Any], what: str = "the safety c
         what: which config, for the error.
 
     Returns:
-        An object with `vision_config`, transformers' `CLIPVisionConfig`, and `projection_dim`.
+        An object with `vision_config`, a `ClipVisionConfig`, and `projection_dim`.
 
     Raises:
         InvalidCheckpoint: a key or a value is not supported, or two of them do not fit.
@@ -139,7 +139,7 @@ def read_safety_checker_config(raw: Mapping[str, Any], what: str = "the safety c
                 f" {vision[key]!r}"
             )
     what = f"{what}, vision_config"
-    config = _clip(CLIPVisionConfig, check(vision, config_tables.CLIP_VISION, what), what)
+    config = _clip(ClipVisionConfig, check(vision, config_tables.CLIP_VISION, what), what)
     return SimpleNamespace(vision_config=config, projection_dim=known.get("projection_dim", 512))
 
 
@@ -157,20 +157,19 @@ def _read_tiny_config(raw: Mapping[str, Any], what: str) -> Any:
 
 def _followed(kind: Any, known: Mapping[str, Any]) -> Any:
     """Return the config of that class; a key that may have one value only is checked, and not an argument."""
-    arguments = inspect.signature(kind.__init__).parameters
-    return kind(**{key: value for key, value in known.items() if key in arguments}).config
+    arguments = inspect.signature(kind).parameters
+    return kind(**{key: value for key, value in known.items() if key in arguments})
 
 
 def _clip(kind: Any, known: Mapping[str, Any], what: str) -> Any:
-    """Return transformers' config of that class."""
-    ours = {"model_type", "add_cross_attention", "is_decoder", "pruned_heads"}  # checked; of no further use
-    settings = {key: value for key, value in known.items() if key not in ours}
-    defaults = kind()
-    hidden_size = settings.get("hidden_size", defaults.hidden_size)
-    heads = settings.get("num_attention_heads", defaults.num_attention_heads)
-    if hidden_size % heads:  # before transformers 5 finds it, whose error names no key
-        raise InvalidCheckpoint(f"{what}: num_attention_heads must divide hidden_size {hidden_size}, got {heads}")
-    return kind(**settings)
+    """Return the config of that class, if its heads fit."""
+    config = _followed(kind, known)
+    if config.hidden_size % config.num_attention_heads:
+        raise InvalidCheckpoint(
+            f"{what}: num_attention_heads must divide hidden_size {config.hidden_size}, got"
+            f" {config.num_attention_heads}"
+        )
+    return config
 
 
 def _check_groups(channels: Sequence[int], groups: int, what: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from sdtpu_worker.models.convolution import measure
 from sdtpu_worker.models.layers import Conv
 from sdtpu_worker.models.prompt_windows import Context, cast_context
 from sdtpu_worker.models.unet import WayDown
@@ -100,11 +101,11 @@ class ControlNet(WayDown):
         time = self._embed_time(timesteps, text_embeds, time_ids, None).astype(dtype)
         context = cast_context(context, dtype)
         x = self.conv_in(sample.astype(dtype)) + embedded.astype(dtype)
-        x, skips = self._go_down(x, time, context)
+        y, skips = self._go_down(measure(x), time, context)
         if self.mid_block is not None:
-            x = self.mid_block(x, time, context)
-        down = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
-        mid = self.controlnet_mid_block(x)
+            y = self.mid_block(y, time, context)
+        down = [conv(skip.image) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
+        mid = self.controlnet_mid_block(y.image)
         if self.config.global_pool_conditions:
             down, mid = [skip.mean((1, 2), keepdims=True) for skip in down], mid.mean((1, 2), keepdims=True)
         return Residuals(down, mid)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sdtpu_worker.models.layers import normalise
 from sdtpu_worker.models.vector_memory import vector_memory
 
 _SQRT_HALF = 0.5**0.5
@@ -94,9 +95,7 @@ def _kernel(
 ) -> None:
     """Do it for a block of rows."""
     x = x_ref[...].astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    unit = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
-    normed = (unit * norm_weight[...] + norm_bias[...]).astype(x_ref.dtype)
+    normed = normalise(x, norm_weight[...], norm_bias[...], eps).astype(x_ref.dtype)
 
     def product(columns: slice) -> jax.Array:
         found = jnp.dot(normed, weight_in[:, columns], preferred_element_type=jnp.float32)

@@ -6,6 +6,7 @@ one image with guidance, two rows of the batch; `docs/explanation/tpu-program.md
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +17,10 @@ import jax.numpy as jnp
 from sdtpu_worker.errors import ConfigurationError
 
 AUTO = "auto"
+OLD_GPU = "gpu without fused attention"
+"""What the table calls a GPU that cuDNN's attention does not run on: one before NVIDIA's Ampere, or of another make."""
+_CUDNN_SINCE = 8.0
+"""The least compute capability for it. Source: NVIDIA's support matrix of the operation, which begins with SM80."""
 _ANY = (1, 2**31)
 
 
@@ -60,6 +65,8 @@ class Row:
         dtypes: those that it fits; empty for any.
         implementation: the choice.
         block_queries: the most queries that a step of the packed kernel takes.
+        counts_keys: prompts of several windows are one attention to all windows that a row may have, in which the keys
+            of each row that count are its own. Elsewhere the further windows stand in a conditional.
         fused: up to how many heads and keys the projections of queries and output are in the kernel too. Its code grows
             with both, and a model such as XL has seventy of these layers to compile.
         reason: what was measured, compiled or documented.
@@ -75,6 +82,7 @@ class Row:
     dtypes: tuple[str, ...] = ()
     block_queries: int = 0
     fused: tuple[int, int] = (0, 0)
+    counts_keys: bool = False
 
     def fits(self, platform: str, shape: Shape) -> bool:
         """Return whether the row is for this shape on this platform."""
@@ -89,6 +97,7 @@ class Row:
 
 _PACKED_TPU: dict[str, Any] = {
     "platform": "tpu", "implementation": Implementation.PACKED, "dtypes": ("bfloat16",), "dim": (8, 128),
+    "counts_keys": True,
 }  # fmt: skip
 TABLE = (
     Row(
@@ -106,9 +115,15 @@ TABLE = (
         " norm, projections and shortcut",
     ),
     Row(
+        "tpu", Implementation.PLAIN, queries=(1, 511), counts_keys=True,
+        reason="few pixels: XLA keeps their scores on the chip; a transformer of 256 pixels, 1,280 features: 0.389 with"
+        " three windows in every row, 0.383 with one, 0.400 with a conditional around the others",
+    ),
+    Row(
         "gpu", Implementation.CUDNN, dtypes=("bfloat16", "float16"), queries=(512, 2**31), keys=(64, 2**31),
         dim=(8, 128), dim_multiple=8,
-        reason="cuDNN's fused attention keeps scores on the chip; its documented limits; not measured",
+        reason="cuDNN's fused attention keeps scores on the chip. Limits: JAX asks for heads of a multiple of 8 up to"
+        " 128; with few queries there is little to keep. Not measured",
     ),
     Row("*", Implementation.PLAIN, "few tokens, or a type, a head or a platform that nothing else is for"),
 )  # fmt: skip
@@ -117,7 +132,7 @@ TABLE = (
 
 @dataclass(frozen=True)
 class DenseRow:
-    """Where the dense layers after an attention are one kernel.
+    """Where dense layers of a transformer are a kernel with the norm before them.
 
     Attributes:
         platform: JAX's name of it.
@@ -142,14 +157,36 @@ DENSE_TABLE = (
         " the two products. Smaller ones it keeps on the chip by itself",
     ),
 )  # fmt: skip
-"""Elsewhere they are layers as everywhere."""
+"""Those after an attention; elsewhere they are layers as everywhere."""
+
+KEYS_TABLE = (
+    DenseRow(
+        "tpu", tokens=(1024, 2**31), features=(64, 640), dtype="bfloat16", block_rows=256,
+        reason="4,096 tokens, 320 features: 0.05 against 0.13 of XLA, 0.05 of them for another look for the norm, and"
+        " 0.22 with one slot; 1,024 tokens, 640 features: 0.04 against 0.08, half of them looks, and 0.12",
+    ),
+)  # fmt: skip
+"""Those that make keys and values of a fused self-attention; elsewhere they are layers as everywhere."""
 
 
 def dense_block_rows(platform: str, wanted: str, tokens: int, features: int, dtype: Any) -> int:
     """Return the rows that a step of the dense layers' kernel takes; 0 where layers as everywhere are better."""
-    for row in DENSE_TABLE if wanted != Implementation.PLAIN else ():
+    return _dense_block_rows(DENSE_TABLE, platform, wanted, tokens, features, dtype)
+
+
+def key_block_rows(platform: str, wanted: str, shape: tuple[int, int, int], dtype: Any) -> int:
+    """Return the same for keys and values of a self-attention to `(B, L, features)`; they divide B · L."""
+    batch, tokens, features = shape
+    block_rows = _dense_block_rows(KEYS_TABLE, platform, wanted, tokens, features, dtype)
+    return block_rows if block_rows and batch * tokens % block_rows == 0 else 0
+
+
+def _dense_block_rows(
+    table: Sequence[DenseRow], platform: str, wanted: str, tokens: int, features: int, dtype: Any
+) -> int:
+    for row in table if wanted != Implementation.PLAIN else ():
         fits = all(low <= size <= high for size, (low, high) in ((tokens, row.tokens), (features, row.features)))
-        if fits and row.platform == platform and row.dtype == dtype_name(dtype):
+        if fits and (row.platform, row.dtype) == (platform, dtype_name(dtype)):
             return row.block_rows
     return 0
 
@@ -163,12 +200,14 @@ class Choice:
         block_queries: for the packed kernel, the most queries of a step.
         fuses: whether the packed kernel does the norm, the projections of queries and output and the shortcut too.
         reason: the row's.
+        counts_keys: as the row has it.
     """
 
     implementation: Implementation
     block_queries: int
     reason: str
     fuses: bool = False
+    counts_keys: bool = False
 
 
 def choose(platform: str, wanted: str, shape: Shape, table: Sequence[Row] = TABLE) -> Choice:
@@ -185,7 +224,20 @@ def choose(platform: str, wanted: str, shape: Shape, table: Sequence[Row] = TABL
     if wanted not in (AUTO, row.implementation):
         return Choice(Implementation.PLAIN, 0, f"sdtpu_attention is {wanted}")
     fuses = shape.heads <= row.fused[0] and shape.keys <= row.fused[1]
-    return Choice(row.implementation, row.block_queries, row.reason, fuses)
+    return Choice(row.implementation, row.block_queries, row.reason, fuses, row.counts_keys)
+
+
+def kernel_platform(platform: str, compute_capability: str | None = None) -> str:
+    """Return what the table calls a device's platform.
+
+    Args:
+        platform: JAX's name of it.
+        compute_capability: what JAX says of a GPU, like "8.0" for NVIDIA's Ampere; None if it says nothing.
+    """
+    if platform != "gpu":
+        return platform
+    is_nvidia = re.fullmatch(r"\d+\.\d+", compute_capability or "")  # AMD's are words
+    return platform if is_nvidia and float(is_nvidia[0]) >= _CUDNN_SINCE else OLD_GPU
 
 
 def check_wanted(platform: str, wanted: str) -> None:

@@ -44,4 +44,4 @@ def safety_checker(config: Any) -> Network:
 
 
 def _is_tiny(config: Any) -> bool:
-    return "num_decoder_blocks" in config
+    return hasattr(config, "num_decoder_blocks")

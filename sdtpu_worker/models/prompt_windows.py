@@ -1,8 +1,9 @@
 """Prompts that are longer than a text encoder's window: what the pixels attend to, and how.
 
-A prompt is encoded window by window, and the pixels attend to all windows of their own row at once. The first window is
-attended to outside every condition, so that a row with one window has the same pixels whatever its neighbours have; the
-others only on a device that has a row with several.
+A prompt is encoded window by window, and the pixels attend to all windows of their own row at once. A row with one
+window has the same pixels whatever its neighbours have, in one of two ways; `kernel_table` says which. On a TPU a layer
+is given the windows of all rows, with how many of them count. Elsewhere the first window is attended to outside every
+condition, and the others only on a device that has a row with several.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 from sdtpu_worker.models.attention import Attention, attention, merge_attentions, merge_heads, split_heads
 from sdtpu_worker.models.layers import LayerNorm
 
+WINDOWS = "windows"
+"""The name of what only a prompt of several windows costs in the compiled program, for `sdtpu plan`."""
+
 
 class PromptWindows(NamedTuple):
     """Encoded prompts in several windows; W the most that a row can have.
@@ -22,7 +26,7 @@ class PromptWindows(NamedTuple):
     Attributes:
         first: `(B, L, E)`, the first window of every row.
         further: `(B, W - 1, L, E)`, those after it; whatever lies beyond a row's own is ignored.
-        counts: `(B,) int32`, the windows of every row, 1 to W.
+        counts: `(B,) int32`, the windows of every row, 1 to W; 0 in a slot that never had a job is as 1.
     """
 
     first: jax.Array
@@ -48,15 +52,22 @@ def add_attention_to_prompt(layer: Attention, x: jax.Array, norm: LayerNorm, con
     """
     if not isinstance(context, PromptWindows):
         return layer.beside_shortcut(x, norm, context)
+    batch, further, length, width = context.further.shape
+    most = (1 + further) * length
+    if layer.counts_keys(x, most):
+        windows = jnp.concatenate([context.first[:, None], context.further], axis=1)
+        counts = length * jnp.maximum(context.counts, 1)
+        return layer.beside_shortcut(x, norm, windows.reshape(batch, most, width), counts)
     with_first = layer.beside_shortcut(x, norm, context.first)
     is_long = context.counts > 1
 
     def look_at_all() -> jax.Array:
-        with_all = x + _attend_to_all(layer, norm(x), context)
-        return jnp.where(is_long[:, None, None], with_all, with_first)
+        with_all: jax.Array = x + _attend_to_all(layer, norm(x), context)
+        return with_all
 
-    attended: jax.Array = jax.lax.cond(is_long.any(), look_at_all, lambda: with_first)
-    return attended
+    with jax.named_scope(WINDOWS):
+        with_all = jax.lax.cond(is_long.any(), look_at_all, lambda: jnp.zeros_like(x))
+    return jnp.where(is_long[:, None, None], with_all, with_first)
 
 
 def _attend_to_all(layer: Attention, x: jax.Array, context: PromptWindows) -> jax.Array:

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdtpu_worker.models.image_kernel_table import convolution_block, projection_block_pixels, sums_block_pixels
 from sdtpu_worker.models.kernel_table import (
     AUTO,
     TABLE,
@@ -17,6 +18,7 @@ from sdtpu_worker.models.kernel_table import (
     Shape,
     choose,
     dense_block_rows,
+    key_block_rows,
 )
 
 
@@ -30,6 +32,10 @@ class Selection:
         interpret: kernels run in JAX's interpreter, so that they can be tried on the CPU.
         table: the rows that are chosen from.
         dense_block_rows: the same for the dense layers after an attention.
+        key_block_rows: the same for keys and values before one.
+        convolution_block: the same for convolutions.
+        sums_block_pixels: the same for the sums of group norms.
+        projection_block_pixels: the same for the projections behind transformers.
         chosen: by shape, what layers were told; it grows while the program is traced.
     """
 
@@ -38,11 +44,19 @@ class Selection:
     interpret: bool = False
     table: Sequence[Row] = TABLE
     dense_block_rows: Callable[[str, str, int, int, Any], int] = dense_block_rows
+    key_block_rows: Callable[..., int] = key_block_rows
+    convolution_block: Callable[..., tuple[int, int] | None] = convolution_block
+    sums_block_pixels: Callable[..., int] = sums_block_pixels
+    projection_block_pixels: Callable[..., int] = projection_block_pixels
     chosen: dict[Shape, Choice] = field(default_factory=dict)
 
     def choose(self, shape: Shape) -> Choice:
         """Return the choice for a shape, and remember it."""
         return self.chosen.setdefault(shape, choose(self.platform, self.wanted, shape, self.table))
+
+    def counts_keys(self, shape: Shape) -> bool:
+        """Return whether attentions of a shape are given all keys that a row may have, and how many of them count."""
+        return choose(self.platform, self.wanted, shape, self.table).counts_keys
 
 
 _PLAIN = Selection("cpu", Implementation.PLAIN)

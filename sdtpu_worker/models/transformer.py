@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdtpu_worker.models.attention import Attention
+from sdtpu_worker.models.convolution import Measured, measure, projection_block
 from sdtpu_worker.models.feed_forward_kernel import gated_feed_forward
 from sdtpu_worker.models.layers import Conv, GroupNorm, LayerNorm, Linear, Nothing, gelu
+from sdtpu_worker.models.projection_kernel import project_from_image, project_to_image
 from sdtpu_worker.models.prompt_windows import Context, add_attention_to_prompt
 from sdtpu_worker.models.selection import current_selection
 
@@ -112,11 +114,32 @@ class SpatialTransformer(nnx.Module):
         )
         self.proj_out = projection()
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x: Measured, context: Context) -> Measured:
         """Map `x (B, h, w, C)` with `context (B, L, context_features)` to the shape of `x`."""
-        batch, height, width, channels = x.shape
-        # A dense layer over the last axis is a convolution of 1 × 1, so that both take the image as it is.
-        y = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
+        y = self._enter(x)
         for block in self.transformer_blocks:
             y = block(y, context)
-        return x + self.proj_out(y.reshape(x.shape))
+        return self._beside_shortcut(y, x.image)
+
+    def _enter(self, x: Measured) -> jax.Array:
+        """Return the first projection of the norm of an image, `(B, h · w, C)`; on a TPU perhaps by one kernel."""
+        batch, height, width, channels = x.image.shape
+        layer, block = self.proj_in, _block_pixels(self.proj_in, x.image)
+        if block and x.sums is not None and layer.bias is not None:
+            weight, interpret = layer.weight[...].reshape(channels, channels), current_selection().interpret
+            return project_from_image(x.image, x.affine(self.norm), weight, layer.bias[...], block, interpret=interpret)
+        # A dense layer over the last axis is a convolution of 1 × 1, so that both take the image as it is.
+        return layer(x.normalised(self.norm)).reshape(batch, height * width, channels)
+
+    def _beside_shortcut(self, y: jax.Array, image: jax.Array) -> Measured:
+        """Return an image with the last projection of `y (B, h · w, C)` added; on a TPU perhaps by one kernel."""
+        layer, block = self.proj_out, _block_pixels(self.proj_out, image)
+        if not block or layer.bias is None:
+            return measure(image + layer(y.reshape(image.shape)))
+        weight, interpret = layer.weight[...].reshape(2 * image.shape[-1:]), current_selection().interpret
+        return Measured(*project_to_image(y, weight, layer.bias[...], image, block, interpret=interpret))
+
+
+def _block_pixels(layer: Linear | Conv, image: jax.Array) -> int:
+    """Return the pixels that a step of the kernel of a projection takes; 0 where there is no kernel for it."""
+    return 0 if layer.adapter is not None else projection_block(image)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sdtpu_worker.models.convolution import Measured, measure
 from sdtpu_worker.models.layers import ACTIVATIONS, Conv, GroupNorm, TimestepEmbedding, sinusoids
 from sdtpu_worker.models.prompt_windows import Context, cast_context
 from sdtpu_worker.models.unet_blocks import BlockConfig, DownBlock, MidBlock, UpBlock
@@ -110,7 +111,7 @@ class WayDown(nnx.Module):
         act = config.time_embedding_act_fn
         return time if act is None else ACTIVATIONS[act](time)
 
-    def _go_down(self, x: jax.Array, time: jax.Array, context: Context) -> tuple[jax.Array, list[jax.Array]]:
+    def _go_down(self, x: Measured, time: jax.Array, context: Context) -> tuple[Measured, list[Measured]]:
         """Return what reaches the middle, and what goes across to the way up, `x` first."""
         skips = [x]
         for down_block in self.down_blocks:
@@ -183,18 +184,19 @@ class UNet(WayDown):
         dtype = self.conv_in.weight.dtype
         time = self._embed_time(timesteps, text_embeds, time_ids, timestep_cond).astype(dtype)
         context = cast_context(context, dtype)
-        x = sample.astype(dtype)
-        x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
+        sample = sample.astype(dtype)
+        x = measure(self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample))
         x, skips = self._go_down(x, time, context)
         if down_residuals is not None:
-            skips = [skip + extra.astype(dtype) for skip, extra in zip(skips, down_residuals, strict=True)]
+            both = zip(skips, down_residuals, strict=True)
+            skips = [measure(skip.image + extra.astype(dtype)) for skip, extra in both]
         if self.mid_block is not None:
             x = self.mid_block(x, time, context)
         if mid_residual is not None:
-            x = x + mid_residual.astype(dtype)
+            x = measure(x.image + mid_residual.astype(dtype))
         for up_block in self.up_blocks:
             x = up_block(x, skips, time, context)
-        return self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x)))
+        return self.conv_out(ACTIVATIONS[self.config.act_fn](x.normalised(self.conv_norm_out)))
 
 
 def per_block(value: Any, config: Any) -> tuple[Any, ...]:

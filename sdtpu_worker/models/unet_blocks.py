@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from sdtpu_worker.models.convolution import Measured, measure
 from sdtpu_worker.models.prompt_windows import Context
 from sdtpu_worker.models.resnet import Downsample, ResnetBlock, Upsample
 from sdtpu_worker.models.transformer import SpatialTransformer
@@ -91,16 +91,16 @@ class DownBlock(nnx.Module):
         halves = downsample_padding is not None
         self.downsamplers = nnx.List([Downsample(config.channels, downsample_padding or 0)] if halves else [])
 
-    def __call__(self, x: jax.Array, time: jax.Array, context: Context) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(self, x: Measured, time: jax.Array, context: Context) -> tuple[Measured, list[Measured]]:
         """Return the output and, for the way up, what each layer gave."""
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
+            x = resnet.measured(x, time)
             if len(self.attentions):
                 x = self.attentions[i](x, context)
             skips.append(x)
         for downsample in self.downsamplers:
-            x = downsample(x)
+            x = measure(downsample(x.image))
             skips.append(x)
         return x, skips
 
@@ -118,11 +118,11 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([config.resnet(config.channels, output_scale) for _ in range(count)])
         self.attentions = config.transformers()
 
-    def __call__(self, x: jax.Array, time: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x: Measured, time: jax.Array, context: Context) -> Measured:
         """Map `(B, h, w, C)` to the same shape."""
-        x = self.resnets[0](x, time)
+        x = self.resnets[0].measured(x, time)
         for i, transformer in enumerate(self.attentions):
-            x = self.resnets[i + 1](transformer(x, context), time)
+            x = self.resnets[i + 1].measured(transformer(x, context), time)
         return x
 
 
@@ -143,13 +143,13 @@ class UpBlock(nnx.Module):
         self.attentions = config.transformers()
         self.upsamplers = nnx.List([Upsample(config.channels)] if upsamples else [])
 
-    def __call__(self, x: jax.Array, skips: list[jax.Array], time: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x: Measured, skips: list[Measured], time: jax.Array, context: Context) -> Measured:
         """Return the output; takes its images off the end of `skips`."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+            x = resnet.measured(x.beside(skips.pop()), time)
             if len(self.attentions):
                 x = self.attentions[i](x, context)
         for upsample in self.upsamplers:
             # The image that it meets next: for odd sizes it is not twice as large.
-            x = upsample(x, *skips[-1].shape[1:3])
+            x = upsample.measured(x.image, *skips[-1].image.shape[1:3])
         return x

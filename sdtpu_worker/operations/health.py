@@ -6,18 +6,23 @@ requests with them.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 START_PHASES = {
+    "process": "starting Python and Celery",
     "settings": "looking at its settings",
     "broker": "looking at the broker",
     "store": "looking at the image store",
     "import": "importing JAX",
     "devices": "looking for devices",
-    "checkpoint": "loading the checkpoint",
-    "programs": "compiling and running",
+    "checkpoint": "reading the configs",
+    "programs": "loading or compiling programs",
+    "weights": "waiting for the weights",
+    "first_run": "running every program",
     "connection": "ready to consume",
 }
 """Short names of what a worker does before it consumes, each with how `enter` is told of it."""
@@ -39,6 +44,7 @@ class WorkerHealth:
         lease_s: `sdtpu_lease_s`; the worker is not alive when Redis has not answered for longer.
         stall_s: `sdtpu_stall_s`; the worker is not alive when a tick is late by more.
         clock: monotonic seconds.
+        process_s: how long the process had run before, the phase `process` of the start.
 
     Attributes:
         started: the worker has begun to consume; until then it loads, compiles, or waits for its broker.
@@ -52,7 +58,9 @@ class WorkerHealth:
     RECONNECT_S = 30.0
     """Seconds allowed for connecting anew: more than the pause between two attempts and their time-outs."""
 
-    def __init__(self, lease_s: float, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, lease_s: float, stall_s: float, clock: Callable[[], float] = time.monotonic, process_s: float = 0.0
+    ) -> None:
         self._lease_s, self._stall_s, self._clock = lease_s, stall_s, clock
         self._device: tuple[Callable[[], bool], Callable[[], float], Callable[[], Sequence[int]]] | None = None
         self._watches_redis = self._watches_event_loop = False
@@ -60,7 +68,7 @@ class WorkerHealth:
         self._disconnected_at: float | None = None
         self._refusal: str | None = None
         self._phase, self._phase_at = "looking at its settings", self._clock()
-        self._start_s: dict[str, float] = {}
+        self._start_s: dict[str, float] = {"process": process_s}
         self.started = self.draining = False
 
     def watch_device(
@@ -80,6 +88,12 @@ class WorkerHealth:
         if not self.started:
             seconds[phase] = seconds.get(phase, 0.0) + self._clock() - self._phase_at
         return seconds
+
+    def start_text(self) -> str:
+        """Return the phases of the start that took a tenth of a second or more, with their seconds, as a text."""
+        seconds = self.start_s()
+        phases = ", ".join(f"{name} {each:.1f}" for name, each in seconds.items() if each >= 0.1)
+        return f"{sum(seconds.values()):.1f} s ({phases})"
 
     def _phase_name(self) -> str:
         """Return the short name of the phase; `other` for one of another engine."""
@@ -148,7 +162,7 @@ class WorkerHealth:
         if not self.started:
             return [Check("serving", False, self._starting()), self._check_device()]
         return [
-            Check("serving", True, "started"),
+            Check("serving", True, f"started in {self.start_text()}"),
             self._check_device(),
             *self._check_event_loop(self.BEAT_READY_S, self.CONTACT_READY_S),
             *self._check_redis(self.CONTACT_READY_S, self._refusal),
@@ -189,3 +203,13 @@ class WorkerHealth:
             yield Check("redis", False, f"not consuming: Redis refuses to give jobs to this worker: {refusal}")
         else:
             yield Check("redis", True, f"answered {age_s:.0f} s ago")
+
+
+def process_age_s() -> float:
+    """Return the seconds since this process was started; 0 where the system does not say it as Linux does."""
+    try:
+        facts = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        started = int(facts[19]) / os.sysconf("SC_CLK_TCK")  # in seconds since the machine's start
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0

@@ -101,7 +101,7 @@ def parse_topology(text: str) -> Topology:
     """Return what `--topology` names: a chip and its layout, or a chip alone for a whole host.
 
     Raises:
-        ConfigurationError: there is no such chip, the layout is none, or it is more than a host.
+        ConfigurationError: there is no such chip, the layout is none, or it is no part of a host.
     """
     name, _, layout = text.partition(":")
     chip = CHIPS.get(name)
@@ -120,6 +120,12 @@ def parse_topology(text: str) -> Topology:
         raise ConfigurationError(
             f"--topology must be the chips of one host, of {name} at most {chip.host_chips}, got {text!r} with"
             f" {topology.num_chips}: every host runs a worker of its own; name one host, and give --load for how many"
+        )
+    whole = chip.host_topology.split("x")
+    if any(int(size) % int(part) for size, part in zip(whole, layout.split("x"), strict=True)):
+        raise ConfigurationError(
+            f"--topology must be a host of {name} or a part of one, whose chips lie {chip.host_topology}, such as"
+            f" {name}:{chip.host_topology} or {name}:{'x'.join('1' * axes)}, got {text!r}"
         )
     return topology
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from sdtpu_worker.errors import ConfigurationError, SdtpuError
-from sdtpu_worker.planning.chips import GIB
+from sdtpu_worker.planning.chips import GIB, Chip, parse_topology
 from sdtpu_worker.planning.hlo import parse_module
 from sdtpu_worker.planning.hlo_traffic import Traffic
+from sdtpu_worker.planning.kernels import KernelCycles, dump_options, read_bundles
 from sdtpu_worker.planning.memory_report import read_total
 
 WRONG, NO_ROOM, NO_TOPOLOGY = 3, 4, 5
@@ -36,15 +37,19 @@ class PlanFailed(SdtpuError):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to compile.
+    """What to compile: what makes a worker's programs, as its settings say it.
 
     Attributes:
         model: as `--model`.
         topology: as `chips.Topology.name`.
         slots: of each device.
         resolution: `(height, width)` in pixels; None for the model's own.
-        guidance: as `sdtpu_guidance`.
+        guidance, image_inputs, prompt_windows, attention, vae_tiling: as the settings of these names; to compile
+            `auto` is as `off`, and who plans compiles again with `on` where that does not fit.
         lora_rank: that programs have room for; 0 for no LoRAs of single jobs.
+        controlnets: each one's name, and its folder; an empty text for one as they are usual for the model.
+        previews: jobs show previews.
+        dtype: of parameters and computation.
     """
 
     model: str
@@ -53,6 +58,13 @@ class Wanted:
     resolution: tuple[int, int] | None = None
     guidance: str = "auto"
     lora_rank: int = 0
+    image_inputs: bool = True
+    prompt_windows: int = 3
+    controlnets: tuple[tuple[str, str], ...] = ()
+    previews: bool = False
+    attention: str = "auto"
+    vae_tiling: str = "auto"
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ def check_installed() -> None:
     Raises:
         ConfigurationError: a package is missing.
     """
-    missing = [name for name in ("jax", "flax", "transformers", "libtpu") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("jax", "flax", "tokenizers", "libtpu") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigurationError(
             f"sdtpu plan needs {', '.join(missing)}, which is not installed: pip install 'sdtpu_worker[plan]'"
@@ -104,19 +116,19 @@ def compile_ahead(wanted: Wanted, limits: Limits, say: Callable[[str], None]) ->
         folder, dump = Path(scratch, "out"), Path(scratch, "dump")
         folder.mkdir()
         with Path(scratch, "stderr").open("w+", encoding="utf-8", errors="replace") as errors:
-            child = _start(wanted, folder, dump, errors)
+            child = _start(wanted, folder, dump, errors, limits.full)
             try:
-                ended = _watch(child, dump, limits, f"{wanted.model}, {_plural(wanted.slots)}", folder, say)
+                ended = _watch(child, dump, limits, f"{wanted.model}, {slots_per_device(wanted.slots)}", folder, say)
             finally:
                 _end(child)
             errors.seek(0)
-            reason = _reason(errors.read())
+            reason = last_line(errors.read())
         code = child.returncode if ended == "exit" else None
         _check_exit(code, reason, wanted)
-        return _collect(folder, dump, code, ended, reason)
+        return _collect(folder, dump, code, ended, reason, parse_topology(wanted.topology).chip)
 
 
-def _start(wanted: Wanted, folder: Path, dump: Path, errors: Any) -> subprocess.Popen[bytes]:
+def _start(wanted: Wanted, folder: Path, dump: Path, errors: Any, full: bool) -> subprocess.Popen[bytes]:
     flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_module_re={_MODULE}"
     env = {
         **os.environ,
@@ -128,6 +140,8 @@ def _start(wanted: Wanted, folder: Path, dump: Path, errors: Any) -> subprocess.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "XLA_FLAGS": flags,
     }
+    if full:
+        env["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump_options(dump)}".strip()
     command = [sys.executable, "-m", _CHILD, str(folder), json.dumps(asdict(wanted))]
     return subprocess.Popen(
         command, env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
@@ -201,7 +215,7 @@ def _is_whole(dump: Path) -> bool:
         return file.read().rstrip().endswith(b"}")
 
 
-def _collect(folder: Path, dump: Path, code: int | None, ended: str, reason: str) -> dict[str, Any]:
+def _collect(folder: Path, dump: Path, code: int | None, ended: str, reason: str, chip: Chip) -> dict[str, Any]:
     facts_file, files = folder / "facts.json", _dumped(dump)
     if not facts_file.is_file() or (files is None and code != NO_ROOM and not (folder / "tick.json").is_file()):
         raise PlanFailed(
@@ -210,11 +224,14 @@ def _collect(folder: Path, dump: Path, code: int | None, ended: str, reason: str
             else f"the compiler ended without a result: {reason or 'it said nothing'}"
         )
     facts: dict[str, Any] = json.loads(facts_file.read_text(encoding="utf-8"))
+    kernel_cycles = KernelCycles(facts["kernels"], read_bundles(dump), chip)
     programs = {}
     for file in sorted(folder.glob("*.json")):
         if file != facts_file:
             text = file.with_suffix(".hlo").read_text(encoding="utf-8")
-            programs[file.stem] = describe(text, json.loads(file.read_text(encoding="utf-8"))["memory"])
+            programs[file.stem] = describe(
+                text, json.loads(file.read_text(encoding="utf-8"))["memory"], None, kernel_cycles
+            )
     if "tick" not in programs and files is not None and _is_whole(dump):
         total = read_total(files[1].read_text(encoding="utf-8"))
         programs["tick"] = describe(files[0].read_text(encoding="utf-8"), None, total)
@@ -228,15 +245,21 @@ def _collect(folder: Path, dump: Path, code: int | None, ended: str, reason: str
     }
 
 
-def describe(text: str, memory: dict[str, int] | None, total: int | None = None) -> dict[str, Any]:
+def describe(
+    text: str,
+    memory: dict[str, int] | None,
+    total: int | None = None,
+    kernel_cycles: Callable[[str, bool], int] = lambda text, has_windows: 0,
+) -> dict[str, Any]:
     """Return what an optimised program says of itself.
 
     Args:
         text: the HLO module.
         memory: what the compiled program says of its memory; None before code is generated.
         total: else the bytes of the HBM that it takes with its arguments.
+        kernel_cycles: as for `Traffic`.
     """
-    traffic = Traffic(parse_module(text))
+    traffic = Traffic(parse_module(text), kernel_cycles)
     arguments = memory["argument"] if memory else traffic.argument_bytes
     if memory:
         total = arguments + memory["temp"] + memory["output"] - memory["alias"]
@@ -264,7 +287,7 @@ def _check_exit(code: int | None, reason: str, wanted: Wanted) -> None:
     raise PlanFailed(f"the compiler failed with exit code {code}: {reason or 'it said nothing'}")
 
 
-def _reason(text: str) -> str:
+def last_line(text: str) -> str:
     """Return the last line that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(_WARNING_LINES)]
     return f"{lines[-1]:.600}" if lines else ""
@@ -285,5 +308,6 @@ def _cpu_s(pid: int) -> float:
         return 0.0
 
 
-def _plural(slots: int) -> str:
+def slots_per_device(slots: int) -> str:
+    """Return it in words."""
     return f"{slots} slot{'s' if slots > 1 else ''} per device"

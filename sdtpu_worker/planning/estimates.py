@@ -23,7 +23,8 @@ class PartEstimate:
         flops: of its matrix multiplications and convolutions.
         padded_flops: likewise, as the matrix unit does them.
         hbm_bytes: that it moves.
-        cycles: that the compiler estimates without its kernels; 0 before code is generated.
+        cycles: that the compiler estimates for its own operations; 0 before code is generated.
+        kernel_cycles: of the Pallas kernels, from their instructions; 0 before code is generated.
         kernels: how many Pallas kernels run in it.
         seconds: the largest of what these take.
         limit: which of them: `padded FLOPs`, `HBM traffic` or `cycles`.
@@ -33,6 +34,7 @@ class PartEstimate:
     padded_flops: int
     hbm_bytes: int
     cycles: int
+    kernel_cycles: int
     kernels: int
     seconds: float
     limit: str
@@ -50,8 +52,11 @@ class Estimate:
         reason: why not, in the compiler's words; None otherwise.
         argument_bytes, temp_bytes, code_bytes: of the tick; None where it is not known.
         total_bytes: of all.
-        step, insert, decode: their work; the insert is that of a job without a picture.
-        picture: what an insert does besides for a job with one.
+        step, insert, decode: their work, for jobs without pictures, ControlNets and long prompts.
+        picture: what an insert does besides for a job with pictures.
+        windows: what a step does besides while all prompts have all the windows that they may have; None for a worker
+            whose prompts have one.
+        control: what a step does besides for jobs that ask all ControlNets; None for a worker without any.
     """
 
     slots: int
@@ -67,6 +72,8 @@ class Estimate:
     insert: PartEstimate
     decode: PartEstimate
     picture: PartEstimate
+    windows: PartEstimate | None = None
+    control: PartEstimate | None = None
 
     @property
     def hbm_gb_per_image_step(self) -> float:
@@ -105,8 +112,8 @@ def estimate(facts: Mapping[str, Any], slots: int, chip: Chip) -> Estimate | Non
     if tick is None:
         return None
     parts = {
-        name: _part(facts["matmuls"][name], tick["parts"][name], 1.0, 0, chip)
-        for name in ("step", "insert", "decode", "picture")
+        name: _part(facts, name, 1.0, 0, chip)
+        for name in ("step", "insert", "decode", "picture", *_further_parts(facts))
     }
     total = tick["total_bytes"]
     if total is not None:
@@ -134,8 +141,7 @@ def scale(facts: Mapping[str, Any], compiled: Estimate, slots: int, chip: Chip) 
     Inserts and decodes are of one job, whatever the slots.
     """
     times = slots / compiled.slots
-    tick = facts["programs"]["tick"]
-    step = _part(facts["matmuls"]["step"], tick["parts"]["step"], times, facts["unet_bytes"], chip)
+    step = _part(facts, "step", times, facts["unet_bytes"], chip)
     grown = int(facts["slot_bytes"] * (times - 1))
     temp = None if compiled.temp_bytes is None else int(compiled.temp_bytes * max(times, 0))
     total = None
@@ -155,7 +161,14 @@ def scale(facts: Mapping[str, Any], compiled: Estimate, slots: int, chip: Chip) 
         insert=compiled.insert,
         decode=compiled.decode,
         picture=compiled.picture,
+        **{name: _part(facts, name, times, fixed_bytes, chip) for name, fixed_bytes in _further_parts(facts).items()},
     )
+
+
+def _further_parts(facts: Mapping[str, Any]) -> dict[str, int]:
+    """Return the parts of a step that only some jobs ask for, each with the bytes of weights that it reads once."""
+    windows = {"windows": 0} if facts["prompt_windows"] > 1 else {}
+    return windows | ({"control": facts["controlnet_bytes"]} if facts["controlnets"] else {})
 
 
 def best(estimates: Sequence[Estimate], steps: int) -> Estimate | None:
@@ -171,18 +184,18 @@ def best(estimates: Sequence[Estimate], steps: int) -> Estimate | None:
     return found
 
 
-def _part(
-    matmuls: Sequence[Sequence[int]], work: Mapping[str, int], times: float, weights: int, chip: Chip
-) -> PartEstimate:
-    flops = int(times * sum(2 * m * k * n * count for m, k, n, count in matmuls))
-    padded = int(times * sum(chip.padded_flops(m, k, n) * count for m, k, n, count in matmuls))
+def _part(facts: Mapping[str, Any], name: str, times: float, weights: int, chip: Chip) -> PartEstimate:
+    work = facts["programs"]["tick"]["parts"][name]
+    flops = int(times * sum(2 * m * k * n * count for m, k, n, count in facts["matmuls"][name]))
+    on_chip = facts["matmuls_on_chip"][name]
+    padded = int(times * sum(chip.padded_flops(m, k, n) * count for m, k, n, count in on_chip))
     fixed = min(weights, work["hbm_bytes"])
     traffic = int(fixed + times * (work["hbm_bytes"] - fixed))
-    cycles = int(times * work["cycles"])
+    cycles, kernel_cycles = int(times * work["cycles"]), int(times * work["kernel_cycles"])
     seconds = {
         "padded FLOPs": padded / chip.flops,
         "HBM traffic": traffic / chip.hbm_bytes_per_s,
-        "cycles": cycles / chip.clock_hz,
+        "cycles": (cycles + kernel_cycles) / chip.clock_hz,
     }
     limit = max(seconds, key=lambda name: seconds[name])
-    return PartEstimate(flops, padded, traffic, cycles, work["kernels"], seconds[limit], limit)
+    return PartEstimate(flops, padded, traffic, cycles, kernel_cycles, work["kernels"], seconds[limit], limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,7 +22,13 @@ _KERNEL = "tpu_custom_call"
 _COLLECTIVE = re.compile(
     r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter|send|recv)(-start)?"
 )
+_PHASES = re.compile(r"^jit\(\w+\)/(shard_map/)?while$")
+"""The loop over phases; of a single device JAX leaves the scope of the sharding out."""
 _STEPS = re.compile(r"/advance/(cond/\w+/)?while$")
+_OPTION = re.compile(r"/(windows|control)/cond$")
+"""Conditionals of what only some jobs ask for; the names are those of `models.prompt_windows` and `denoising`."""
+_OPTIONS, _NONE = frozenset({"windows", "control"}), frozenset[str]()
+_ALL = _OPTIONS | {"other"}
 _READS_A_PART = {"slice", "dynamic-slice", "gather"}
 
 
@@ -33,12 +39,14 @@ class Work:
     Attributes:
         hbm_bytes: read and written.
         cycles: as the compiler estimates; 0 before code is generated. Kernels are not in it.
+        kernel_cycles: of the Pallas kernels, as `kernels.KernelCycles` has them; 0 before code is generated.
         kernels: how many Pallas kernels run.
         loops_of_unknown_length: that were counted as if they ran once.
     """
 
     hbm_bytes: int = 0
     cycles: int = 0
+    kernel_cycles: int = 0
     kernels: int = 0
     loops_of_unknown_length: int = 0
 
@@ -46,6 +54,7 @@ class Work:
         """Add another's work, so many times; -1 takes it away."""
         self.hbm_bytes += other.hbm_bytes * times
         self.cycles += other.cycles * times
+        self.kernel_cycles += other.kernel_cycles * times
         self.kernels += other.kernels * times
         self.loops_of_unknown_length += other.loops_of_unknown_length * times
 
@@ -57,8 +66,11 @@ class TickWork:
     Attributes:
         tick: outside the loop over phases.
         phase: in each phase, besides the next three.
-        insert, step, decode: each time; the insert is that of a job without a picture.
-        picture: what an insert does besides for one with a picture.
+        insert, step, decode: each time; those of jobs without pictures, ControlNets and long prompts.
+        picture: what an insert does besides for a job with pictures.
+        windows: what a step does besides while prompts have several windows: kernels with all windows of all prompts;
+            where conditionals stand for them, these, with the loop over the windows counted once.
+        control: what a step does besides for jobs that ask all ControlNets.
     """
 
     tick: Work = field(default_factory=Work)
@@ -67,6 +79,8 @@ class TickWork:
     picture: Work = field(default_factory=Work)
     step: Work = field(default_factory=Work)
     decode: Work = field(default_factory=Work)
+    windows: Work = field(default_factory=Work)
+    control: Work = field(default_factory=Work)
 
 
 class Traffic:
@@ -77,11 +91,14 @@ class Traffic:
 
     Args:
         module: the optimised program.
+        kernel_cycles: says of the text of a kernel's call how many cycles it takes, with all windows of all prompts or
+            with the first alone.
     """
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, kernel_cycles: Callable[[str, bool], int] = lambda text, has_windows: 0) -> None:
         self._module = module
-        self._done: dict[tuple[str, bool], Work] = {}
+        self._kernel_cycles = kernel_cycles
+        self._done: dict[tuple[str, frozenset[str]], Work] = {}
 
     @cached_property
     def collectives(self) -> dict[str, int]:
@@ -113,7 +130,7 @@ class Traffic:
         """
         found = TickWork()
         for instruction in self._module.computations[self._module.entry].values():
-            if instruction.opcode == "while" and instruction.op_name.endswith("shard_map/while"):
+            if instruction.opcode == "while" and _PHASES.search(instruction.op_name):
                 self._phase(instruction.called["body"], found, found.phase)
             else:
                 found.tick.add(self._one(instruction, self._module.entry))
@@ -125,13 +142,17 @@ class Traffic:
         for instruction in self._module.computations[name].values():
             of = instruction.op_name
             if instruction.opcode == "while" and _STEPS.search(of):
-                found.step.add(self._of(instruction.called["body"]))
+                body = instruction.called["body"]
+                found.step.add(self._of(body, _OPTIONS))
+                for option, part in (("windows", found.windows), ("control", found.control)):
+                    part.add(self._of(body, _OPTIONS - {option}))
+                    part.add(self._of(body, _OPTIONS), -1)
             elif instruction.opcode == "conditional" and of.endswith("/insert/cond"):
                 dearest = self._dearest(instruction.branches)
                 branch = max(instruction.branches, key=lambda name: self._of(name).hbm_bytes)
-                found.insert.add(self._of(branch, cheapest=True))
+                found.insert.add(self._of(branch, _ALL))
                 found.picture.add(dearest)
-                found.picture.add(self._of(branch, cheapest=True), -1)
+                found.picture.add(self._of(branch, _ALL), -1)
             elif instruction.opcode == "conditional" and of.endswith("/decode/cond"):
                 found.decode.add(self._dearest(instruction.branches))
             elif instruction.opcode == "conditional" and self._has_steps(instruction.branches):
@@ -144,40 +165,47 @@ class Traffic:
         inner = (each for branch in branches for each in self._module.computations[branch].values())
         return any(each.opcode == "while" and "/advance/" in each.op_name for each in inner)
 
-    def _of(self, name: str, cheapest: bool = False) -> Work:
-        """Return the work of a computation; of each conditional in it the dearest branch, or the cheapest."""
-        if (name, cheapest) not in self._done:
+    def _of(self, name: str, cheap: frozenset[str] = _NONE) -> Work:
+        """Return the work of a computation.
+
+        Args:
+            name: of it.
+            cheap: the kinds of conditionals of which the cheapest branch counts, and not the dearest; see `_kind`. With
+                `windows` kernels look at the first window of each prompt alone.
+        """
+        if (name, cheap) not in self._done:
             found = Work()
             for instruction in self._module.computations[name].values():
-                found.add(self._one(instruction, name, cheapest))
-            self._done[name, cheapest] = found
-        return self._done[name, cheapest]
+                found.add(self._one(instruction, name, cheap))
+            self._done[name, cheap] = found
+        return self._done[name, cheap]
 
     def _dearest(self, branches: Iterable[str]) -> Work:
         return max((self._of(branch) for branch in branches), key=_size)
 
-    def _one(self, instruction: Instruction, where: str, cheapest: bool = False) -> Work:
+    def _one(self, instruction: Instruction, where: str, cheap: frozenset[str] = _NONE) -> Work:
         """Return the work of one instruction of a computation."""
         opcode, found = instruction.opcode, Work(cycles=instruction.cycles)
         if opcode in _MOVES_NOTHING or opcode.endswith("-done"):
             return Work()
         if opcode == "while":
             trips = instruction.trip_count
-            found.add(self._of(instruction.called["body"], cheapest), 1 if trips is None else trips)
+            found.add(self._of(instruction.called["body"], cheap), 1 if trips is None else trips)
             found.loops_of_unknown_length += trips is None
         elif opcode == "conditional":
-            choose = min if cheapest else max
-            found.add(choose((self._of(branch, cheapest) for branch in instruction.branches), key=_size))
+            choose = min if _kind(instruction) in cheap else max
+            found.add(choose((self._of(branch, cheap) for branch in instruction.branches), key=_size))
         elif opcode == "call":
-            found.add(self._of(instruction.called["to_apply"], cheapest))
+            found.add(self._of(instruction.called["to_apply"], cheap))
         elif opcode == "async-start":
-            found.add(self._of(instruction.called["calls"], cheapest))
+            found.add(self._of(instruction.called["calls"], cheap))
         elif opcode == "custom-call" and (target := _TARGET.search(instruction.text)) and target[1] in _NAMES_ONLY:
             return Work()
         elif opcode == "copy-start":
             found.hbm_bytes = _in_hbm(instruction.result[:2])
         else:
-            found.kernels = int(f'"{_KERNEL}"' in instruction.text)
+            if f'"{_KERNEL}"' in instruction.text:
+                found.kernels, found.kernel_cycles = 1, self._kernel_cycles(instruction.text, "windows" not in cheap)
             found.hbm_bytes = self._bytes(instruction, where)
         return found
 
@@ -240,6 +268,12 @@ def _written_by(part: Instruction, inner: dict[str, Instruction]) -> int:
     if part.opcode == "dynamic-update-slice":
         return _bytes_of(inner[part.operands[1]].result)
     return _bytes_of(part.result)
+
+
+def _kind(conditional: Instruction) -> str:
+    """Return what a conditional is of: `windows`, `control`, or `other`."""
+    found = _OPTION.search(conditional.op_name)
+    return found[1] if found else "other"
 
 
 def _size(work: Work) -> tuple[int, int]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
-from sdtpu_worker.planning.chips import parse_topology
-from sdtpu_worker.planning.compile_ahead import Limits, Wanted, check_installed, compile_ahead
+from sdtpu_worker.planning.chips import Chip, Topology, parse_topology
+from sdtpu_worker.planning.compile_ahead import Limits, Wanted, check_installed, compile_ahead, slots_per_device
 from sdtpu_worker.planning.estimates import SLOT_COUNTS, STEP_COUNTS, Estimate, PartEstimate, best, estimate, scale
 from sdtpu_worker.planning.load import hosts_for_load
 from sdtpu_worker.planning.results_cache import ResultsCache, fingerprint
+from sdtpu_worker.planning.settings import USUAL, Planned
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,7 @@ class LoadWanted:
 
 
 def make_plan(
-    wanted: Wanted,
-    slots: Sequence[int],
+    planned: Planned,
     steps: Sequence[int],
     load: LoadWanted | None,
     price: float | None,
@@ -35,8 +35,8 @@ def make_plan(
     """Return the whole answer; docs/reference/plan.md tells what each name means.
 
     Args:
-        wanted: what to compile, whatever its slots.
-        slots: the slot counts to compile; the others of `SLOT_COUNTS` are scaled from the nearest of them.
+        planned: what to compile; of the slot counts those of `SLOT_COUNTS` that are not compiled are scaled from the
+            nearest one that is.
         steps: numbers of denoising steps of the jobs, for the best setting and the load.
         load: also find the hosts for it.
         price: of a chip for an hour.
@@ -48,12 +48,16 @@ def make_plan(
         ConfigurationError: an option is wrong.
         PlanFailed: nothing could be compiled.
     """
-    topology = parse_topology(wanted.topology)
-    wanted = replace(wanted, topology=topology.name)
+    topology = parse_topology(planned.wanted.topology)
+    wanted, slots = replace(planned.wanted, topology=topology.name), planned.slots
     check_installed()
-    found = {count: _compile(replace(wanted, slots=count), limits, cache, say) for count in slots}
+
+    def compile_(wanted: Wanted) -> dict[str, Any]:
+        return _compile(wanted, limits, cache, say)
+
+    found = {count: _in_tiles_if_needed(replace(wanted, slots=count), topology, compile_, say) for count in slots}
     facts = next(iter(found.values()))
-    device = topology.chip.share(topology.num_chips / facts["num_devices"])
+    device = _device(topology, facts)
     compiled = {count: each for count, facts in found.items() if (each := estimate(facts, count, device))}
     estimates = dict(compiled)
     if compiled:
@@ -78,7 +82,8 @@ def make_plan(
         "resolution": facts["resolution"],
         "guidance_rows": facts["rows_per_job"],
         "lora_rank": wanted.lora_rank,
-        "dtype": "bfloat16",
+        "dtype": wanted.dtype,
+        "planned_for": _planned_for(planned, facts),
         "answer": "full" if all(each["code_generated"] for each in found.values()) else "quick",
         "versions": {name: metadata.version(name) for name in ("jax", "libtpu")},
         "steps": list(steps),
@@ -93,25 +98,68 @@ def make_plan(
     }
 
 
+def _planned_for(planned: Planned, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the worker that is planned for, and who said each."""
+    wanted = planned.wanted
+    return {
+        "guidance": wanted.guidance,
+        "prompt_windows": wanted.prompt_windows,
+        "image_inputs": wanted.image_inputs,
+        "controlnets": {name: folder or USUAL for name, folder in wanted.controlnets},
+        "lora_rank": wanted.lora_rank,
+        "previews": wanted.previews,
+        "attention": wanted.attention,
+        "vae_tiling": wanted.vae_tiling,
+        "dtype": wanted.dtype,
+        "resolution": facts["resolution"],
+        "other_resolutions": [list(size) for size in planned.other_resolutions],
+        "sources": dict(planned.sources),
+    }
+
+
+def _device(topology: Topology, facts: Mapping[str, Any]) -> Chip:
+    """Return what the compiler describes as one device: a chip, or a part of it."""
+    return topology.chip.share(topology.num_chips / facts["num_devices"])
+
+
+def _in_tiles_if_needed(
+    wanted: Wanted, topology: Topology, compile_: Callable[[Wanted], dict[str, Any]], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Compile as a worker with `sdtpu_vae_tiling = auto`: with images decoded in tiles only if it does not fit else."""
+    facts = compile_(wanted)
+    found = estimate(facts, wanted.slots, _device(topology, facts))
+    if wanted.vae_tiling != "auto" or (found is not None and found.fits):
+        return facts
+    say(f"{wanted.model}, {slots_per_device(wanted.slots)}: does not fit; once more with images decoded in tiles")
+    return compile_(replace(wanted, vae_tiling="on"))
+
+
 def _compile(wanted: Wanted, limits: Limits, cache: ResultsCache, say: Callable[[str], None]) -> dict[str, Any]:
     key = fingerprint(wanted, limits.full)
     facts = cache.read(key)
     if facts is not None:
-        say(f"{wanted.model}, {wanted.slots} slots per device: compiled before")
+        say(f"{wanted.model}, {slots_per_device(wanted.slots)}: compiled before")
         return facts
     facts = compile_ahead(wanted, limits, say)
-    if not facts["time_limit_passed"]:
+    if facts["time_limit_passed"]:
+        say(
+            f"{wanted.model}, {slots_per_device(wanted.slots)}: the {limits.time_s:g} s of --time-limit passed, so this"
+            " is of what the compiler had done by then; give it more"
+        )
+    else:
         cache.write(key, facts)
     return facts
 
 
 def _setting(each: Estimate, facts: dict[str, Any] | None) -> dict[str, Any]:
     programs = facts["programs"] if facts else None
+    has_cycles = each.step.cycles > 0
     return {
         "slots_per_device": each.slots,
         "kind": each.kind,
         "fits": each.fits,
         "reason": each.reason,
+        "in_tiles": facts["in_tiles"] if facts else None,
         "memory": {
             "argument_bytes": each.argument_bytes,
             "temp_bytes": each.temp_bytes,
@@ -129,24 +177,27 @@ def _setting(each: Estimate, facts: dict[str, Any] | None) -> dict[str, Any]:
         "estimate": "compiled" if each.step.limit == "cycles" else "arithmetic",
         "limit": each.step.limit,
         "kernels": each.step.kernels,
-        "step": _part(each.step),
-        "insert": _part(each.insert),
-        "decode": _part(each.decode),
-        "picture": _part(each.picture),
+        "step": _part(each.step, has_cycles),
+        "insert": _part(each.insert, has_cycles),
+        "decode": _part(each.decode, has_cycles),
+        "picture": _part(each.picture, has_cycles),
+        "windows": each.windows and _part(each.windows, has_cycles),
+        "control": each.control and _part(each.control, has_cycles),
         "image_steps_per_s": round(each.num_devices * each.slots / each.step.seconds, 2),
         "latency_s": {str(steps): round(each.latency_s(steps), 4) for steps in STEP_COUNTS},
         "images_per_s": {str(steps): round(each.images_per_s(steps), 3) for steps in STEP_COUNTS},
     }
 
 
-def _part(part: PartEstimate) -> dict[str, Any]:
+def _part(part: PartEstimate, has_cycles: bool) -> dict[str, Any]:
     return {
         "ms": round(1e3 * part.seconds, 4),
         "limit": part.limit,
         "gflops": round(part.flops / 1e9, 3),
         "padded_gflops": round(part.padded_flops / 1e9, 3),
         "hbm_gb": round(part.hbm_bytes / 1e9, 5),
-        "cycles": part.cycles or None,
+        "cycles": part.cycles if has_cycles else None,
+        "kernel_cycles": part.kernel_cycles if has_cycles else None,
         "kernels": part.kernels,
     }
 

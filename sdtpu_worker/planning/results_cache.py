@@ -12,10 +12,10 @@ from typing import Any
 from sdtpu_worker.kept_files import package_versions, write_whole
 from sdtpu_worker.planning.compile_ahead import Wanted
 
-_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "transformers", "diffusers")
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax")
 _SOURCES = (
     "diffusion/**/*.py", "models/**/*.py", "aggregator/plan.py", "contract/request.py", "planning/hlo*.py",
-    "planning/compile_ahead.py", "planning/memory_report.py",
+    "planning/compile_ahead.py", "planning/memory_report.py", "planning/kernels.py", "planning/chips.py",
 )  # fmt: skip
 _VERSION = 1
 
@@ -63,6 +63,8 @@ def fingerprint(wanted: Wanted, full: bool) -> str:
     sources = [path for pattern in _SOURCES for path in sorted(package.glob(pattern))]
     folder = Path(wanted.model).expanduser()
     configs = sorted(folder.glob("*.json")) + sorted(folder.glob("*/*.json")) if folder.is_dir() else []
+    for _, controlnet in wanted.controlnets:
+        configs += sorted(Path(controlnet).expanduser().glob("*.json")) if controlnet else []
     for path in (*sources, *configs):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:32]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as NotYet
 
 from sdtpu_worker.web.exchange import EventAnswer
@@ -30,9 +30,9 @@ class _Events:
         if self._is_closed:
             return
         self._is_closed = True
-        if self._following is not None:
-            self._following.cancel()
         if self._loop.is_open:
+            if self._following is not None:
+                self._following.cancel()
             self._loop.begin(_end(self._answer))
 
     def _ask(self) -> Future[bytes | None]:
@@ -59,7 +59,7 @@ class EventIterator(_Events):
     def __next__(self) -> bytes:
         try:
             event = None if self._is_closed else self._ask().result(max(0.0, self._until - time.monotonic()))
-        except NotYet:
+        except (NotYet, CancelledError):  # its time is over, or the front has closed
             event = None
         except BaseException:
             self.close()

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from sdtpu_worker.web.job_state import JobState
-from sdtpu_worker.web.polling_feed import PollingWatch
-from sdtpu_worker.web.state_feed import Watch
+from sdtpu_worker.web.job_view import preview_json
+from sdtpu_worker.web.watch import Watch
 
 HEARTBEAT = b": still there\n\n"
 HEARTBEAT_S = 15.0
@@ -30,7 +30,10 @@ def write_event(name: str, data: Any, event_id: str | None = None) -> bytes:
 
 
 async def job_events(
-    watch: Watch | PollingWatch, show: Callable[[JobState], dict[str, object]], last: str | None
+    watch: Watch,
+    show: Callable[[JobState], dict[str, object]],
+    last: str | None,
+    job_id: str | None = None,
 ) -> AsyncGenerator[bytes, None]:
     """Yield a job's states as events, up to its end; the first one only if the client has not seen it.
 
@@ -38,7 +41,9 @@ async def job_events(
         watch: of the job.
         show: returns the job as clients see it.
         last: the id of the last event that the client has seen.
+        job_id: of the job, for a stream of several jobs: each event says it then.
     """
+    about = {} if job_id is None else {"id": job_id}
     state: JobState | None = None
     preview = None
     while not (state and state.has_ended):
@@ -49,10 +54,11 @@ async def job_events(
         if state.has_ended:
             yield write_event("done", show(state), state.token)
         elif state.token != last:
-            has_preview = state.preview is not None and state.preview != preview
-            progress = {"status": state.status, **(state.progress or {})}
+            shown = preview_json(state)
+            has_preview = shown is not None and shown != preview
+            progress = {**about, "status": state.status, **(state.progress or {})}
             yield write_event("progress", progress, None if has_preview else state.token)
-            if has_preview:
-                preview = state.preview
-                yield write_event("preview", {"format": "png", "b64_json": preview}, state.token)
+            if shown is not None and has_preview:
+                preview = shown
+                yield write_event("preview", {**about, **shown}, state.token)
         last = None

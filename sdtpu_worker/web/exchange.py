@@ -29,6 +29,7 @@ class WebRequest:
         unless_left: waits for something, unless the caller goes away first, where its front can know that.
         may_wait: whether the answer may take as long as `Prefer: wait` says.
         holds_thread: whether its stream of events would hold a thread of the web server.
+        csrf_token: returns what the page's script sends as `X-CSRFToken`; empty where the web app asks for none.
     """
 
     base: str
@@ -39,6 +40,7 @@ class WebRequest:
     unless_left: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]] = _just_wait
     may_wait: bool = True
     holds_thread: bool = False
+    csrf_token: Callable[[], str] = str
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 import time
@@ -18,6 +17,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from sdtpu_worker.client.once import PENDING_S, hash_of_key, read_note, write_note
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -27,8 +28,6 @@ KINDS = ("jobs", "openai", "sdapi")
 """The APIs by which a job can come."""
 MOST_LISTED = 10_000
 """How many jobs of a caller are kept in its list."""
-CLAIM_S = 60
-"""Seconds for which an `Idempotency-Key` is taken whose job is not enqueued yet: its door may have died meanwhile."""
 _TOKEN_BYTES = 16
 
 
@@ -93,6 +92,10 @@ class JobRecords:
         """Return a job's record, None where there is none."""
         return _read(await self._redis.get(f"{JOB}{job_id}")) if is_job_id(job_id) else None
 
+    async def find_many(self, job_ids: Sequence[str]) -> list[JobRecord]:
+        """Return the records of those jobs that have one."""
+        return await self._find_all([job_id.encode() for job_id in job_ids])
+
     async def keep(self, job_id: str) -> None:
         """Begin a record's time anew: a job that waits for long still has one. It ends before the job's result does."""
         if self._expires_s:
@@ -147,13 +150,10 @@ class JobRecords:
             job_id: of the job that is enqueued if there was none; `keep_key` has to follow then.
         """
         name = _once_key(caller, key)
-        if await self._redis.set(name, f"{job_id} {digest}", nx=True, ex=CLAIM_S):
-            return None
-        stored = await self._redis.get(name)
-        if stored is None:  # it has expired between the two
-            return await self.claim_key(caller, key, digest, job_id)
-        earlier, _, its_digest = stored.decode().partition(" ")
-        return earlier, its_digest
+        while not await self._redis.set(name, write_note(job_id, digest), nx=True, ex=PENDING_S):
+            if (stored := await self._redis.get(name)) is not None:  # else it has expired between the two
+                return read_note(stored)
+        return None
 
     async def keep_key(self, caller: str, key: str) -> None:
         """Remember an `Idempotency-Key` for as long as a result is kept: its job is enqueued."""
@@ -184,7 +184,7 @@ def _lists_of(record: JobRecord) -> tuple[str, str]:
 
 
 def _once_key(caller: str, key: str) -> str:
-    return f"{ONCE}{caller}:{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()}"
+    return f"{ONCE}{caller}:{hash_of_key(key)}"
 
 
 def _read(stored: bytes | None) -> JobRecord | None:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from celery.backends.base import Backend
+from celery.backends.base import Backend, KeyValueStoreBackend
 
+from sdtpu_worker.client.stored_state import UNREADABLE, read_stored
 from sdtpu_worker.errors import StorageError
 from sdtpu_worker.images.decode import named_image
 from sdtpu_worker.redaction import sanitize_url
@@ -74,23 +75,50 @@ class JobState:
 QUEUED = JobState()
 
 
-def read_state(backend: Backend, stored: bytes | None) -> JobState:
+def read_state(backend: Backend, stored: bytes | str | None) -> JobState:
     """Return the state in what is stored under a task's key, or published on its channel.
 
     Args:
         backend: the app's result backend, for its serializer and its compression.
-        stored: the bytes; None where nothing is stored.
+        stored: what is there, as bytes or as text; None for nothing.
     """
     if stored is None:
         return QUEUED
-    token = hashlib.sha256(stored).hexdigest()[:16]
+    token = _token_of(stored)
     try:
         meta = backend.decode(stored)
-        status, value = _STATUS.get(meta["status"], "queued"), meta["result"]
     except Exception as exc:  # others can write to the result backend, and each serializer has errors of its own
-        return JobState(
-            "failed", error=JobError("UnreadableResult", f"not a state of Celery: {exc!r:.200}"), token=token
-        )
+        return _unreadable(exc, token)
+    return _state_in(meta, token)
+
+
+def read_state_of(backend: Backend, task_id: str) -> JobState:
+    """Return the state that a result backend of any kind keeps of a task.
+
+    Args:
+        backend: of this thread; one that keeps results by task id.
+        task_id: the task's.
+
+    Raises:
+        Exception: the backend does not answer; each backend has errors of its own.
+    """
+    if isinstance(backend, KeyValueStoreBackend):
+        return read_state(backend, backend.get(backend.get_key_for_task(task_id)))
+    try:
+        meta = read_stored(backend, task_id)
+    except UNREADABLE as exc:
+        return _unreadable(exc, _token_of(repr(exc)))
+    if meta is None:
+        return QUEUED
+    return _state_in(meta, _token_of(repr((meta["status"], meta["result"]))))
+
+
+def _state_in(meta: Any, token: str) -> JobState:
+    """Return the state in what Celery keeps of a task."""
+    try:
+        status, value = _STATUS.get(meta["status"], "queued"), meta["result"]
+    except (TypeError, LookupError) as exc:  # others can write to the result backend
+        return _unreadable(exc, token)
     if status == "succeeded":
         try:
             named_image(value)
@@ -106,6 +134,14 @@ def read_state(backend: Backend, stored: bytes | None) -> JobState:
     preview = progress.get("preview")
     shown = {name: _plain(progress.get(name), kind) for name, kind in _PROGRESS_FIELDS.items()}
     return JobState("queued" if shown["pending"] else status, shown, _preview_data(preview), token=token)
+
+
+def _unreadable(exc: Exception, token: str) -> JobState:
+    return JobState("failed", error=JobError("UnreadableResult", f"not a state of Celery: {exc!r:.200}"), token=token)
+
+
+def _token_of(stored: bytes | str) -> str:
+    return hashlib.sha256(stored.encode() if isinstance(stored, str) else stored).hexdigest()[:16]
 
 
 def _plain(value: Any, kind: Any) -> Any:

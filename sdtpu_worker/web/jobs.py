@@ -10,7 +10,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from sdtpu_worker.client.cancel import cancel_job
-from sdtpu_worker.contract.queues import TASK_NAME
+from sdtpu_worker.config import result_expires_s
+from sdtpu_worker.contract.queues import SENT_AT_HEADER, TASK_NAME
 from sdtpu_worker.contract.request import LISTED, PICTURES, GenerationRequest, draw_seed
 from sdtpu_worker.errors import InvalidRequest, SdtpuError, StorageError
 from sdtpu_worker.images.bring import bring_pictures
@@ -20,13 +21,13 @@ from sdtpu_worker.redaction import brief
 from sdtpu_worker.web.caller import Caller
 from sdtpu_worker.web.celery_threads import CeleryThreads
 from sdtpu_worker.web.job_records import JobRecord, JobRecords, is_job_id
-from sdtpu_worker.web.job_state import JobState, read_state
+from sdtpu_worker.web.job_state import JobState
+from sdtpu_worker.web.job_states import make_states
 from sdtpu_worker.web.keeper import Keeper
 from sdtpu_worker.web.parameters import OPTIONS, check_expires, without_options
-from sdtpu_worker.web.polling_feed import PollingFeed, PollingWatch
 from sdtpu_worker.web.problems import Refusal
-from sdtpu_worker.web.redis_client import make_client, make_subscriber_pool
-from sdtpu_worker.web.state_feed import StateFeed, Watch
+from sdtpu_worker.web.redis_client import make_client
+from sdtpu_worker.web.watch import Watch
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -39,9 +40,6 @@ _STAND_IN = "store:picture"
 """In place of a picture while the other parameters are checked."""
 
 
-Feed = StateFeed | PollingFeed
-
-
 class Jobs:
     """The jobs behind one Celery app. Belongs to one event loop; its connections open on first use.
 
@@ -51,37 +49,29 @@ class Jobs:
         keeper: keeps jobs, too; None where nothing does.
 
     Attributes:
-        redis: a client of the result backend's Redis.
+        redis: a client of the result backend's Redis, or of the broker's where results are kept elsewhere.
         records: what the door keeps of the jobs.
         threads: for what would block the event loop.
         expires_s: seconds after which results expire; None for never.
 
     Raises:
-        ConfigurationError: the app's result backend is not Redis.
+        ConfigurationError: the app has no Redis for the records, or no results that can be read.
     """
 
     def __init__(self, app: Celery, threads: CeleryThreads | None = None, keeper: Keeper | None = None) -> None:
         self.app, self._keeper = app, keeper
-        self._backend = app.backend
         self.redis: Any = make_client(app)  # whose types leave open whether replies are text or bytes
-        expires = app.conf.result_expires
-        self.expires_s = int(getattr(expires, "total_seconds", lambda: expires or 0)()) or None
+        self.expires_s = result_expires_s(app.conf)
         self.records = JobRecords(self.redis, self.expires_s)
-        self._feed: Feed = self._make_feed()
         self.threads = threads or CeleryThreads(app)
+        self._states = make_states(app, self.redis, self.threads)
         self._in_background: set[asyncio.Task[None]] = set()
-
-    def _make_feed(self) -> Feed:
-        if getattr(self._backend, "is_in_this_process", False):
-            return PollingFeed(self.read_state)
-        subscribers: Any = make_subscriber_pool(self.app)  # redis-py's types leave `make_connection` out of some
-        return StateFeed(subscribers.make_connection, self.redis.mget, self._parse, self._key_of)
 
     async def close(self) -> None:
         """Close the connections, after what still runs in the background."""
         await asyncio.gather(*self._in_background, return_exceptions=True)
+        await self._states.feed.close()
         self.threads.close()
-        await self._feed.close()
         await self.redis.aclose()
         await self.redis.connection_pool.disconnect()
 
@@ -182,6 +172,7 @@ class Jobs:
         kwargs = without_options(record.parameters)
         tenant = caller.tenant(kwargs.pop("tenant", None))
         options = {name: record.parameters[name] for name in OPTIONS if name in record.parameters}
+        options["headers"] = {SENT_AT_HEADER: record.created_at}  # by which its place in the queue is found
         if tenant is not None:
             kwargs["tenant"] = tenant
 
@@ -241,9 +232,7 @@ class Jobs:
 
     async def read_states(self, job_ids: Sequence[str]) -> list[JobState]:
         """Return the states of jobs as they are now."""
-        if not job_ids:
-            return []
-        return [self._parse(stored) for stored in await self.redis.mget([self._key_of(each) for each in job_ids])]
+        return await self._states.read(job_ids) if job_ids else []
 
     async def read_state(self, job_id: str) -> JobState:
         """Return the state of a job as it is now; what the door keeps of an unfinished job stays for longer."""
@@ -253,9 +242,9 @@ class Jobs:
         return state
 
     @asynccontextmanager
-    async def watch(self, job_id: str) -> AsyncIterator[Watch | PollingWatch]:
-        """Watch a job for the block; see `StateFeed.watch`."""
-        async with self._feed.watch(job_id) as watch:
+    async def watch(self, job_id: str) -> AsyncIterator[Watch]:
+        """Watch a job for the block; its first state is that at the beginning, whatever it is."""
+        async with self._states.feed.watch(job_id) as watch:
             yield watch
 
     async def wait(
@@ -287,11 +276,7 @@ class Jobs:
         return ends
 
     async def cancel(self, record: JobRecord) -> JobState:
-        """Take a job out of the queue or off its slot; return its state.
-
-        That is its end, unless a worker that has not heard of it yet has just stored some progress over it; the worker
-        stores the end again a tick later.
-        """
+        """Take a job out of the queue or off its slot; return its state, which is its end."""
         state = await self.read_state(record.id)
         if not state.has_ended:
             await self.threads.call(cancel_job, self.app, record.id)
@@ -317,12 +302,6 @@ class Jobs:
         task = asyncio.ensure_future(_logged(work))
         self._in_background.add(task)
         task.add_done_callback(self._in_background.discard)
-
-    def _parse(self, stored: bytes | None) -> JobState:
-        return read_state(self._backend, stored)
-
-    def _key_of(self, job_id: str) -> bytes:
-        return self._backend.get_key_for_task(job_id)
 
     def _expiry_words(self) -> str:
         return f"after {self.expires_s:,} s" if self.expires_s else "never"

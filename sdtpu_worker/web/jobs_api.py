@@ -20,6 +20,9 @@ from sdtpu_worker.web.image_answer import answer_with_image, names_tag
 from sdtpu_worker.web.job_records import JobRecord
 from sdtpu_worker.web.job_state import QUEUED, JobState
 from sdtpu_worker.web.job_view import job_json
+from sdtpu_worker.web.live_api import show_batch, show_capabilities, stream_all
+from sdtpu_worker.web.live_feed import wait_of
+from sdtpu_worker.web.page.endpoints import send_file, show_page, to_page
 from sdtpu_worker.web.parameters import JOB_FIELDS, digest_of
 from sdtpu_worker.web.problems import Refusal, problem_answer, refusal_for
 from sdtpu_worker.web.service import JobsService
@@ -104,18 +107,23 @@ async def _submit_once(
 async def list_jobs(service: JobsService, request: WebRequest) -> Answer:
     """Answer `GET /v1/jobs`."""
     caller = request.find_caller()
-    limit, before = _read_page(request)
+    limit, before, previews = _read_page(request)
     records = await service.jobs.records.list_jobs(caller.name, limit, before)
     states = await service.jobs.read_states([record.id for record in records])
-    jobs = [_show(request, record, state) for record, state in zip(records, states, strict=True)]
+    found = zip(records, states, strict=True)
+    jobs = [job_json(record, state, request.base, with_preview=previews) for record, state in found]
     following = repr(records[-1].created_at) if len(records) == limit else None
     return json_answer({"jobs": jobs, "next": following}, headers={"Cache-Control": "no-store"})
 
 
 async def show_job(service: JobsService, request: WebRequest, job_id: str) -> Answer:
     """Answer `GET /v1/jobs/{id}`; a client that names the `ETag` of what it has seen is told if nothing has changed."""
-    record = await service.jobs.find(request.find_caller(), job_id)
-    answer = json_answer(_show(request, record, await service.jobs.read_state(record.id)))
+    caller = request.find_caller()
+    record = await service.jobs.find(caller, job_id)
+    state = await service.jobs.read_state(record.id)
+    is_in_queue = state.status == "queued" and state.progress is None
+    wait = wait_of(await service.live.read(), caller, record) if is_in_queue else None
+    answer = json_answer(job_json(record, state, request.base, wait, with_preview=True))
     etag = f'"{hashlib.sha256(answer.body).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if names_tag(request.headers.get("if-none-match", ""), etag):
@@ -172,7 +180,7 @@ class ApiRoute:
 
     Attributes:
         method: of HTTP.
-        path: after the address of the jobs API, with `{job_id}`.
+        path: after the address of the jobs API, with `{job_id}` or `{name}`.
         endpoint: answers it.
     """
 
@@ -189,6 +197,12 @@ class ApiRoute:
 ROUTES = (
     ApiRoute("POST", "", create_job),
     ApiRoute("GET", "", list_jobs),
+    ApiRoute("GET", "/capabilities", show_capabilities),
+    ApiRoute("GET", "/batch", show_batch),
+    ApiRoute("GET", "/events", stream_all),
+    ApiRoute("GET", "/page", to_page),
+    ApiRoute("GET", "/page/", show_page),
+    ApiRoute("GET", "/page/{name}", send_file),
     ApiRoute("GET", "/{job_id}", show_job),
     ApiRoute("DELETE", "/{job_id}", cancel_job),
     ApiRoute("GET", "/{job_id}/image", send_image),
@@ -236,19 +250,21 @@ def _read_key(request: WebRequest) -> str | None:
     return key
 
 
-def _read_page(request: WebRequest) -> tuple[int, float | None]:
-    """Return the number of jobs on a page, and the time before which they were created.
+def _read_page(request: WebRequest) -> tuple[int, float | None, bool]:
+    """Return the number of jobs on a page, the time before which they were created, and whether they have previews.
 
     Raises:
         InvalidRequest: the query says something else.
     """
     query = dict(request.query)
-    check_fields(query, ("limit", "before"))
+    check_fields(query, ("limit", "before", "previews"))
+    if (previews := query.get("previews", "false")) not in ("true", "false"):
+        raise InvalidRequest(f"previews must be true or false, got {previews!r:.40}")
     text = query.get("limit", str(DEFAULT_ON_A_PAGE))
     if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MOST_ON_A_PAGE):
         raise InvalidRequest(f"limit must be an integer from 1 to {MOST_ON_A_PAGE}, got {text!r:.40}")
     if (before := query.get("before")) is None:
-        return int(text), None
+        return int(text), None, previews == "true"
     if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", before):
         raise InvalidRequest(f"before must be the `next` of another page, got {before!r:.40}")
-    return int(text), float(before)
+    return int(text), float(before), previews == "true"

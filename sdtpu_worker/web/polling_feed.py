@@ -1,57 +1,71 @@
-"""The states of jobs whose result backend lives in this process, as in tests: there is nothing to subscribe to."""
+"""The states of jobs as they change, where nothing can be subscribed to: they are read again and again.
+
+One task reads the states of all watched jobs, however many watch them, and rests in between.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from sdtpu_worker.web.job_state import JobState
+from sdtpu_worker.web.watch import Topic, Watch
 
-_PAUSE_S = 0.02
-
-
-class PollingWatch:
-    """One watcher's view of a job.
-
-    Args:
-        read: returns the state as it is now.
-    """
-
-    def __init__(self, read: Callable[[], Awaitable[JobState]]) -> None:
-        self._read = read
-        self._seen: str | None = None
-
-    async def next_state(self, timeout_s: float | None = None) -> JobState | None:
-        """Return the newest state as soon as it is another one than the last time; None when the time is over.
-
-        Args:
-            timeout_s: seconds; None for no limit.
-        """
-        try:
-            async with asyncio.timeout(timeout_s):
-                while (state := await self._read()).token == self._seen:
-                    await asyncio.sleep(_PAUSE_S)
-        except TimeoutError:
-            return None
-        self._seen = state.token
-        return state
+logger = logging.getLogger(__name__)
 
 
 class PollingFeed:
-    """Watches jobs by looking at them again and again.
+    """Watches jobs. Belongs to one event loop.
 
     Args:
-        read: returns the state of a job as it is now.
+        read: returns the states of some jobs as they are now.
+        pause_s: seconds between two readings; a job that is watched from now on is read at once.
     """
 
-    def __init__(self, read: Callable[[str], Awaitable[JobState]]) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[Sequence[str]], Awaitable[list[JobState]]], pause_s: float) -> None:
+        self._read, self._pause_s = read, pause_s
+        self._topics: dict[str, Topic] = {}
+        self._new = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
 
     @contextlib.asynccontextmanager
-    async def watch(self, job_id: str) -> AsyncIterator[PollingWatch]:
-        """Watch a job for the block."""
-        yield PollingWatch(lambda: self._read(job_id))
+    async def watch(self, job_id: str) -> AsyncIterator[Watch]:
+        """Watch a job for the block; its first state is that at the beginning, whatever it is."""
+        topic = self._topics.get(job_id)
+        if topic is None:
+            topic = self._topics[job_id] = Topic()
+            self._new.set()
+        topic.watchers += 1
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+        try:
+            yield Watch(topic)
+        finally:
+            topic.watchers -= 1
+            if not topic.watchers:
+                del self._topics[job_id]
 
     async def close(self) -> None:
-        """Let be: there is no connection."""
+        """End the reading."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        """Read until nobody watches."""
+        is_broken = False
+        while self._topics:
+            self._new.clear()
+            topics = dict(self._topics)
+            try:
+                for topic, state in zip(topics.values(), await self._read(list(topics)), strict=True):
+                    topic.put(state)
+                is_broken = False
+            except Exception as exc:  # each result backend has errors of its own
+                logger.log(logging.DEBUG if is_broken else logging.WARNING,
+                           "states of jobs cannot be read for now, trying again: %s", exc.__cause__ or exc)  # fmt: skip
+                is_broken = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._new.wait(), self._pause_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from redis.exceptions import RedisError
 
@@ -92,6 +92,17 @@ def refusal_for(exc: Exception) -> Refusal:
     return Refusal(500, "InternalError", "an error of the server itself; its log says more")
 
 
+def method_refusal(method: str, allowed: Iterable[str]) -> Refusal:
+    """Return the refusal of a method that a path has not.
+
+    Args:
+        method: of the request.
+        allowed: those that the path has.
+    """
+    names = ", ".join(allowed)
+    return Refusal(405, "MethodNotAllowed", f"{method} is not allowed here; allowed: {names}", headers={"Allow": names})
+
+
 def refusal_for_job(status: str, error: JobError) -> Refusal:
     """Return the refusal for a job that has ended without a picture.
 
@@ -114,6 +125,7 @@ def problem_answer(refusal: Refusal) -> Answer:
         "status": refusal.status,
         "code": refusal.code,
         "detail": refusal.detail,
+        **({"param": refusal.param} if refusal.param else {}),
     }
     return json_answer(body, refusal.status, refusal.headers, PROBLEM_TYPE)
 

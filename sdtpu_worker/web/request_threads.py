@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from celery import Celery
 
+from sdtpu_worker.client.backend_method import replaced_method
 from sdtpu_worker.web.celery_threads import CeleryThreads
 from sdtpu_worker.web.loop_thread import LoopThread
 
@@ -95,15 +96,8 @@ def without_subscription(app: Celery) -> Iterator[None]:
     if backend.thread_safe:
         yield
         return
-    before = vars(backend).get("on_task_call")
-    backend.on_task_call = lambda producer, task_id: None
-    try:
+    with replaced_method(backend, "on_task_call", lambda producer, task_id: None):
         yield
-    finally:
-        if before is None:
-            del backend.on_task_call
-        else:
-            backend.on_task_call = before
 
 
 def _settle(done: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:

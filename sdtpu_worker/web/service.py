@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sdtpu_worker.client.live_state import read_live_state
 from sdtpu_worker.config import read_setting
 from sdtpu_worker.web.jobs import Jobs
+from sdtpu_worker.web.live_feed import LiveFeed
 from sdtpu_worker.web.problems import Refusal
 from sdtpu_worker.web.webhooks import Webhooks
 
@@ -23,21 +25,26 @@ class JobsService:
     Args:
         app: the client's Celery app, whose configuration has the settings.
         jobs: of all callers; None to make them.
+        page_setting: the setting that says whether this front has the page.
 
     Attributes:
         jobs: of all callers.
+        live: what the queues and workers are at.
+        has_page: whether this front has the page.
         open_streams: how many event streams are open.
         stopping: set it to end them.
         webhooks: posts jobs that have ended.
         max_body_bytes: the largest body of a request.
 
     Raises:
-        ConfigurationError: a setting is not allowed, or the result backend is not Redis.
+        ConfigurationError: a setting is not allowed, or results or records have no place (`make_client`).
     """
 
-    def __init__(self, app: Celery, jobs: Jobs | None = None) -> None:
+    def __init__(self, app: Celery, jobs: Jobs | None = None, page_setting: str = "sdtpu_web_page") -> None:
         conf = app.conf
         self.jobs = jobs or Jobs(app)
+        self.live = LiveFeed(lambda: self.jobs.threads.call(read_live_state, app))
+        self.has_page: bool = read_setting(page_setting, conf)
         origins = read_setting("sdtpu_http_webhook_origins", conf)
         self.webhooks = Webhooks(self.jobs, self.jobs.redis, origins, read_setting("sdtpu_http_webhook_secret", conf))
         self.max_body_bytes: int = read_setting("sdtpu_http_max_body_bytes", conf)
@@ -67,6 +74,7 @@ class JobsService:
         """End the event streams, and close the connections."""
         self.stopping.set()
         await self.webhooks.close()
+        await self.live.close()
         await self.jobs.close()
 
     def _release_stream(self) -> None:

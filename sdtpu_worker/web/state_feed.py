@@ -21,7 +21,8 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from sdtpu_worker.web.job_state import QUEUED, JobState
+from sdtpu_worker.web.job_state import JobState
+from sdtpu_worker.web.watch import Topic, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -33,45 +34,13 @@ _QUIET_S = 15.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
 
-class _Topic:
-    """A watched job. The feed's tasks write it, watchers read it; all in one event loop."""
+class _SubscribedTopic(Topic):
+    """A watched job, and what this connection has brought of it."""
 
     def __init__(self) -> None:
-        self.state, self.version, self.watchers = QUEUED, 0, 0
+        super().__init__()
         self.was_published = False  # since the connection was made
         self.is_synced = False
-        self.changed = asyncio.Event()
-
-    def put(self, state: JobState) -> None:
-        if self.version and (state.token == self.state.token or self.state.has_ended):
-            return
-        self.state, self.version = state, self.version + 1
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-
-class Watch:
-    """One watcher's view of a job; see `StateFeed.watch`."""
-
-    def __init__(self, topic: _Topic) -> None:
-        self._topic, self._seen = topic, 0
-
-    async def next_state(self, timeout_s: float | None = None) -> JobState | None:
-        """Return the newest state as soon as it is another one than the last time; None when the time is over.
-
-        Args:
-            timeout_s: seconds; None for no limit.
-        """
-        topic = self._topic
-        if topic.version == self._seen:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    while topic.version == self._seen:
-                        await topic.changed.wait()
-            except TimeoutError:
-                return None
-        self._seen = topic.version
-        return topic.state
 
 
 class StateFeed:
@@ -92,7 +61,7 @@ class StateFeed:
         key_of: Callable[[str], bytes],
     ) -> None:
         self._connect, self._read_stored, self._parse, self._key_of = connect, read_stored, parse, key_of
-        self._topics: dict[bytes, _Topic] = {}
+        self._topics: dict[bytes, _SubscribedTopic] = {}
         self._dropped: set[bytes] = set()
         self._wanted = asyncio.Event()
         self._fences: dict[bytes, asyncio.Future[None]] = {}
@@ -107,7 +76,7 @@ class StateFeed:
         key = self._key_of(job_id)
         topic = self._topics.get(key)
         if topic is None:
-            topic = self._topics[key] = _Topic()
+            topic = self._topics[key] = _SubscribedTopic()
             self._dropped.discard(key)
             self._wanted.set()
         topic.watchers += 1
@@ -192,7 +161,7 @@ class StateFeed:
                 async with asyncio.timeout(_QUIET_S):
                     await self._wanted.wait()
 
-    async def _begin(self, connection: Any, topics: dict[bytes, _Topic]) -> None:
+    async def _begin(self, connection: Any, topics: dict[bytes, _SubscribedTopic]) -> None:
         """Subscribe to some jobs, and give each its stored state unless a newer one was published meanwhile."""
         if not topics:
             return

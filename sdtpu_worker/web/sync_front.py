@@ -22,7 +22,7 @@ from sdtpu_worker.web.jobs_api import ROUTES, answer_or_refuse, log_refusal
 from sdtpu_worker.web.keeper import Keeper
 from sdtpu_worker.web.loop_thread import LoopThread
 from sdtpu_worker.web.owners import make_caller
-from sdtpu_worker.web.problems import Refusal, problem_answer, refusal_for
+from sdtpu_worker.web.problems import Refusal, method_refusal, problem_answer, refusal_for
 from sdtpu_worker.web.request_threads import RequestThreads, run_with_request_thread
 from sdtpu_worker.web.service import JobsService
 
@@ -47,6 +47,7 @@ class SyncRequest:
         owner: returns whose request it is: a text, None for nobody, or a `Caller`.
         read: returns at most so many bytes of the body.
         holds_thread: whether a stream of events would hold a thread.
+        csrf_token: returns what the page's script sends as `X-CSRFToken`; empty where the web app asks for none.
     """
 
     method: str
@@ -56,6 +57,7 @@ class SyncRequest:
     owner: Callable[[], str | Caller | None]
     read: Callable[[int], bytes]
     holds_thread: bool = True
+    csrf_token: Callable[[], str] = str
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class SyncFront:
         methods = {route.method: route.endpoint for route in ROUTES if route.path == path}
         endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
         if endpoint is None:
-            raise Refusal(405, "MethodNotAllowed", "Method Not Allowed", headers={"Allow": ", ".join(methods)})
+            raise method_refusal(request.method, methods)
         caller = await service.jobs.threads.call(self._find_caller, request)
         return await endpoint(service, self._web_request(service, request, caller, may_wait), **names)
 
@@ -154,8 +156,8 @@ class SyncFront:
                 raise too_large(most_bytes)
             return body
 
-        return WebRequest(request.base, request.headers, request.query, find_caller, read_body,
-                          may_wait=may_wait, holds_thread=request.holds_thread)  # fmt: skip
+        return WebRequest(request.base, request.headers, request.query, find_caller, read_body, may_wait=may_wait,
+                          holds_thread=request.holds_thread, csrf_token=request.csrf_token)  # fmt: skip
 
     def _find_caller(self, request: SyncRequest) -> Caller | Refusal:
         """Return whose request it is, or the refusal; a picture's address with a token needs nobody."""
@@ -168,7 +170,7 @@ class SyncFront:
         """Return this process' event loop and service, started if need be.
 
         Raises:
-            ConfigurationError: a setting is not allowed, or the result backend is not Redis.
+            ConfigurationError: a setting is not allowed, or results or records have no place (`make_client`).
         """
         backend = self._app.backend
         backend = backend if getattr(backend, "is_in_this_process", False) else None

@@ -16,15 +16,13 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from celery.backends.base import DisabledBackend
-from celery.backends.rpc import RPCBackend
-from celery.exceptions import SecurityError, SoftTimeLimitExceeded, TimeLimitExceeded
+from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from celery.states import READY_STATES, STARTED
 from celery.worker.state import task_ready
-from kombu.exceptions import ContentDisallowed, DecodeError
 from redis.exceptions import RedisError
 
 from sdtpu_worker.aggregator.jobs import Overdue, Terms
+from sdtpu_worker.client.stored_state import UNREADABLE, keeps_results
 from sdtpu_worker.contract.queues import DEFAULT_PRIORITY
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery.deliveries import Deliveries
@@ -35,6 +33,7 @@ from sdtpu_worker.operations.prompt_guard import describe
 from sdtpu_worker.worker.celery_request import is_revoked
 from sdtpu_worker.worker.job_ends import JobLeft
 from sdtpu_worker.worker.job_record import JobRecord
+from sdtpu_worker.worker.running_state import store_running_state
 
 if TYPE_CHECKING:
     from celery import Task
@@ -44,11 +43,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MOST_HOSTS_NAMED = 20
-_UNREADABLE = (
-    DecodeError, ContentDisallowed, SecurityError, TypeError, ValueError, LookupError, AttributeError,
-    NotImplementedError,
-)  # fmt: skip
-"""What a result backend raises for a state that is none, or if it can read none; asking again would not help."""
 _REVOKED, _EXPIRED = ("revoked", "waiting"), ("expired", "")
 _PAUSE_S = 1.0
 """How long a job holds its message whose history cannot be read now, before the message is requeued."""
@@ -185,12 +179,12 @@ class DeviceJob:
         With `rpc://` results are messages to the client, which a worker cannot read; without a backend there are none.
         """
         backend = self.request.task.backend
-        if self.request.ignore_result or isinstance(backend, DisabledBackend | RPCBackend):
+        if self.request.ignore_result or not keeps_results(backend):
             return None
         try:
             meta: dict[str, Any] = backend.get_task_meta(self.task_id, cache=False)
             return meta if meta["status"] in READY_STATES and "result" in meta else None
-        except _UNREADABLE as exc:
+        except UNREADABLE as exc:
             logger.warning("what is stored of task %s is no state, it runs again: %s", self.task_id, describe(exc))
             return None
 
@@ -251,11 +245,12 @@ class DeviceJob:
         self._store_state(task, "PROGRESS", meta)
 
     def _store_state(self, task: Task, name: str, meta: dict[str, Any]) -> None:
-        """Store a state. Only the job's own thread stores states of it, so none can follow the one that ends it."""
+        """Store a state, unless the job was terminated or somebody has stored its end."""
         if self.terminated or task.request.ignore_result:
             return
         try:
-            task.update_state(state=name, meta=meta)
+            if not store_running_state(task, name, meta):
+                logger.debug("the state %s of task %s was not stored: its end is, or another state", name, self.task_id)
         except Exception as exc:  # each result backend has errors of its own; the picture does not depend on it
             logger.debug("the state %s of task %s was not stored: %s", name, self.task_id, exc)
 

@@ -26,6 +26,7 @@ from sdtpu_worker.worker.celery_request import DeviceRequest, answer_directly, c
 from sdtpu_worker.worker.job import DeviceJob
 from sdtpu_worker.worker.job_ends import JobLeft, end_of
 from sdtpu_worker.worker.job_record import count_end, log_end, record_of
+from sdtpu_worker.worker.process_changes import pause_collection
 from sdtpu_worker.worker.urgent import UrgentPrefetch
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ _STORE_S = 10.0
 def make_engine(config: Config, on_phase: Callable[[str], None]) -> ServingEngine:
     """Return a warm engine on this host's devices; imports JAX, and tells what it is at."""
     on_phase("importing JAX")
-    from sdtpu_worker.diffusion.start import start_engine
+    with pause_collection():
+        from sdtpu_worker.diffusion.start import start_engine
 
     return start_engine(config, on_phase)
 

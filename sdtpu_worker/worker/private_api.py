@@ -48,6 +48,7 @@ PRIVATE_NAMES = (
     PrivateName("celery.worker.request:Request", "_announce_revoked", "the job's own thread announces the revoke"),
     PrivateName("celery.worker.request:Request", "_context", "a job that is done already is counted in its chord"),
     PrivateName("celery.concurrency.base:BasePool", "_get_info", "extended: what `inspect stats` shows of the pool"),
+    PrivateName("celery.backends.base:Backend", "_get_result_meta", "a running job's state, as Celery stores it"),
     # Apps: `plugin.py` and `images/store.py` find them.
     PrivateName("celery.app.amqp:Queues", "_consume_from", "whether -Q chose the queues"),
     PrivateName("celery:Celery", "_backend_cache", "shared by a device worker's threads; in memory in tests"),

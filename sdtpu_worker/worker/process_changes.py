@@ -84,6 +84,18 @@ def watch_failures_outside_tasks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def pause_collection() -> Iterator[None]:
+    """Have the garbage collector rest while modules are imported: nothing of them is garbage, and it looks often."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def freeze_start_up() -> Iterator[None]:
     """Have the garbage collector never look again at what start-up made: with JAX that stops the process for 0.2 s.
 

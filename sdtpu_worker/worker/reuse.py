@@ -15,12 +15,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL
 from redis.exceptions import ResponseError
 
 import sdtpu_worker
+from sdtpu_worker.config import Config, result_expires_s
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.device_loop.protocols import ServableJob, ServingEngine
@@ -35,9 +36,6 @@ from sdtpu_worker.reuse.stored_image import Drawn, ReadableStore, read_stored
 from sdtpu_worker.worker.job_control import JobControl
 from sdtpu_worker.worker.job_record import JobRecord
 from sdtpu_worker.worker.reuse_turn import Entry, Turn
-
-if TYPE_CHECKING:
-    from sdtpu_worker.config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -309,14 +307,13 @@ def reusing(
     if config.reuse == "off" or deliveries is None:
         yield None
         return
-    expires = app.conf.result_expires
     reuse = Reuse(
         engine,
         Ledger(lambda: deliveries.client, deliveries.keys),
         store,
         deliveries,
         across_tenants=config.reuse == "across_tenants",
-        expires_s=float(getattr(expires, "total_seconds", lambda: expires or 0)()) or None,
+        expires_s=result_expires_s(app.conf),
         progress_s=config.progress_s,
         most_followers=followers_for(engine.info.num_slots),
         count=count,

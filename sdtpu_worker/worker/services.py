@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from celery.states import FAILURE
 from celery.utils.functional import noop
@@ -38,10 +38,11 @@ from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.images.open_pictures import PictureOpener
 from sdtpu_worker.images.store import further_stores
 from sdtpu_worker.operations.connections import connections_warning
-from sdtpu_worker.operations.health import WorkerHealth
+from sdtpu_worker.operations.health import WorkerHealth, process_age_s
 from sdtpu_worker.operations.health_http import HealthServer
 from sdtpu_worker.operations.log_format import remove_log_format
 from sdtpu_worker.operations.redis_checks import redis_warnings
+from sdtpu_worker.worker.broker_clients import CONSUMER_OPTIONS, client_maker, first_client
 from sdtpu_worker.worker.observation import Observation
 from sdtpu_worker.worker.process_changes import (
     change_app,
@@ -53,19 +54,11 @@ from sdtpu_worker.worker.process_ends import end_process, leave_soon
 from sdtpu_worker.worker.result_patience import wait_for_results
 from sdtpu_worker.worker.reuse import refuse_reuse, reusing
 from sdtpu_worker.worker.serving import Hooks, Serving
+from sdtpu_worker.worker.slot_view import SlotReporter, report_slots
 from sdtpu_worker.worker.start_recorder import StartRecorder
-
-if TYPE_CHECKING:
-    from redis import Redis
 
 logger = logging.getLogger(__name__)
 
-_BROKER_TIMEOUT_S = 5.0
-_CLIENT_OPTIONS = {
-    "socket_timeout": _BROKER_TIMEOUT_S,
-    "socket_connect_timeout": _BROKER_TIMEOUT_S,
-    "max_connections": 1000,
-}
 _HOLDERS_PER_DELIVERY = 10
 """How many more times than on the devices a message may be in the hands of workers that die: it is seldom why."""
 _REPORT_EVERY_S = 5.0
@@ -106,13 +99,14 @@ class DeviceServices:
 
     def __init__(self, app: Any, hostname: str, config: Config) -> None:
         self.config = config
-        self.health = WorkerHealth(config.lease_s, config.stall_s)
+        self.health = WorkerHealth(config.lease_s, config.stall_s, process_s=process_age_s())
         self.observation = Observation(self.health, config.log_prompts)
         self.deliveries: Deliveries | None = None
         self.serving: Serving | None = None
         self.stopping = threading.Event()
         self._app, self._hostname = app, hostname
         self._lease: Lease | None = None
+        self._slot_reporter: SlotReporter | None = None
         self._server: str | None = None  # the URL of the Redis that the consumer is connected to
         self._has_looked_at_redis = False
         self._load_report_at = 0.0
@@ -178,6 +172,9 @@ class DeviceServices:
 
     def on_consume(self, consumer: Any) -> None:
         """Take note of a new connection, before the first message is taken from it."""
+        if not self.health.started:
+            self.health.on_consume()
+            logger.info("taking jobs; started in %s", self.health.start_text())
         self.health.on_consume()
         if self.deliveries is None:
             return
@@ -192,6 +189,8 @@ class DeviceServices:
             self._lease = Lease(self.deliveries, self.devices_make_progress, self._on_contact)
             self._lease.start()
             self.observation.watch_deliveries(self.deliveries, self._lease)
+            assert self.serving is not None
+            self._slot_reporter = report_slots(self.serving.slots, self.deliveries, self.config.queue, self._hostname)
 
     def _follow(self, connection: Any) -> None:
         """Lease and acknowledge on the server from which the consumer takes messages: kombu may have failed over."""
@@ -204,12 +203,7 @@ class DeviceServices:
                            " there unless it has become a copy of this one", connection.as_uri())  # fmt: skip
             self._has_looked_at_redis = False
         self._server = server
-        has_alternates = isinstance(connection.transport, transport.SentinelTransport)  # they are the other Sentinels
-        bound = connection.clone(
-            transport_options={**connection.transport_options, **_CLIENT_OPTIONS},
-            alternates=list(connection.alt) if has_alternates else [],
-        )
-        self.deliveries.follow(partial(_client_of, bound))
+        self.deliveries.connection.follow(client_maker(connection))
         if self._lease is not None:
             self._lease.lose_contact()
 
@@ -244,17 +238,10 @@ class DeviceServices:
             return
         self.health.watch_redis()
         options = app.conf.broker_transport_options
-        self.deliveries = deliveries = Deliveries(
-            self._make_client, Keys(options.get("global_keyprefix", "")), config.lease_s, self._hostname
-        )
+        keys = Keys(options.get("global_keyprefix", ""))
+        self.deliveries = deliveries = Deliveries(partial(first_client, app), keys, config.lease_s, self._hostname)
         self.observation.watch_dead_letters(deliveries)
-        options = {
-            "socket_keepalive": True,
-            "socket_timeout": 2 * _BROKER_TIMEOUT_S,
-            "socket_connect_timeout": _BROKER_TIMEOUT_S,
-            **options,
-        }
-        settings = {"broker_transport_options": options, "broker_channel_error_retry": True}
+        settings = {"broker_transport_options": {**CONSUMER_OPTIONS, **options}, "broker_channel_error_retry": True}
         undo.enter_context(change_app(app, settings, transport.EagerConnection))
         undo.enter_context(
             transport.installed(
@@ -291,6 +278,8 @@ class DeviceServices:
         assert self.deliveries is not None
         if self._lease is not None:
             self._lease.stop()
+        if self._slot_reporter is not None:
+            self._slot_reporter.stop()
         self.deliveries.requeue_all()
         try:
             self.deliveries.flush()
@@ -298,11 +287,7 @@ class DeviceServices:
             withdraw_load(self.deliveries.client, self.config.queue, self._hostname, prefix)
         except Exception as exc:  # the driver's own errors, and those of a connection that could not even be made
             logger.warning("Redis could not be told that this worker stops; its leases expire instead: %s", exc)
-        self.deliveries.close()
-
-    def _make_client(self) -> Redis:
-        """Make a client of the broker for the time before the consumer is connected."""
-        return _client_of(self._app.connection_for_read(transport_options=_CLIENT_OPTIONS))
+        self.deliveries.connection.close()
 
     def _store_error(self, bad: BadEnvelope) -> None:
         """Give the job of a message that cannot be run its result."""
@@ -351,11 +336,3 @@ class DeviceServices:
             logger.warning("the load report of this worker could not be published: %s", exc)
         if self.config.health_address is not None:
             self.observation.queues.look(self.deliveries.client)
-
-
-def _client_of(connection: Any) -> Redis:
-    """Make a client of the Redis that a kombu connection leads to, whatever it takes: TLS, a password, Sentinels."""
-    from redis import Redis
-
-    connection.connect()
-    return Redis(connection_pool=connection.channel().pool)

@@ -17,6 +17,7 @@ from sdtpu_worker.config import Config
 from sdtpu_worker.contract.load_report import WorkerLoad
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.contract.result import BatchPlace, GenerationResult, StoredImage, Timings, describe_loras
+from sdtpu_worker.contract.slot_report import SlotReport
 from sdtpu_worker.device_loop.loop import DeviceLoop
 from sdtpu_worker.device_loop.protocols import Policy, ServableJob, ServingEngine, Snapshot
 from sdtpu_worker.device_loop.stages import LoopStage
@@ -32,6 +33,7 @@ from sdtpu_worker.worker.job_control import JobControl
 from sdtpu_worker.worker.job_record import JobRecord
 from sdtpu_worker.worker.reuse import NoReuse, Reuse
 from sdtpu_worker.worker.reuse_turn import Turn
+from sdtpu_worker.worker.slot_view import SlotView
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Serving:
         self.engine, self.store, self._progress_s, self._give_up = engine, store, config.progress_s, hooks.give_up
         self._held: dict[Submission, int] = {}  # with the priority of each
         self._mean_job_s: float | None = None
+        self._slots, self._on_tick = SlotView(), hooks.on_tick
         self.trace: Trace = NoTrace()
         if config.trace:
             try:
@@ -98,7 +101,7 @@ class Serving:
             except (OSError, ValueError) as exc:
                 raise ConfigurationError(f"sdtpu_trace must be a file that can be written: {exc}") from exc
         self.loop = DeviceLoop(
-            engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start, on_tick=hooks.on_tick
+            engine, policy, hooks.on_death, self.trace, on_start=hooks.on_start, on_tick=self._look_at_tick
         )
         self.loop.start()
 
@@ -298,8 +301,17 @@ class Serving:
             mean_job_s=self._mean_job_s or _STEPS_OF_A_JOB * next(iter(steps_s.values())),
             held=dict(Counter(held.values())),
             default_steps=self.engine.info.default_steps,
+            serves=self.engine.info.serves,
             next_free_s=0.0 if len(held) < num_slots else min((eta for eta in etas if eta), default=0.0),
         )
+
+    def slots(self) -> SlotReport:
+        """Return which jobs are in which slots. Any thread."""
+        return self._slots.report(self.engine.info, self.loop.stats.lost_devices, self._held.copy())
+
+    def _look_at_tick(self, plan: Plan, started_at: float, ended_at: float) -> None:
+        self._slots.on_tick(plan)
+        self._on_tick(plan, started_at, ended_at)
 
     def _learn(self, job_s: float) -> None:
         mean_s = self._mean_job_s

@@ -31,7 +31,8 @@ from sdtpu_worker.aggregator.plan import Plan
 from sdtpu_worker.app import app
 from sdtpu_worker.config import Config
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.device_loop.protocols import EngineInfo, ServingEngine
+from sdtpu_worker.device_loop.engine_info import EngineInfo
+from sdtpu_worker.device_loop.protocols import ServingEngine
 from sdtpu_worker.images.store import ImageStore, make_image_store
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeImage, FakeJob, FakeSnapshot, FakeTick
 from sdtpu_worker.worker.pool import DevicePool

@@ -16,13 +16,20 @@ import pytest
 
 from sdtpu_worker.aggregator.plan import Lane
 from sdtpu_worker.diffusion.abstract_checkpoint import read_abstract
-from sdtpu_worker.diffusion.matmul_counts import count_matmuls
+from sdtpu_worker.diffusion.ahead_of_time import _matmuls, count_parts
+from sdtpu_worker.diffusion.families.family import PictureUse
+from sdtpu_worker.diffusion.matmul_counts import collecting_kernels, count_least_and_most, count_matmuls
+from sdtpu_worker.diffusion.slots import Geometry
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
 from sdtpu_worker.planning.hlo import parse_module
 from sdtpu_worker.planning.hlo_traffic import Traffic
 from tests.support.paths import ROOT
 
 LIMIT_S = 280
+
+
+def flops(matmuls: list[list[int]]) -> int:
+    return sum(2 * m * k * n * times for m, k, n, times in matmuls)
 
 
 def shape(*sizes: int) -> jax.ShapeDtypeStruct:
@@ -53,6 +60,14 @@ def test_loops_count_as_often_as_they_run_and_the_dearest_branch_counts():
     assert found == {(2, 4, 4): 6 + 2}
 
 
+def test_the_cheapest_branch_is_counted_beside_the_dearest():
+    def function(a, b, flag):
+        return jax.lax.cond(flag, lambda: a @ b @ b, lambda: a @ b)
+
+    least, most = count_least_and_most(function, shape(2, 4), shape(4, 4), jax.ShapeDtypeStruct((), bool))
+    assert (least, most) == ({(2, 4, 4): 1}, {(2, 4, 4): 2})
+
+
 def test_a_kernel_counts_once_for_each_place_of_its_grid():
     from jax.experimental import pallas as pl
 
@@ -63,10 +78,14 @@ def test_a_kernel_counts_once_for_each_place_of_its_grid():
         blocks = [pl.BlockSpec((8, 16), lambda i: (i, 0)), pl.BlockSpec((16, 32), lambda i: (0, 0))]
         return pl.pallas_call(
             kernel, jax.ShapeDtypeStruct((40, 32), a.dtype), grid=(5,), in_specs=blocks,
-            out_specs=pl.BlockSpec((8, 32), lambda i: (i, 0)), interpret=True,
+            out_specs=pl.BlockSpec((8, 32), lambda i: (i, 0)), interpret=True, name="product",
         )(a, b)  # fmt: skip
 
     assert count_matmuls(function, shape(40, 16), shape(16, 32)) == {(8, 16, 32): 5}
+    looped = jax.jit(lambda a, b: jax.lax.fori_loop(0, 3, lambda i, y: y + function(a, b), function(a, b)))
+    with collecting_kernels() as found:
+        count_matmuls(looped, *(jax.ShapeDtypeStruct(sizes, jnp.bfloat16) for sizes in ((40, 16), (16, 32))))
+    assert found == {"product(bf16[40,16], bf16[16,32])": (5, {(8, 16, 32): 5}, {(8, 16, 32): 5})}
 
 
 # Models as shapes
@@ -104,6 +123,60 @@ def test_guidance_and_adapters_follow_the_options():
     assert found.family.rows == 1
     assert found.adapters is not None
     assert found.adapters.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("sd15", 361_279_120), ("sdxl", 1_251_014_160)],  # as diffusers' own class has
+)
+def test_a_usual_controlnet_has_the_public_ones_parameters(name: str, parameters: int):
+    found = read_abstract(name, jnp.bfloat16, controlnets={"usual 1": "", "usual 2": ""})
+    assert found.family.control_names == ("usual 1", "usual 2")
+    for part in ("controlnet usual 1", "controlnet usual 2"):
+        assert sum(leaf.size for leaf in found.params[part].values()) == parameters
+
+
+def test_long_prompts_and_controlnets_count_beside_the_step():
+    counts = {}
+    for windows in (1, 2, 3):
+        found = read_abstract("embedded", jnp.bfloat16, prompt_windows=windows, controlnets={"usual 1": ""})
+        geometry = Geometry.of(found.family, 1, 2, found.family.default_size)
+        counts[windows] = count_parts(found.family, found.params, geometry)
+    assert counts[3]["step"] == counts[1]["step"]
+    assert counts[3]["insert"] == counts[1]["insert"]
+    assert counts[3]["control"] == counts[1]["control"] != []
+    assert counts[1]["windows"] == []
+    assert flops(counts[2]["windows"]) > 0
+    # Keys and values of a further window cost as much as those of the one before, and so does attending to it.
+    assert flops(counts[3]["windows"]) == 2 * flops(counts[2]["windows"])
+
+
+def test_on_a_tpu_small_layers_look_at_all_windows_in_every_step_and_kernels_at_those_that_a_row_has():
+    facts = {}
+    for windows in (1, 3):
+        found = read_abstract("embedded", jnp.bfloat16, prompt_windows=windows)
+        geometry = Geometry.of(found.family, 1, 2, (256, 256))  # layers of 1,024 and of 256 pixels
+        facts[windows] = _matmuls(found.family, found.params, geometry, "tpu")
+
+    def whole(windows: int, name: str) -> int:
+        return flops(facts[windows][name]["step"]) + flops(facts[windows][name]["windows"])
+
+    one, three = (facts[windows]["matmuls_on_chip"] for windows in (1, 3))
+    assert flops(one["step"]) < flops(three["step"])
+    assert flops(three["step"]) - flops(one["step"]) < flops(three["windows"])
+    # Whatever is part of the step, all together is what the layers do, but for what enlargements leave out.
+    assert whole(3, "matmuls_on_chip") - whole(1, "matmuls_on_chip") == whole(3, "matmuls") - whole(1, "matmuls")
+    of_windows = [each for key, each in facts[3]["kernels"].items() if "_of_windows(" in key]
+    assert of_windows
+    assert all(0 < flops(each["matmuls_of_one_window"]) < flops(each["matmuls"]) for each in of_windows)
+    others = [each for key, each in facts[1]["kernels"].items()]
+    assert all(each["matmuls_of_one_window"] == each["matmuls"] for each in others)
+
+
+def test_what_the_programs_have_no_room_for_is_not_there():
+    found = read_abstract("embedded", jnp.bfloat16, image_inputs=False)
+    assert found.family.picture_use is PictureUse.NONE
+    assert not any("encoder" in name for name in found.params["vae"])
 
 
 @pytest.mark.parametrize("name", ["sd3", "/no/such/folder", "owner/name"])
@@ -148,13 +221,14 @@ def environment(temporary: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S)
 def test_the_shipped_model_is_planned_for_a_real_chip_and_remembered(tmp_path: Path):
-    command, env = plan("--json", "--load", "1000", "--price", "1", temporary=tmp_path), environment(tmp_path)
+    options = ["--json", "--load", "1000", "--price", "1", "--topology", "v5e:1x1"]
+    command, env = plan(*options, temporary=tmp_path), environment(tmp_path)
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert run.returncode == 0, run.stderr
     assert "compiling" in run.stderr
     found = json.loads(run.stdout)
     (compiled,) = (each for each in found["settings"] if each["kind"] == "compiled")
-    assert (found["topology"], found["answer"], found["best_slots_per_device"]) == ("v5e:2x4", "quick", 1)
+    assert (found["topology"], found["answer"], found["best_slots_per_device"]) == ("v5e:1x1", "quick", 1)
     assert compiled["fits"]
     assert compiled["collectives"] == 0
     assert compiled["aliased_buffers"] == compiled["state_buffers"] > 0

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from benchmarks.peers.flax_checkpoint import rewrite_as_flax, to_flax, write_flax_copy
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.diffusion.checkpoint import LoadOptions, load_checkpoint
+from sdtpu_worker.diffusion.engine_info import describe_jobs
 from sdtpu_worker.diffusion.loading.load import read_weights
 from sdtpu_worker.diffusion.loading.part_files import find_weights, open_part
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint, InvalidRequest
@@ -74,6 +75,16 @@ def test_guidance_can_be_left_out_or_asked_for(random_checkpoint, tmp_path):
     told = make_random_checkpoint(tmp_path / "told", sampler_class="LCMScheduler", unet={"time_cond_proj_dim": 8})
     with pytest.raises(ConfigurationError, match="sdtpu_guidance must be auto or off"):
         load_checkpoint(str(told), options=LoadOptions(guidance="on"))
+
+
+def test_a_model_that_is_told_the_guidance_scale_follows_it_without_a_negative_prompt(random_checkpoint, tmp_path):
+    told = make_random_checkpoint(tmp_path / "told", sampler_class="LCMScheduler", unet={"time_cond_proj_dim": 8})
+    loaded = [load_checkpoint(str(told)), *(
+        load_checkpoint(str(random_checkpoint), options=LoadOptions(guidance=guidance)) for guidance in ("auto", "off")
+    )]  # fmt: skip
+    served = [describe_jobs(checkpoint, has_previews=False) for checkpoint in loaded]
+    assert [each.follows_guidance_scale for each in served] == [True, True, False]
+    assert [each.takes_negative_prompt for each in served] == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "nothing", "a/b/c"])

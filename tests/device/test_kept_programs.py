@@ -19,11 +19,12 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import NamedSharding
 
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.diffusion import kept_programs, start
+from sdtpu_worker.diffusion import kept_programs, program_setting, start
 from sdtpu_worker.diffusion.cache import CompileCache, TraceCounter
 from sdtpu_worker.diffusion.engine import Engine
 from sdtpu_worker.diffusion.kept_programs import KeptPrograms, delete_all, facts_of
 from sdtpu_worker.diffusion.offline import generate
+from sdtpu_worker.diffusion.program_setting import Setting
 from sdtpu_worker.diffusion.sharding import SHARDED, make_mesh, put
 
 NAME = "tick", (64, 64), None
@@ -101,21 +102,21 @@ def test_kept_programs_that_do_not_run_are_compiled_again(monkeypatch, tmp_path,
         made.append(Mock(info=SimpleNamespace(kept_programs=len(list(tmp_path.iterdir())))))
         return made[-1]
 
-    def calibrate(engine: Any) -> str:
+    def calibrate(engine: Any, known: None) -> str:
         if errors:
             raise errors.pop()
         return "calibrated"
 
     monkeypatch.setattr(start, "Engine", make)
     monkeypatch.setattr(start, "calibrate", calibrate)
-    engine: Any = start.make_warm_engine(Mock(), [], compile_cache=Mock(programs=tmp_path))
+    engine: Any = start.make_warm_engine(Mock(), [], compile_cache=Mock(path=None, programs=tmp_path, ahead=None))
     assert [each.info.kept_programs for each in made] == [1, 0]
     made[0].close.assert_called_once_with()
     engine.adopt.assert_called_once_with("calibrated")
     assert "do not run, and are compiled again: NOT_FOUND" in caplog.text
     errors.append(RuntimeError("a program that was compiled here fails"))
     with pytest.raises(RuntimeError, match="was compiled here"):
-        start.make_warm_engine(Mock(), [], compile_cache=Mock(programs=tmp_path))
+        start.make_warm_engine(Mock(), [], compile_cache=Mock(path=None, programs=tmp_path, ahead=None))
 
 
 def test_a_kept_program_runs(keep, kept, mesh):
@@ -207,6 +208,48 @@ def test_a_folder_that_cannot_be_written_costs_a_line(keep, program, caplog, tmp
     assert "cannot be used, and is compiled again" in caplog.text
 
 
+def test_programs_made_ahead_are_loaded_from_a_folder_that_is_only_read(
+    keep, kept, program, mesh, tmp_path, monkeypatch
+):
+    def forbidden(*_: object) -> None:
+        raise PermissionError("the folder belongs to root")
+
+    ahead = KeptPrograms(None, {"made": "for a test"}, mesh, kept.parent)
+    monkeypatch.setattr(os, "utime", forbidden)
+    assert ahead.find(*NAME) == kept
+    assert ahead.load(*NAME) is not None
+    ahead.save("snapshot", *NAME[1:], program)
+    assert list(kept.parent.iterdir()) == [kept]
+    both = KeptPrograms(tmp_path / "own", {"made": "for a test"}, mesh, kept.parent)
+    both.save("snapshot", *NAME[1:], program)
+    assert [each.parent.name for each in (both.find(*NAME), both.find("snapshot", *NAME[1:])) if each] == [
+        "programs", "own",
+    ]  # fmt: skip
+    kept.chmod(0o666)
+    assert both.find(*NAME) is None
+
+
+@pytest.mark.parametrize("there", [(), ("whole",), ("tiles",), ("whole", "tiles")])
+def test_a_start_decodes_in_tiles_at_once_if_only_such_programs_are_kept(shipped, devices, cache, monkeypatch, there):
+    setting = Setting(slots_per_device=1, resolutions=((64, 64),))
+    made: list[bool] = []
+
+    def geometry(in_tiles: bool) -> dict[Any, Any]:
+        return {(64, 64): "tiles" if in_tiles else "whole"}
+
+    def compile_programs(checkpoint, params, safety, geometries, *_: object) -> str:
+        made.append(geometries == geometry(True))
+        return "programs"
+
+    monkeypatch.setattr(program_setting, "compile_programs", compile_programs)
+    monkeypatch.setattr(KeptPrograms, "find", lambda self, kind, lane, size: size if size in there else None)
+    monkeypatch.setattr(
+        program_setting, "geometries_of", lambda checkpoint, setting, mesh, in_tiles: geometry(in_tiles)
+    )
+    program_setting.compile_setting(shipped, setting, make_mesh(devices[:1]), cache)
+    assert made == [there == ("tiles",)]
+
+
 def test_what_killed_processes_left_and_what_is_too_much_is_deleted(keep, kept, program, monkeypatch):
     monkeypatch.setattr(kept_programs, "_MOST", 2)
     old = [kept.with_name(f"old-{i}.program") for i in range(4)]
@@ -223,8 +266,8 @@ def test_what_killed_processes_left_and_what_is_too_much_is_deleted(keep, kept, 
 
 
 def test_everything_that_a_program_is_made_of_names_its_file(shipped, devices, mesh, tmp_path, monkeypatch):
-    def path(params=shipped.params, mesh=mesh, others=None, family=shipped.family) -> Path:
-        return KeptPrograms(tmp_path, facts_of(family, params, mesh, others), mesh)._path(*NAME)
+    def path(params=shipped.params, mesh=mesh, others=None, family=shipped.family) -> str:
+        return KeptPrograms(tmp_path, facts_of(family, params, mesh, others), mesh)._name(*NAME)
 
     other = replace(shipped.family, configs={**shipped.family.configs, "unet": {}})
     first = path()

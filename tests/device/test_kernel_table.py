@@ -21,6 +21,7 @@ from sdtpu_worker.models.kernel_table import (
     check_wanted,
     choose,
     dense_block_rows,
+    key_block_rows,
 )
 from sdtpu_worker.models.selection import Selection, current_selection, selecting
 from sdtpu_worker.models.vector_memory import vector_memory
@@ -102,6 +103,16 @@ def test_a_choice_counts_inside_its_with_and_nowhere_else():
 )
 def test_the_table_knows_where_dense_layers_are_one_kernel(platform, wanted, tokens, features, dtype, is_kernel):
     assert bool(dense_block_rows(platform, wanted, tokens, features, dtype)) == is_kernel
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [((8, 4096, 320), 256), ((2, 4096, 320), 256), ((8, 1024, 640), 256), ((8, 256, 1280), 0), ((9, 1240, 320), 0)],
+)
+def test_the_table_knows_where_keys_and_values_are_a_kernel(shape, rows):
+    assert key_block_rows("tpu", "auto", shape, jnp.bfloat16) == rows
+    assert key_block_rows("tpu", "plain", shape, jnp.bfloat16) == 0
+    assert key_block_rows("cpu", "auto", shape, jnp.bfloat16) == 0
 
 
 def test_a_kernel_asks_for_the_vector_memory_that_it_needs():

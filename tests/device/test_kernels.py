@@ -206,6 +206,23 @@ def test_an_attention_fused_with_its_projections_gives_what_the_layers_give(head
     assert error(got, np.asarray(wanted)) < 1e-5
 
 
+@pytest.mark.parametrize(("lora", "kernels"), [("", 2), ("attention.to_k.weight", 1), ("attention.to_v.weight", 1)])
+def test_keys_and_values_are_a_kernel_with_their_norm_but_for_loras(lora, kernels):
+    x, network = draw(9, 2, 32, 320), Network(lambda: AttentionLayer(8, 40, 0))
+    params = {name: draw(seed, *shape) * shape[0] ** -0.5 for seed, (name, shape) in enumerate(network.shapes.items())}
+    loras = {lora: (draw(20, 2, 320, 4) * 0.05, draw(21, 2, 4, 320))} if lora else {}
+
+    def run(x, loras):
+        return network(params, x, None, adapters=loras)
+
+    wanted = jax.jit(run)(x, loras)
+    fused = (replace(PACKED_EVERYWHERE[0], fused=(100, 100)),)
+    with selecting(replace(interpreted(), table=fused, key_block_rows=lambda *_: 16)):
+        traced = jax.jit(lambda *arguments: run(*arguments)).trace(x, loras)
+    assert str(traced.jaxpr).count("pallas_call[") == kernels
+    assert error(traced.lower().compile()(x, loras), np.asarray(wanted)) < 1e-5
+
+
 @pytest.mark.parametrize("layer", ["attention.to_q.weight", "attention.to_out.0.weight", "attention.to_v.weight"])
 def test_a_fused_attention_takes_loras_or_is_not_fused(layer):
     x, network = draw(9, 2, 32, 320), Network(lambda: AttentionLayer(8, 40, 0))

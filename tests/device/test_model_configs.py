@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import asdict, fields
 
 import pytest
+from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from sdtpu_worker.errors import InvalidCheckpoint
 from sdtpu_worker.models import config_tables, configs
@@ -129,9 +131,12 @@ def test_values_that_are_followed_arrive():
     assert (config.latents_mean, config.latents_std, config.force_upcast) == ([1.0] * 4, [2.0] * 4, True)
 
 
-def test_a_config_file_can_be_read_by_diffusers_own_reader(tmp_path):
-    (tmp_path / "config.json").write_text('{"norm_eps": 2e-5, "_class_name": "UNet2DConditionModel"}')
-    assert configs.read_unet_config(configs.UNetConfig.load_config(tmp_path)).norm_eps == 2e-5
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(configs.ClipTextConfig, CLIPTextConfig), (configs.ClipVisionConfig, CLIPVisionConfig)]
+)
+def test_what_is_missing_of_a_clip_config_has_transformers_defaults(ours, theirs):
+    defaults = theirs()
+    assert {each.name: getattr(defaults, each.name) for each in fields(ours)} == asdict(ours())
 
 
 def test_the_page_of_configs_names_every_key():

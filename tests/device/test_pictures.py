@@ -302,7 +302,7 @@ def test_a_controlnet_that_is_no_folder_is_refused_with_the_remedy(tmp_path):
     for source, text in (
         (str(tmp_path / "canny.safetensors"), "must be a folder in the diffusers layout"),
         (str(tmp_path / "nowhere"), "must be a folder in the diffusers layout"),
-        (str(tmp_path), "config.json must be a ControlNet's config, it cannot be read"),
+        (str(tmp_path), "config.json cannot be read as JSON"),
     ):
         with pytest.raises(InvalidCheckpoint, match=text):
             load_checkpoint(str(tmp_path / "c"), options=LoadOptions(controlnets={"edges": source}))

@@ -275,8 +275,8 @@ NOT_IN_IT = {
     "max_queue", "max_message_bytes", "lease_s", "stall_s", "grace_s", "max_deliveries", "health_address",
     "log_prompts", "log_format", "image_store", "read_image_stores", "http_address", "http_keys", "http_open",
     "http_cors_origins", "http_webhook_origins", "http_webhook_secret", "http_max_body_bytes", "http_wait_s",
-    "http_max_streams", "http_metrics_keys", "compile_cache",
-    "web_owner", "web_priorities", "web_max_jobs", "web_max_streams", "web_stream_s",
+    "http_max_streams", "http_metrics_keys", "http_page", "compile_cache", "programs",
+    "web_owner", "web_priorities", "web_max_jobs", "web_max_streams", "web_stream_s", "web_page",
 }  # fmt: skip
 """Settings that change no pixel; a job's own lane counts, not which others there are."""
 

@@ -16,8 +16,8 @@ from tests.docs.pages import Block
 from tests.support.paths import ROOT
 
 OUTSIDE = {
-    ".", "cd", "curl", "django-admin", "docker", "export", "flask", "journalctl", "kubectl", "mkdir", "pip",
-    "redis-cli", "systemctl",
+    ".", "cd", "curl", "django-admin", "docker", "export", "flask", "journalctl", "kubectl", "mkdir", "nvidia-smi",
+    "pip", "redis-cli", "systemctl",
 }  # fmt: skip
 """Programs of others, whose options are not looked at here."""
 OTHER_VARIABLES = {
@@ -25,6 +25,7 @@ OTHER_VARIABLES = {
     "GLIBC_TUNABLES", "REDIS_PORT", "FLOWER_PORT", "REDIS_MAXMEMORY",
     "FORWARDED_ALLOW_IPS",  # of uvicorn
     "OPENAI_BASE_URL", "OPENAI_API_KEY",  # of OpenAI's client
+    "CUDA_VISIBLE_DEVICES", "XLA_CLIENT_MEM_FRACTION", "XLA_FLAGS",  # of JAX, for GPUs
     "SDTPU_TARGET", "SDTPU_PRIVILEGED",  # read by docker/compose.yaml
     "SDTPU_TEST_COMPILE_CACHE",  # read by the tests
 }  # fmt: skip

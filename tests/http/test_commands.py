@@ -137,13 +137,57 @@ def test_check_names_what_is_wrong_and_the_remedy(redis_url, tmp_path):
     assert "model_index.json" in out
 
 
-def test_errors_are_one_line(tmp_path):
-    shell = Shell(f"redis://127.0.0.1:{free_port()}/0", tmp_path)
-    for arguments in (["generate", "a fox"], ["status", "x"], ["cancel", "x"], ["queue"]):
-        code, out, err = shell.run(*arguments)
-        assert code == 1, (arguments, out)
-        assert "Traceback" not in err
-    code, _, err = shell.run("generate", " ")
+def assert_one_line(shell: Shell, arguments: str, *words: str) -> None:
+    code, out, err = shell.run(*arguments.split())
+    assert (code, out, len(err.splitlines())) == (1, "", 1), (arguments, out, err)
+    assert [word for word in words if word not in err] == [], (arguments, err)
+
+
+def test_a_redis_that_is_away_is_one_line(tmp_path):
+    url = f"redis://127.0.0.1:{free_port()}"
+    shell = Shell(f"{url}/0", tmp_path)
+    assert_one_line(shell, "generate fox", "the job was not enqueued", url, "correct broker_url and result_backend")
+    assert_one_line(
+        shell, "status x", "the state of job x cannot be read", url, "correct broker_url and result_backend"
+    )
+    for arguments in ("cancel x", "queue", "queues", "metrics"):
+        assert_one_line(shell, arguments, "127.0.0.1", "correct broker_url")
+
+
+def test_a_broker_of_a_kind_that_kombu_does_not_know_is_one_line(tmp_path):
+    shell = Shell("reddis://someone:secret@127.0.0.1/0", tmp_path)
+    for arguments in ("generate fox", "queue"):
+        assert_one_line(shell, arguments, "broker_url must be", "like redis://", "got reddis://someone:**@127.0.0.1/0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "all_arguments", "words"),
+    [
+        ("db+sqlite", ["status x"], "unable to open database file"),  # Celery asks a database for nine seconds
+        ("file", ["status x", "cancel x", "generate fox", "serve --address 127.0.0.1:0"], "make sure that it exists"),
+    ],
+)
+def test_a_result_backend_that_is_away_is_one_line(tmp_path, kind, all_arguments, words):
+    place = f"{kind}:///{tmp_path}/no-folder/results"
+    shell = Shell(f"redis://127.0.0.1:{free_port()}/0", tmp_path, CELERY_RESULT_BACKEND=place)
+    for arguments in all_arguments:
+        assert_one_line(shell, arguments, "states of jobs cannot be read", place, words, "correct result_backend")
+
+
+def test_a_job_that_the_broker_is_not_told_of_is_one_line(tmp_path):
+    url, place = f"redis://127.0.0.1:{free_port()}/0", f"db+sqlite:///{tmp_path}/results.sqlite"
+    shell = Shell(url, tmp_path, CELERY_RESULT_BACKEND=place)
+    assert_one_line(shell, "cancel x", "job x was not cancelled", url, "correct broker_url")
+
+
+def test_a_result_backend_that_keeps_no_results_is_refused_before_a_job_is_sent(redis_url, tmp_path):
+    shell = Shell(redis_url, tmp_path, CELERY_RESULT_BACKEND="rpc://", SDTPU_QUEUE="refused")
+    assert_one_line(shell, "generate fox", "keeps results by task id, got 'rpc://'", "set result_backend")
+    assert json.loads(shell.run("queue", "--json")[1])["waiting"] == 0
+
+
+def test_a_wrong_prompt_is_an_error(redis_url, tmp_path):
+    code, _, err = Shell(redis_url, tmp_path).run("generate", " ")
     assert (code, "prompt must not be empty" in err) == (1, True)
 
 

@@ -16,6 +16,7 @@ from sdtpu_worker.testing.processes import free_port
 from sdtpu_worker.web.parameters import digest_of
 from tests.chaos.pictures import expected_count, shown_count
 from tests.http.doors import read_events, start_door, wait_for_end
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -299,6 +300,25 @@ def test_what_is_not_there_is_not_found(client, path):
 def test_a_method_that_a_path_has_not_is_refused(client):
     answer = client.put("/v1/jobs")
     assert (answer.status_code, answer.headers["content-type"]) == (405, "application/problem+json")
+
+
+def test_a_job_in_the_queue_says_how_many_are_ahead_and_when_its_picture_will_be_there(redis_url, tmp_path):
+    load = WorkerLoad("waits", 1, {"8x8": 0.1}, mean_job_s=10.0, held={6: 1}, next_free_s=10.0)
+    with start_door(redis_url, tmp_path, SDTPU_QUEUE="waits") as door, door.client() as client:
+        alone = client.post("/v1/jobs", json={"prompt": "a fox"}).json()
+        assert client.get(alone["links"]["self"]).json()["wait"] == {"ahead": 0, "eta_s": None}, "no worker is there"
+        second = client.post("/v1/jobs", json={"prompt": "a fox"}).json()
+        with Redis.from_url(redis_url) as redis:
+            publish_load(redis, "waits", load)
+
+        def known_wait() -> dict | None:  # Redis is looked at once a second
+            wait = client.get(second["links"]["self"]).json()["wait"]
+            return wait if wait and wait["eta_s"] else None
+
+        wait = wait_until(known_wait, "the place in the queue")
+        assert wait["ahead"] == 1
+        assert wait["eta_s"] > 20, "one job is at work, one is ahead"
+        assert client.delete(second["links"]["self"]).json()["wait"] is None
 
 
 def test_a_deadline_that_cannot_be_kept_is_refused(redis_url, tmp_path):

@@ -44,6 +44,10 @@ def test_addresses_lead_through_the_app_that_the_door_is_mounted_in(redis_url):
             assert made.headers["location"].startswith("http://localhost/pictures/v1/jobs/")
             assert (await client.get(made.headers["location"])).json()["status"] == "queued"
             assert (await client.get("/pictures/v1/nothing")).status_code == 404
+            page = await client.get("/pictures/", follow_redirects=True)
+            assert (str(page.url), page.status_code) == ("http://localhost/pictures/v1/jobs/page/", 200)
+            page = await client.get("/pictures/v1/jobs/page", follow_redirects=True)
+            assert str(page.url) == "http://localhost/pictures/v1/jobs/page/"
         await door.state.door.close()
 
     asyncio.run(ask())
@@ -94,6 +98,6 @@ def test_states_come_over_every_kind_of_connection(server, tmp_path):
         asyncio.run(ask(url))
 
 
-def test_a_result_backend_that_is_no_redis_is_refused():
-    with pytest.raises(ConfigurationError, match="needs a Redis result backend"):
+def test_a_result_backend_that_only_this_process_can_read_is_refused():
+    with pytest.raises(ConfigurationError, match="keeps results by task id"):
         create_app(Celery("other", broker="memory://", backend="cache+memory://", set_as_current=False))

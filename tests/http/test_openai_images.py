@@ -136,6 +136,19 @@ def test_a_wrong_parameter_is_named(openai, wrong, param):
     assert caught.value.type == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("PUT", "/v1/images/generations", 405, "PUT is not allowed here; allowed: POST"),
+        ("POST", "/v1/chat/completions", 404, "there is nothing at '/v1/chat/completions'"),
+    ],
+)
+def test_what_is_not_there_is_said_in_openais_form(client, method, path, status, words):
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+
+
 def test_the_model_is_listed(openai):
     assert [model.id for model in openai.models.list()] == ["embedded"]
     assert openai.models.retrieve("embedded").owned_by == "sdtpu_worker"

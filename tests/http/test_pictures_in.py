@@ -61,6 +61,9 @@ def test_an_edit_can_be_streamed(openai):
         ({"image": [RED, RED]}, "one picture"),
         ({"image": RED, "mask": b"no picture"}, "mask must be a PNG"),
         ({"image": RED, "extra_body": {"strength": "much"}}, "strength must be"),
+        ({"image": RED, "extra_body": {"width": "8"}}, "width and height must be given together"),
+        ({"image": RED, "extra_body": {"width": "8", "height": "eight"}}, "height must be"),
+        ({"image": RED, "extra_body": {"width": "9", "height": "8"}}, "size must be width x height in multiples of 8"),
     ],
 )
 def test_a_wrong_edit_is_explained(openai, wrong, words):

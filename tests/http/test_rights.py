@@ -41,6 +41,8 @@ def test_a_door_with_the_least_rights_can_do_what_it_must(redis_of_the_door, tmp
         assert [answer.status_code for answer in made] == [202, 202], made[0].text
         job = made[0].json()
         assert [each["id"] for each in client.get("/v1/jobs").json()["jobs"]] == [job["id"]]
+        batch = client.get(f"/v1/jobs/batch?ids={job['id']}").json()
+        assert (batch["known"], batch["waiting"], batch["waits"]) == (True, 1, {job["id"]: {"ahead": 0, "eta_s": None}})
         with client.stream("GET", job["links"]["events"]) as answer:
             events = read_events(answer.iter_lines())
             assert next(events).data["status"] == "queued"
@@ -49,6 +51,20 @@ def test_a_door_with_the_least_rights_can_do_what_it_must(redis_of_the_door, tmp
         assert client.post("/v1/images/generations", json={"prompt": "a fox", "n": 4}).status_code == 429
         assert client.get("/sdapi/v1/progress").status_code == 200
         assert client.post("/sdapi/v1/interrupt").status_code == 200
+
+
+def test_a_door_that_may_not_look_at_messages_knows_no_places_and_all_else(redis_of_the_door, tmp_path):
+    with Redis.from_url(redis_of_the_door.replace("sdtpu-door:DOOR_PASSWORD@", "")) as redis:
+        redis.execute_command("ACL SETUSER", "sdtpu-door", "-lindex")
+        try:
+            with start_door(redis_of_the_door, tmp_path) as door, door.client() as client:
+                job = client.post("/v1/jobs", json={"prompt": "a fox"}).json()
+                batch = client.get(f"/v1/jobs/batch?ids={job['id']}").json()
+        finally:
+            redis.execute_command("ACL SETUSER", "sdtpu-door", "+lindex")
+    assert batch["known"]
+    assert batch["waiting"] >= 1
+    assert batch["waits"] == {}
 
 
 def rights_of_a_scraped_door() -> list[str]:

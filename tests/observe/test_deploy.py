@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import redis
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from sdtpu_worker import generate
 from sdtpu_worker.operations.metric_table import METRICS, Kind
@@ -103,6 +108,27 @@ def test_the_panels_of_the_dashboard_do_not_overlap_and_have_numbers_of_their_ow
         assert not cells & taken, panel["title"]
         assert all(x < 24 for x, _ in cells)
         taken |= cells
+
+
+@pytest.mark.parametrize(("more", "lost"), [({}, []), ({"heigth": 4}, ["/panels/1/heigth"])])
+def test_grafanas_own_types_read_every_field_of_the_dashboard(more, lost):
+    register_default_plugins()
+    dashboard = json.loads((GRAFANA / "sdtpu-dashboard.json").read_text())
+    dashboard["panels"][1] |= more
+    read = Dashboard.from_json(copy.deepcopy(dashboard))
+    assert list(fields_lost(dashboard, json.loads(JSONEncoder().encode(read)))) == lost
+
+
+def fields_lost(given: Any, read: Any, place: str = "") -> Iterator[str]:
+    """Yield the places of what is missing or another in what was read; defaults may be added."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        for name, value in given.items():
+            yield from fields_lost(value, read[name], f"{place}/{name}") if name in read else [f"{place}/{name}"]
+    elif isinstance(given, list) and isinstance(read, list) and len(given) == len(read):
+        for number, pair in enumerate(zip(given, read, strict=True)):
+            yield from fields_lost(*pair, f"{place}/{number}")
+    elif given != read:
+        yield place
 
 
 @pytest.fixture(scope="module")

@@ -61,5 +61,6 @@ def test_every_job_has_its_events_from_receipt_to_end(redis_url, tmp_path, app, 
             lambda: all(events[task_id][-1:] == [end] for task_id, end in expected.items()), lambda: dict(events)
         )
     for task_id in expected:
-        assert events[task_id][:2] in (["task-sent", "task-received"], ["task-received", "task-sent"])
-        assert events[task_id][2:] == ["task-started", expected[task_id]]
+        of_worker = [event for event in events[task_id] if event != "task-sent"]  # the client's comes when it comes
+        assert of_worker == ["task-received", "task-started", expected[task_id]]
+        assert events[task_id].count("task-sent") == 1

@@ -109,7 +109,7 @@ def test_a_hung_device_and_the_worker_that_is_killed_for_it(tmp_path):
 
 def test_a_worker_that_dies_with_jobs_in_hand(tmp_path):
     with private_redis() as url, client_app(url), Fleet(url, tmp_path, **SETTINGS) as fleet:
-        first = fleet.start("first")
+        first = fleet.start("first", SDTPU_FAKE_STEP_MS="100")  # still busy when the others have started
         for seed in range(4):
             generate.apply_async(("x",), {"seed": seed, "num_inference_steps": 900})
         with redis.Redis.from_url(url) as client:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from sdtpu_worker import generate
+from sdtpu_worker.operations.health import START_PHASES
 from sdtpu_worker.testing.processes import wait_for_line
 from tests.chaos.fleet import Fleet
-from tests.observe.scraping import scrape
+from tests.observe.scraping import address_of, get, scrape
 from tests.support.paths import XLA_CACHE
 from tests.support.waiting import wait_until
 
@@ -30,7 +33,11 @@ def test_a_worker_with_the_real_engine_shows_its_start_and_its_work(redis_url, a
         wait_until(lambda: scrape(worker).value("sdtpu_requests_total", outcome="succeeded", reason="") == 1)
         page = scrape(worker)
         phases = {phase for (phase,) in page.by_label("sdtpu_start_seconds")}
-        assert phases == {"settings", "broker", "store", "import", "devices", "checkpoint", "programs", "connection"}
+        assert phases == set(START_PHASES)
+        line = wait_for_line(worker.process, worker.log, "taking jobs; started in", 1)
+        assert all(f"{phase} " in line for phase in ("process", "import", "programs", "first_run"))
+        verdict = json.loads(get(f"{address_of(worker.log)}/readyz")[1])
+        assert verdict["checks"]["serving"]["detail"] in line
         assert page.value("sdtpu_start_seconds", phase="programs") > 0
         assert sum(page.by_label("sdtpu_programs").values()) > 0
         assert page.value("sdtpu_programs_after_ready_total") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import pytest
 from celery import Celery, group
 
 from sdtpu_worker import BrokerUnavailable, EngineUnavailable, InvalidRequest, QueueFull, generate, generate_many
+from sdtpu_worker.client import once
 from sdtpu_worker.testing.processes import free_port
 from tests.support.clients import client_app
 
@@ -67,6 +69,18 @@ def test_a_redis_that_is_not_there_is_a_clear_error():
         with pytest.raises(BrokerUnavailable, match="was not enqueued: Redis at redis://") as caught:
             generate.apply_async(("a",), retry=False)
     assert "secret" not in str(caught.value)
+
+
+def test_a_database_of_results_that_is_not_there_is_a_clear_error(redis_url, tmp_path, monkeypatch):
+    monkeypatch.setattr("celery.backends.database.session.PREPARE_MODELS_MAX_RETRIES", 0)
+    folder = tmp_path / "folder"
+    place = f"db+sqlite:///{folder}/results.sqlite"
+    with client_app(redis_url, place):
+        with pytest.raises(BrokerUnavailable, match="unable to open database file") as caught:
+            generate.delay("a")
+        assert f"the job was not enqueued: the result backend at {place} cannot be reached" in str(caught.value)
+        folder.mkdir()
+        assert generate.delay("a").state == "PENDING"
 
 
 def test_a_call_outside_a_device_worker_says_what_to_do(app):
@@ -146,6 +160,24 @@ def test_a_job_that_was_not_enqueued_leaves_its_key_free(app, redis, monkeypatch
 def test_a_key_that_is_none_is_refused(app, key):
     with pytest.raises(InvalidRequest, match="idempotency_key must be a name of 1 to 128 characters"):
         generate.delay("a fox", idempotency_key=key)
+
+
+def test_a_key_that_expires_between_two_looks_is_not_taken_from_the_client_that_was_quicker(app, monkeypatch):
+    class Expiring:
+        """The key is taken, has expired when it is read, and is taken by another client before it is set again."""
+
+        def set(self, name, note, nx=False, ex=None):
+            self.digest = note.split()[1]
+            return not nx
+
+        def get(self, name):
+            task_id = next(ids)
+            return task_id and f"{task_id} {self.digest}".encode()
+
+    ids = iter([None, "another"])
+    monkeypatch.setattr(once, "broker_with_prefix", lambda app: contextlib.nullcontext((Expiring(), "")))
+    assert generate.delay("a fox", idempotency_key="order-11").id == "another"
+    assert queued(app) == []
 
 
 def test_two_calls_at_the_same_time_make_one_job(app):

@@ -41,7 +41,7 @@ def make(client):
 
     yield deliveries
     for each in made:
-        each.close()
+        each.connection.close()
 
 
 def claim(deliveries: Deliveries, tag: str, *lists: str, max_bytes: int = 1000):
@@ -156,7 +156,7 @@ def test_a_requeued_suspect_keeps_its_count_of_crashes_also_when_redis_is_told_l
         ours.mark_suspect(tag)
     ours.requeue("1")
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "_eval", lambda *_: 1 / 0)
+        patch.setattr(ours.connection, "run", lambda *_: 1 / 0)
         ours.requeue("2")
     ours.flush()
     assert places(client, ours, "q") == ([b" {}", b" {}"], 0, 0)
@@ -278,14 +278,14 @@ def test_a_job_that_ends_while_its_lease_is_renewed_is_not_said_to_be_redelivere
     ours = make()
     client.lpush("q", b"{}")
     claim(ours, "1", "q")
-    evaluate = ours._eval
+    evaluate = ours.connection.run
 
     def end_first(*args):
         monkeypatch.undo()
         ours.acknowledge("1")
         return evaluate(*args)
 
-    monkeypatch.setattr(ours, "_eval", end_first)
+    monkeypatch.setattr(ours.connection, "run", end_first)
     assert ours.renew() == []
 
 
@@ -297,13 +297,13 @@ def test_a_move_that_cannot_be_sent_to_redis_is_sent_by_the_next_flush(client, m
     working, away = ours.client, redis.Redis(port=1, retry=None)
     freed = []
     ours.on_free = lambda: freed.append(True)
-    ours._client = away
+    ours.connection._client = away
     ours.acknowledge("1")
     ours.requeue("2")
     assert (len(ours), len(freed)) == (0, 2)
     with pytest.raises(redis.exceptions.ConnectionError):
         ours.flush()
-    ours._client = working
+    ours.connection._client = working
     assert places(client, ours, "q") == ([], 2, 2)
     ours.flush()
     assert places(client, ours, "q") == ([b" back"], 0, 0)
@@ -414,10 +414,10 @@ def test_a_lease_sweeps_only_after_a_whole_lease_of_unbroken_contact(client, mak
         clock.now += seconds
         lease.pulse()
     working = ours.client
-    ours._client = redis.Redis(port=1, retry=None)
+    ours.connection._client = redis.Redis(port=1, retry=None)
     clock.now += 2
     lease.pulse()
-    ours._client = working
+    ours.connection._client = working
     for seconds in (1, 15, 14):
         clock.now += seconds
         lease.pulse()

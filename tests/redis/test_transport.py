@@ -90,7 +90,7 @@ class Worker:
         with contextlib.suppress(OperationalError, redis.ConnectionError):
             self.connection.close()
         self.installed.close()
-        self.deliveries.close()
+        self.deliveries.connection.close()
         self.client.close()
 
 

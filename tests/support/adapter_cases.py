@@ -9,12 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from tests.support.picture_cases import MODELS, SEED, SIZE
-from tests.support.pipeline_cases import PROMPTS, scheduler_config
+from tests.support.pipeline_cases import PROMPTS, DdimCase
 from tests.support.random_weights import random_tensor
 
 __all__ = ["MODELS", "SEED", "SIZE"]
@@ -36,23 +35,14 @@ _ROLES = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """One picture.
+class Case(DdimCase):
+    """One picture; its request is without the LoRAs.
 
     Attributes:
-        model: `sd` or `xl`, a key of `MODELS`.
         loras: layouts of the LoRAs, which differ by their numbers as well, with the weights.
-        request: what is asked for, without LoRAs and seed.
     """
 
-    model: str
     loras: Sequence[tuple[str, float]]
-    request: Mapping[str, Any]
-
-    @property
-    def scheduler(self) -> dict[str, Any]:
-        """The config of the checkpoint's scheduler."""
-        return scheduler_config("DDIMScheduler")
 
 
 def cases() -> list[Case]:
@@ -72,7 +62,7 @@ def _cases() -> Iterator[Case]:
                 "num_inference_steps": 6,
                 "guidance_scale": (3.0, 1.0)[i % 5 == 4],
             }
-            yield Case(model, loras, request)
+            yield Case(model, request, loras)
 
 
 def lora_tensors(layout: str, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, 
 class Colour:
     """A model that knows what every noisy latent is: the colour of the prompt; it has no network at all."""
 
-    rows, picture_use, control_names = 2, PictureUse.NONE, ()
+    rows, follows_guidance_scale, picture_use, control_names = 2, True, PictureUse.NONE, ()
     adapter_layers: ClassVar[Layers] = {}
     latent_channels, scale_factor, size_multiple, default_size = 3, 1, 1, (4, 6)
 

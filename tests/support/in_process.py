@@ -27,7 +27,7 @@ from sdtpu_worker.contract.queues import TASK_NAME
 from sdtpu_worker.contract.request import GenerationRequest
 from sdtpu_worker.delivery.job_facts import JobFacts
 from sdtpu_worker.delivery.transport import ClaimingChannel
-from sdtpu_worker.device_loop.protocols import EngineInfo
+from sdtpu_worker.device_loop.engine_info import EngineInfo
 from sdtpu_worker.operations.figures import Figures
 from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob, FakeSnapshot, FakeTick
 from sdtpu_worker.worker.celery_request import DeviceRequest

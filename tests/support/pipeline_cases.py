@@ -81,6 +81,24 @@ class Case:
         return f"{self.family} {changed} {dict(self.request)}"
 
 
+@dataclass(frozen=True)
+class DdimCase:
+    """One picture of a checkpoint whose scheduler is DDIM.
+
+    Attributes:
+        model: `sd` or `xl`, a key of `picture_cases.MODELS`.
+        request: what is asked for, under the names of the job's parameters, without the seed.
+    """
+
+    model: str
+    request: Mapping[str, Any]
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The config of the checkpoint's scheduler."""
+        return scheduler_config("DDIMScheduler")
+
+
 def cases() -> list[Case]:
     """Return every case, in the order of the golden file."""
     return [*_grid("sd"), *_grid("xl"), *_lcm(), *_options(), *_sd_requests(), *_xl_requests(), *_lcm_requests()]

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tests.support.picture_cases import MODELS, SEED
-from tests.support.pipeline_cases import scheduler_config
+from tests.support.pipeline_cases import DdimCase as Case
 from tests.support.random_weights import random_tensor
 
-__all__ = ["MODELS", "SEED"]
+__all__ = ["MODELS", "SEED", "Case"]
 
 WINDOWS = 4
 WORDS: Mapping[str, int] = {"<moodring>": 1, "inkstyle": 3}
@@ -44,24 +43,6 @@ _WITH_WORDS: tuple[dict[str, Any], ...] = (
     {"prompt": "a (inkstyle:1.3) circle, <moodring>", "prompt_syntax": "weighted"},
     {"prompt": f"a circle, {'red ' * 69} inkstyle inkstyle (<moodring>:0.7)", "prompt_syntax": "weighted"},
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """One picture.
-
-    Attributes:
-        model: `sd` or `xl`, a key of `MODELS`.
-        request: what is asked for, without the seed.
-    """
-
-    model: str
-    request: Mapping[str, Any]
-
-    @property
-    def scheduler(self) -> dict[str, Any]:
-        """The config of the checkpoint's scheduler."""
-        return scheduler_config("DDIMScheduler")
 
 
 def cases() -> list[Case]:

@@ -45,6 +45,10 @@ def test_a_step_counts_what_it_moves_through_the_hbm_alone():
     assert step == Work(hbm_bytes=W + X + X, cycles=100, kernels=1)
 
 
+def test_the_tick_of_a_single_device_has_no_scope_of_the_sharding():
+    assert traffic(TICK.replace("/shard_map/while", "/while")).tick() == traffic().tick()
+
+
 def test_a_loop_counts_as_often_as_it_runs():
     assert traffic().tick().decode == Work(hbm_bytes=5 * 2 * X)
 
@@ -54,6 +58,30 @@ def test_an_insert_is_that_of_a_job_without_a_picture():
     assert parts.insert == Work(hbm_bytes=2 * X)
     copied = 128 * 128 * 4  # the copy has eight rows along the lanes
     assert parts.picture == Work(hbm_bytes=X + copied)
+
+
+@pytest.mark.parametrize("option", ["windows", "control"])
+def test_what_only_some_jobs_ask_for_is_no_part_of_a_step(option):
+    plain = traffic().tick()
+    kernel = "%kernel.1 = f32[8,128]{1,0:T(8,128)} custom-call(%fusion.1)"
+    assert TICK.count(kernel) == 1
+    asked = (
+        "%asked.1 = f32[8,128]{1,0:T(8,128)} conditional(%flag.1, %x.1, %x.1), true_computation=%picture,"
+        f' false_computation=%no_picture, metadata={{op_name="jit(local_tick)/advance/while/body/{option}/cond"}}\n  '
+    )
+    found = traffic(TICK.replace(kernel, asked + kernel)).tick()
+    assert found.step == plain.step
+    copied = X + 128 * 128 * 4
+    assert getattr(found, option) == Work(hbm_bytes=copied)
+    assert getattr(found, {"windows": "control", "control": "windows"}[option]) == Work()
+    of_all_jobs = traffic(TICK.replace(kernel, asked.replace(f"/{option}/cond", "/cond") + kernel)).tick()
+    assert of_all_jobs.step.hbm_bytes == plain.step.hbm_bytes + copied
+
+
+def test_a_kernel_looks_at_one_window_in_a_step_and_at_all_beside_it():
+    found = Traffic(parse_module(TICK), lambda text, has_windows: 500 if has_windows else 200).tick()
+    assert (found.step.kernels, found.step.kernel_cycles) == (1, 200)
+    assert found.windows == Work(kernel_cycles=300)
 
 
 def test_a_phase_and_a_tick_have_what_is_left():

@@ -1,4 +1,4 @@
-"""`sdtpu plan` without a compiler: chips, estimates, loads, the cache, the command's options and exit codes."""
+"""`sdtpu plan` without a compiler: the cache, the command's options and exit codes."""
 
 from __future__ import annotations
 
@@ -9,140 +9,15 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
+from sdtpu_worker.commands import plan as commands
 from sdtpu_worker.commands.plan import plan
-from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.planning import compile_ahead as compiling
 from sdtpu_worker.planning import plan as planning
-from sdtpu_worker.planning.chips import CHIPS, GIB, parse_topology
+from sdtpu_worker.planning.chips import GIB
 from sdtpu_worker.planning.compile_ahead import Limits, Wanted
-from sdtpu_worker.planning.estimates import best, estimate, scale
-from sdtpu_worker.planning.load import hosts_for_load
 from sdtpu_worker.planning.results_cache import ResultsCache, fingerprint
 from tests.support.paths import ROOT
-
-V5E = CHIPS["v5e"]
-WEIGHTS, MORE = 1_638_000_000, 819_000_000  # bytes: 2 ms and 1 ms of a v5e's bandwidth
-
-
-def work(hbm_bytes: int, cycles: int = 0) -> dict:
-    return {"hbm_bytes": hbm_bytes, "cycles": cycles, "kernels": 0, "loops_of_unknown_length": 0}
-
-
-def facts(slots: int = 1, temp: int = GIB, cycles: int = 0) -> dict:
-    """What a compile of a model says whose step reads its weights, and moves 1 ms of other bytes for each slot."""
-    parts = {name: work(0) for name in ("tick", "phase", "insert", "decode", "picture")}
-    parts["step"] = work(WEIGHTS + slots * MORE, cycles)
-    program = {"code_bytes": None, "collectives": {}, "aliased": 12, "argument_bytes": 2 * GIB, "temp_bytes": temp}
-    small = program | {"parts": {"all": work(0)}, "temp_bytes": 0, "total_bytes": 0}
-    return {
-        "num_devices": 8, "resolution": [512, 512], "rows_per_job": 2, "unet_bytes": WEIGHTS, "slot_bytes": 0,
-        "bank_bytes": 0, "entry_bytes": 0, "donated": 12, "fits": True, "reason": None, "code_generated": False,
-        "time_limit_passed": False,
-        "matmuls": {"step": [[128, 128, 128, slots]], "insert": [], "decode": [[128, 128, 128, 7]], "picture": []},
-        "programs": {"tick": program | {"parts": parts, "total_bytes": 2 * GIB + temp}, "snapshot": small},
-    }  # fmt: skip
-
-
-# Chips
-
-
-def test_peaks_follow_from_clock_and_matrix_units():
-    units = {"v4": 8, "v5e": 4, "v5p": 8, "v6e": 4}
-    for chip in CHIPS.values():
-        assert 2 * units[chip.name] * chip.lanes**2 * chip.clock_hz == pytest.approx(chip.flops, rel=0.002)
-
-
-@pytest.mark.parametrize(
-    ("m", "k", "n", "padded"),
-    [
-        (4096, 320, 1280, 2 * 4096 * 384 * 1280),
-        (4096, 40, 4096, 2 * 4096 * 128 * 4096),  # scores of heads of 40
-        (40, 4096, 4096, 2 * 128 * 4096 * 4096),  # and their values: rows do not hide the loading of tiles
-        (4096, 4096, 40, 2 * 128 * 4096 * 4096),
-    ],
-)
-def test_a_matrix_unit_works_on_whole_tiles(m, k, n, padded):
-    assert V5E.padded_flops(m, k, n) == padded
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "chips"), [("v6e", "v6e:2x4", 8), ("v5e:2x2", "v5e:2x2", 4), ("v4", "v4:2x2x1", 4)]
-)
-def test_a_topology_is_a_chip_and_its_layout(text, name, chips):
-    topology = parse_topology(text)
-    assert (topology.name, topology.num_chips) == (name, chips)
-
-
-@pytest.mark.parametrize("text", ["v7", "", "v5e:", "v5e:2x4x1", "v4:2x2", "v5e:0x4", "v5e:4x4", "v5e:2x4 "])
-def test_another_topology_is_refused(text):
-    if text == "v5e:":
-        assert parse_topology(text).name == "v5e:2x4"
-        return
-    with pytest.raises(ConfigurationError, match="--topology must"):
-        parse_topology(text)
-
-
-# Estimates
-
-
-def test_a_step_takes_the_longest_of_its_limits():
-    found = estimate(facts(2), 2, V5E)
-    assert (found.step.limit, found.step.seconds) == ("HBM traffic", pytest.approx(4e-3))
-    assert found.hbm_gb_per_image_step == pytest.approx((WEIGHTS + 2 * MORE) / 2e9)
-    assert found.ms_per_image_step == pytest.approx(2)
-    assert found.decode.limit == "padded FLOPs"
-    slower = estimate(facts(2, cycles=9_000_000), 2, V5E)
-    assert (slower.step.limit, slower.step.seconds) == ("cycles", pytest.approx(6e-3))
-
-
-def test_latency_and_images_follow_from_the_step():
-    found = estimate(facts(2), 2, V5E)
-    decode_s = 7 * 2 * 128**3 / V5E.flops
-    assert found.latency_s(20) == pytest.approx(20 * 4e-3 + decode_s)
-    assert found.images_per_s(20) == pytest.approx(8 * 2 / (20 * 4e-3 + 2 * decode_s))
-
-
-def test_other_slot_counts_read_the_weights_once():
-    scaled = scale(facts(1), estimate(facts(1), 1, V5E), 4, V5E)
-    compiled = estimate(facts(4), 4, V5E)
-    assert (scaled.kind, compiled.kind) == ("arithmetic", "compiled")
-    assert scaled.step == compiled.step
-    assert scaled.total_bytes == 2 * GIB + 4 * GIB
-
-
-def test_what_needs_more_memory_than_the_chip_has_does_not_fit():
-    assert estimate(facts(1, temp=13 * GIB), 1, V5E).fits
-    assert not estimate(facts(1, temp=14 * GIB), 1, V5E).fits
-    assert estimate(facts(1, temp=14 * GIB), 1, CHIPS["v6e"]).fits
-
-
-def test_the_best_setting_fits_and_has_no_slots_that_gain_nothing():
-    one, four = (estimate(facts(slots), slots, V5E) for slots in (1, 4))
-    assert best([one, four], 30) == four
-    assert best([one, replace(four, fits=False)], 30) == one
-    assert best([one, replace(four, slots=2, step=replace(four.step, seconds=2 * one.step.seconds))], 30) == one
-    assert best([replace(one, fits=False)], 30) is None
-
-
-# Loads
-
-
-def test_hosts_and_money_for_a_load():
-    setting = estimate(facts(4), 4, V5E)  # 32 slots, 6 ms a step: about 178 images of 30 steps a second
-    limit = 3600 * setting.images_per_s(30)
-    found = hosts_for_load(setting, 2.5 * limit, [30], 5.0, 8, 1.5)
-    assert found["kind"] == "simulated"
-    assert found["hosts"] == 3
-    assert found["p99_s"] <= 5
-    assert found["cost_per_hour"] == 3 * 8 * 1.5
-    assert found["cost_per_1000_images"] == pytest.approx(1000 * 36 / (2.5 * limit), rel=1e-2)
-    assert hosts_for_load(setting, limit / 2, [30], 5.0, 8, None)["cost_per_hour"] is None
-
-
-def test_a_latency_that_no_host_reaches_is_refused():
-    with pytest.raises(ConfigurationError, match="--p99 must be more than"):
-        hosts_for_load(estimate(facts(4), 4, V5E), 100, [1000], 1.0, 8, None)
-
+from tests.support.plan_facts import MORE, WEIGHTS, facts
 
 # The cache
 
@@ -195,6 +70,7 @@ def fake_compiler(monkeypatch):
         return seen.facts(wanted.slots)
 
     monkeypatch.setattr(planning, "compile_ahead", compile_ahead)
+    monkeypatch.delenv("SDTPU_VAE_TILING", raising=False)
     monkeypatch.setattr(planning, "check_installed", lambda: None)
     return seen
 
@@ -233,6 +109,7 @@ def test_a_core_that_counts_as_a_device_has_its_part_of_the_chip(fake_compiler):
 def test_text_says_what_each_figure_is(fake_compiler):
     done = run("--load", "100", "--steps", "20,30")
     assert done.exit_code == 0, done.output
+    assert "\n1 slot per device, compiled: fits\n" in run("--slots-per-device", "1").stdout
     for words in ("4 slots per device, compiled: fits", "arithmetic", "Load, simulated", "12 of 12", "nothing ran on"):
         assert words in done.stdout
 
@@ -248,17 +125,94 @@ def test_auto_compiles_every_count_and_the_cache_remembers(fake_compiler, tmp_pa
     assert len(fake_compiler.calls) == 5
 
 
-def test_options_reach_the_compiler(fake_compiler):
-    run("--resolution", "768x512", "--guidance", "off", "--lora-rank", "16", "--topology", "v6e", "--time-limit", "9")
+def test_options_reach_the_compiler(fake_compiler, tmp_path):
+    options = ["--resolution", "768x512", "--guidance", "off", "--lora-rank", "16", "--topology", "v6e",
+               "--time-limit", "9", "--prompt-windows", "2", "--no-image-inputs", "--previews", "--vae-tiling", "on",
+               "--attention", "plain", "--dtype", "float32", "--controlnets", f"b={tmp_path},a=owner/a"]  # fmt: skip
+    run(*options)
     ((wanted, limits),) = fake_compiler.calls
-    assert wanted == Wanted("sd15", "v6e:2x4", 4, (768, 512), "off", 16)
+    controlnets = ("a", ""), ("b", str(tmp_path))
+    assert wanted == Wanted(
+        "sd15", "v6e:2x4", 4, (768, 512), "off", 16, False, 2, controlnets, True, "plain", "on", "float32"
+    )
     assert limits == Limits(False, 9.0, 12 * GIB)
+
+
+def test_without_options_a_plan_is_for_a_worker_with_the_default_settings(fake_compiler):
+    from sdtpu_worker.settings_table import SETTINGS
+
+    done = run("--json")
+    ((wanted, _),) = fake_compiler.calls
+    default = {setting.name: setting.default for setting in SETTINGS}
+    for name in ("guidance", "image_inputs", "prompt_windows", "attention", "vae_tiling"):
+        assert getattr(wanted, name) == default[f"sdtpu_{name}"], name
+    assert (wanted.lora_rank, wanted.controlnets, wanted.previews, wanted.dtype) == (0, (), False, "bfloat16")
+    planned = json.loads(done.stdout)["planned_for"]
+    assert {name: source for name, source in planned["sources"].items() if source != "default"} == {"model": "--model"}
+
+
+def test_a_plan_takes_the_workers_settings_and_says_whose_they_are(fake_compiler, monkeypatch, tmp_path):
+    conf = {"sdtpu_model": "sdxl", "sdtpu_resolutions": [(1024, 1024), (1216, 832), (768, 768)],
+            "sdtpu_dtype": "float32", "sdtpu_loras": str(tmp_path), "sdtpu_preview_every": 5,
+            "sdtpu_controlnets": {"pose": "owner/pose"}, "sdtpu_slots_per_device": 2,
+            "sdtpu_prompt_windows": 5}  # fmt: skip
+    monkeypatch.setattr(commands, "find_app", lambda path: type("App", (), {"conf": conf if path == "shop" else {}}))
+    monkeypatch.setenv("SDTPU_PROMPT_WINDOWS", "1")
+    done = CliRunner().invoke(plan, ["--app", "shop", "--no-cache", "--lora-rank", "8", "--json"])
+    assert done.exit_code == 0, done.output
+    ((wanted, _),) = fake_compiler.calls
+    assert (wanted.model, wanted.slots, wanted.resolution) == ("sdxl", 2, (1024, 1024))
+    assert (wanted.prompt_windows, wanted.lora_rank, wanted.previews, wanted.dtype) == (1, 8, True, "float32")
+    assert wanted.controlnets == (("pose", ""),)
+    planned = json.loads(done.stdout)["planned_for"]
+    assert planned["controlnets"] == {"pose": "usual"}
+    assert planned["other_resolutions"] == [[1216, 832], [768, 768]]
+    sources = {name: planned["sources"][name] for name in ("model", "prompt_windows", "lora_rank", "guidance")}
+    assert sources == {
+        "model": "the app's configuration", "prompt_windows": "SDTPU_PROMPT_WINDOWS", "lora_rank": "--lora-rank",
+        "guidance": "default",
+    }  # fmt: skip
+    text = CliRunner().invoke(plan, ["--app", "shop", "--no-cache"]).stdout
+    assert "prompts of one window (SDTPU_PROMPT_WINDOWS); pictures as input; 1 ControlNet (pose: usual)" in text
+    assert "LoRAs of jobs up to rank 16 (the app's configuration); previews (the app's configuration)" in text
+    assert "slots and programs of 1216x832, 768x768 come on top" in text
+
+
+def test_slots_of_the_app_may_be_auto(fake_compiler, monkeypatch):
+    monkeypatch.setenv("SDTPU_SLOTS_PER_DEVICE", "auto")
+    assert run().exit_code == 0
+    assert [wanted.slots for wanted, _ in fake_compiler.calls] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--model", ""], ["--model", " "]])
+def test_a_plan_without_a_model_asks_for_one(fake_compiler, arguments):
+    done = CliRunner().invoke(plan, ["--no-cache", *arguments])
+    assert (done.exit_code, fake_compiler.calls) == (1, [])
+    assert "--model must name a model, as in --model sd15" in done.stderr
 
 
 def test_a_result_after_the_time_limit_is_not_kept(fake_compiler, tmp_path):
     fake_compiler.facts = lambda slots: facts(slots) | {"time_limit_passed": True}
-    run(cache=tmp_path)
+    done = run("--time-limit", "90", cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
+    assert "the 90 s of --time-limit passed" in done.stderr
+
+
+def test_what_does_not_fit_is_planned_in_tiles_as_the_worker_does_it(fake_compiler, monkeypatch):
+    def compile_ahead(wanted, limits, say):
+        fake_compiler.calls.append(wanted.vae_tiling)
+        in_tiles = wanted.vae_tiling == "on"
+        return facts(wanted.slots, temp=GIB if in_tiles else 14 * GIB) | {"in_tiles": in_tiles}
+
+    monkeypatch.setattr(planning, "compile_ahead", compile_ahead)
+    done = run("--json")
+    assert (done.exit_code, fake_compiler.calls) == (0, ["auto", "on"])
+    assert "does not fit; once more with images decoded in tiles" in done.stderr
+    assert [each["in_tiles"] for each in json.loads(done.stdout)["settings"]] == [None, None, True, None]
+    assert "4 slots per device, compiled: fits, with images decoded in tiles" in run().stdout
+    fake_compiler.calls.clear()
+    assert run("--vae-tiling", "off").exit_code == 5
+    assert fake_compiler.calls == ["off"]
 
 
 def test_what_fits_nowhere_has_its_own_exit_code(fake_compiler):
@@ -285,6 +239,17 @@ def test_what_fits_nowhere_has_its_own_exit_code(fake_compiler):
         (["--steps", "0"], "must be numbers from 1 to 1000", 2),
         (["--guidance", "some"], "is not one of", 2),
         (["--load", "0"], "0.0", 2),
+        (["--load", "nan"], "must be a finite number, got nan", 2),
+        (["--load", "9", "--price", "inf"], "must be a finite number, got inf", 2),
+        (["--memory-limit", "nan"], "must be a finite number, got nan", 2),
+        (["--price", "1.2"], "--price is for --load", 2),
+        (["--topology", "v5e:8x1"], "--topology must be a host of v5e or a part of one, whose chips lie 2x4", 1),
+        (["--topology", "v5e:1x3"], "such as v5e:2x4 or v5e:1x1, got 'v5e:1x3'", 1),
+        (["--prompt-windows", "0"], "1<=x<=16", 2),
+        (["--controlnets", "9"], "an integer from 0 to 8", 2),
+        (["--controlnets", "pose"], "names with sources", 2),
+        (["--controlnets", "pose=/no/such/folder"], "pose must be a folder with a ControlNet's config.json", 2),
+        (["--attention", "cudnn"], "is not one of", 2),
     ],
 )
 def test_a_wrong_option_is_one_line(fake_compiler, arguments, words, code):

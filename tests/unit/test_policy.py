@@ -667,3 +667,12 @@ def test_a_job_whose_step_takes_longer_than_a_tick_goes_on_all_the_same(load, sl
     for _ in range(200):
         device.tick()
     assert device.ended == Counter(dict.fromkeys(jobs, 1))
+
+
+def test_the_jobs_of_a_device_have_their_previews_in_turn():
+    policy = make_policy(devices=1, slots=3, tick_s=1.0, preview_every=1)
+    for name in "abc":
+        policy.add(name, LANES[0], 60, now=0.0)
+    previews = [place.task_id for tick in range(12) for place in policy.plan(float(tick)).previews]
+    assert len(previews) == 12
+    assert set(Counter(previews).values()) == {4}

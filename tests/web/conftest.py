@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,13 +43,15 @@ def locked_door(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="session")
-def django_project(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Set the Django project up."""
-    django_site.configure(tmp_path_factory.mktemp("site"))
+def django_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Set the Django project up; give its folder."""
+    folder = tmp_path_factory.mktemp("site")
+    django_site.configure(folder)
+    return folder
 
 
 @pytest.fixture
-def site(app: Celery, django_project: None) -> Iterator[None]:
+def site(app: Celery, django_project: Path) -> Iterator[None]:
     """Serve the Django project for the room's Celery app."""
     yield
     django_site.forget_connections()

@@ -21,12 +21,14 @@ def find_owner(request: HttpRequest) -> str | None:
 
 
 def configure(folder: Path) -> None:
-    """Set the project up in this process, once, with an empty database in a folder."""
+    """Set the project up in this process, with an empty database in a folder; a second call changes nothing."""
     import django
     from django.conf import settings
     from django.core.management import call_command
     from django.urls import include, path
 
+    if settings.configured:
+        return
     settings.configure(
         SECRET_KEY="for tests only",
         ALLOWED_HOSTS=["testserver", "localhost"],

@@ -260,12 +260,11 @@ def test_a_card_shows_a_job_that_waits_and_one_that_is_done(stand_in):
     assert f"/v1/jobs/{waiting.task_id}" in render("{% sdtpu_card id %}", id=waiting.task_id)
 
 
-def test_the_script_and_the_style_sheet_of_the_cards_are_static_files():
-    from django.contrib.staticfiles import finders
-
-    names = re.findall(r'"/static/([^"]+)"', render("{% sdtpu_media %}"))
-    assert names == ["sdtpu/card.css", "sdtpu/card.js"]
-    assert all(finders.find(name) for name in names)
+def test_the_script_and_the_style_sheet_of_the_cards_come_with_what_they_import():
+    paths = re.findall(r'"(/v1/jobs/page/[^"]+)"', render("{% sdtpu_media %}"))
+    assert [path.rpartition("/")[2] for path in paths] == ["card-on-a-page.css", "card-on-a-page.js"]
+    paths += [f"/v1/jobs/page/{name}" for name in re.findall(r'from "\./(.+)"', client().get(paths[1]).text)]
+    assert [client().get(path).status_code for path in paths] == [200, 200, 200]
 
 
 # Django's own rules

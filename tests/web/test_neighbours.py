@@ -22,7 +22,8 @@ from tests.web.scripts import Page
 
 pytestmark = pytest.mark.usefixtures("site")
 
-CARD = Path(str(files("sdtpu_worker.contrib.django") / "static" / "sdtpu" / "card.js"))
+FILES = Path(str(files("sdtpu_worker.web.page") / "files"))
+CARD = FILES / "card-on-a-page.js"
 IN_TEST = {"sdtpu_web_owner": "tests.web.django_site.find_owner"}
 
 
@@ -115,12 +116,14 @@ def test_a_card_follows_a_job_to_its_image(stand_in):
     stand_in.holds_jobs = True
     row = new_row()
     place, page = f"/v1/jobs/{row.task_id}", make_page()
+    page.load(FILES / "words.js")
     page.load(CARD)
     page.do(f"var card = {{querySelector: named, dataset: {{sdtpuJob: '{place}'}}}}; watch(card)", place)
-    assert page.value("named('.sdtpu-state').textContent") == "queued"
-    stand_in.jobs[0].progress(40)
+    assert page.value("named('.sdtpu-state').textContent") == "in the queue"
+    stand_in.jobs[0].progress(40, preview=b"\x89PNG")
     page.wait(place)
     assert page.value("[named('progress').value, named('.sdtpu-state').textContent]") == [40, "40 %"]
+    assert page.value("[named('img').src, named('img').hidden]") == ["data:image/png;base64,iVBORw==", False]
     stand_in.jobs[0].finish()
     page.wait(place)
     assert page.value("[named('img').src, named('img').hidden]") == [f"http://testserver{place}/image", False]
@@ -131,6 +134,7 @@ def test_a_card_cancels_its_job_with_the_token_and_says_why_there_is_no_image(st
     stand_in.holds_jobs = True
     row = new_row()
     place, page = f"/v1/jobs/{row.task_id}", make_page()
+    page.load(FILES / "words.js")
     page.load(CARD)
     data = f"{{sdtpuJob: '{place}', sdtpuCsrf: 'a-token'}}"
     page.do(f"watch({{querySelector: named, dataset: {data}}})", place)
@@ -143,6 +147,7 @@ def test_a_card_cancels_its_job_with_the_token_and_says_why_there_is_no_image(st
 
 def test_a_card_of_an_image_that_is_kept_asks_for_nothing(stand_in):
     page = make_page()
+    page.load(FILES / "words.js")
     page.load(CARD)
     assert page.value("watch({querySelector: named, dataset: {sdtpuJob: '/x', sdtpuDone: ''}}) ?? timers.length") == 0
     assert page.value("asked.length") == 0

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import httpx
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -22,6 +23,8 @@ from tests.support.paths import XLA_CACHE
 from tests.support.waiting import wait_until
 from tools.embedded_checkpoint.scenes import every_scene, judge
 from tools.embedded_checkpoint.score_outline import judge_outline
+
+WAIT = {"Prefer": "wait=50"}
 
 
 def demo(out: Path, *options: str) -> subprocess.Popen[str]:
@@ -55,6 +58,7 @@ def test_the_demo_draws_what_its_prompts_say_and_accounts_for_its_devices(tmp_pa
     assert 0.5 < summary["slot_occupancy"] <= 1
     assert summary["device_seconds_used"] > 0
     assert Image.open(tmp_path / "grid.png").width > 6 * 160
+    assert re.search(r"worker start-up +\d+\.\d s \(process", output), output
     for line in ("device-seconds used", "device-seconds idle", "slot occupancy", "seconds per image"):
         assert line in output
     assert not processes_of(tmp_path)
@@ -73,6 +77,46 @@ def test_ctrl_c_stops_everything_that_the_demo_started(tmp_path):
     assert "Error: stopped" in output
     assert "Traceback" not in output
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_the_page_of_the_demo_makes_pictures_until_it_is_stopped(tmp_path, number):
+    process = demo(tmp_path, "--web", "--no-browser", "--devices", "2")
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "Ctrl-C ends everything" in line:
+            break
+    (url,) = re.findall(r"the page: (http://127\.0\.0\.1:\d+)/", "".join(lines))
+    with httpx.Client(base_url=url, follow_redirects=True, timeout=60, trust_env=False) as client:
+        page = client.get("/")
+        assert (page.status_code, page.url.path) == (200, "/v1/jobs/page/")
+        job = client.post("/v1/jobs", json={"prompt": "a red circle", "num_inference_steps": 4}, headers=WAIT).json()
+        assert job["status"] == "succeeded"
+        served = client.get("/v1/jobs/capabilities").json()
+        assert (served["model"], served["previews"], served["loras"]["names"]) == ("embedded", True, ["outline"])
+    children = descendants(process.pid)
+    assert len(children) >= 3, "a Redis, a worker and a door"
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, "stopped" in output, "Traceback" in output) == (0, True, False)
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--web", "--mix"], "--mix, --prompt and --steps must be left out with --web"),
+        (["--web", "--prompt", "a fox"], "--mix, --prompt and --steps must be left out with --web"),
+        (["--no-browser"], "--no-browser must come with --web"),
+    ],
+)
+def test_what_the_page_of_the_demo_asks_for_itself_is_refused_with_a_line(tmp_path, options, text):
+    result = CliRunner().invoke(sdtpu, ["demo", "--out", str(tmp_path / "out"), *options])
+    assert (result.exit_code, text in result.output) == (1, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_prompt_is_named_before_anything_heavy_runs(tmp_path):

@@ -6,6 +6,8 @@ import contextlib
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -27,7 +29,7 @@ class Worker:
 
     def __init__(self, lease_s: float = 30, stall_s: float = 60) -> None:
         self.now, self.alive, self.late_s = 1000.0, True, 0.0
-        self.health = WorkerHealth(lease_s, stall_s, lambda: self.now)
+        self.health = WorkerHealth(lease_s, stall_s, lambda: self.now, process_s=0.75)
 
     def start(self) -> Worker:
         self.lost: list[int] = []
@@ -79,15 +81,27 @@ def test_a_worker_that_starts_says_what_it_is_at_and_for_how_long():
 def test_how_long_each_phase_of_the_start_took_is_known_by_short_names():
     worker = Worker()
     worker.now += 2
-    for phase in ("importing JAX", "compiling and running every program with 1 slots per device", "warming up a robot"):
+    for phase in ("importing JAX", "loading or compiling programs for 1 slots per device", "warming up a robot"):
         worker.health.enter(phase)
         worker.now += 5
-    worker.health.enter("compiling and running every program with 2 slots per device")
+    worker.health.enter("loading or compiling programs for 2 slots per device")
     worker.now += 1
-    assert worker.health.start_s() == {"settings": 2, "import": 5, "programs": 6, "other": 5}
+    phases = {"process": 0.75, "settings": 2, "import": 5, "programs": 6, "other": 5}
+    assert worker.health.start_s() == phases
     worker.start()
     worker.run(100)
-    assert worker.health.start_s() == {"settings": 2, "import": 5, "programs": 6, "other": 5}
+    assert worker.health.start_s() == phases
+    text = "started in 18.8 s (process 0.8, settings 2.0, import 5.0, programs 6.0, other 5.0)"
+    assert worker.health.ready()[0] == Check("serving", True, text)
+
+
+def test_a_process_knows_its_age():
+    code = (
+        "import time; time.sleep(0.5); from sdtpu_worker.operations.health import process_age_s; print(process_age_s())"
+    )
+    started = time.monotonic()
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert 0.4 <= float(told) <= time.monotonic() - started + 0.1
 
 
 def test_a_worker_at_work_is_live_and_ready():

@@ -17,7 +17,7 @@ from kombu import transport as kombu_transports
 from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.config import read_config
 from sdtpu_worker.contract.request import GenerationRequest
-from sdtpu_worker.device_loop.protocols import EngineInfo
+from sdtpu_worker.device_loop.engine_info import EngineInfo
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.images.store import make_image_store
 from sdtpu_worker.operations.health_http import ask_health

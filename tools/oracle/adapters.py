@@ -10,9 +10,6 @@ Each LoRA is loaded by the pipeline's own reader in its layout, and weighted wit
 
 from __future__ import annotations
 
-import logging
-import warnings
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -21,24 +18,16 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from tests.support import adapter_cases as pictures
+from tools.oracle.golden import write_pictures
 from tools.oracle.names import name_in_files
 from tools.oracle.pictures import make_parts
 from tools.oracle.pipelines import to_uint8
 
-GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden"
-
 
 def main() -> None:
     """Draw all pictures and write the file."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
-    torch.set_num_threads(1)
-    with np.load(GOLDEN / "noise.npz") as file:
-        initial = file[f"initial {pictures.SEED}"]
-    with torch.no_grad():
-        pixels = [draw(case, initial) for case in pictures.cases()]
-    np.savez_compressed(GOLDEN / "adapters.npz", allow_pickle=False, pixels=np.stack(pixels))
-    print(f"{len(pixels)} pictures")
+    initial = f"initial {pictures.SEED}"
+    write_pictures("adapters.npz", lambda noise: [draw(case, noise[initial]) for case in pictures.cases()])
 
 
 def draw(case: pictures.Case, initial: np.ndarray) -> np.ndarray:

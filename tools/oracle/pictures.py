@@ -12,9 +12,7 @@ autoencoder's two encodings.
 from __future__ import annotations
 
 import importlib
-import logging
-import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -27,10 +25,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from tests.support import picture_cases as pictures
 from tests.support.random_weights import random_tensor
 from tests.support.tiny_configs import SHIPPED, TEXT, TEXT_2, TINY_VAE, VAE
+from tools.oracle.golden import write_pictures
 from tools.oracle.pipelines import as_diffusers_knows_it, count_rows, fill, to_uint8
 from tools.oracle.samplers import Noise
 
-GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden"
 _PIPELINES = {
     "image": ("StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline"),
     "mask": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
@@ -62,16 +60,14 @@ class PictureNoise:
 
 def main() -> None:
     """Draw all pictures and write the file."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
-    torch.set_num_threads(1)
-    with np.load(GOLDEN / "noise.npz") as file:
-        initial, rows, encoded = (file[f"{name} {pictures.SEED}"] for name in ("initial", "rows", "encoded"))
-    with torch.no_grad():
-        parts = {model: make_parts(model) for model in pictures.MODELS}
-        pixels = [draw(case, parts[case.model], initial, rows, encoded) for case in pictures.cases()]
-    np.savez_compressed(GOLDEN / "pictures.npz", allow_pickle=False, pixels=np.stack(pixels))
-    print(f"{len(pixels)} pictures")
+    write_pictures("pictures.npz", draw_all)
+
+
+def draw_all(noise: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Return the pictures of all cases."""
+    initial, rows, encoded = (noise[f"{name} {pictures.SEED}"] for name in ("initial", "rows", "encoded"))
+    parts = {model: make_parts(model) for model in pictures.MODELS}
+    return [draw(case, parts[case.model], initial, rows, encoded) for case in pictures.cases()]
 
 
 def make_parts(model: str) -> dict[str, Any]:

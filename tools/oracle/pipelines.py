@@ -20,10 +20,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import logging
-import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,10 +43,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from tests.support import pipeline_cases as pictures
 from tests.support.random_weights import random_tensor
 from tests.support.tiny_configs import SHIPPED, TEXT, TEXT_2, VAE
+from tools.oracle.golden import GOLDEN, read_noise
 from tools.oracle.names import name_in_files
 from tools.oracle.samplers import Noise
 
-GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden"
 Seeded = tuple[dict[str, Any], np.ndarray, np.ndarray]
 """The parts of a pipeline, the initial latents, and the noise of each row."""
 _ROUNDING = 1e-5
@@ -59,17 +56,13 @@ _DOES_NOT_RUN = (ValueError, NotImplementedError, RuntimeError, IndexError, Unbo
 
 def main() -> None:
     """Draw all pictures and write the files."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
-    torch.set_num_threads(1)
-    with np.load(GOLDEN / "noise.npz") as file:
-        noise = dict(file)
+    noise = read_noise()
     with torch.no_grad():
         _draw_shipped(noise["shipped"])
         _draw_cases(noise)
 
 
-def _draw_cases(noise: dict[str, np.ndarray]) -> None:
+def _draw_cases(noise: Mapping[str, np.ndarray]) -> None:
     parts = {family: make_parts(family) for family in pictures.FAMILIES}
     pixels, runs, errors = [], [], {}
     for i, case in enumerate(pictures.cases()):

@@ -13,10 +13,7 @@ the two prompts of a picture have different numbers of windows, the UNet gets a 
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -27,10 +24,10 @@ from transformers import CLIPTokenizer
 
 from tests.support import weighted_cases as pictures
 from tests.support.tiny_configs import SHIPPED
+from tools.oracle.golden import write_pictures
 from tools.oracle.pictures import make_parts
 from tools.oracle.pipelines import to_uint8
 
-GOLDEN = Path(__file__).parents[2] / "tests" / "device" / "golden"
 _ROOM, _BACK = 75, 20
 Weighted = list[tuple[str, float] | None]
 """Texts with weights; None where a new window begins."""
@@ -39,15 +36,8 @@ Window = list[tuple[int, float]]
 
 def main() -> None:
     """Draw all pictures and write the file."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
-    torch.set_num_threads(1)
-    with np.load(GOLDEN / "noise.npz") as file:
-        initial = file[f"initial {pictures.SEED}"]
-    with torch.no_grad():
-        pixels = [draw(case, initial) for case in pictures.cases()]
-    np.savez_compressed(GOLDEN / "prompts.npz", allow_pickle=False, pixels=np.stack(pixels))
-    print(f"{len(pixels)} pictures")
+    initial = f"initial {pictures.SEED}"
+    write_pictures("prompts.npz", lambda noise: [draw(case, noise[initial]) for case in pictures.cases()])
 
 
 def draw(case: pictures.Case, initial: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from django.utils.module_loading import import_string
 from sdtpu_worker.config import read_setting
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.plugin import WORKER_STEPS
-from sdtpu_worker.redaction import sanitize_url
 from sdtpu_worker.settings_table import SETTINGS
+from sdtpu_worker.web.redis_client import make_client
 
 _CLIENT_SETTINGS = ("sdtpu_queue", "sdtpu_tenant_shards", "sdtpu_max_queue", "sdtpu_image_store",
                     "sdtpu_read_image_stores")  # fmt: skip
@@ -49,18 +49,17 @@ def _check_settings(app: Celery) -> list[CheckMessage]:
 
 
 def _check_backend(app: Celery) -> list[CheckMessage]:
-    from celery.backends.redis import RedisBackend
-
-    if isinstance(app.backend, RedisBackend) or getattr(app.backend, "is_in_this_process", False):
-        return []
-    return [
-        Warning(
-            f"the result backend is not Redis, but {sanitize_url(str(app.conf.result_backend))}: the jobs API answers"
-            " 503, while generate.delay and GeneratedImage work",
-            hint="set CELERY_RESULT_BACKEND to redis://…, or leave the app's URLs out",
-            id="sdtpu.W001",
-        )
-    ]
+    try:
+        make_client(app)
+    except ConfigurationError as exc:
+        return [
+            Warning(
+                f"the jobs API answers 503, while generate.delay and GeneratedImage work: {exc}",
+                hint="set CELERY_RESULT_BACKEND to redis://…, or leave the app's URLs out",
+                id="sdtpu.W001",
+            )
+        ]
+    return []
 
 
 def _check_owner(app: Celery) -> list[CheckMessage]:

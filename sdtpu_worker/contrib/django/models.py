@@ -17,10 +17,9 @@ from sdtpu_worker.contrib.django.callbacks import callbacks
 from sdtpu_worker.images.bring import bring_pictures
 from sdtpu_worker.images.decode import named_image
 from sdtpu_worker.images.store import read_image_bytes
+from sdtpu_worker.web.job_state import read_state_of
 
 _MOST_CHARACTERS = 2000
-_STATUS = {"STARTED": "running", "PROGRESS": "running", "FAILURE": "failed", "REVOKED": "cancelled"}
-"""By Celery's states. A success is stored with its image, by the callback."""
 
 
 class GeneratedImageManager(models.Manager["GeneratedImage"]):
@@ -128,12 +127,11 @@ class GeneratedImage(models.Model):
         """Store what the result backend says of a job that has not ended; its image comes with the callback alone."""
         if self.has_ended:
             return
-        meta = app_or_default().backend.get_task_meta(self.task_id, cache=False)
-        status = _STATUS.get(meta["status"])
-        if status in (self.Status.FAILED, self.Status.CANCELLED):
-            self.end(status, str(meta["result"]))
-        elif status is not None and status != self.status:
-            self.status = status
+        state = read_state_of(app_or_default().backend, self.task_id)
+        if state.error is not None:
+            self.end(state.status, state.error.detail)
+        elif state.status == self.Status.RUNNING and self.status != self.Status.RUNNING:
+            self.status = self.Status.RUNNING
             self.save(update_fields=["status"])
 
     def cancel(self) -> None:

@@ -8,6 +8,7 @@ from django.apps import apps
 from django.core.handlers.asgi import ASGIRequest
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
+from django.middleware.csrf import get_token
 from django.urls import reverse
 
 from sdtpu_worker.contrib.django.owners import find_owner
@@ -29,6 +30,7 @@ def serve(path: str) -> Callable[..., HttpResponseBase]:
             owner=lambda: find_owner(request),
             read=request.read,
             holds_thread=not is_asgi,
+            csrf_token=lambda: get_token(request),
         )
         answer = front.answer(path, asked, **names)
         if isinstance(answer, EventAnswer):

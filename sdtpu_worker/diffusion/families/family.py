@@ -75,6 +75,10 @@ class Family(Protocol):
         """
 
     @property
+    def follows_guidance_scale(self) -> bool:
+        """Whether a guidance scale above 1 counts: by a negative prompt's row, or since the model is told it."""
+
+    @property
     def latent_channels(self) -> int:
         """C."""
 

@@ -76,6 +76,11 @@ class LatentUNet:
         return 3 if self.picture_use is PictureUse.EDIT else 2
 
     @property
+    def follows_guidance_scale(self) -> bool:
+        """See `Family.follows_guidance_scale`."""
+        return self.is_guided or self.guidance_width > 0
+
+    @property
     def picture_use(self) -> PictureUse:
         """See `Family.picture_use`."""
         if self.picture_channels:
@@ -163,7 +168,7 @@ class LatentUNet:
         Raises:
             InvalidRequest: it has no row for a negative prompt.
         """
-        if (request.guidance_scale or 0) > 1 and not self.is_guided and not self.guidance_width:
+        if (request.guidance_scale or 0) > 1 and not self.follows_guidance_scale:
             raise InvalidRequest(
                 "guidance_scale must be 1 or less: this worker serves its checkpoint without guidance"
                 f" (sdtpu_guidance), got {brief(request.guidance_scale)}"

@@ -51,6 +51,10 @@ class Embeddings:
             first += count
         return found
 
+    def more_rows(self, part: str) -> int:
+        """Return by how many rows `extend` makes the table of a text encoder longer."""
+        return -(-sum(len(parts[part]) for parts in self.vectors.values()) // _ROWS) * _ROWS
+
     def extend(self, table: np.ndarray, part: str) -> np.ndarray:
         """Return a text encoder's token embedding table `(V, width)` with the vectors, and some zeros, below.
 
@@ -59,8 +63,7 @@ class Embeddings:
         """
         if not self.vectors:
             return table
-        count = sum(len(parts[part]) for parts in self.vectors.values())
-        rows = np.zeros((-(-count // _ROWS) * _ROWS, table.shape[1]), table.dtype)
+        rows = np.zeros((self.more_rows(part), table.shape[1]), table.dtype)
         first = 0
         for word, parts in self.vectors.items():
             with np.errstate(over="ignore"):  # what becomes infinite is found below

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False, with_lse: bool = False) -> Any:
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    causal: bool = False,
+    with_lse: bool = False,
+    counts: jax.Array | None = None,
+) -> Any:
     """Return scaled dot-product attention.
 
     Scores and softmax are float32 whatever the inputs: a bfloat16 score of 30 is off by up to 0.06, and the exponential
@@ -19,6 +26,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False, wi
         k: keys `(B, Lk, heads, dim)`.
         v: values `(B, Lk, heads, dim)`.
         causal: position i sees positions up to i only.
+        counts: `(B,) int32`, how many of the keys each row sees, at least 1; None for all.
         with_lse: also return the logarithms of the sums of exponentials, for `merge_attentions`.
 
     Returns:
@@ -30,6 +38,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False, wi
     if causal:
         visible = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    if counts is not None:
+        counted = jnp.arange(k.shape[1]) < counts[:, None, None, None]
+        scores = jnp.where(counted, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
     if not with_lse:

@@ -5,10 +5,14 @@ A TPU computes in rows of 128 lanes, and its matrix unit multiplies tiles of 128
 layout costs nothing: the projections write it by themselves, from weights whose columns are packed (`pack`), and the
 projection after the attention reads it with packed rows. Within a group a head is singled out by zeros in the lanes of
 the others, so that no lane ever moves.
+
+The keys of a prompt may count in part, in each row as many as its own prompt has. Such a kernel has code for one tile
+of keys, in which a prompt of one window fits, and code for all; which of them runs depends on the row alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 from sdtpu_worker.models.vector_memory import vector_memory
 
 LANES = 128
+OF_WINDOWS = "_of_windows"
+"""What the name of a kernel ends with that has code for one tile of keys and code for all, for `sdtpu plan`."""
 _LOWEST = -1e30  # a score of this vanishes in the softmax; an infinity would make NaN of its difference with itself
 
 
@@ -98,7 +104,7 @@ def packed_attention(
     packing: Packing,
     *,
     offsets: tuple[int, int, int] = (0, 0, 0),
-    num_keys: int | None = None,
+    num_keys: int | jax.Array | None = None,
     block_queries: int,
     with_lse: bool = False,
     interpret: bool = False,
@@ -108,10 +114,12 @@ def packed_attention(
     Args:
         queries: `(B, Lq, …)`, whose lanes from `offsets[0]` groups on are the packed queries; bfloat16 or float32.
         keys: `(B, Lk, …)`, likewise from `offsets[1]` groups on. May be the same array as the queries.
-        values: `(B, Lk, …)`, likewise from `offsets[2]` groups on, with `Packing.ones` added.
+        values: `(B, Lk, …)`, likewise from `offsets[2]` groups on, with `Packing.ones` added unless `num_keys` is an
+            array.
         packing: of the heads.
         offsets: in groups.
-        num_keys: how many of the keys count; the rest is there to fill the tiles. None for all.
+        num_keys: how many of the keys count; the rest is there to fill the tiles. Of each row, `(B,) int32`, then Lk
+            need not fill tiles; or of all, then it does. None for all keys.
         block_queries: how many queries one step of the kernel takes; divides Lq.
         with_lse: also return the logarithms of the sums of exponentials.
         interpret: run the kernel in JAX's interpreter, on any platform.
@@ -126,59 +134,123 @@ def packed_attention(
     batch, num_queries, _ = queries.shape
     if num_queries % block_queries:
         raise ValueError(f"block_queries must divide the {num_queries} queries, got {block_queries}")
-    lanes, key_rows = packing.lanes, keys.shape[1]
+    lanes, key_rows, counts = packing.lanes, keys.shape[1], list[jax.Array]()
+    if num_keys is None or isinstance(num_keys, int):
+        kernel = partial(_kernel, packing=packing, num_keys=num_keys or key_rows)
+    else:
+        key_rows, counts = whole_tiles(key_rows), [num_keys]
+        kernel = partial(_kernel_by_row, packing=packing)
 
     def block(rows: int, offset: int, follows_queries: bool) -> pl.BlockSpec:
-        return pl.BlockSpec((1, rows, lanes), lambda b, g, i: (b, i if follows_queries else 0, g + offset))
+        return pl.BlockSpec((1, rows, lanes), lambda b, g, i, *_: (b, i if follows_queries else 0, g + offset))
 
     blocks = [((rows, lanes), queries.dtype) for rows in (block_queries, key_rows, key_rows, block_queries)]
     memory = vector_memory(blocks, block_queries * key_rows) + with_lse * 8 * block_queries * lanes
     shapes = [jax.ShapeDtypeStruct((batch, num_queries, packing.width), values.dtype)]
     shapes += [jax.ShapeDtypeStruct(shapes[0].shape, jnp.float32)] * with_lse
     found = pl.pallas_call(
-        partial(_kernel, packing=packing, num_keys=key_rows if num_keys is None else num_keys),
-        grid=(batch, packing.groups, num_queries // block_queries),
-        in_specs=[
-            block(block_queries, offsets[0], True),
-            block(key_rows, offsets[1], False),
-            block(key_rows, offsets[2], False),
-        ],
-        out_specs=[block(block_queries, 0, True)] * len(shapes),
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(counts),
+            grid=(batch, packing.groups, num_queries // block_queries),
+            in_specs=[
+                block(block_queries, offsets[0], True),
+                block(key_rows, offsets[1], False),
+                block(key_rows, offsets[2], False),
+            ],
+            out_specs=[block(block_queries, 0, True)] * len(shapes),
+        ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=memory
         ),
         interpret=interpret,
-        name="packed_attention",
-    )(queries, keys, values)
+        name="packed_attention" + OF_WINDOWS * (len(counts) > 0 and key_rows > LANES),
+    )(*counts, queries, keys, values)
     return tuple(found) if with_lse else found[0]
 
 
 def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, *out_refs: Any, packing: Packing, num_keys: int) -> None:
-    """Attend with a block of queries of one group to all keys of the group.
+    """Attend with a block of queries of one group to all keys of the group."""
+    _attend(q_ref[0], k_ref[0], v_ref[0], out_refs, packing, num_keys, _is_last(packing))
 
-    The heads of a group stand one after the other in straight code, not in a loop: the compiler then begins a head's
-    products while it still weighs those of the head before, which a v5e rewards with a fifth of the time.
-    """
-    attend = partial(_attend, q_ref[0], k_ref[0], v_ref[0], out_refs, packing, num_keys)
+
+def _kernel_by_row(counts: Any, q_ref: Any, k_ref: Any, v_ref: Any, *out_refs: Any, packing: Packing) -> None:
+    """Attend with a block of queries of one group to the keys that count in its row."""
+    count, is_last = counts[pl.program_id(0)], _is_last(packing)
+
+    def attend(key_rows: int) -> None:
+        values = counting_values(v_ref[0, :key_rows], count, packing)
+        _attend(q_ref[0], k_ref[0, :key_rows], values, out_refs, packing, count, is_last)
+
+    by_count(count, k_ref.shape[1], attend)
+
+
+def _is_last(packing: Packing) -> jax.Array | None:
+    """Return whether a step of the kernel has the last group; None where that one has as many heads as the others."""
     if packing.heads_of_last == packing.heads_per_group:
-        attend(packing.heads_per_group)
-        return
-    is_last = pl.program_id(1) == packing.groups - 1
-    pl.when(is_last)(partial(attend, packing.heads_of_last))
-    pl.when(~is_last)(partial(attend, packing.heads_per_group))
+        return None
+    return pl.program_id(1) == packing.groups - 1
 
 
 def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, out_refs: tuple[Any, ...], packing: Packing, num_keys: int, heads: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    out_refs: tuple[Any, ...],
+    packing: Packing,
+    num_keys: int | jax.Array,
+    is_last: jax.Array | None,
 ) -> None:
-    """Write the attention of the first heads of a group, and where it is wanted the logarithm of the sums."""
-    for ref, each in zip(out_refs, attend_group(q, k, v, packing, num_keys, heads, len(out_refs)), strict=True):
-        ref[0] = each.astype(ref.dtype)
+    """Write the attention of the heads of a group, and where it is wanted the logarithm of the sums.
+
+    The heads stand one after the other in straight code, not in a loop: the compiler then begins a head's products
+    while it still weighs those of the head before, which a v5e rewards with a fifth of the time.
+    """
+
+    def attend(heads: int) -> None:
+        found = attend_group(q, k, v, packing, num_keys, heads, len(out_refs))
+        for ref, each in zip(out_refs, found, strict=True):
+            ref[0] = each.astype(ref.dtype)
+
+    if is_last is None:
+        attend(packing.heads_per_group)
+    else:
+        heads = packing.heads_of_last, packing.heads_per_group
+        jax.lax.cond(is_last, *(partial(attend, count) for count in heads))
+
+
+def whole_tiles(num_keys: int) -> int:
+    """Return a number of keys filled up to whole tiles."""
+    return -(-num_keys // LANES) * LANES
+
+
+def by_count(count: jax.Array, key_rows: int, attend: Callable[[int], None]) -> None:
+    """Run in a kernel the code for one tile of keys where a row's own fit in it, and else the code for all."""
+    if key_rows <= LANES:
+        attend(key_rows)
+    else:
+        jax.lax.cond(count <= LANES, partial(attend, LANES), partial(attend, key_rows))
+
+
+def counting_values(v: jax.Array, count: jax.Array, packing: Packing) -> jax.Array:
+    """Return packed values `(keys, groups · lanes)` inside a kernel, with ones in their lane and zeros for keys that do
+    not count: what lies there may be no number at all.
+    """
+    key, lane = (jax.lax.broadcasted_iota(jnp.int32, v.shape, axis) for axis in (0, 1))
+    if packing.ones_lane is not None:
+        v = jnp.where(lane % packing.lanes == packing.ones_lane, jnp.ones_like(v), v)
+    return jnp.where(key < count, v, jnp.zeros_like(v))
 
 
 def attend_group(
-    q: jax.Array, k: jax.Array, v: jax.Array, packing: Packing, num_keys: int, heads: int, num_results: int = 1
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    packing: Packing,
+    num_keys: int | jax.Array,
+    heads: int,
+    num_results: int = 1,
 ) -> list[jax.Array]:
     """Return the attention of the first heads of a group inside a kernel.
 
@@ -200,7 +272,7 @@ def attend_group(
         is_mine = (lane >= head * packing.dim) & (lane < (head + 1) * packing.dim)
         own = jnp.where(is_mine, q, jnp.zeros_like(q)) if packing.heads_per_group > 1 else q
         scores = jax.lax.dot_general(own, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        if num_keys < k.shape[0]:
+        if not isinstance(num_keys, int) or num_keys < k.shape[0]:
             key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
             scores = jnp.where(key < num_keys, scores, _LOWEST)
         highest = scores.max(axis=-1, keepdims=True)

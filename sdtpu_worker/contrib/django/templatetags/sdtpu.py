@@ -6,7 +6,7 @@ from typing import Any
 
 from django import template
 from django.template.context import Context
-from django.templatetags.static import static
+from django.urls import reverse
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
@@ -18,7 +18,7 @@ def sdtpu_media() -> SafeString:
     """Return the style sheet and the script of the cards, once for a page."""
     return format_html(
         '<link rel="stylesheet" href="{}"><script type="module" src="{}"></script>',
-        static("sdtpu/card.css"), static("sdtpu/card.js"),
+        reverse("sdtpu:page_file", args=["card-on-a-page.css"]), reverse("sdtpu:page_file", args=["card-on-a-page.js"]),
     )  # fmt: skip
 
 

@@ -1,7 +1,10 @@
-// The cards of `{% sdtpu_card %}`: each shows one job's progress, and then its image.
+// The cards of `{% sdtpu_card %}`, on pages of a Django project: each shows one job's progress, and then its image.
+
+import {stateOf} from "./words.js"
 
 const PAUSE_MS = 700
 const LONGEST_PAUSE_MS = 10000
+const ENDED = ["succeeded", "failed", "cancelled"]
 
 export function watch(card) {
   const part = name => card.querySelector(name)
@@ -11,11 +14,7 @@ export function watch(card) {
   function show(status, progress) {
     const percent = status === "succeeded" ? 100 : progress?.percent ?? 0
     bar.value = percent
-    line.textContent = status === "running" ? `${percent} %${eta(progress)}` : status
-  }
-
-  function eta(progress) {
-    return progress?.eta_s == null ? "" : `, ready in ${Math.ceil(progress.eta_s)} s`
+    line.textContent = ENDED.includes(status) ? status : stateOf(status, progress)
   }
 
   function showImage(source) {
@@ -23,10 +22,13 @@ export function watch(card) {
     image.hidden = false
   }
 
+  const showPreview = preview => showImage(`data:image/png;base64,${preview.b64_json}`)
+
   function showJob(job) {
     show(job.status, job.progress)
-    const hasEnded = job.status !== "queued" && job.status !== "running"
+    const hasEnded = ENDED.includes(job.status)
     if (job.links.image) showImage(job.links.image)
+    else if (job.preview) showPreview(job.preview)
     if (job.error) line.textContent = `${job.status}: ${job.error.detail}`
     if (hasEnded) button.hidden = true
     return hasEnded
@@ -51,7 +53,7 @@ export function watch(card) {
       const progress = JSON.parse(event.data)
       show(progress.status, progress)
     })
-    events.addEventListener("preview", event => showImage(`data:image/png;base64,${JSON.parse(event.data).b64_json}`))
+    events.addEventListener("preview", event => showPreview(JSON.parse(event.data)))
     events.addEventListener("done", event => {
       events.close()
       showJob(JSON.parse(event.data))

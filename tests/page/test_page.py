@@ -20,6 +20,8 @@ HEART, STAR = "a red heart on a white background", "a yellow star on a purple ba
 RUNNING, DONE = re.compile(r"\d+ %"), re.compile("drawn in ")
 LONG = "1000"
 """Steps of a job that does not end by itself in a test's time."""
+FORMING = "500"
+"""Steps of a job that ends, but not before a page has shown its slot, which takes two seconds."""
 
 
 def wait_for(card, text):
@@ -30,7 +32,7 @@ def test_a_picture_forms_from_the_click_to_the_download(door, visit):
     visitor = visit(door.url)
     visitor.wait_until_live()
     visitor.check(state="first-visit")
-    card = visitor.make(HEART, num_inference_steps="120", seed="7")
+    card = visitor.make(HEART, num_inference_steps=FORMING, seed="7")
     expect(card).to_be_visible(timeout=1000)
     wait_for(card, RUNNING)
     expect(card.locator("img.picture")).to_have_attribute("src", re.compile("^data:image/png"), timeout=WAIT_MS)
@@ -41,7 +43,7 @@ def test_a_picture_forms_from_the_click_to_the_download(door, visit):
     assert card.locator("progress").evaluate("bar => bar.value") > before
     wait_for(card, DONE)
     expect(card.locator("img.picture.done")).to_be_visible()
-    expect(card.locator(".settings")).to_have_text("64 × 64 · 120 steps · dpmsolver++ · guidance 7.5 · seed 7")
+    expect(card.locator(".settings")).to_have_text(f"64 × 64 · {FORMING} steps · dpmsolver++ · guidance 7.5 · seed 7")
     expect(visitor.page.locator("#announcer")).to_have_text(f"Done: {HEART}")
     with visitor.page.expect_download() as download:
         card.get_by_text("Download").click()
@@ -191,7 +193,7 @@ def test_the_page_needs_no_mouse(door, visit):
 def test_the_page_fits_a_telephone_the_night_and_those_who_want_no_motion(door, visit, name, options):
     visitor = visit(door.url, **options)
     visitor.wait_until_live()
-    card = visitor.make(STAR, num_inference_steps="250")
+    card = visitor.make(STAR, num_inference_steps=FORMING)
     wait_for(card, RUNNING)
     light = visitor.page.evaluate("Number(getComputedStyle(document.documentElement).backgroundColor.match(/\\d+/)[0])")
     assert (light < 60) == (options.get("color_scheme") == "dark")
@@ -254,7 +256,7 @@ def test_pictures_form_beside_those_that_are_done(door, visit):
         "a large black star on an orange background",
     )
     for prompt in prompts:
-        visitor.make(prompt, num_inference_steps="150")
+        visitor.make(prompt, num_inference_steps=FORMING)
     visitor.page.fill("#prompt", "a white ring at the bottom of a blue background")
     forming = visitor.page.locator(".card[data-status=running]", has=visitor.page.locator("img[src^=data]"))
     expect(forming).to_have_count(4, timeout=WAIT_MS)

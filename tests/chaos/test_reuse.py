@@ -342,7 +342,7 @@ def test_a_stopping_worker_hands_over_its_leader_and_those_that_wait(redis_url, 
 
 def test_workers_that_are_killed_again_and_again_lose_nothing_and_draw_little_twice(redis_url, tmp_path, app):
     seeds = [next(SEEDS) for _ in range(16)]
-    with Fleet(redis_url, tmp_path, **SETTINGS, SDTPU_QUEUE="storm") as fleet:
+    with Fleet(redis_url, tmp_path, **SETTINGS, SDTPU_QUEUE="storm", SDTPU_MAX_DELIVERIES="100") as fleet:
         workers = [fleet.start(name, "-Q", "storm", SDTPU_FAKE_STEP_MS="5") for name in ("a", "b")]
         jobs = [(seed, order(seed, 600, queue="storm")) for _ in range(10) for seed in seeds]
         kills = 0

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sdtpu_worker.models.kernel_cost import kernel_cost
 from sdtpu_worker.models.sums_kernel import add_up
 from sdtpu_worker.models.vector_memory import vector_memory
 
@@ -102,12 +103,17 @@ def convolve(
         *((spec.block_shape, each.dtype) for each, spec in operands),
     ]
     memory = vector_memory(blocks, block.rows * width * block.features)
+    products = (16 if doubles else 9) * channels + (shortcut[0].shape[-1] if isinstance(shortcut, tuple) else 0)
+    flops = 2 * batch * height * width * products * features
     out, sums = pl.pallas_call(
         partial(_kernel, plan),
         grid=(features // block.features, batch, plan.last_block + 1),
         in_specs=[spec for _, spec in operands],
         out_specs=[of_image, of_sums],
         out_shape=[image, jax.ShapeDtypeStruct((batch, 2, features), jnp.float32)],
+        cost_estimate=kernel_cost(
+            flops, [image, x, *(each for each, _ in operands[3:])], x.size if activation is not None else 0
+        ),
         scratch_shapes=[pltpu.VMEM(*each) for each in (shifted, *folded)],
         compiler_params=pltpu.CompilerParams(
             # Folded weights stay from the first image on, so that images must follow each other on the same core.

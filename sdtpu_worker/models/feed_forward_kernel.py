@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sdtpu_worker.models.kernel_cost import kernel_cost
 from sdtpu_worker.models.layers import normalise
 from sdtpu_worker.models.vector_memory import vector_memory
 
@@ -67,12 +68,14 @@ def gated_feed_forward(
     block = pl.BlockSpec((block_rows, features), lambda i: (i, 0))
     row = [each.astype(jnp.float32)[None] for each in (norm_weight, norm_bias, bias_in, bias_out)]
     fixed = [row[0], row[1], weight_in.astype(x.dtype), row[2], weight_out.astype(x.dtype), row[3]]
+    flops = 2 * rows * (weight_in.size + weight_out.size)
     out: jax.Array = pl.pallas_call(
         partial(_kernel, inner=inner, eps=eps),
         grid=(rows // block_rows,),
         in_specs=[block, *map(whole, fixed)],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct((rows, features), x.dtype),
+        cost_estimate=kernel_cost(flops, [flat, *fixed, flat], rows * inner),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=memory),
         interpret=interpret,
         name="gated_feed_forward",

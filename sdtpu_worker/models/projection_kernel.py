@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sdtpu_worker.models.kernel_cost import kernel_cost
 from sdtpu_worker.models.layers import normalise
 from sdtpu_worker.models.sums_kernel import add_up, pixels_first
 from sdtpu_worker.models.vector_memory import vector_memory
@@ -60,12 +61,14 @@ def normalise_and_project(
     fixed = norm_row, norm_bias_row, weight.astype(x.dtype), bias_row
     blocks = [(shape, x.dtype) for shape in ((block_rows, features), weight.shape, (block_rows, made))]
     memory = vector_memory(blocks, block_rows * made)
+    result = jax.ShapeDtypeStruct((len(flat), made), x.dtype)
     out: jax.Array = pl.pallas_call(
         partial(_normalise_and_project, eps=eps),
         grid=(len(flat) // block_rows,),
         in_specs=[block(features), *map(whole, fixed)],
         out_specs=block(made),
-        out_shape=jax.ShapeDtypeStruct((len(flat), made), x.dtype),
+        out_shape=result,
+        cost_estimate=kernel_cost(2 * len(flat) * weight.size, [flat, *fixed, result]),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=memory),
         interpret=interpret,
         name="projection",
@@ -108,6 +111,7 @@ def project_from_image(
     """
     turned, (pixels, batch, channels) = _turn(image, block_pixels)
     made = weight.shape[-1]
+    result = jax.ShapeDtypeStruct((batch, pixels, made), image.dtype)
     of_batch = pl.BlockSpec((batch, channels), lambda i: (0, 0))
     out: jax.Array = pl.pallas_call(
         _project_from_image,
@@ -120,7 +124,8 @@ def project_from_image(
             pl.BlockSpec((1, made), lambda i: (0, 0)),
         ],
         out_specs=pl.BlockSpec((batch, block_pixels, made), lambda i: (0, i, 0)),
-        out_shape=jax.ShapeDtypeStruct((batch, pixels, made), image.dtype),
+        out_shape=result,
+        cost_estimate=kernel_cost(2 * batch * pixels * weight.size, [image, weight, result]),
         compiler_params=_parameters("parallel", batch * block_pixels, (channels, made), weight, image.dtype),
         interpret=interpret,
         name="projection_from_image",
@@ -159,6 +164,7 @@ def turn_image(image: jax.Array, block_pixels: int, *, interpret: bool = False) 
         in_specs=[pl.BlockSpec((batch, block_pixels, channels), lambda i: (0, i, 0))],
         out_specs=pl.BlockSpec((block_pixels, batch, channels), lambda i: (i, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((pixels, batch, channels), image.dtype),
+        cost_estimate=kernel_cost(0, [image, image]),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="turn_image",
@@ -228,6 +234,7 @@ def project_to_image(
             jax.ShapeDtypeStruct(turned.shape, y.dtype),
             jax.ShapeDtypeStruct((2, batch, made), jnp.float32),
         ],
+        cost_estimate=kernel_cost(2 * batch * pixels * weight.size, [y, weight, turned, turned]),
         compiler_params=_parameters("arbitrary", batch * block_pixels, (features, made, made), weight, y.dtype),
         interpret=interpret,
         name="projection_to_image",

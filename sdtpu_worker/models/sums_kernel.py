@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sdtpu_worker.models.kernel_cost import kernel_cost
+
 _SUBLANES = 16  # of a tile of bfloat16
 
 
@@ -46,12 +48,14 @@ def sum_channels(x: jax.Array, block_pixels: int, *, interpret: bool = False) ->
         found = jnp.stack([each.reshape(at_once, batch, channels).sum(0) for each in (total, squares)])
         add_up(sums_ref, ..., found, pl.program_id(0))
 
+    made = jax.ShapeDtypeStruct((2, batch, channels), jnp.float32)
     sums: jax.Array = pl.pallas_call(
         kernel,
         grid=(height * width // block_pixels,),
         in_specs=[pl.BlockSpec((block_pixels, batch, channels), lambda i: (i, 0, 0))],
         out_specs=pl.BlockSpec((2, batch, channels), lambda i: (0, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((2, batch, channels), jnp.float32),
+        out_shape=made,
+        cost_estimate=kernel_cost(3 * x.size, [x, made]),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
         name="channel_sums",

@@ -20,8 +20,10 @@ from sdtpu_worker.models.attention.tpu_kernel import (
     attend_group,
     by_count,
     counting_values,
+    usual_keys,
     whole_tiles,
 )
+from sdtpu_worker.models.kernel_cost import kernel_cost
 from sdtpu_worker.models.layers import normalise
 from sdtpu_worker.models.vector_memory import vector_memory
 
@@ -85,6 +87,8 @@ def fused_attention(
     memory = vector_memory(blocks, block_queries * max(key_rows, packing.width))
     block = pl.BlockSpec((1, block_queries, features), lambda b, i, *_: (b, i, 0))
     weight, bias, bias_of_out = (each.astype(jnp.float32)[None] for each in (norm_weight, norm_bias, bias_out))
+    scores = batch * packing.heads * num_queries * usual_keys(key_rows, num_keys)
+    flops = 2 * batch * num_queries * (weight_q.size + weight_out.size) + 4 * scores * packing.lanes
     out: jax.Array = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -102,6 +106,7 @@ def fused_attention(
             out_specs=block,
         ),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        cost_estimate=kernel_cost(flops, [x, x, weight_q, *both, weight_out], scores),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=memory),
         interpret=interpret,
         name="fused_attention" + OF_WINDOWS * (len(counts) > 0 and key_rows > LANES),

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sdtpu_worker.models.kernel_cost import kernel_cost
 from sdtpu_worker.models.vector_memory import vector_memory
 
 LANES = 128
@@ -148,6 +149,8 @@ def packed_attention(
     memory = vector_memory(blocks, block_queries * key_rows) + with_lse * 8 * block_queries * lanes
     shapes = [jax.ShapeDtypeStruct((batch, num_queries, packing.width), values.dtype)]
     shapes += [jax.ShapeDtypeStruct(shapes[0].shape, jnp.float32)] * with_lse
+    scores = batch * packing.heads * num_queries * usual_keys(key_rows, num_keys)
+    of_keys = jax.ShapeDtypeStruct((batch, keys.shape[1], packing.width), keys.dtype)
     found = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -161,6 +164,7 @@ def packed_attention(
             out_specs=[block(block_queries, 0, True)] * len(shapes),
         ),
         out_shape=shapes,
+        cost_estimate=kernel_cost(4 * scores * lanes, [shapes[0], of_keys, of_keys, *shapes], scores),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=memory
         ),
@@ -223,6 +227,11 @@ def _attend(
 def whole_tiles(num_keys: int) -> int:
     """Return a number of keys filled up to whole tiles."""
     return -(-num_keys // LANES) * LANES
+
+
+def usual_keys(key_rows: int, num_keys: int | jax.Array | None) -> int:
+    """Return how many of the keys a kernel looks at as a rule: most prompts fit in one tile, see `by_count`."""
+    return min(key_rows, LANES) if isinstance(num_keys, jax.Array) else key_rows
 
 
 def by_count(count: jax.Array, key_rows: int, attend: Callable[[int], None]) -> None:

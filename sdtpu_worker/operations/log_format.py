@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from celery import current_task
 
 _task: ContextVar[tuple[str, str] | None] = ContextVar("sdtpu_logged_task", default=None)
 _LOGGERS = ("", "celery", "celery.task")  # those that Celery gives handlers
+_UUID = re.compile(r"(?<![\w.-])[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?!\.?[\w-])")
+"""A UUID that is a word of its own: not a part of a device's, a file's or a queue's name."""
 
 
 @contextmanager
@@ -73,20 +76,23 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(TextFormatter):
     """Makes one JSON object a line.
 
-    It has `time` (UTC, ISO 8601), `level`, `logger`, `message`, `process` and `thread`; where the thread runs a task
-    `task_id` and `task_name`, where it has a span of OpenTelemetry `trace_id` and `span_id`; `job` with the facts of a
-    job's end; and `error` with a traceback.
+    It has `time` (UTC, ISO 8601), `level`, `logger`, `message`, `process` and `thread`; `task_id` and `task_name` of
+    the task that the thread runs, or else that the line is about; where the thread has a span of OpenTelemetry
+    `trace_id` and `span_id`; `job` with the facts of a job's end; and `error` with a traceback.
     """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
+        message = record.getMessage()
         task_id, task_name = _running_task()
+        if task_id is None:
+            task_id, task_name = _named_task(record, message)
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         facts = {
             "time": at.replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": message,
             "process": record.processName,
             "thread": record.threadName,
             "task_id": task_id,
@@ -105,6 +111,19 @@ def _running_task() -> tuple[str | None, str | None]:
     if current_task and current_task.request.id:
         return current_task.request.id, current_task.name
     return None, None
+
+
+def _named_task(record: logging.LogRecord, message: str) -> tuple[str | None, str | None]:
+    """Return the id and the name of the task that a line is about, as far as it says so.
+
+    Celery's consumer and its remote control log in the main thread. Some of their lines have a context
+    (`extra={"data": …}`), the others name the task in the message; of a line that names several, none is taken.
+    """
+    context = getattr(record, "data", None)
+    if isinstance(context, dict) and isinstance(context.get("id"), str):
+        return context["id"], context.get("name")
+    named = set(_UUID.findall(message))
+    return (named.pop(), None) if len(named) == 1 else (None, None)
 
 
 def _running_span() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import defaultdict
 
 import pytest
 import redis
@@ -90,6 +91,37 @@ def test_json_has_an_object_a_line_with_the_facts_of_each_jobs_end(fleet, app):
     of_celery = ("", "worker: Warm shutdown (MainProcess)")  # which it says past its log
     assert [line for line in after_ready if not line.startswith("{") and line not in of_celery] == []
     assert SECRET not in worker.text()
+
+
+def test_json_lines_of_celery_about_a_job_name_it_too(fleet, app):
+    worker = fleet.start("a", SDTPU_LOG_FORMAT="json")
+    running = generate.apply_async((SECRET,), {"seed": 1, "num_inference_steps": 1000}).id
+    wait_until(lambda: generate.AsyncResult(running).state != "PENDING", "the job to run")
+    app.control.revoke(running, terminate=True)
+    first, second = (generate.apply_async((SECRET,), {"seed": 1, "num_inference_steps": 3}).id for _ in range(2))
+    Ledger({first: (generate.AsyncResult(first), 1, 3), second: (generate.AsyncResult(second), 1, 3)}).wait(30)
+    app.control.revoke(first)
+    app.control.revoke([first, second])
+    wait_until(lambda: worker.text().count("Tasks flagged as revoked") == 2, worker.text)
+    by_logger = defaultdict(list)
+    for line in objects(worker):
+        by_logger[line["logger"]].append((line.get("task_id"), line.get("task_name")))
+    assert by_logger["celery.worker.strategy"] == [(job, "sdtpu.generate") for job in (running, first, second)]
+    of_control = [task_id for task_id, _ in by_logger["celery.worker.control"]]
+    assert of_control == [running, first, None], "the last line is about two"
+
+
+def test_a_json_line_names_no_task_for_a_uuid_within_a_name(capsys):
+    uuid = "4c1e2b06-9d0b-4ffb-8e7a-2c1d9a3f5b60"
+    with logging_kept():
+        handler = logging.StreamHandler()
+        logging.getLogger().addHandler(handler)
+        install_log_format("json")
+        for text in ("GPU-{}", "{}.png", "{}.reply.celery.pidbox", "{} and 5{}", "of {}", "[{}]", "{}."):
+            logging.warning(text.format(uuid, uuid[1:]))
+        remove_log_format()
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line.get("task_id") for line in lines] == [None] * 4 + [uuid] * 3
 
 
 def test_a_value_that_is_no_format_ends_the_start_with_one_line(fleet):

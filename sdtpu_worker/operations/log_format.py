@@ -17,14 +17,14 @@ from typing import Any
 
 from celery import current_task
 
-_task: ContextVar[tuple[str, str] | None] = ContextVar("sdtpu_logged_task", default=None)
+_task: ContextVar[tuple[str, str | None] | None] = ContextVar("sdtpu_logged_task", default=None)
 _LOGGERS = ("", "celery", "celery.task")  # those that Celery gives handlers
 _UUID = re.compile(r"(?<![\w.-])[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?!\.?[\w-])")
 """A UUID that is a word of its own: not a part of a device's, a file's or a queue's name."""
 
 
 @contextmanager
-def task_on_lines(task_id: str, task_name: str) -> Iterator[None]:
+def task_on_lines(task_id: str, task_name: str | None) -> Iterator[None]:
     """Have all that the calling thread logs in this block name a task, also before and after Celery runs its code."""
     token = _task.set((task_id, task_name))
     try:

@@ -21,7 +21,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
-from celery.states import FAILURE
 from celery.utils.functional import noop
 from kombu.transport.redis import Transport as RedisTransport
 from redis.exceptions import RedisError
@@ -51,6 +50,7 @@ from sdtpu_worker.worker.process_changes import (
     watch_failures_outside_tasks,
 )
 from sdtpu_worker.worker.process_ends import end_process, leave_soon
+from sdtpu_worker.worker.refused_job import end_refused_job
 from sdtpu_worker.worker.result_patience import wait_for_results
 from sdtpu_worker.worker.reuse import refuse_reuse, reusing
 from sdtpu_worker.worker.serving import Hooks, Serving
@@ -251,7 +251,7 @@ class DeviceServices:
                     known_tasks=app.tasks,
                     max_message_bytes=config.max_message_bytes,
                     max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
-                    on_bad=self._store_error,
+                    on_bad=self._end_refused_job,
                     devices_make_progress=self.devices_make_progress,
                     on_reply=self.health.on_claim,
                 )
@@ -289,14 +289,9 @@ class DeviceServices:
             logger.warning("Redis could not be told that this worker stops; its leases expire instead: %s", exc)
         self.deliveries.connection.close()
 
-    def _store_error(self, bad: BadEnvelope) -> None:
-        """Give the job of a message that cannot be run its result."""
-        if bad.ignore_result:
-            return
-        try:
-            self._app.backend.store_result(bad.task_id, bad.error, FAILURE)
-        except Exception as exc:  # each result backend has errors of its own
-            logger.warning("the error of task %s could not be stored: %s", bad.task_id, exc)
+    def _end_refused_job(self, bad: BadEnvelope) -> None:
+        """End the job of a message that cannot be run."""
+        end_refused_job(bad, self._app)
 
     def _warn_of_redis(self) -> None:
         """Log what this Redis may do to jobs.

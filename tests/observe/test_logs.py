@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from collections import defaultdict
 
 import pytest
 import redis
 
 from sdtpu_worker import generate
+from sdtpu_worker.contract.queues import SENT_AT_HEADER
 from sdtpu_worker.operations.log_format import install_log_format, remove_log_format, task_on_lines
 from tests.chaos.fleet import Fleet, Ledger, WorkerProcess
 from tests.support.logs import logging_kept
@@ -60,6 +62,26 @@ def test_a_job_that_had_no_slot_says_so(fleet, app):
     job = app.send_task("sdtpu.generate", (SECRET,), {"steps": 1}, queue="sdtpu")
     wait_until(lambda: f"task {job.id} refused (InvalidRequest): waited" in worker.text())
     assert re.search(rf"task {job.id} refused \(InvalidRequest\): waited \d+\.\d\d s, had no slot", worker.text())
+
+
+def test_a_job_whose_message_is_dead_lettered_has_its_line_too(fleet, app):
+    worker = fleet.start("a")
+    job = app.send_task("no.such", (SECRET,), queue="sdtpu", headers={SENT_AT_HEADER: time.time() - 60})
+    wait_until(lambda: f"task {job.id} refused (NotRegistered): waited" in worker.text(), worker.text)
+    assert re.search(rf"task {job.id} refused \(NotRegistered\): waited 6\d\.\d\d s, had no slot", worker.text())
+    assert re.search(rf"in the queue sdtpu was dead-lettered \(task {job.id}\): task must be one of", worker.text())
+    redis.Redis.from_url(fleet.redis_url).lpush("sdtpu", b"no message")
+    wait_until(lambda: "in the queue sdtpu was dead-lettered (no usable id): " in worker.text(), worker.text)
+    assert SECRET not in worker.text()
+
+
+def test_json_lines_of_a_job_whose_message_is_dead_lettered_have_its_id(fleet, app):
+    worker = fleet.start("a", SDTPU_LOG_FORMAT="json")
+    app.send_task("no.such", (SECRET,), queue="sdtpu", task_id="order 66", ignore_result=True)
+    wait_until(lambda: "order 66 refused" in worker.text(), worker.text)
+    said = [line for line in objects(worker) if line.get("task_id") == "order 66"]
+    assert [(line["level"], line["task_name"]) for line in said] == [("WARNING", "no.such"), ("INFO", "no.such")]
+    assert (said[1]["job"]["outcome"], said[1]["job"]["reason"]) == ("refused", "NotRegistered")
 
 
 def test_lines_of_a_jobs_code_name_the_task_and_no_prompt(fleet, app):

@@ -14,14 +14,15 @@ from sdtpu_worker.worker.job_record import JobRecord, log_end
 logger = logging.getLogger(__name__)
 
 
-def end_refused_job(bad: BadEnvelope, app: Any) -> None:
-    """Give a job its error as its result, and its line in the log. The worker's main thread.
+def end_refused_job(bad: BadEnvelope, app: Any, events: Any) -> None:
+    """Give a job its error as its result, its line in the log and its event. The worker's main thread.
 
     It is counted where its message is dead-lettered, as those are that have no usable id.
 
     Args:
         bad: says what is wrong with the message; it has a usable id.
         app: the Celery app.
+        events: Celery's event dispatcher; None while there is none.
     """
     assert bad.task_id is not None
     record = JobRecord.of(bad.task_id, bad.sent_at)
@@ -30,6 +31,8 @@ def end_refused_job(bad: BadEnvelope, app: Any) -> None:
         if not bad.ignore_result:
             _store_error(bad, app)
         log_end(record)
+    if events is not None:
+        events.send("task-failed", uuid=bad.task_id, exception=repr(bad.error))
 
 
 def _store_error(bad: BadEnvelope, app: Any) -> None:

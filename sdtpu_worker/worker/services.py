@@ -105,6 +105,7 @@ class DeviceServices:
         self.serving: Serving | None = None
         self.stopping = threading.Event()
         self._app, self._hostname = app, hostname
+        self._consumer: Any = None
         self._lease: Lease | None = None
         self._slot_reporter: SlotReporter | None = None
         self._server: str | None = None  # the URL of the Redis that the consumer is connected to
@@ -178,7 +179,7 @@ class DeviceServices:
         self.health.on_consume()
         if self.deliveries is None:
             return
-        hub = consumer.hub
+        self._consumer, hub = consumer, consumer.hub
         self.observation.follow(consumer, self.deliveries.keys.prefix)
         self.deliveries.on_free = lambda: hub.call_soon(noop)
         self._follow(consumer.connection)
@@ -291,7 +292,7 @@ class DeviceServices:
 
     def _end_refused_job(self, bad: BadEnvelope) -> None:
         """End the job of a message that cannot be run."""
-        end_refused_job(bad, self._app)
+        end_refused_job(bad, self._app, self._consumer and self._consumer.event_dispatcher)
 
     def _warn_of_redis(self) -> None:
         """Log what this Redis may do to jobs.

@@ -39,7 +39,6 @@ from sdtpu_worker.images.store import further_stores
 from sdtpu_worker.operations.connections import connections_warning
 from sdtpu_worker.operations.health import WorkerHealth, process_age_s
 from sdtpu_worker.operations.health_http import HealthServer
-from sdtpu_worker.operations.log_format import remove_log_format
 from sdtpu_worker.operations.redis_checks import redis_warnings
 from sdtpu_worker.worker.broker_clients import CONSUMER_OPTIONS, client_maker, first_client
 from sdtpu_worker.worker.observation import Observation
@@ -128,7 +127,6 @@ class DeviceServices:
                 pages = self.observation.pages()
                 server = HealthServer(self.config.health_address, self.health.live, self.health.ready, pages)
                 undo.callback(server.close)
-            undo.callback(remove_log_format)
             undo.enter_context(watch_failures_outside_tasks())
             undo.enter_context(share_result_backend(self._app))
             self.health.enter("looking at the broker")

@@ -17,7 +17,7 @@ from sdtpu_worker.client.routing import device_queues
 from sdtpu_worker.config import Config, read_config, read_setting
 from sdtpu_worker.contract.queues import shard_queues
 from sdtpu_worker.errors import ConfigurationError, SdtpuError
-from sdtpu_worker.operations.log_format import install_log_format
+from sdtpu_worker.operations.log_format import install_log_format, release_warnings
 from sdtpu_worker.operations.result_checks import check_results
 from sdtpu_worker.plugin import POOL, given_options, is_device_pool
 
@@ -57,10 +57,14 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
             ours = device_queues(worker.app)
         except ConfigurationError as exc:
             raise _refusal(str(exc)) from exc
+        if config is not None:
+            install_log_format(config.log_format)
+            if config.log_format == "json":
+                worker.quiet = True  # Celery prints its banner past the log
+        release_warnings()
         if config is None:
             _stay_ordinary(worker, ours)
             return
-        install_log_format(config.log_format)
         _refuse_what_cannot_work(worker, config.queue)
         _say_what_is_ignored()
         _consume_device_queues(worker.app, ours, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import time
 from collections import defaultdict
 
@@ -16,6 +17,7 @@ from sdtpu_worker.contract.queues import SENT_AT_HEADER
 from sdtpu_worker.operations.log_format import install_log_format, remove_log_format, task_on_lines
 from tests.chaos.fleet import Fleet, Ledger, WorkerProcess
 from tests.support.logs import logging_kept
+from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
 SECRET = "a prompt that nobody else may read"
@@ -40,8 +42,8 @@ def run_jobs(worker: WorkerProcess) -> tuple[str, str]:
 
 
 def objects(worker: WorkerProcess) -> list[dict]:
-    """Return the JSON objects of a log; Celery's banner is no log line."""
-    return [json.loads(line) for line in worker.text().splitlines() if line.startswith("{")]
+    """Return the JSON objects of a log that has nothing else."""
+    return [json.loads(line) for line in worker.text().splitlines()]
 
 
 def test_each_job_has_one_line_that_tells_its_way(fleet, app):
@@ -109,10 +111,36 @@ def test_json_has_an_object_a_line_with_the_facts_of_each_jobs_end(fleet, app):
     assert {line["task_id"] for line in lines if "a line of a job's code" in line["message"]} == {done, failed}
     assert any("GenerationFailed" in line.get("error", "") for line in lines if line.get("task_id") == failed)
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}Z", line["time"]) for line in lines)
-    after_ready = worker.text().partition('"message": "ready: ')[2].splitlines()[1:]
-    of_celery = ("", "worker: Warm shutdown (MainProcess)")  # which it says past its log
-    assert [line for line in after_ready if not line.startswith("{") and line not in of_celery] == []
+    assert "worker: Warm shutdown (MainProcess)" in [line["message"] for line in lines]
     assert SECRET not in worker.text()
+
+
+def test_what_a_worker_says_before_its_log_is_set_up_and_past_it_is_json_too(fleet, tmp_path, monkeypatch):
+    (tmp_path / "warns_early.py").write_text(
+        "import warnings\n"
+        "from celery import signals\n"
+        "from tests.observe.talking_worker import app\n"
+        "@signals.celeryd_init.connect(weak=False)\n"
+        "def warn(**_):\n"
+        "    warnings.warn('as of a worker that runs as root', UserWarning)\n"
+    )
+    monkeypatch.setattr(fleet, "app", "warns_early")
+    worker = fleet.start("a", SDTPU_LOG_FORMAT="json", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    worker.send(signal.SIGINT)
+    worker.send(signal.SIGQUIT)
+    assert worker.process.wait(30) == 0
+    lines = [(line["logger"], line["message"]) for line in objects(worker)]
+    assert ["as of a worker that runs as root" in text for name, text in lines if name == "py.warnings"].count(
+        True
+    ) == 1
+    assert [text for name, text in lines if name == "celery.apps.worker" and "shutdown" in text]
+
+
+def test_the_reason_of_a_start_that_fails_is_a_json_line(fleet):
+    worker = fleet.launch("a", SDTPU_LOG_FORMAT="json", SDTPU_IMAGE_STORE="nonesuch://x")
+    assert worker.process.wait(30) == 1
+    assert objects(worker)[-1]["level"] == "CRITICAL"
+    assert "sdtpu_image_store" in objects(worker)[-1]["message"]
 
 
 def test_json_lines_of_celery_about_a_job_name_it_too(fleet, app):

@@ -18,7 +18,7 @@ from sdtpu_worker.config import Config, read_config, read_setting
 from sdtpu_worker.contract.queues import shard_queues
 from sdtpu_worker.errors import ConfigurationError, SdtpuError
 from sdtpu_worker.operations.log_format import install_log_format, release_warnings
-from sdtpu_worker.operations.result_checks import check_results
+from sdtpu_worker.operations.result_checks import check_results, make_result_backend
 from sdtpu_worker.plugin import POOL, given_options, is_device_pool
 
 if TYPE_CHECKING:
@@ -225,6 +225,10 @@ def _refuse_what_cannot_work(worker: Any, queue: str) -> None:
         raise _refusal("--autoscale cannot change how many jobs a device holds; leave it out")
     if not accepted <= {"json", "application/json"}:
         raise _refusal(f"accept_content must be ['json'] for a worker of the queue {queue!r}, got {sorted(accepted)}")
+    try:
+        make_result_backend(worker.app)  # before Celery's banner, which would end the worker with a traceback
+    except ConfigurationError as exc:
+        raise _refusal(str(exc)) from exc
 
 
 def _refusal(reason: str) -> SystemExit:

@@ -62,6 +62,11 @@ def remove_log_format() -> None:
     celery_worker.safe_say = _safe_say
 
 
+def writes_json() -> bool:
+    """Return whether log lines are JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in _handlers())
+
+
 def hold_warnings() -> None:
     """Keep Python's warnings for the log, which has no handlers yet; without `release_warnings` they end on stderr.
 

@@ -136,11 +136,23 @@ def test_what_a_worker_says_before_its_log_is_set_up_and_past_it_is_json_too(fle
     assert [text for name, text in lines if name == "celery.apps.worker" and "shutdown" in text]
 
 
-def test_the_reason_of_a_start_that_fails_is_a_json_line(fleet):
-    worker = fleet.launch("a", SDTPU_LOG_FORMAT="json", SDTPU_IMAGE_STORE="nonesuch://x")
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("SDTPU_IMAGE_STORE", "ConfigurationError: sdtpu_image_store must be"),
+        ("SDTPU_LEASE_S", "sdtpu_worker refuses to start (ConfigurationError): SDTPU_LEASE_S must be"),
+        (
+            "CELERY_RESULT_BACKEND",
+            "sdtpu_worker refuses to start (ConfigurationError): the result backend cannot be made",
+        ),
+    ],
+)
+def test_the_reason_of_a_start_that_fails_is_a_json_line(fleet, setting, message):
+    worker = fleet.launch("a", SDTPU_LOG_FORMAT="json", **{setting: "nonesuch://x"})
     assert worker.process.wait(30) == 1
-    assert objects(worker)[-1]["level"] == "CRITICAL"
-    assert "sdtpu_image_store" in objects(worker)[-1]["message"]
+    last = objects(worker)[-1]
+    assert last["level"] == "CRITICAL"
+    assert last["message"].startswith(message)
 
 
 def test_json_lines_of_celery_about_a_job_name_it_too(fleet, app):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from celery.concurrency import get_implementation
 from click.core import ParameterSource
 
 from sdtpu_worker.client.routing import device_queues, route_the_task
+from sdtpu_worker.config import read_setting
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations.settings_guard import guard_settings
 
@@ -48,6 +50,7 @@ def install(app: Celery) -> Celery:
     route_the_task(app)
     app.steps["worker"].update(WORKER_STEPS)
     app.steps["consumer"].update(CONSUMER_STEPS)
+    signals.celeryd_init.connect(_hold_warnings, dispatch_uid="sdtpu_worker")
     signals.worker_init.connect(_choose_pool, dispatch_uid="sdtpu_worker")
     if _state.default_app is None:
         app.set_default()
@@ -97,6 +100,17 @@ def given_options(*names: str) -> list[str]:
     if context is None:
         return []
     return [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+
+
+def _hold_warnings(instance: Any, conf: Any, **_: Any) -> None:
+    """Have the log of a worker, where it is JSON, get what Celery warns of before it sets the log up."""
+    if not set(WORKER_STEPS) <= instance.app.steps["worker"]:
+        return
+    with contextlib.suppress(ConfigurationError):  # the boot step refuses it with the reason
+        if read_setting("sdtpu_log_format", conf) == "json":
+            from sdtpu_worker.operations.log_format import hold_warnings
+
+            hold_warnings()
 
 
 def _choose_pool(sender: Any, **_: Any) -> None:

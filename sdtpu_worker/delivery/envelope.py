@@ -23,6 +23,7 @@ from typing import Any
 from celery.exceptions import NotRegistered
 from kombu.utils import json as kombu_json
 
+from sdtpu_worker.contract.queues import SENT_AT_HEADER, read_sent_at
 from sdtpu_worker.delivery.message_rules import (
     ARGUMENTS,
     CODE_ONLY_OPTIONS,
@@ -64,6 +65,7 @@ class BadEnvelope(Exception):
         task_id: the id of the message's job; None if the message has no usable one.
         task_name: the name of the message's task; None if it has no usable one.
         ignore_result: whether the client wants no result.
+        sent_at: when the client sent the job, in seconds since 1970; None if the message does not say so.
         error: the exception to store as the job's result.
     """
 
@@ -74,6 +76,7 @@ class BadEnvelope(Exception):
         self.task_id: str | None = task_id if is_usable_id(task_id) else None
         self.task_name: str | None = task_name if is_usable_id(task_name) else None
         self.ignore_result = fields.get("ignore_result") is True
+        self.sent_at = read_sent_at(fields.get(SENT_AT_HEADER))
         self.error = error or InvalidMessage(reason)
 
 

@@ -23,7 +23,7 @@ class Intake:
         known_tasks: names of the tasks that the worker can run.
         max_message_bytes: a larger message is dead-lettered unread.
         max_holders: a message whose holders died this often is dead-lettered: it may be why they died.
-        on_bad: called with a message that has a usable id and cannot be run; it stores the error as the job's result.
+        on_bad: called with a message that has a usable id and cannot be run; it ends the job with the error.
         devices_make_progress: says whether the worker should claim messages at all (no device hangs or is lost).
         on_reply: called whenever Redis answered a claim: with None, or with the text of the error that it answered.
     """

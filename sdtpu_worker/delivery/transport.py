@@ -209,7 +209,11 @@ class ClaimingChannel:
                 reason = f"{died} workers died while they held this message; sdtpu_max_deliveries allows fewer"
                 raise BadEnvelope(reason, message["headers"], DeliveryLimitExceeded(reason))
         except BadEnvelope as exc:
-            logger.warning("a message of %d bytes in the queue %s was dead-lettered: %s", size, queue, exc.reason)
+            logger.warning(
+                "a message of %d bytes in the queue %s was dead-lettered (%s): %s", size, queue,
+                "no usable id" if exc.task_id is None else f"task {exc.task_id}", exc.reason,
+                extra={"data": {"id": exc.task_id, "name": exc.task_name}},
+            )  # fmt: skip
             if exc.task_id is not None:
                 intake.on_bad(exc)
             intake.deliveries.dead_letter(tag, type(exc.error).__name__, queue, exc.reason, size, raw)

@@ -213,7 +213,9 @@ OUTCOMES = {
     ),
     "lost_hold": Outcome("end", "it could not be brought to an end; its message is redelivered when the lease expires"),
     "redelivered": Outcome(
-        "passing", "it came from another worker", "`died`, `handed_over` (with a snapshot) or `requeued`",
+        "passing", "it came from another worker",
+        "`died` with the job in a slot, `handed_over` with a snapshot, else `requeued`: mostly without a slot yet, also"
+        " from a worker that died",
         ("died", "handed_over", "requeued"),
     ),
     "preempted": Outcome("passing", "its state left its slot for another job"),

@@ -8,6 +8,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from celery.states import STARTED, SUCCESS
+from kombu.serialization import registry
 
 from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.redaction import sanitize_url
@@ -33,11 +34,11 @@ def check_results(app: Celery) -> None:
         app: a device worker's app.
 
     Raises:
-        ConfigurationError: no result can ever be stored: its serializer is missing or not accepted, a table or a
-            permission is missing.
+        ConfigurationError: no result can ever be stored: the backend cannot be made, its serializer is missing or not
+            accepted, a table or a permission is missing.
     """
+    backend = make_result_backend(app)
     try:
-        backend: Any = app.backend
         backend.decode(backend.encode({"status": SUCCESS, "result": {"seed": 1}}))
     except Exception as exc:  # each backend and each serializer has errors of its own
         raise _useless(exc) from exc
@@ -56,9 +57,27 @@ def check_results(app: Celery) -> None:
         logger.warning("the result backend does not take results now (%s); jobs wait for it", _text(exc))
 
 
+def make_result_backend(app: Celery) -> Any:
+    """Return the app's result backend; that connects to nothing yet.
+
+    Raises:
+        ConfigurationError: there is none of that name, its library is not installed, its URL is none, or there is no
+            such serializer.
+    """
+    if (name := app.conf.result_serializer) not in registry.name_to_type:  # the backend would raise a KeyError
+        raise ConfigurationError(f"result_serializer must be json, or another one that kombu has, got {name!r}")
+    try:
+        return app.backend
+    except Exception as exc:  # each backend has errors of its own
+        raise ConfigurationError(
+            f"the result backend cannot be made ({_text(exc)}); correct result_backend, or install the library that it"
+            " needs"
+        ) from exc
+
+
 def _useless(exc: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"no result can be stored ({_text(exc)}): every job would come back for ever; correct result_backend,"
+        f"no result can be stored ({_text(exc)}): every job would come back for ever; correct"
         " result_serializer (json) and result_accept_content, the tables and the permissions of the backend"
     )
 

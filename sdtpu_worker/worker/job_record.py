@@ -38,7 +38,8 @@ class JobRecord:
         num_slots: slots of the host when the job ended.
         stored_at: when its image was stored; None unless it is.
         reused: its image is that of an equal job.
-        came_from: how it came from another worker: `died`, `handed_over` or `requeued`; empty if it did not.
+        came_from: how it came from another worker, as `redelivered` in `operations.metric_table.OUTCOMES` says; empty
+            if it did not.
         outcome, reason: how the job ended, as in `operations.metric_table.OUTCOMES`.
     """
 

@@ -21,7 +21,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
-from celery.states import FAILURE
 from celery.utils.functional import noop
 from kombu.transport.redis import Transport as RedisTransport
 from redis.exceptions import RedisError
@@ -40,7 +39,6 @@ from sdtpu_worker.images.store import further_stores
 from sdtpu_worker.operations.connections import connections_warning
 from sdtpu_worker.operations.health import WorkerHealth, process_age_s
 from sdtpu_worker.operations.health_http import HealthServer
-from sdtpu_worker.operations.log_format import remove_log_format
 from sdtpu_worker.operations.redis_checks import redis_warnings
 from sdtpu_worker.worker.broker_clients import CONSUMER_OPTIONS, client_maker, first_client
 from sdtpu_worker.worker.observation import Observation
@@ -51,6 +49,7 @@ from sdtpu_worker.worker.process_changes import (
     watch_failures_outside_tasks,
 )
 from sdtpu_worker.worker.process_ends import end_process, leave_soon
+from sdtpu_worker.worker.refused_job import end_refused_job
 from sdtpu_worker.worker.result_patience import wait_for_results
 from sdtpu_worker.worker.reuse import refuse_reuse, reusing
 from sdtpu_worker.worker.serving import Hooks, Serving
@@ -105,6 +104,7 @@ class DeviceServices:
         self.serving: Serving | None = None
         self.stopping = threading.Event()
         self._app, self._hostname = app, hostname
+        self._consumer: Any = None
         self._lease: Lease | None = None
         self._slot_reporter: SlotReporter | None = None
         self._server: str | None = None  # the URL of the Redis that the consumer is connected to
@@ -127,7 +127,6 @@ class DeviceServices:
                 pages = self.observation.pages()
                 server = HealthServer(self.config.health_address, self.health.live, self.health.ready, pages)
                 undo.callback(server.close)
-            undo.callback(remove_log_format)
             undo.enter_context(watch_failures_outside_tasks())
             undo.enter_context(share_result_backend(self._app))
             self.health.enter("looking at the broker")
@@ -178,7 +177,7 @@ class DeviceServices:
         self.health.on_consume()
         if self.deliveries is None:
             return
-        hub = consumer.hub
+        self._consumer, hub = consumer, consumer.hub
         self.observation.follow(consumer, self.deliveries.keys.prefix)
         self.deliveries.on_free = lambda: hub.call_soon(noop)
         self._follow(consumer.connection)
@@ -251,7 +250,7 @@ class DeviceServices:
                     known_tasks=app.tasks,
                     max_message_bytes=config.max_message_bytes,
                     max_holders=_HOLDERS_PER_DELIVERY * config.max_deliveries,
-                    on_bad=self._store_error,
+                    on_bad=self._end_refused_job,
                     devices_make_progress=self.devices_make_progress,
                     on_reply=self.health.on_claim,
                 )
@@ -289,14 +288,9 @@ class DeviceServices:
             logger.warning("Redis could not be told that this worker stops; its leases expire instead: %s", exc)
         self.deliveries.connection.close()
 
-    def _store_error(self, bad: BadEnvelope) -> None:
-        """Give the job of a message that cannot be run its result."""
-        if bad.ignore_result:
-            return
-        try:
-            self._app.backend.store_result(bad.task_id, bad.error, FAILURE)
-        except Exception as exc:  # each result backend has errors of its own
-            logger.warning("the error of task %s could not be stored: %s", bad.task_id, exc)
+    def _end_refused_job(self, bad: BadEnvelope) -> None:
+        """End the job of a message that cannot be run."""
+        end_refused_job(bad, self._app, self._consumer and self._consumer.event_dispatcher)
 
     def _warn_of_redis(self) -> None:
         """Log what this Redis may do to jobs.

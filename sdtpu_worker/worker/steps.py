@@ -17,8 +17,8 @@ from sdtpu_worker.client.routing import device_queues
 from sdtpu_worker.config import Config, read_config, read_setting
 from sdtpu_worker.contract.queues import shard_queues
 from sdtpu_worker.errors import ConfigurationError, SdtpuError
-from sdtpu_worker.operations.log_format import install_log_format
-from sdtpu_worker.operations.result_checks import check_results
+from sdtpu_worker.operations.log_format import install_log_format, release_warnings, writes_json
+from sdtpu_worker.operations.result_checks import check_results, make_result_backend
 from sdtpu_worker.plugin import POOL, given_options, is_device_pool
 
 if TYPE_CHECKING:
@@ -53,14 +53,16 @@ class DeviceWorkerStep(bootsteps.StartStopStep):
         super().__init__(worker, **options)
         self._services: DeviceServices | None = None
         try:
-            config = read_config(worker.app.conf) if is_device_pool(worker.pool_cls) else None
+            if has_devices := is_device_pool(worker.pool_cls):
+                _set_up_log(worker)
+            release_warnings()
+            config = read_config(worker.app.conf) if has_devices else None
             ours = device_queues(worker.app)
         except ConfigurationError as exc:
             raise _refusal(str(exc)) from exc
         if config is None:
             _stay_ordinary(worker, ours)
             return
-        install_log_format(config.log_format)
         _refuse_what_cannot_work(worker, config.queue)
         _say_what_is_ignored()
         _consume_device_queues(worker.app, ours, config)
@@ -161,6 +163,18 @@ class UrgentPrefetchStep(bootsteps.StartStopStep):
         hub.call_repeatedly(_LOOK_FOR_URGENT_JOBS_EVERY_S, consumer.pool.urgent.look)
 
 
+def _set_up_log(worker: Any) -> None:
+    """Give the log of a device worker its format, before anything else is looked at.
+
+    Raises:
+        ConfigurationError: there is no such format.
+    """
+    log_format = read_setting("sdtpu_log_format", worker.app.conf)
+    install_log_format(log_format)
+    if log_format == "json":
+        worker.quiet = True  # Celery prints its banner past the log
+
+
 def _stay_ordinary(worker: Any, ours: Sequence[str]) -> None:
     """Leave the task's queues to the device workers, and say so.
 
@@ -221,7 +235,16 @@ def _refuse_what_cannot_work(worker: Any, queue: str) -> None:
         raise _refusal("--autoscale cannot change how many jobs a device holds; leave it out")
     if not accepted <= {"json", "application/json"}:
         raise _refusal(f"accept_content must be ['json'] for a worker of the queue {queue!r}, got {sorted(accepted)}")
+    try:
+        make_result_backend(worker.app)  # before Celery's banner, which would end the worker with a traceback
+    except ConfigurationError as exc:
+        raise _refusal(str(exc)) from exc
 
 
 def _refusal(reason: str) -> SystemExit:
-    return SystemExit(f"sdtpu_worker refuses to start (ConfigurationError): {reason}")
+    """Return what ends a worker that has not started: with a line on stderr, or in its log where that is JSON."""
+    text = f"sdtpu_worker refuses to start (ConfigurationError): {reason}"
+    if not writes_json():
+        return SystemExit(text)
+    logger.critical("%s", text)
+    return SystemExit(EX_FAILURE)

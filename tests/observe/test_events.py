@@ -47,6 +47,7 @@ def test_every_job_has_its_events_from_receipt_to_end(redis_url, tmp_path, app, 
         done = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 5}).id
         failed = generate.apply_async(("raise",), {"seed": 1, "num_inference_steps": 5}).id
         refused = app.send_task("sdtpu.generate", ("x",), {"steps": 5}, queue="sdtpu").id
+        unknown = app.send_task("no.such", ("x",), queue="sdtpu").id
         running = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 1000}).id
         wait_until(lambda: events[running][-1:] == ["task-started"], lambda: dict(events))
         waiting = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 5}).id
@@ -55,12 +56,13 @@ def test_every_job_has_its_events_from_receipt_to_end(redis_url, tmp_path, app, 
         app.control.revoke(running, terminate=True)
         expected = {
             done: "task-succeeded", failed: "task-failed", refused: "task-failed", running: "task-revoked",
-            waiting: "task-revoked",
+            waiting: "task-revoked", unknown: "task-failed",
         }  # fmt: skip
         wait_until(
             lambda: all(events[task_id][-1:] == [end] for task_id, end in expected.items()), lambda: dict(events)
         )
     for task_id in expected:
         of_worker = [event for event in events[task_id] if event != "task-sent"]  # the client's comes when it comes
-        assert of_worker == ["task-received", "task-started", expected[task_id]]
+        before_end = [] if task_id == unknown else ["task-received", "task-started"]
+        assert of_worker == [*before_end, expected[task_id]]
         assert events[task_id].count("task-sent") == 1

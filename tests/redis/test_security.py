@@ -382,8 +382,9 @@ def test_a_warning_about_an_error_outside_of_a_task(guard):
 
 def test_why_a_message_was_put_aside_is_logged_without_what_was_got(guard):
     reason = f"the body must be [args, kwargs, embed], got [{SECRET!r}]"
-    transport.logger.warning("a message of %d bytes in the queue %s was dead-lettered: %s", 70, "sdtpu", reason)
-    assert "in the queue sdtpu was dead-lettered: the body must be [args, kwargs, embed], got [not logged" in guard.text
+    template = "a message of %d bytes in the queue %s was dead-lettered (%s): %s"
+    transport.logger.warning(template, 70, "sdtpu", "task 4c1e", reason)
+    assert "dead-lettered (task 4c1e): the body must be [args, kwargs, embed], got [not logged" in guard.text
     assert SECRET not in all_of(guard)
 
 

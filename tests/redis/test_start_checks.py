@@ -31,10 +31,32 @@ def test_a_backend_that_stores_results_is_left_as_it_was(redis_url, redis, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("conf", [{"result_serializer": "nonesuch"}, {"result_accept_content": ["yaml"]}])
-def test_a_serializer_that_cannot_work_is_refused(redis_url, redis, conf):
-    with pytest.raises(ConfigurationError, match="every job would come back for ever"):
+@pytest.mark.parametrize(
+    ("conf", "message"),
+    [
+        ({"result_serializer": "nonesuch"}, "result_serializer must be json, or another one that kombu has, got 'none"),
+        ({"result_accept_content": ["yaml"]}, "every job would come back for ever; correct result_serializer"),
+    ],
+)
+def test_a_serializer_that_cannot_work_is_refused(redis_url, redis, conf, message):
+    with pytest.raises(ConfigurationError, match=message):
         check_results(app_with(redis_url, **conf))
+
+
+@pytest.mark.parametrize(
+    ("backend", "cause"),
+    [
+        ("nonesuch://x", "No module named 'nonesuch'"),
+        ("couchbase://worker:secret@host/bucket", "You need to install the couchbase library"),
+        ("redis://worker:secret@host:port/0", "Port could not be cast to integer"),
+    ],
+)
+def test_a_backend_that_cannot_be_made_is_refused_with_its_own_cause(backend, cause):
+    with pytest.raises(ConfigurationError, match=f"the result backend cannot be made .*{cause}") as caught:
+        check_results(app_with(backend))
+    assert "correct result_backend, or install the library" in str(caught.value)
+    assert "serializer" not in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_missing_permission_is_refused():
@@ -60,7 +82,7 @@ def test_a_database_without_its_tables_is_refused():
     for text in ("no such table: celery_taskmeta", 'relation "celery_taskmeta" does not exist'):
         backend.store_result.side_effect = RuntimeError(text)
         with pytest.raises(ConfigurationError, match="the tables and the permissions"):
-            check_results(Mock(backend=backend))
+            check_results(Mock(backend=backend, conf=app_with("disabled://").conf))
 
 
 def test_a_redis_that_grants_fewer_connections_than_a_worker_needs_is_refused():

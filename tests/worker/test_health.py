@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from sdtpu_worker.errors import ConfigurationError
 from sdtpu_worker.operations import health_http
 from sdtpu_worker.operations.health import Check, WorkerHealth
 from sdtpu_worker.operations.health_http import HealthServer, ask_health
+from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
 FINE = [Check("device", True, "on time")]
@@ -108,6 +110,17 @@ def test_a_worker_at_work_is_live_and_ready():
     worker = Worker().start()
     worker.run(100)
     assert (worker.live, worker.ready) == ([], [])
+
+
+def test_the_page_shows_what_a_ready_worker_says():
+    page = (ROOT / "docs" / "how-to" / "observe.md").read_text()
+    (shown,) = re.findall(r'^\{"status": "ok".*?^```$', page, flags=re.MULTILINE | re.DOTALL)
+    checks = json.loads(shown.removesuffix("```"))["checks"]
+    assert checks.pop("serving")["detail"].startswith("started in ")
+    worker = Worker().start()
+    worker.run(1)
+    _, *others = worker.health.ready()
+    assert checks == {check.name: {"ok": True, "detail": check.detail} for check in others}
 
 
 def test_a_device_loop_that_ended_fails_both():

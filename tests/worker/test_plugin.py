@@ -59,12 +59,17 @@ def test_a_tpu_that_is_not_there_is_refused_with_the_found_and_the_wanted_kind(t
             "SDTPU_SLOTS_PER_DEVICE must be auto, or an integer from 1 to 64, got 'zero'",
         ),
         ({"SDTPU_IMAGE_STORE": "nonsense://x"}, "sdtpu_image_store must be redis, a redis:// URL or a writable fsspec"),
+        (
+            {"CELERY_RESULT_BACKEND": "nonesuch://x"},
+            "the result backend cannot be made (ModuleNotFoundError: No module",
+        ),
     ],
 )
 def test_a_wrong_setting_ends_the_worker_with_one_clear_line(tmp_path, settings, message):
     code, output = run_worker(tmp_path, **settings)
     assert code != 0
     assert message in output
+    assert "Traceback" not in output
 
 
 PROJECT = """

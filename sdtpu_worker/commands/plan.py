@@ -16,6 +16,8 @@ from sdtpu_worker.commands.options import app_option, find_app, json_option
 
 _SLOTS = (1, 2, 4, 8)
 _GIB = 2**30
+_SECONDS = {False: 900.0, True: 3600.0}
+"""How long a compile may take by default, without and with --full: a busy machine takes several times its CPU time."""
 
 
 def _slots(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -81,8 +83,8 @@ def _controlnets(
 @click.option("--attention", type=click.Choice(["auto", "plain", "packed"]))
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]))
 @click.option("--full", is_flag=True, help="Wait for the generated code, and with it the compiler's own estimate.")
-@click.option("--time-limit", type=click.FloatRange(1), default=900.0, show_default=True, callback=_finite,
-              help="Seconds for each compile; what is known by then is reported.")  # fmt: skip
+@click.option("--time-limit", type=click.FloatRange(1), callback=_finite,
+              help="Seconds for each compile; then what is known counts. Default: 900, with --full 3600.")  # fmt: skip
 @click.option("--memory-limit", type=click.FloatRange(0.5), default=12.0, show_default=True, callback=_finite,
               help="GiB of memory that the compiler may use on this machine.")  # fmt: skip
 @click.option("--steps", default="30", show_default=True, callback=_steps, metavar="N[,N…]",
@@ -120,12 +122,13 @@ def _make(options: dict[str, Any]) -> dict[str, Any]:
 
     if options["price"] is not None and not options["load"]:
         raise click.UsageError("--price is for --load: give the jobs per hour that the hosts are to serve")
+    seconds = options["time_limit"] or _SECONDS[options["full"]]
     return make_plan(
         read_planned(options, _settings(options["app_path"])),
         options["steps"],
         LoadWanted(options["load"], options["p99"]) if options["load"] else None,
         options["price"],
-        Limits(options["full"], options["time_limit"], int(options["memory_limit"] * _GIB)),
+        Limits(options["full"], seconds, int(options["memory_limit"] * _GIB)),
         ResultsCache(None if options["no_cache"] else options["cache"] or default_folder()),
         lambda line: click.echo(line, err=True),
     )

@@ -138,6 +138,12 @@ def test_options_reach_the_compiler(fake_compiler, tmp_path):
     assert limits == Limits(False, 9.0, 12 * GIB)
 
 
+def test_code_generation_has_an_hour_since_a_busy_machine_needs_it(fake_compiler):
+    run("--slots-per-device", "2")
+    run("--slots-per-device", "2", "--full")
+    assert [limits.time_s for _, limits in fake_compiler.calls] == [900, 3600]
+
+
 def test_without_options_a_plan_is_for_a_worker_with_the_default_settings(fake_compiler):
     from sdtpu_worker.settings_table import SETTINGS
 

@@ -32,7 +32,14 @@ from sdtpu_worker.diffusion.abstract_checkpoint import read_abstract
 from sdtpu_worker.diffusion.adapter_bank import num_entries
 from sdtpu_worker.diffusion.failures import is_out_of_memory
 from sdtpu_worker.diffusion.families.family import Family, Params, Pictures
-from sdtpu_worker.diffusion.matmul_counts import Matmuls, collecting_kernels, count_least_and_most, count_matmuls
+from sdtpu_worker.diffusion.lone_kernels import compile_lone_kernels
+from sdtpu_worker.diffusion.matmul_counts import (
+    KernelWork,
+    Matmuls,
+    collecting_kernels,
+    count_least_and_most,
+    count_matmuls,
+)
 from sdtpu_worker.diffusion.memory import bytes_per_device
 from sdtpu_worker.diffusion.program_setting import check_sizes
 from sdtpu_worker.diffusion.programs import lower_fill_bank, lower_preview, lower_restore, lower_snapshot, lower_tick
@@ -60,7 +67,8 @@ def main(folder: Path, wanted: dict[str, Any]) -> None:
 
     Args:
         folder: for the results; must exist.
-        wanted: the fields of `planning.compile_ahead.Wanted`.
+        wanted: the fields of `planning.compile_ahead.Wanted`, and `with_kernels`: compile each kernel by itself too,
+            of which libtpu then writes down the instructions.
 
     Raises:
         ConfigurationError: the model or the sizes are wrong.
@@ -85,6 +93,7 @@ def main(folder: Path, wanted: dict[str, Any]) -> None:
     params = _on_mesh(checkpoint.params, mesh)
     started = time.monotonic()
     tick = lower_tick(family, params, geometry, mesh)
+    matmuls, kernels = _matmuls(family, checkpoint.params, geometry, mesh.devices.flat[0].platform)
     facts = {
         "device_kind": mesh.devices.flat[0].device_kind,
         "num_devices": mesh.devices.size,
@@ -103,7 +112,7 @@ def main(folder: Path, wanted: dict[str, Any]) -> None:
         "bank_bytes": checkpoint.adapters.entry_bytes * (entries + 1) if checkpoint.adapters else 0,
         "entry_bytes": checkpoint.adapters.entry_bytes if checkpoint.adapters else 0,
         "donated": len(jax.tree.leaves(geometry.empty_slots())),
-        **_matmuls(family, checkpoint.params, geometry, mesh.devices.flat[0].platform),
+        **matmuls,
         "trace_s": round(time.monotonic() - started, 1),
     }
     write_whole(folder / "facts.json", json.dumps(facts).encode())
@@ -112,6 +121,8 @@ def main(folder: Path, wanted: dict[str, Any]) -> None:
         small["preview"] = lower_preview(geometry, mesh)
     if checkpoint.adapters is not None:
         small["fill bank"] = lower_fill_bank(checkpoint.adapters, entries, mesh)
+    if wanted["with_kernels"]:
+        compile_lone_kernels([each.equation for each in kernels.values()], mesh.devices.flat[0])
     for name, program in {**small, "tick": tick}.items():
         _compile(folder, name, program)
 
@@ -134,13 +145,15 @@ def _on_mesh(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), params)
 
 
-def _matmuls(family: Family, params: Params, geometry: Geometry, platform: str) -> dict[str, Any]:
+def _matmuls(
+    family: Family, params: Params, geometry: Geometry, platform: str
+) -> tuple[dict[str, Any], dict[str, KernelWork]]:
     """Return what the matrix unit does on one device, by part of a phase, and what is known of kernels.
 
     Returns:
         `matmuls`: of the layers as they are written, as `count_parts` has them. `matmuls_on_chip`: as the platform's
         convolutions do the same; they leave out what meets the same pixels. `kernels`: by the keys of
-        `collecting_kernels` the fields of `KernelWork`.
+        `collecting_kernels` the numbers of `KernelWork`. And the latter.
     """
     kept = Selection(platform, geometry.attention)
     plain_rows = [row for row in TABLE if row.implementation is Implementation.PLAIN]
@@ -159,7 +172,7 @@ def _matmuls(family: Family, params: Params, geometry: Geometry, platform: str) 
         }
         for key, each in found.items()
     }
-    return {"matmuls": plain, "matmuls_on_chip": on_chip, "kernels": kernels}
+    return {"matmuls": plain, "matmuls_on_chip": on_chip, "kernels": kernels}, found
 
 
 def count_parts(family: Family, params: Params, geometry: Geometry) -> dict[str, list[list[int]]]:

@@ -27,11 +27,13 @@ class KernelWork(NamedTuple):
         steps: of its grid.
         matmuls: of all steps.
         matmuls_of_one_window: likewise, while all prompts have one window; the same for kernels that look at no prompt.
+        equation: the call, as it was traced.
     """
 
     steps: int
     matmuls: Matmuls
     matmuls_of_one_window: Matmuls
+    equation: Any
 
 
 _collected: ContextVar[dict[str, KernelWork] | None] = ContextVar("collected kernels", default=None)
@@ -62,8 +64,8 @@ def collecting_kernels() -> Iterator[dict[str, KernelWork]]:
 
     Yields:
         By a kernel's name and the shapes of its operands, as the TPU's compiler writes them, such as
-        `convolution(bf16[1,64,64,512], f32[1,1,512])`: how many steps it has, and the matrix multiplications of all.
-        Of a branch inside a kernel the dearest counts.
+        `convolution(bf16[1,64,64,512], f32[1,1,512])`: how many steps it has, the matrix multiplications of all,
+        and its call. Of a branch inside a kernel the dearest counts.
     """
     found: dict[str, KernelWork] = {}
     token = _collected.set(found)
@@ -83,7 +85,7 @@ def _kernels(jaxpr: Any) -> Iterator[tuple[str, KernelWork]]:
         steps, name = math.prod(equation.params["grid_mapping"].grid), equation.params["name"]
         matmuls = _count_inside(equation, max)
         of_one_window = _count_inside(equation, min) if name.endswith(OF_WINDOWS) else matmuls
-        yield f"{name}({operands})", KernelWork(steps, matmuls, of_one_window)
+        yield f"{name}({operands})", KernelWork(steps, matmuls, of_one_window, equation)
 
 
 def _hlo_shape(aval: Any) -> str:

@@ -142,7 +142,7 @@ def _start(wanted: Wanted, folder: Path, dump: Path, errors: Any, full: bool) ->
     }
     if full:
         env["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump_options(dump)}".strip()
-    command = [sys.executable, "-m", _CHILD, str(folder), json.dumps(asdict(wanted))]
+    command = [sys.executable, "-m", _CHILD, str(folder), json.dumps({**asdict(wanted), "with_kernels": full})]
     return subprocess.Popen(
         command, env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
     )

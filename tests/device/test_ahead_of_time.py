@@ -21,8 +21,11 @@ from sdtpu_worker.diffusion.families.family import PictureUse
 from sdtpu_worker.diffusion.matmul_counts import collecting_kernels, count_least_and_most, count_matmuls
 from sdtpu_worker.diffusion.slots import Geometry
 from sdtpu_worker.errors import ConfigurationError, InvalidCheckpoint
+from sdtpu_worker.planning import compile_ahead
+from sdtpu_worker.planning.compile_ahead import Limits, Wanted
 from sdtpu_worker.planning.hlo import parse_module
 from sdtpu_worker.planning.hlo_traffic import Traffic
+from sdtpu_worker.planning.kernels import Bundles, read_bundles
 from tests.support.paths import ROOT
 
 LIMIT_S = 280
@@ -156,7 +159,7 @@ def test_on_a_tpu_small_layers_look_at_all_windows_in_every_step_and_kernels_at_
     for windows in (1, 3):
         found = read_abstract("embedded", jnp.bfloat16, prompt_windows=windows)
         geometry = Geometry.of(found.family, 1, 2, (256, 256))  # layers of 1,024 and of 256 pixels
-        facts[windows] = _matmuls(found.family, found.params, geometry, "tpu")
+        facts[windows], _ = _matmuls(found.family, found.params, geometry, "tpu")
 
     def whole(windows: int, name: str) -> int:
         return flops(facts[windows][name]["step"]) + flops(facts[windows][name]["windows"])
@@ -244,6 +247,28 @@ def test_the_shipped_model_is_planned_for_a_real_chip_and_remembered(tmp_path: P
     assert "compiling" not in again.stderr
     assert json.loads(again.stdout) == found
     assert time.monotonic() - started < LIMIT_S / 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S)
+def test_the_instructions_of_each_kernel_are_counted(monkeypatch):
+    counted = {}
+
+    def read(folder: Path) -> dict[str, Bundles]:
+        counted.update(read_bundles(folder))
+        return counted
+
+    monkeypatch.setattr(compile_ahead, "read_bundles", read)
+    wanted = Wanted("embedded", "v5e:1x1", 1, (256, 256), image_inputs=False)
+    found = compile_ahead.compile_ahead(wanted, Limits(full=True, time_s=LIMIT_S), print)
+    assert counted.keys() == found["kernels"].keys()
+    of_windows = {key for key in counted if "_of_windows(" in key}
+    assert of_windows
+    assert {key for key, each in counted.items() if 0 < each.least < each.most} == of_windows
+    assert all(each.least > 0 for each in counted.values())
+    parts = found["programs"]["tick"]["parts"]
+    assert parts["step"]["kernel_cycles"] > 0
+    assert parts["windows"]["kernel_cycles"] > 0
 
 
 @pytest.mark.timeout(LIMIT_S)

@@ -49,6 +49,8 @@ def test_jobs_of_a_backup_are_all_done_after_it_is_put_back(tmp_path: Path) -> N
         assert worker.is_running
         assert not ledger.errors
         assert not ledger.wrong_pictures()
+        with server.client() as client:
+            wait_until(lambda: client.hlen("sdtpu:unacked") == 0, "the last message to be acknowledged")
         server.restart()  # from the append-only file, with all that was done since
         with server.client() as client:
             assert all(client.exists(f"celery-task-meta-{task_id}") for task_id in ledger.jobs)

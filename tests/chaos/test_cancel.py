@@ -2,7 +2,7 @@
 
     pytest tests/chaos/test_cancel.py -n 0
 
-Two cores, a worker on the fake engine with two slots, steps of 2 ms. Every test ends with nothing left in Redis and
+Two cores, a worker on the fake engine with two slots, steps of 5 ms. Every test ends with nothing left in Redis and
 nothing held by the worker.
 """
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 SETTINGS = {
     "SDTPU_CPU_DEVICES": "2",
     "SDTPU_SLOTS_PER_DEVICE": "1",
-    "SDTPU_FAKE_STEP_MS": "2",
+    "SDTPU_FAKE_STEP_MS": "5",
     "SDTPU_PROGRESS_S": "0.05",
 }
 
@@ -78,18 +78,18 @@ def assert_ends(job, error: type[Exception], state: str, within_s: float) -> Non
 
 
 def test_terminate_takes_a_running_and_a_waiting_job_away_at_once(app):
-    doomed, neighbour = order(1000, 1), order(600, 2)
+    doomed, neighbour = order(1000, 1), order(1000, 2)
     wait_for(doomed, is_denoising)
     wait_for(neighbour, is_denoising)
     waiting, next_one = order(1000, 3), order(10, 4)
     wait_for(waiting, is_waiting)
     waiting.revoke(terminate=True)
-    assert_ends(waiting, TaskRevokedError, "REVOKED", 1)
+    assert_ends(waiting, TaskRevokedError, "REVOKED", 3)
     doomed.revoke(terminate=True)
-    assert_ends(doomed, TaskRevokedError, "REVOKED", 1)
+    assert_ends(doomed, TaskRevokedError, "REVOKED", 3)
     assert_done(next_one, 10, 4)
     assert not neighbour.ready(), "the slot was free long before the neighbour was done"
-    assert_done(neighbour, 600, 2)
+    assert_done(neighbour, 1000, 2)
 
 
 def test_a_plain_revoke_and_expires_hold_until_the_slot_and_no_longer(app):
@@ -102,8 +102,8 @@ def test_a_plain_revoke_and_expires_hold_until_the_slot_and_no_longer(app):
     wait_for(revoked, is_waiting)
     revoked.revoke()
     running[0].revoke()
-    assert_ends(revoked, TaskRevokedError, "REVOKED", 5)
-    assert_ends(expired, TaskRevokedError, "REVOKED", 5)
+    assert_ends(revoked, TaskRevokedError, "REVOKED", 10)
+    assert_ends(expired, TaskRevokedError, "REVOKED", 10)
     for seed, job in enumerate(running, 1):
         assert_done(job, 1000, seed)
 
@@ -116,7 +116,7 @@ def test_jobs_are_revoked_by_their_stamp_while_they_wait(app):
                       for seed, name in ((3, "gone"), (4, "here"))]  # fmt: skip
     wait_for(others, is_waiting)
     app.control.revoke_by_stamped_headers({"customer": ["gone"]})
-    assert_ends(theirs, TaskRevokedError, "REVOKED", 5)
+    assert_ends(theirs, TaskRevokedError, "REVOKED", 10)
     assert_done(others, 5, 4)
     for seed, job in enumerate(running, 1):
         assert_done(job, 1000, seed)
@@ -142,10 +142,10 @@ def test_a_workers_own_limits_hold_for_jobs_without_any(fleet, app, options, err
     try:
         slow, quick = (
             generate.apply_async(("x",), {"seed": 7, "num_inference_steps": steps}, queue="limited")
-            for steps in (1000, 50)
+            for steps in (1000, 20)
         )
         assert_ends(slow, error, "FAILURE", 8)
-        assert_done(quick, 50, 7)
+        assert_done(quick, 20, 7)
     finally:
         assert worker.stop() == 0
 
@@ -156,7 +156,7 @@ def test_a_job_that_was_revoked_before_its_worker_started_is_not_run(app, fleet,
         try:
             job = order(1)
             job.revoke()
-            wait_until(lambda: job.id in app.control.inspect(["cancel@chaos"]).revoked()["cancel@chaos"])
+            wait_until(lambda: job.id in str(app.control.inspect(["cancel@chaos"]).revoked()), "the revoke to be known")
             worker = late.start("late")
             wait_for(job, lambda meta: meta["status"] == "REVOKED")
             assert "mingle: sync with 1 nodes" in worker.text()

@@ -54,8 +54,7 @@ def test_the_jobs_of_a_hung_device_are_done_by_another_worker_and_its_own_ends_i
     fleet, client = arena
     port, ledger = free_port(), Ledger()
     hung = fleet.start("hung", SDTPU_HEALTH_ADDRESS=f"127.0.0.1:{port}")
-    assert is_well(port, "/livez")
-    assert is_well(port, "/readyz")
+    wait_until(lambda: is_well(port, "/livez") and is_well(port, "/readyz"), "both to be well")
     began = time.monotonic()
     for seed in range(10):
         ledger.add(seed, STEPS, "hang" if seed == 2 else "x")

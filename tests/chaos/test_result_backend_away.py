@@ -21,7 +21,7 @@ from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
-SETTINGS = {"SDTPU_CPU_DEVICES": "2", "SDTPU_FAKE_STEP_MS": "20", "SDTPU_LEASE_S": "5", "SDTPU_GRACE_S": "2",
+SETTINGS = {"SDTPU_CPU_DEVICES": "2", "SDTPU_FAKE_STEP_MS": "40", "SDTPU_LEASE_S": "5", "SDTPU_GRACE_S": "2",
             "SDTPU_PROGRESS_S": "0.1"}  # fmt: skip
 
 
@@ -56,6 +56,6 @@ def test_a_worker_without_its_result_backend_answers_and_stops_and_its_job_ends_
         assert first.stop(60) == 0
         stopped_after_s = time.monotonic() - began_at
         proxy.restore()
-        fleet.start("second")
+        fleet.start("second", SDTPU_FAKE_STEP_MS="2")
         assert running.get(timeout=60)["num_inference_steps"] == 1000
         print(f"\nresult backend away: pong, and stopped after {stopped_after_s:.1f} s")

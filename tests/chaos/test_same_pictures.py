@@ -139,13 +139,15 @@ def test_pictures_whose_workers_were_killed_are_the_same_bytes(studio, long):
 
 def test_pictures_that_were_handed_over_in_mid_denoise_are_the_same_bytes(studio):
     ledger, steps = Ledger(mixed=kind_of), 20 * studio.steps
-    first, second = studio.workers
     for worker in studio.workers:
         wait_for_worker(worker)
+    before = [worker.text().count("] received") for worker in studio.workers]
     with contextlib.closing(studio.server.client()) as client:
         add_jobs(ledger, 4, steps)
         wait_until(lambda: len(client.keys("sdtpu:starts:*")) >= 2, "jobs to have slots")
         time.sleep(0.2)
+        took = [worker.text().count("] received") - count for worker, count in zip(studio.workers, before, strict=True)]
+        first, second = studio.workers if took[0] else studio.workers[::-1]
         assert first.stop() == 0
         ledger.wait(120)
         assert second.stop() == 0

@@ -61,11 +61,11 @@ def test_workers_follow_a_failover_and_leases_work_after_it(tmp_path: Path, long
         assert not ledger.errors
         assert not ledger.wrong_pictures()
 
-        doomed = [ledger.add(seed, 100) for seed in range(4)]
+        doomed = [ledger.add(seed, 400) for seed in range(4)]
         wait_until(lambda: client.hlen("sdtpu:unacked") == 4, "the long jobs to be taken", 30)
         first.kill()
         dead_at = time.monotonic()
-        second = fleet.launch("second")
+        second = fleet.launch("second", SDTPU_FAKE_STEP_MS="2")
         ledger.wait(60)
         wait_until_no_key_is_left(client, 3 * LEASE_S)
         taken_over_s = time.monotonic() - dead_at

@@ -56,12 +56,12 @@ def test_a_redis_keeps_what_it_has_through_kill_and_restart():
 
 def test_a_redis_that_is_paused_answers_later():
     with RedisServer() as server, contextlib.closing(server.client(socket_timeout=0.2)) as client:
-        client.ping()
+        wait_until(client.ping, "an answer")
         server.pause()
         with pytest.raises(TimeoutError):
             client.ping()
         server.resume()
-        client.ping()
+        wait_until(client.ping, "an answer")
         server.pause(0.5)
         began = time.monotonic()
         wait_until(client.ping, "an answer")
@@ -112,7 +112,7 @@ def test_a_flaky_proxy_cuts_restores_drops_and_delays():
             client.ping()
             began = time.monotonic()
             assert len(client.get("large")) == 2_000_000
-            assert 0.4 <= time.monotonic() - began < 1.5  # there and back, once, however many packets
+            assert 0.4 <= time.monotonic() - began < 3  # there and back, once, however many packets
             proxy.delay(60)
             threading.Timer(0.2, proxy.delay, [0]).start()
             client.ping()

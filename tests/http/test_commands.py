@@ -83,6 +83,8 @@ def test_status_and_cancel_are_about_any_job(shell):
     wait_until(lambda: job.state == "PROGRESS", "the job to run")
     code, out, _ = shell.run("status", job.id, "--json")
     assert (code, json.loads(out)["status"]) == (4, "running")
+    job.revoke(terminate=True)
+    job = generate.delay("a fox", num_inference_steps=1000)  # a new one: a shell that starts slowly may outlast a job
     code, out, _ = shell.run("cancel", job.id)
     assert code == 0
     assert out.startswith(f"{job.id}: cancelled")

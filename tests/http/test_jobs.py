@@ -324,7 +324,7 @@ def test_a_job_in_the_queue_says_how_many_are_ahead_and_when_its_picture_will_be
 def test_a_deadline_that_cannot_be_kept_is_refused(redis_url, tmp_path):
     load = WorkerLoad("busy", 1, {}, mean_job_s=100.0, held={6: 3}, next_free_s=100.0)
     with Redis.from_url(redis_url) as redis:
-        publish_load(redis, "busy", load)
+        publish_load(redis, "busy", load, ttl_s=60)
     with start_door(redis_url, tmp_path, SDTPU_QUEUE="busy") as door, door.client() as client:
         answer = client.post("/v1/jobs", json={"prompt": "a fox", "expires": 1})
     assert (answer.status_code, answer.json()["code"]) == (503, "DeadlineUnreachable")

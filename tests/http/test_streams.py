@@ -125,7 +125,7 @@ def test_streams_resume_after_a_restart_of_redis(tmp_path):
         wait_for_line(worker, log, " ready.", 60)
         door = stack.enter_context(start_door(server.url, tmp_path))
         client = stack.enter_context(door.client())
-        job = client.post("/v1/jobs", json={"prompt": "a fox", "num_inference_steps": 250}).json()
+        job = client.post("/v1/jobs", json={"prompt": "a fox", "num_inference_steps": 400}).json()
         answer = stack.enter_context(client.stream("GET", job["links"]["events"]))
         events = read_events(answer.iter_lines())
         before = next(event for event in events if event.data.get("current"))
@@ -137,5 +137,5 @@ def test_streams_resume_after_a_restart_of_redis(tmp_path):
         assert (after[-1].name, after[-1].data["status"]) == ("done", "succeeded")
         steps = [event.data["current"] for event in [before, *after] if event.data.get("current") is not None]
         assert steps == sorted(steps)
-        assert len([step for step in steps if before.data["current"] < step < 250]) > 3
+        assert len([step for step in steps if before.data["current"] < step < 400]) > 3
         assert wait_for_end(client, job["id"])["status"] == "succeeded"

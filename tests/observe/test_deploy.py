@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,13 +158,15 @@ def test_a_real_prometheus_answers_every_query_from_a_real_worker(scraped, app):
         and scraped.query("sdtpu_oldest_request_seconds > 0"),
         "jobs to end and to wait", 40,
     )  # fmt: skip
-    time.sleep(3)
-    unanswered = [
-        (place, query) for place, query in ALL_QUERIES[: len(queries_of_the_dashboard())]
-        if not scraped.query(query.replace("$__rate_interval", "20s"))
-        and not any(part in query for part in WITHOUT_VALUES_HERE)
-    ]  # fmt: skip
-    assert unanswered == []
+
+    def unanswered() -> list[tuple[str, str]]:
+        return [
+            (place, query) for place, query in ALL_QUERIES[: len(queries_of_the_dashboard())]
+            if not scraped.query(query.replace("$__rate_interval", "20s"))
+            and not any(part in query for part in WITHOUT_VALUES_HERE)
+        ]  # fmt: skip
+
+    wait_until(lambda: not unanswered(), unanswered)
     for alert in alerts():
         scraped.query(alert["expr"])
 

@@ -37,7 +37,7 @@ def shared(tmp_path_factory) -> Iterator[tuple[str, WorkerProcess]]:
     """Give a worker for tests that count what they add; its Redis is of its own."""
     with private_redis() as url:
         folder = tmp_path_factory.mktemp("shared")
-        with Fleet(url, folder, SDTPU_CPU_DEVICES="1", SDTPU_FAKE_STEP_MS="2", **ANY_PORT) as fleet:
+        with Fleet(url, folder, SDTPU_CPU_DEVICES="1", SDTPU_FAKE_STEP_MS="5", **ANY_PORT) as fleet:
             yield url, fleet.start("shared")
 
 
@@ -70,7 +70,7 @@ def added(worker: WorkerProcess, act: Callable[[], object], jobs: int = 1) -> di
 
 def occupy(seconds: float = 1.0) -> str:
     """Have a job of this length take the only slot of the shared worker; return its id."""
-    job = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": round(seconds / 0.002)})
+    job = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": round(seconds / 0.005)})
     wait_until(lambda: job.backend.get_task_meta(job.id, cache=False)["status"] == "STARTED")
     time.sleep(0.1)
     return job.id
@@ -122,9 +122,10 @@ def test_the_figures_of_jobs_that_succeed_are_true(fleet, app):
 def test_a_batch_at_work_shows_in_slots_and_queues(fleet, app):
     worker = fleet.start("a")
     for seed in range(8):
-        generate.apply_async(("x",), {"seed": seed, "num_inference_steps": 400}, priority=3)
-    wait_until(lambda: scrape(worker).value("sdtpu_oldest_request_seconds", queue="sdtpu") > 0, lambda: "an age")
+        generate.apply_async(("x",), {"seed": seed, "num_inference_steps": 1000}, priority=3)
+    wait_until(lambda: scrape(worker).value("sdtpu_requests_waiting", queue="sdtpu", priority="3") == 4, "four to wait")
     page = scrape(worker)
+    assert page.value("sdtpu_oldest_request_seconds", queue="sdtpu") > 0
     assert page.value("sdtpu_slots_busy") == page.value("sdtpu_requests_running") == 2
     assert page.value("sdtpu_requests_pending") == 2  # two batches are held, the rest waits in Redis
     assert page.value("sdtpu_deliveries_held") == 4
@@ -163,7 +164,7 @@ def test_a_wrong_parameter_and_a_message_that_is_none_are_refused(worker, shared
 
 
 def test_a_job_that_is_revoked_is_counted_where_it_was(worker):
-    running = occupy(2)
+    running = occupy(5)
     waiting = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 5})
     wait_until(lambda: scrape(worker).value("sdtpu_requests_pending") == 1)
 
@@ -177,7 +178,7 @@ def test_a_job_that_is_revoked_is_counted_where_it_was(worker):
 
 def test_a_job_that_had_no_slot_in_time_is_expired(worker):
     def enqueue() -> None:
-        occupy(1.0)
+        occupy(2.5)
         kwargs = {"seed": 1, "num_inference_steps": 5}  # by its name, the task is not refused where it is sent
         generate.app.send_task("sdtpu.generate", ("x",), kwargs, queue="sdtpu", expires=0.6)
 
@@ -186,7 +187,7 @@ def test_a_job_that_had_no_slot_in_time_is_expired(worker):
 
 def test_an_urgent_job_preempts_and_the_other_one_resumes(worker):
     def enqueue() -> None:
-        occupy(1.5)
+        occupy(2.5)
         generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 5}, priority=0)
 
     assert added(worker, enqueue, jobs=2) == {("succeeded", ""): 2, ("preempted", ""): 1, ("resumed", ""): 1}
@@ -204,7 +205,7 @@ def test_a_job_that_celery_sends_again_is_counted_as_retried(redis_url, tmp_path
 def test_jobs_of_a_worker_that_stops_are_handed_over_and_resumed(fleet, app):
     first, ledger = fleet.start("a", SDTPU_GRACE_S="2"), Ledger()
     for seed in range(2):
-        ledger.add(seed, 800)
+        ledger.add(seed, 1000)
     wait_until(lambda: scrape(first).value("sdtpu_steps_total") > 20)
     seen: list[Page] = []
     first.send(signal.SIGTERM)

@@ -130,7 +130,7 @@ def test_each_tick_has_its_batch_and_links_to_its_jobs(fleet, app, web, tmp_path
     traces = []
     for seed in range(2):
         with web.request() as trace_id:
-            ledger.add(seed, 60)
+            ledger.add(seed, 200)
             traces.append(trace_id)
     ledger.wait(30)
     found = stop(worker, tmp_path)
@@ -138,7 +138,7 @@ def test_each_tick_has_its_batch_and_links_to_its_jobs(fleet, app, web, tmp_path
         events = found.of_trace(trace_id)["denoise"]["events"]
         steps = [event["attributes"]["sdtpu.steps_done"] for event in events]
         assert steps == sorted(steps)
-        assert steps[-1] == 60
+        assert steps[-1] == 200
         assert {event["attributes"]["sdtpu.slots"] for event in events} == {2}
         assert 2 in {event["attributes"]["sdtpu.slots_busy"] for event in events}
     ticks = found.ticks()
@@ -183,7 +183,7 @@ def test_a_job_that_fails_and_one_that_is_revoked_say_so(fleet, app, web, tmp_pa
 def test_a_job_that_is_handed_over_stays_in_its_trace(fleet, app, web, tmp_path):
     first, ledger = fleet.start("a", SDTPU_GRACE_S="0", SPANS_FILE=str(tmp_path / "first")), Ledger()
     with web.request() as trace_id:
-        task_id = ledger.add(1, 300)
+        task_id = ledger.add(1, 600)
     wait_until(lambda: f"{task_id}] received" in first.text())
     job = app.AsyncResult(task_id)
     wait_until(lambda: job.backend.get_task_meta(task_id, cache=False)["status"] == "STARTED")
@@ -196,7 +196,7 @@ def test_a_job_that_is_handed_over_stays_in_its_trace(fleet, app, web, tmp_path)
     assert last["attributes"]["sdtpu.left_by"] == "JobHandedOver"
     assert "store" not in left
     assert {"wait", "denoise", "decode", "store"} <= set(done)
-    assert done["denoise"]["attributes"]["sdtpu.steps_done"] == 300
+    assert done["denoise"]["attributes"]["sdtpu.steps_done"] == 600
 
 
 def test_where_nobody_traces_nothing_is_kept_and_no_sdk_is_loaded():

@@ -50,20 +50,20 @@ def test_a_job_waits_for_a_worker_and_outlives_it(redis_url, visit, tmp_path):
         visitor = visit(door.url)
         visitor.wait_until_live()
         expect(visitor.page.locator("#occupancy")).to_have_text("No worker is running. Pictures wait until one starts.")
-        card = visitor.make(FOX, num_inference_steps="300")
+        card = visitor.make(FOX, num_inference_steps="600")
         wait_for(card, "waiting for a worker to start")
         visitor.check(state="no-worker")
         with counting_worker(redis_url, tmp_path):
             wait_for(card, RUNNING)
         wait_for(card, "waiting for a worker to start")
         expect(visitor.page.locator("#occupancy")).to_contain_text("No worker is running")
-        with counting_worker(redis_url, tmp_path):
+        with counting_worker(redis_url, tmp_path, step_ms=5):
             wait_for(card, DONE)
         visitor.check(state="worker-came-back")
 
 
 def test_the_page_goes_on_where_it_was_when_the_door_comes_back(redis_url, visit, tmp_path, address):
-    with counting_worker(redis_url, tmp_path):
+    with counting_worker(redis_url, tmp_path, step_ms=60):  # its job lasts while the door is started again
         with start_door(redis_url, tmp_path, address=address) as door:
             visitor = visit(door.url)
             visitor.wait_until_live()
@@ -90,7 +90,10 @@ def test_the_page_goes_on_where_it_was_when_the_door_comes_back(redis_url, visit
 
 def test_callers_with_keys_see_nothing_of_each_other(redis_url, visit, tmp_path):
     known = keys(ann="", bob="")
-    with counting_worker(redis_url, tmp_path), start_door(redis_url, tmp_path, SDTPU_HTTP_KEYS=known) as door:
+    with (
+        counting_worker(redis_url, tmp_path, step_ms=60),
+        start_door(redis_url, tmp_path, SDTPU_HTTP_KEYS=known) as door,
+    ):
         ann, bob = visit(door.url), visit(door.url)
         ann.page.fill("#key", "sk-nobody")
         ann.check(state="asks-for-a-key", allows_network_errors=True)

@@ -285,7 +285,7 @@ def test_every_hostile_message_is_refused_or_fails_as_it_was_made_to():
     """What is refused is known by its id, if it has one; what passes has a parameter that is not allowed."""
     messages = list(hostile_messages(seed=3, count=20_000))
     wrong: list[tuple[Any, ...]] = []
-    started = time.monotonic()
+    started = time.process_time()
     for message in messages:
         try:
             check_envelope(message.raw, KNOWN, MAX_BYTES)
@@ -298,7 +298,7 @@ def test_every_hostile_message_is_refused_or_fails_as_it_was_made_to():
                 wrong.append((message.kind, "was accepted", message.raw[:300]))
     assert wrong == []
     assert {message.kind for message in messages} == {kind.name for kind in KINDS}
-    assert time.monotonic() - started < 20  # 3 s on two idle cores
+    assert time.process_time() - started < 20  # 3 s
 
 
 def test_a_parameter_that_is_not_allowed_passes_the_envelope_and_fails_in_the_task(app, consumer):

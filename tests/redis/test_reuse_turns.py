@@ -23,6 +23,7 @@ from sdtpu_worker.errors import StorageError
 from sdtpu_worker.images.encode import encode_image
 from sdtpu_worker.reuse.ledger import Ledger
 from sdtpu_worker.reuse.stored_image import Drawn
+from sdtpu_worker.worker import reuse as reuse_of_a_worker
 from sdtpu_worker.worker.job_control import JobControl
 from sdtpu_worker.worker.job_record import JobRecord
 from sdtpu_worker.worker.reuse import Reuse
@@ -228,7 +229,8 @@ def follow(room: Room, reuse: Reuse, task_id: str = "waiting", **control: Any) -
     return thread, ends
 
 
-def test_a_job_that_waits_gets_the_leaders_image_at_once(room):
+def test_a_job_that_waits_gets_the_leaders_image_at_once(room, monkeypatch):
+    monkeypatch.setattr(reuse_of_a_worker, "LOOK_EVERY_S", 2.0)
     reuse = room.make()
     shown: list[Any] = []
     with room.turn(reuse, "leader") as turn:
@@ -238,7 +240,7 @@ def test_a_job_that_waits_gets_the_leaders_image_at_once(room):
         room.store.data["memory:leader.png"] = drawn.data
         wait_until(lambda: shown, "its progress to be published")
         turn.keep(drawn, time.monotonic())
-        here.join(0.2)
+        here.join(1)
         assert not here.is_alive(), "on the same worker it is told at once"
     thread.join(5)
     assert [end[0].data for end in (ends, ends_here)] == [drawn.data] * 2
@@ -338,7 +340,7 @@ def test_a_job_that_waits_ends_when_it_should(room, control, end):
 
 def test_a_waiting_job_expires_while_its_leader_has_no_slot(room):
     reuse = room.make()
-    soon = Terms(expires_at=time.monotonic() + 0.4)
+    soon = Terms(expires_at=time.monotonic() + 1)
     with room.turn(reuse, "leader", terms=soon):
         thread, ends = follow(room, reuse, terms=soon)
         thread.join(3)

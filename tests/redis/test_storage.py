@@ -204,7 +204,7 @@ def test_trouble_that_does_not_pass_is_an_error_at_once(error):
     started = time.monotonic()
     with pytest.raises(StorageError, match=r"Redis did not take the image of task 'x' \(4 bytes\): ") as caught:
         RedisImageStore(redis, 60).put("x", "png", b"data")
-    assert time.monotonic() - started < 0.1
+    assert time.monotonic() - started < 1
     assert caught.value.__cause__ is error
 
 

@@ -235,7 +235,7 @@ def backend_app(backend: str, **conf: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def in_process_worker(app: Any, broker: Broker | None = None, step_s: float = 0.0005) -> Iterator[InProcessWorker]:
+def in_process_worker(app: Any, broker: Broker | None = None, step_s: float = 0.002) -> Iterator[InProcessWorker]:
     """Run a pool; at the end its jobs are handed over, unless it has stopped."""
     worker = InProcessWorker(app, broker or Broker(), step_s)
     try:

@@ -11,6 +11,9 @@ from typing import Any
 
 from tests.support.in_process import Broker, backend_app, in_process_worker
 
+STEPS = 1000
+"""Two seconds on the first worker, whose job must not be done before it is handed over."""
+
 
 def follow_a_job(backend: str, **conf: Any) -> dict[str, Any]:
     """Hand a job over to a second worker, which ends it; redeliver it once more; say what came of it.
@@ -23,17 +26,17 @@ def follow_a_job(backend: str, **conf: Any) -> dict[str, Any]:
     with backend_app(backend, sdtpu_progress_s=0.01, **conf) as app:
         options = {"reply_to": app.thread_oid}  # as a client of rpc:// sends it
         with in_process_worker(app, broker) as first:
-            request = first.take(steps=300, **options)
+            request = first.take(steps=STEPS, **options)
             first.wait_for_slot(request)
             first.pool.hand_over()
             handed_over = first.wait_for_end(request)
-        with in_process_worker(app, broker) as second:
-            request = second.take(request.id, redelivered=True, steps=300, **options)
+        with in_process_worker(app, broker, step_s=0.0001) as second:
+            request = second.take(request.id, redelivered=True, steps=STEPS, **options)
             ended = second.wait_for_end(request)
             events, images = second.events.of(request.id), len(second.images.data)
             continues = request.id not in second.engine.inserted
-        with in_process_worker(app, broker) as third:
-            again = third.wait_for_end(third.take(request.id, redelivered=True, steps=300, **options))
+        with in_process_worker(app, broker, step_s=0.0001) as third:
+            again = third.wait_for_end(third.take(request.id, redelivered=True, steps=STEPS, **options))
             ran_again = bool(third.images.data)
     return {"told": [handed_over, ended, again], "events": events, "images": images,
             "continues": continues, "ran_again": ran_again}  # fmt: skip

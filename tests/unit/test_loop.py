@@ -415,7 +415,7 @@ def test_a_job_that_must_be_alone_and_fails_has_no_other_try(make_loop):
 def test_jobs_that_wait_in_quarantine_can_be_cancelled_revoked_and_expire(make_loop):
     engine = FakeEngine(costs={LANE: TickCosts(1, Cost(0.002))})
     loop = make_loop(engine, devices=1, slots=1)
-    running = loop.submit(FakeJob("running", 150), alone=True)
+    running = loop.submit(FakeJob("running", 600), alone=True)
     wait_until(lambda: running.started_at is not None)
     wanted = threading.Event()
     wanted.set()
@@ -432,7 +432,7 @@ def test_jobs_that_wait_in_quarantine_can_be_cancelled_revoked_and_expire(make_l
     with pytest.raises(JobOverdue) as raised:
         limited.future.result(10)
     assert raised.value.reason is Overdue.TIME_LIMIT
-    assert (running.future.result(10).pixels, last.future.result(10).pixels) == (150, 5)
+    assert (running.future.result(10).pixels, last.future.result(10).pixels) == (600, 5)
 
 
 def test_a_job_that_gets_its_first_slot_is_announced_once_and_a_listener_that_fails_harms_no_job(make_loop, caplog):
@@ -515,15 +515,15 @@ def test_draining_finishes_what_can_be_and_hands_over_the_rest_without_losing_a_
     loop.start()
     wait_until(lambda: sum(submission.started_at is not None for submission in submissions) == 2 * slots)
     started_at = time.monotonic()
-    loop.drain(0.4)
+    loop.drain(0.8)
     late = loop.submit(FakeJob("late", 1)).future
     with pytest.raises(JobHandedOver):
-        late.result(0.2)
+        late.result(0.6)
     waiting = [submission for submission in submissions if submission.started_at is None]
     for submission in waiting:
-        assert isinstance(submission.future.exception(0.2), JobHandedOver), "they cannot be done in time"
+        assert isinstance(submission.future.exception(0.6), JobHandedOver), "they cannot be done in time"
     ends: dict[Any, Any] = {submission.job: submission.future.exception(5) for submission in submissions}
-    assert 0.3 < time.monotonic() - started_at < 0.8
+    assert 0.7 < time.monotonic() - started_at < 1.6, "the time that they were given, not that of their steps"
     handed_over = {job: end for job, end in ends.items() if end is not None}
     assert [job.task_id for job, end in ends.items() if end is None] == [str(i) for i in range(slots)]
     assert sum(end.snapshot is not None for end in handed_over.values()) >= slots
@@ -571,7 +571,7 @@ def test_time_without_a_job_does_not_count_as_active(make_loop):
     for i in range(3):
         time.sleep(0.3)
         loop.submit(FakeJob(str(i), 50)).future.result(10)
-    assert 0.1 < loop.stats.active_s < 0.6
+    assert 0.1 < loop.stats.active_s < 0.9
 
 
 def test_a_job_that_comes_while_the_loop_drains_is_done_if_there_is_time_for_it(make_loop):

@@ -98,13 +98,13 @@ def enqueue(front: Front, **parameters: Any) -> dict[str, Any]:
 
 
 def test_a_job_shows_its_progress_and_gives_its_picture(front):
-    job = enqueue(front, seed=7, num_inference_steps=40)
+    job = enqueue(front, seed=7, num_inference_steps=100)
     with front.stream(f"/v1/jobs/{job['id']}/events", {}) as parts:
         events = list(read_events(b"".join(parts).decode().splitlines()))
     assert {"progress", "preview"} <= {event.name for event in events}
     assert events[-1].name == "done"
     assert front.get(f"/v1/jobs/{job['id']}").json()["status"] == "succeeded"
-    assert shown_count(front.get(f"/v1/jobs/{job['id']}/image").body) == expected_count(7, 40)
+    assert shown_count(front.get(f"/v1/jobs/{job['id']}/image").body) == expected_count(7, 100)
     assert job["id"] in [each["id"] for each in front.get("/v1/jobs").json()["jobs"]]
 
 

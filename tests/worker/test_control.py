@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -56,7 +55,7 @@ def is_denoising(job) -> bool:
 
 
 def test_progress_grows_to_the_end_and_has_the_shape_that_celery_progress_reads(app, worker):
-    job = order(300)
+    job = order(500)
     seen = []
     while not job.ready():
         info = progress_of(job)
@@ -66,8 +65,8 @@ def test_progress_grows_to_the_end_and_has_the_shape_that_celery_progress_reads(
     assert len(seen) > 3
     assert set(seen[-1]) >= {"current", "total", "percent", "pending", "description", "eta_s"}
     assert [info["current"] for info in seen] == sorted(info["current"] for info in seen)
-    assert {info["total"] for info in seen} == {300}
-    assert all(info["percent"] == info["current"] // 3 for info in seen)
+    assert {info["total"] for info in seen} == {500}
+    assert all(info["percent"] == info["current"] // 5 for info in seen)
     assert seen[-1]["description"] == "denoising"
     etas = [info["eta_s"] for info in seen if info["eta_s"] is not None]
     assert len(etas) > 3
@@ -88,12 +87,14 @@ def test_previews_are_small_pictures(app, worker):
 
 
 def test_a_job_that_waits_says_so_with_its_eta(app, worker):
-    jobs = [order(200, seed=i) for i in range(4)]
-    wait_for(jobs[-1], lambda job: progress_of(job).get("pending") and progress_of(job).get("eta_s"))
-    assert progress_of(jobs[-1])["description"] == "waiting for a slot"
-    assert progress_of(jobs[-1])["current"] == 0
-    for job in jobs:
-        job.get(timeout=60)
+    running = [order(1000, seed=i) for i in range(2)]
+    last = [order(2, seed=i) for i in range(2)][-1]
+    wait_for(last, lambda job: progress_of(job).get("pending") and progress_of(job).get("eta_s"))
+    assert progress_of(last)["description"] == "waiting for a slot"
+    assert progress_of(last)["current"] == 0
+    for job in running:
+        job.revoke(terminate=True)
+    last.get(timeout=60)
 
 
 def test_revoke_terminate_frees_the_slot_of_a_running_job_and_leaves_its_neighbours_pixels(app, worker):
@@ -114,7 +115,7 @@ def test_revoke_terminate_frees_the_slot_of_a_running_job_and_leaves_its_neighbo
 
 
 def test_plain_revoke_and_expires_hold_until_a_job_has_its_slot(app, worker):
-    running = [order(400, seed=i) for i in range(2)]
+    running = [order(1000, seed=i) for i in range(2)]
     wait_for(running[1], is_denoising)
     revoked = order(2)
     kwargs = {"num_inference_steps": 2}
@@ -127,7 +128,7 @@ def test_plain_revoke_and_expires_hold_until_a_job_has_its_slot(app, worker):
     assert not any(job.ready() for job in running), "they were not waited for"
     running[0].revoke()
     for job in running:
-        assert job.get(timeout=60)["num_inference_steps"] == 400
+        assert job.get(timeout=60)["num_inference_steps"] == 1000
 
 
 def test_time_limits_end_a_running_job_with_celerys_own_exceptions(app, worker):
@@ -166,9 +167,10 @@ def test_an_urgent_job_takes_a_slot_even_from_behind_the_prefetch_limit(app, wor
 
 def test_the_trace_opens_as_json_and_shows_devices_and_host(app, worker):
     order(10).get(timeout=30)
-    text = (worker / "trace.json").read_text()
-    events = [json.loads(line.rstrip(",")) for line in text.splitlines()[1:-1] if line.endswith("},")]
-    names = Counter(event["name"] for event in events)
-    assert all(
-        names[name] for name in ("insert", "advance", "decode", "prepare", "transfer", "encode", "store", "occupancy")
-    )
+    wanted = {"insert", "advance", "decode", "prepare", "transfer", "encode", "store", "occupancy"}
+
+    def names() -> set[str]:
+        lines = (worker / "trace.json").read_text().splitlines()[1:-1]
+        return {json.loads(line.rstrip(","))["name"] for line in lines if line.endswith("},")}
+
+    wait_until(lambda: names() >= wanted, lambda: f"all to be traced, not {names()} alone")

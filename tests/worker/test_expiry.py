@@ -101,7 +101,7 @@ def test_a_job_whose_result_a_stopping_worker_cannot_store_does_not_expire_elsew
 def test_a_job_whose_image_a_stopping_worker_cannot_store_does_not_expire_elsewhere(app):
     broker = Broker()
     with in_process_worker(app, broker) as first:
-        request = first.take(steps=300, expires=60)
+        request = first.take(steps=1000, expires=60)
         first.wait_for_slot(request)
         first.images.error = StorageError("the store is away")
         first.pool.on_close()

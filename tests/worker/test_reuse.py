@@ -117,11 +117,12 @@ def test_the_same_picture_counts_wherever_it_lies_and_another_one_does_not(app, 
 
 def test_the_log_and_the_figures_say_it(app, log, figures):
     before = figures('sdtpu_reuse_total{outcome="stored"}'), figures('sdtpu_reuse_total{outcome="drawn"}')
-    ends = figures('sdtpu_requests_total{outcome="succeeded",reason="reused"}')
+    reused = 'sdtpu_requests_total{outcome="succeeded",reason="reused"}'
+    ends = figures(reused)
     draw(RED, seed=70)
     job = draw(RED, seed=70)
     line = f"task {job['task_id']} succeeded (reused): waited "
     wait_until(lambda: line in log.read_text(), "the job's line in the log")
     after = figures('sdtpu_reuse_total{outcome="stored"}'), figures('sdtpu_reuse_total{outcome="drawn"}')
     assert [new - old for new, old in zip(after, before, strict=True)] == [1, 1]
-    assert figures('sdtpu_requests_total{outcome="succeeded",reason="reused"}') == ends + 1
+    wait_until(lambda: figures(reused) == ends + 1, "its end to be counted, which comes after its line")

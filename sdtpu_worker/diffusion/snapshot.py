@@ -25,7 +25,7 @@ from sdtpu_worker.diffusion.memory import bytes_per_device
 from sdtpu_worker.diffusion.preparation import PreparedJob
 from sdtpu_worker.diffusion.slots import Geometry, Slots
 from sdtpu_worker.errors import SnapshotMismatch
-from sdtpu_worker.models.image_kernel_table import CONVOLUTION_TABLE, SUMS_TABLE
+from sdtpu_worker.models.image_kernel_table import CONVOLUTION_TABLE, PROJECTION_TABLE, SUMS_TABLE
 from sdtpu_worker.models.kernel_table import DENSE_TABLE, KEYS_TABLE, TABLE
 
 _SAMPLE_BYTES = 4096
@@ -193,7 +193,7 @@ def fingerprint_of(checkpoint: Checkpoint, lane: Lane, geometry: Geometry, devic
     facts: list[Any] = [jax.__version__, jaxlib.__version__, device_kind, jax.local_device_count()]
     facts += [str(checkpoint.dtype), lane, geometry.slots_per_device, geometry.decode_tile]
     facts += [geometry.adapters and (geometry.adapters.rank, geometry.adapter_entries)]
-    facts += [geometry.attention, TABLE, DENSE_TABLE, KEYS_TABLE, CONVOLUTION_TABLE, SUMS_TABLE]
+    facts += [geometry.attention, TABLE, DENSE_TABLE, KEYS_TABLE, CONVOLUTION_TABLE, SUMS_TABLE, PROJECTION_TABLE]
     facts += [_json(checkpoint.schedule.config), _json(checkpoint.family.facts()), checkpoint.loras]
     facts += [checkpoint.embeddings]
     digest.update(repr(facts).encode())

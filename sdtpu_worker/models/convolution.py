@@ -11,7 +11,7 @@ from sdtpu_worker.models.convolution_kernel import Block, convolve
 from sdtpu_worker.models.layers import Activation, Conv, GroupNorm, channel_sums
 from sdtpu_worker.models.projection_kernel import turn_image
 from sdtpu_worker.models.selection import current_selection
-from sdtpu_worker.models.sums_kernel import sum_channels
+from sdtpu_worker.models.sums_kernel import batch_in_sublanes, sum_channels
 
 
 class Measured(NamedTuple):
@@ -63,7 +63,9 @@ def measure(image: jax.Array) -> Measured:
 def turn(x: Measured) -> Measured:
     """Return an image of the kernel of convolutions, laid out for convolutions of XLA where those are next."""
     block = projection_block(x.image)
-    return Measured(turn_image(x.image, block, interpret=current_selection().interpret), x.sums) if block else x
+    if not block or not batch_in_sublanes(len(x.image)):
+        return x
+    return Measured(turn_image(x.image, block, interpret=current_selection().interpret), x.sums)
 
 
 def projection_block(image: jax.Array) -> int:

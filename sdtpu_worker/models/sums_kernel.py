@@ -63,6 +63,11 @@ def sum_channels(x: jax.Array, block_pixels: int, *, interpret: bool = False) ->
     return sums.transpose(1, 0, 2)
 
 
+def batch_in_sublanes(batch: int) -> bool:
+    """Return whether XLA's convolutions lay a batch of so many rows into the eight sublanes."""
+    return batch % 8 == 0
+
+
 def pixels_first(image: jax.Array) -> jax.Array:
     """Return an image `(B, h, w, C)` as `(h · w, B, C)`, which is how XLA's convolutions of eight rows lay it out."""
     batch, height, width, channels = image.shape

@@ -12,7 +12,9 @@ from sdtpu_worker.models.feed_forward_kernel import gated_feed_forward
 from sdtpu_worker.models.layers import Conv, GroupNorm, LayerNorm, Linear, Nothing, gelu
 from sdtpu_worker.models.projection_kernel import project_from_image, project_to_image
 from sdtpu_worker.models.prompt_windows import Context, add_attention_to_prompt
+from sdtpu_worker.models.row_projection_kernel import project_rows_from_image, project_rows_to_image
 from sdtpu_worker.models.selection import current_selection
+from sdtpu_worker.models.sums_kernel import batch_in_sublanes
 
 _GROUP_NORM_EPS = 1e-6  # here always, whatever the config's `norm_eps`, which is of the residual blocks
 
@@ -127,7 +129,8 @@ class SpatialTransformer(nnx.Module):
         layer, block = self.proj_in, _block_pixels(self.proj_in, x.image)
         if block and x.sums is not None and layer.bias is not None:
             weight, interpret = layer.weight[...].reshape(channels, channels), current_selection().interpret
-            return project_from_image(x.image, x.affine(self.norm), weight, layer.bias[...], block, interpret=interpret)
+            project = project_from_image if batch_in_sublanes(batch) else project_rows_from_image
+            return project(x.image, x.affine(self.norm), weight, layer.bias[...], block, interpret=interpret)
         # A dense layer over the last axis is a convolution of 1 × 1, so that both take the image as it is.
         return layer(x.normalised(self.norm)).reshape(batch, height * width, channels)
 
@@ -137,7 +140,8 @@ class SpatialTransformer(nnx.Module):
         if not block or layer.bias is None:
             return measure(image + layer(y.reshape(image.shape)))
         weight, interpret = layer.weight[...].reshape(2 * image.shape[-1:]), current_selection().interpret
-        return Measured(*project_to_image(y, weight, layer.bias[...], image, block, interpret=interpret))
+        project = project_to_image if batch_in_sublanes(len(image)) else project_rows_to_image
+        return Measured(*project(y, weight, layer.bias[...], image, block, interpret=interpret))
 
 
 def _block_pixels(layer: Linear | Conv, image: jax.Array) -> int:

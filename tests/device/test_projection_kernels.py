@@ -23,6 +23,7 @@ from sdtpu_worker.models.projection_kernel import (
     project_to_image,
     turn_image,
 )
+from sdtpu_worker.models.row_projection_kernel import project_rows_from_image, project_rows_to_image
 from sdtpu_worker.models.selection import Selection, selecting
 from sdtpu_worker.models.sums_kernel import sum_channels
 from sdtpu_worker.models.transformer import SpatialTransformer
@@ -56,17 +57,19 @@ def test_the_kernel_adds_up_in_float32_what_is_bfloat16():
     assert error(got, np.asarray(channel_sums(x))) < 1e-6
 
 
-def test_a_transformer_is_entered_through_the_norm_of_an_image():
-    x, scale, shift = draw(0, 8, 4, 8, 24), draw(1, 8, 24), draw(2, 8, 24)
+@pytest.mark.parametrize(("batch", "project"), [(8, project_from_image), (2, project_rows_from_image)])
+def test_a_transformer_is_entered_through_the_norm_of_an_image(batch, project):
+    x, scale, shift = draw(0, batch, 4, 8, 24), draw(1, batch, 24), draw(2, batch, 24)
     weight, bias = draw(3, 24, 40), draw(4, 40)
-    got = project_from_image(x, (scale, shift), weight, bias, 16, interpret=True)
-    wanted = ((x * scale[:, None, None] + shift[:, None, None]) @ weight + bias).reshape(8, 32, 40)
+    got = project(x, (scale, shift), weight, bias, 16, interpret=True)
+    wanted = ((x * scale[:, None, None] + shift[:, None, None]) @ weight + bias).reshape(batch, 32, 40)
     assert error(got, np.asarray(wanted)) < 1e-6
 
 
-def test_a_transformer_is_left_with_the_shortcut_and_the_sums_of_the_result():
-    y, weight, bias, x = draw(0, 8, 32, 40), draw(1, 40, 24), draw(2, 24), draw(3, 8, 4, 8, 24)
-    got, sums = project_to_image(y, weight, bias, x, 16, interpret=True)
+@pytest.mark.parametrize(("batch", "project"), [(8, project_to_image), (2, project_rows_to_image)])
+def test_a_transformer_is_left_with_the_shortcut_and_the_sums_of_the_result(batch, project):
+    y, weight, bias, x = draw(0, batch, 32, 40), draw(1, 40, 24), draw(2, 24), draw(3, batch, 4, 8, 24)
+    got, sums = project(y, weight, bias, x, 16, interpret=True)
     wanted = x + (y @ weight + bias).reshape(x.shape)
     assert error(got, np.asarray(wanted)) < 1e-6
     assert error(sums, np.asarray(channel_sums(wanted))) < 1e-6
@@ -89,14 +92,17 @@ def test_a_norm_and_the_product_after_it_are_one_kernel():
     assert error(got, np.asarray(network(params, x) @ weight + bias)) < 1e-6
 
 
-def test_a_row_has_the_same_result_at_every_place_of_the_batch():
+@pytest.mark.parametrize(
+    ("enter", "leave"), [(project_from_image, project_to_image), (project_rows_from_image, project_rows_to_image)]
+)
+def test_a_row_has_the_same_result_at_every_place_of_the_batch(enter, leave):
     x, y = draw(0, 8, 4, 8, 24, dtype=jnp.bfloat16), draw(1, 8, 32, 24, dtype=jnp.bfloat16)
     weight, bias = draw(2, 24, 24, dtype=jnp.bfloat16), draw(3, 24)
     affine = draw(4, 8, 24), draw(5, 8, 24)
 
     def everything(x, y, affine):
-        entered = project_from_image(x, affine, weight, bias, 16, interpret=True)
-        return sum_channels(x, 16, interpret=True), entered, *project_to_image(y, weight, bias, x, 16, interpret=True)
+        entered = enter(x, affine, weight, bias, 16, interpret=True)
+        return sum_channels(x, 16, interpret=True), entered, *leave(y, weight, bias, x, 16, interpret=True)
 
     turned = everything(*jax.tree.map(lambda leaf: jnp.roll(leaf, 3, axis=0), (x, y, affine)))
     for one, other in zip(everything(x, y, affine), turned, strict=True):
@@ -109,10 +115,12 @@ def test_a_block_that_does_not_divide_is_an_error_and_not_silence():
         sum_channels(x, 12, interpret=True)
     with pytest.raises(ValueError, match="a multiple of 2, got 1"):
         sum_channels(x, 1, interpret=True)
-    with pytest.raises(ValueError, match="block_pixels must divide 32 pixels, got 12"):
-        project_to_image(y, weight, bias, x, 12, interpret=True)
-    with pytest.raises(ValueError, match="block_pixels must divide 32 pixels, got 12"):
-        project_from_image(x, (bias[None], bias[None]), weight, bias, 12, interpret=True)
+    for leave in (project_to_image, project_rows_to_image):
+        with pytest.raises(ValueError, match="block_pixels must divide 32 pixels, got 12"):
+            leave(y, weight, bias, x, 12, interpret=True)
+    for enter in (project_from_image, project_rows_from_image):
+        with pytest.raises(ValueError, match="block_pixels must divide 32 pixels, got 12"):
+            enter(x, (bias[None], bias[None]), weight, bias, 12, interpret=True)
     with pytest.raises(ValueError, match="block_rows must divide 256 rows, got 60"):
         normalise_and_project(y, bias, bias, weight, bias, eps=1e-5, block_rows=60, interpret=True)
 
@@ -176,17 +184,28 @@ def test_a_projection_with_a_lora_is_a_layer_as_everywhere(lora, kernels):
 
 
 PROJECTIONS = {"projection_from_image", "projection_to_image"}
+ROW_PROJECTIONS = {f"row_{name}" for name in PROJECTIONS}
 
 
-@pytest.mark.parametrize(("name", "projections"), [("sd1", PROJECTIONS), ("sd2", PROJECTIONS), ("scale-shift", set())])
-def test_a_unet_with_these_kernels_gives_what_pytorchs_gives(name, projections):
+@pytest.mark.parametrize(
+    ("name", "times", "projections"),
+    [
+        ("sd1", 4, PROJECTIONS), ("sd1", 1, ROW_PROJECTIONS), ("sd2", 4, PROJECTIONS), ("sd2", 1, ROW_PROJECTIONS),
+        ("scale-shift", 1, set()),
+    ],
+)  # fmt: skip
+def test_a_unet_with_these_kernels_gives_what_pytorchs_gives(name, times, projections):
     network = networks.unet(configs.read_unet_config(variants.UNETS[name]))
-    inputs = {key: jnp.asarray(value) for key, value in variants.unet_inputs(name).items()}
+    inputs = {
+        key: jnp.asarray(np.concatenate([value] * times)) for key, value in variants.unet_inputs(name).items()
+    }  # fmt: skip
     params = draw_params(network)
     with selecting(with_kernels()):
         lowered = jax.jit(lambda params: network(params, **inputs)).trace(params)
-    assert set(re.findall("name=(channel_sums|projection\\w*)", str(lowered.jaxpr))) == {"channel_sums"} | projections
-    assert error(lowered.lower().compile(FAST)(params), golden("unet")[name]) < TOLERANCE
+    used = set(re.findall("name=(channel_sums|\\w*projection\\w*)", str(lowered.jaxpr)))
+    assert used == {"channel_sums"} | projections
+    wanted = np.concatenate([golden("unet")[name]] * times)
+    assert error(lowered.lower().compile(FAST)(params), wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -198,7 +217,10 @@ def test_a_unet_with_these_kernels_gives_what_pytorchs_gives(name, projections):
         ("tpu", (16, 96, 96, 320), jnp.bfloat16, 72, 32),
         ("tpu", (8, 8, 8, 1280), jnp.bfloat16, 32, 0),
         ("tpu", (8, 4, 4, 1280), jnp.bfloat16, 0, 0),  # few pixels
-        ("tpu", (2, 64, 64, 320), jnp.bfloat16, 0, 0),  # convolutions are kernels there, which have their sums
+        ("tpu", (2, 64, 64, 320), jnp.bfloat16, 0, 512),  # convolutions are kernels there, which have their sums
+        ("tpu", (1, 32, 32, 640), jnp.bfloat16, 0, 256),
+        ("tpu", (2, 16, 16, 1280), jnp.bfloat16, 0, 0),
+        ("tpu", (4, 64, 64, 320), jnp.bfloat16, 0, 0),
         ("tpu", (12, 64, 64, 320), jnp.bfloat16, 0, 0),  # rows that do not fill the sublanes
         ("tpu", (8, 64, 64, 320), jnp.float32, 0, 0),
         ("cpu", (8, 64, 64, 320), jnp.bfloat16, 0, 0),

@@ -221,7 +221,9 @@ class Image:
         return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
 
     def _packages(self) -> list[str]:
-        return [*site.getsitepackages(), *(str(path) for path in map(Path, sys.path) if path.name == "site-packages")]
+        """Return the folders of the tests' packages; Debian's Python also names some that are not there."""
+        named = [*site.getsitepackages(), *(path for path in sys.path if Path(path).name == "site-packages")]
+        return [path for path in dict.fromkeys(named) if Path(path).is_dir()]
 
     def _make_root(self) -> None:
         """Lay out what the base image brings: accounts, and a Python with pip."""

@@ -88,6 +88,8 @@ def test_previews_are_small_pictures(app, worker):
 
 def test_a_job_that_waits_says_so_with_its_eta(app, worker):
     running = [order(1000, seed=i) for i in range(2)]
+    for job in running:  # jobs that are sent at once may come to their slots in any order
+        wait_for(job, is_denoising)
     last = [order(2, seed=i) for i in range(2)][-1]
     wait_for(last, lambda job: progress_of(job).get("pending") and progress_of(job).get("eta_s"))
     assert progress_of(last)["description"] == "waiting for a slot"

@@ -15,7 +15,7 @@ from sdtpu_worker.models.layers import normalise
 from sdtpu_worker.models.sums_kernel import add_up, pixels_first
 from sdtpu_worker.models.vector_memory import vector_memory
 
-_dot = partial(jnp.dot, preferred_element_type=jnp.float32)
+dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
 def normalise_and_project(
@@ -81,7 +81,7 @@ def _normalise_and_project(
 ) -> None:
     x = x_ref[...].astype(jnp.float32)
     normed = normalise(x, norm_weight[...], norm_bias[...], eps).astype(x_ref.dtype)
-    out_ref[...] = (_dot(normed, weight[...]) + bias[...]).astype(out_ref.dtype)
+    out_ref[...] = (dot(normed, weight[...]) + bias[...]).astype(out_ref.dtype)
 
 
 def project_from_image(
@@ -137,7 +137,7 @@ def _project_from_image(image_ref: Any, scale: Any, shift: Any, weight: Any, bia
     pixels, batch, channels = image_ref.shape
     normed = image_ref[...].astype(jnp.float32) * scale[...] + shift[...]
     operand = normed.reshape(pixels * batch, channels).astype(image_ref.dtype)
-    product = _dot(operand, weight[...]) + bias[...]
+    product = dot(operand, weight[...]) + bias[...]
     out_ref[...] = jnp.swapaxes(product.reshape(pixels, batch, -1), 0, 1).astype(out_ref.dtype)
 
 
@@ -154,10 +154,8 @@ def turn_image(image: jax.Array, block_pixels: int, *, interpret: bool = False) 
     Raises:
         ValueError: the block does not divide; a kernel would leave the rest as it was, without a word.
     """
-    batch, height, width, channels = image.shape
-    pixels = height * width
-    if pixels % block_pixels:
-        raise ValueError(f"block_pixels must divide {pixels} pixels, got {block_pixels}")
+    flat = flatten(image, block_pixels)
+    batch, pixels, channels = flat.shape
     out = pl.pallas_call(
         _turn_image,
         grid=(pixels // block_pixels,),
@@ -168,13 +166,26 @@ def turn_image(image: jax.Array, block_pixels: int, *, interpret: bool = False) 
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="turn_image",
-    )(image.reshape(batch, pixels, channels))
-    turned: jax.Array = jax.lax.optimization_barrier(out.reshape(height, width, batch, channels).transpose(2, 0, 1, 3))
+    )(flat)
+    as_image = out.reshape(*image.shape[1:3], batch, channels).transpose(2, 0, 1, 3)
+    turned: jax.Array = jax.lax.optimization_barrier(as_image)
     return turned
 
 
 def _turn_image(image_ref: Any, out_ref: Any) -> None:
     out_ref[...] = jnp.swapaxes(image_ref[...].astype(jnp.float32), 0, 1).astype(out_ref.dtype)
+
+
+def flatten(image: jax.Array, block_pixels: int) -> jax.Array:
+    """Return an image `(B, h, w, C)` as `(B, h · w, C)`, once it is sure that blocks divide its pixels.
+
+    Raises:
+        ValueError: they do not.
+    """
+    batch, height, width, channels = image.shape
+    if height * width % block_pixels:
+        raise ValueError(f"block_pixels must divide {height * width} pixels, got {block_pixels}")
+    return image.reshape(batch, height * width, channels)
 
 
 def _turn(image: jax.Array, block_pixels: int) -> tuple[jax.Array, tuple[int, int, int]]:
@@ -246,7 +257,7 @@ def project_to_image(
 
 def _project_to_image(y_ref: Any, weight: Any, bias: Any, image_ref: Any, out_ref: Any, sums_ref: Any) -> None:
     batch, pixels, features = y_ref.shape
-    product = _dot(y_ref[...].reshape(batch * pixels, features), weight[...]) + bias[...]
+    product = dot(y_ref[...].reshape(batch * pixels, features), weight[...]) + bias[...]
     turned = jnp.swapaxes(product.reshape(batch, pixels, -1), 0, 1)
     image = turned + image_ref[...].astype(jnp.float32)
     out_ref[...] = image.astype(out_ref.dtype)

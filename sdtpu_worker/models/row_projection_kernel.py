@@ -6,7 +6,6 @@ it is in `projection_kernel`. What stands around a product goes with it: a norm,
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sdtpu_worker.models.kernel_cost import kernel_cost
+from sdtpu_worker.models.projection_kernel import dot, flatten
 from sdtpu_worker.models.sums_kernel import add_up
 from sdtpu_worker.models.vector_memory import vector_memory
-
-_dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
 def project_rows_from_image(
@@ -31,7 +29,7 @@ def project_rows_from_image(
     interpret: bool = False,
 ) -> jax.Array:
     """Return what `projection_kernel.project_from_image` returns; one step takes the pixels of one row of the batch."""
-    flat = _flat(image, block_pixels)
+    flat = flatten(image, block_pixels)
     made = jax.ShapeDtypeStruct((*flat.shape[:2], weight.shape[-1]), image.dtype)
     of_row = pl.BlockSpec((1, 1, flat.shape[2]), lambda b, i: (b, 0, 0))
     out: jax.Array = pl.pallas_call(
@@ -50,14 +48,14 @@ def project_rows_from_image(
 
 def _project_from_image(image_ref: Any, scale: Any, shift: Any, weight: Any, bias: Any, out_ref: Any) -> None:
     normed = image_ref[0].astype(jnp.float32) * scale[0] + shift[0]
-    out_ref[0] = (_dot(normed.astype(image_ref.dtype), weight[...]) + bias[...]).astype(out_ref.dtype)
+    out_ref[0] = (dot(normed.astype(image_ref.dtype), weight[...]) + bias[...]).astype(out_ref.dtype)
 
 
 def project_rows_to_image(
     y: jax.Array, weight: jax.Array, bias: jax.Array, image: jax.Array, block_pixels: int, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Return what `projection_kernel.project_to_image` returns; one step takes the pixels of one row of the batch."""
-    flat = _flat(image, block_pixels)
+    flat = flatten(image, block_pixels)
     batch, _, made = flat.shape
     out, sums = pl.pallas_call(
         _project_to_image,
@@ -77,18 +75,10 @@ def project_rows_to_image(
 
 
 def _project_to_image(y_ref: Any, weight: Any, bias: Any, image_ref: Any, out_ref: Any, sums_ref: Any) -> None:
-    image = _dot(y_ref[0], weight[...]) + bias[...] + image_ref[0].astype(jnp.float32)
+    image = dot(y_ref[0], weight[...]) + bias[...] + image_ref[0].astype(jnp.float32)
     out_ref[0] = image.astype(out_ref.dtype)
     found = jnp.concatenate([image.sum(0, keepdims=True), jnp.square(image).sum(0, keepdims=True)])
     add_up(sums_ref, 0, found, pl.program_id(1))
-
-
-def _flat(image: jax.Array, block_pixels: int) -> jax.Array:
-    """Return an image `(B, h, w, C)` as `(B, h · w, C)`, once it is sure that blocks divide it."""
-    batch, height, width, channels = image.shape
-    if height * width % block_pixels:
-        raise ValueError(f"block_pixels must divide {height * width} pixels, got {block_pixels}")
-    return image.reshape(batch, height * width, channels)
 
 
 def _pixels_of(array: Any, block_pixels: int) -> pl.BlockSpec:

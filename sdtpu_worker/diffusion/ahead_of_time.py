@@ -43,7 +43,7 @@ from sdtpu_worker.diffusion.matmul_counts import (
 from sdtpu_worker.diffusion.memory import bytes_per_device
 from sdtpu_worker.diffusion.program_setting import check_sizes
 from sdtpu_worker.diffusion.programs import lower_fill_bank, lower_preview, lower_restore, lower_snapshot, lower_tick
-from sdtpu_worker.diffusion.sharding import REPLICATED, make_mesh
+from sdtpu_worker.diffusion.sharding import REPLICATED, make_mesh, platform_of
 from sdtpu_worker.diffusion.slots import Geometry
 from sdtpu_worker.diffusion.tiled_decoding import decode_in_tiles
 from sdtpu_worker.errors import ConfigurationError
@@ -93,7 +93,7 @@ def main(folder: Path, wanted: dict[str, Any]) -> None:
     params = _on_mesh(checkpoint.params, mesh)
     started = time.monotonic()
     tick = lower_tick(family, params, geometry, mesh)
-    matmuls, kernels = _matmuls(family, checkpoint.params, geometry, mesh.devices.flat[0].platform)
+    matmuls, kernels = _matmuls(family, checkpoint.params, geometry, platform_of(mesh.devices.flat[0]))
     facts = {
         "device_kind": mesh.devices.flat[0].device_kind,
         "num_devices": mesh.devices.size,

@@ -166,8 +166,7 @@ def advance(
         adapters = _adapters_of(geometry, bank, slots.adapters and slots.adapters.entry, halves)
         step_of = partial(denoise, adapters)
         # Elsewhere than on a TPU nothing of the parameters is packed or cast in a step.
-        is_tpu = current_selection().platform == "tpu"
-        take_step = hoist(step_of, params, state) if is_tpu else partial(step_of, params)
+        take_step = hoist(step_of, params, state) if current_selection().is_tpu else partial(step_of, params)
         after: _State = jax.lax.fori_loop(0, steps, lambda _, state: take_step(state), state)
         return after
 

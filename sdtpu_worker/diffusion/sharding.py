@@ -63,7 +63,7 @@ def find_devices(platform: str, cpu_devices: int) -> list[jax.Device]:
 
 def platform_of(device: jax.Device) -> str:
     """Return what the table of kernels calls a device's platform."""
-    return kernel_platform(device.platform, getattr(device, "compute_capability", None))
+    return kernel_platform(device.platform, device.device_kind, getattr(device, "compute_capability", None))
 
 
 def make_mesh(devices: list[jax.Device]) -> Mesh:

@@ -1,4 +1,4 @@
-"""Products at the borders of a transformer for one or two rows of the batch, as kernels on a TPU.
+"""Products at the borders of a transformer for fewer than eight rows of the batch, as kernels on a TPU.
 
 The kernel of convolutions has the pixels of a row in the sublanes, and so has a transformer: nothing is turned here, as
 it is in `projection_kernel`. What stands around a product goes with it: a norm, or a shortcut and the sums.

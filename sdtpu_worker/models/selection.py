@@ -11,6 +11,7 @@ from typing import Any
 from sdtpu_worker.models.image_kernel_table import convolution_block, projection_block_pixels, sums_block_pixels
 from sdtpu_worker.models.kernel_table import (
     AUTO,
+    SMALL_TPU,
     TABLE,
     Choice,
     Implementation,
@@ -27,7 +28,7 @@ class Selection:
     """How attentions are chosen in one program, and what was chosen for it.
 
     Attributes:
-        platform: of the devices that it is compiled for.
+        platform: of the devices that it is compiled for, as `kernel_table.kernel_platform` calls it.
         wanted: the setting `sdtpu_attention`.
         interpret: kernels run in JAX's interpreter, so that they can be tried on the CPU.
         table: the rows that are chosen from.
@@ -49,6 +50,11 @@ class Selection:
     sums_block_pixels: Callable[..., int] = sums_block_pixels
     projection_block_pixels: Callable[..., int] = projection_block_pixels
     chosen: dict[Shape, Choice] = field(default_factory=dict)
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether the devices are TPUs, with kernels or without."""
+        return self.platform in ("tpu", SMALL_TPU)
 
     def choose(self, shape: Shape) -> Choice:
         """Return the choice for a shape, and remember it."""

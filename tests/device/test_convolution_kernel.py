@@ -148,6 +148,9 @@ def test_sums_give_the_norm_that_two_looks_at_the_image_give():
         ("tpu", (1, 128, 128, 512), 512, True, jnp.bfloat16, (2, 512)),
         ("tpu", (2, 16, 16, 2560), 1280, False, jnp.bfloat16, (16, 256)),
         ("tpu", (8, 16, 16, 1280), 1280, True, jnp.bfloat16, (16, 256)),
+        ("tpu", (16, 48, 48, 640), 640, True, jnp.bfloat16, (4, 640)),
+        ("tpu", (4, 128, 128, 320), 320, False, jnp.bfloat16, (8, 320)),
+        ("tpu", (7, 32, 32, 1280), 1280, False, jnp.bfloat16, (4, 640)),
         ("tpu", (8, 64, 64, 320), 320, False, jnp.bfloat16, None),  # many rows of the batch fill the sublanes
         ("tpu", (1, 64, 64, 4), 512, False, jnp.bfloat16, None),  # an image of few channels
         ("tpu", (1, 64, 72, 512), 512, False, jnp.bfloat16, None),  # rows that do not fill tiles

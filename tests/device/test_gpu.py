@@ -85,7 +85,7 @@ def test_a_kept_program_knows_the_libraries_of_its_gpu(monkeypatch, shipped, dev
     ],
 )
 def test_only_gpus_since_ampere_have_cudnns_attention(platform, capability, name):
-    assert kernel_platform(platform, capability) == name
+    assert kernel_platform(platform, "a device", capability) == name
 
 
 def test_cudnns_attention_on_an_older_gpu_is_refused():

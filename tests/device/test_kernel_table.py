@@ -14,13 +14,16 @@ from sdtpu_worker.diffusion.sharding import REPLICATED, make_mesh, put
 from sdtpu_worker.diffusion.slots import Geometry
 from sdtpu_worker.diffusion.snapshot import fingerprint_of
 from sdtpu_worker.errors import ConfigurationError
+from sdtpu_worker.models.image_kernel_table import convolution_block, projection_block_pixels, sums_block_pixels
 from sdtpu_worker.models.kernel_table import (
+    SMALL_TPU,
     TABLE,
     Implementation,
     Shape,
     check_wanted,
     choose,
     dense_block_rows,
+    kernel_platform,
     key_block_rows,
 )
 from sdtpu_worker.models.selection import Selection, current_selection, selecting
@@ -37,6 +40,7 @@ from sdtpu_worker.models.vector_memory import vector_memory
         ("tpu", Shape(256, 256, 8, 160, "bfloat16"), "plain"),
         ("tpu", Shape(4096, 4096, 1, 512, "bfloat16"), "plain"),  # the autoencoder
         ("tpu", Shape(4096, 4096, 8, 40, "float32"), "plain"),
+        (SMALL_TPU, Shape(4096, 4096, 8, 40, "bfloat16"), "plain"),
         ("gpu", Shape(4096, 4096, 8, 40, "bfloat16"), "cudnn"),
         ("gpu", Shape(4096, 4096, 8, 40, "float32"), "plain"),
         ("cpu", Shape(4096, 4096, 8, 40, "bfloat16"), "plain"),
@@ -48,6 +52,25 @@ def test_the_table_chooses(platform, shape, implementation):
     assert choose(platform, implementation, shape).implementation == implementation
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("TPU v4", SMALL_TPU), ("TPU v3", SMALL_TPU), ("TPU v5 lite", "tpu"), ("TPU v5", "tpu"), ("TPU v6 lite", "tpu"),
+     ("TPU7x", "tpu")],
+)  # fmt: skip
+def test_a_tpu_before_the_v5_has_no_kernels_since_its_vector_memory_does_not_hold_them(kind, name):
+    assert kernel_platform("tpu", kind) == name
+    assert Selection(name).is_tpu
+    image = (2, 64, 64, 320)
+    found = [
+        dense_block_rows(name, "auto", 4096, 320, jnp.bfloat16),
+        key_block_rows(name, "auto", (2, 4096, 320), jnp.bfloat16),
+        convolution_block(name, "auto", image, 320, False, jnp.bfloat16),
+        sums_block_pixels(name, "auto", (8, *image[1:]), jnp.bfloat16),
+        projection_block_pixels(name, "auto", image, jnp.bfloat16),
+    ]
+    assert all(found) if name == "tpu" else not any(found)
+
+
 def test_the_table_has_a_row_for_everything_and_a_reason_for_every_row():
     assert TABLE[-1].fits("a platform of the future", Shape(1, 1, 1, 1, "float8"))
     assert all(row.reason for row in TABLE)
@@ -57,7 +80,8 @@ def test_the_table_has_a_row_for_everything_and_a_reason_for_every_row():
 
 @pytest.mark.parametrize(
     ("platform", "wanted", "allowed"),
-    [("cpu", "packed", "auto, plain"), ("cpu", "cudnn", "auto, plain"), ("tpu", "cudnn", "auto, plain, packed")],
+    [("cpu", "packed", "auto, plain"), ("cpu", "cudnn", "auto, plain"), ("tpu", "cudnn", "auto, plain, packed"),
+     (SMALL_TPU, "packed", "auto, plain")],
 )  # fmt: skip
 def test_an_attention_that_the_platform_has_not_is_refused(platform, wanted, allowed):
     with pytest.raises(

@@ -12,6 +12,7 @@ from flax import nnx
 
 from sdtpu_worker.models import configs, networks
 from sdtpu_worker.models.attention import Attention, attention, merge_attentions, split_heads
+from sdtpu_worker.models.attention.layer import block_of_queries
 from sdtpu_worker.models.attention.tpu_kernel import LANES, Packing, packed_attention
 from sdtpu_worker.models.kernel_table import (
     Implementation,
@@ -52,7 +53,7 @@ def pack_keys_and_values(packing: Packing, k, v) -> tuple[jax.Array, jax.Array]:
 @pytest.mark.parametrize(("heads", "dim"), HEADS)
 @pytest.mark.parametrize("num_keys", [128, 77])
 def test_the_kernel_gives_what_the_plain_attention_gives(heads, dim, num_keys):
-    packing = Packing(heads, dim)
+    packing = Packing(heads, dim, is_even=True)
     q, k, v = draw(0, 2, 32, heads * dim), draw(1, 2, num_keys, heads * dim), draw(2, 2, num_keys, heads * dim)
     packed = packing.pack(q), *pack_keys_and_values(packing, k, v)
     got, lse = packed_attention(
@@ -66,7 +67,7 @@ def test_the_kernel_gives_what_the_plain_attention_gives(heads, dim, num_keys):
 
 
 def test_the_kernel_gives_in_bfloat16_what_the_plain_attention_gives_within_its_rounding():
-    packing = Packing(8, 40)
+    packing = Packing(8, 40, is_even=True)
     q, k, v = (draw(seed, 2, 128, 320, dtype=jnp.bfloat16) for seed in range(3))
     got = packed_attention(
         packing.pack(q), *pack_keys_and_values(packing, k, v), packing=packing, block_queries=64, interpret=True
@@ -78,7 +79,7 @@ def test_the_kernel_gives_in_bfloat16_what_the_plain_attention_gives_within_its_
 
 
 def test_a_row_has_the_same_result_at_every_place_of_the_batch():
-    packing = Packing(5, 64)
+    packing = Packing(5, 64, is_even=True)
     q, k, v = (draw(seed, 3, 32, 320, dtype=jnp.bfloat16) for seed in range(3))
 
     def attend(*rows):
@@ -98,10 +99,42 @@ def test_a_block_that_does_not_divide_the_queries_is_an_error_and_not_silence():
         packed_attention(q, q, q, packing=packing, block_queries=32, interpret=True)
 
 
+@pytest.mark.parametrize(
+    ("heads", "dim", "groups"),
+    [(8, 40, (2, 4)), (5, 64, (1, 5)), (20, 64, (2, 10)), (7, 16, (7, 1)), (11, 16, (1, 11))],
+)
+def test_in_an_even_packing_all_groups_hold_the_same_number_of_heads(heads, dim, groups):
+    packing = Packing(heads, dim, is_even=True)
+    assert (packing.heads_per_group, packing.groups) == groups
+    assert packing.heads_of_last == packing.heads_per_group
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "most", "block"),
+    [
+        (4096, 512, 512),
+        (9216, 256, 256),
+        (2304, 512, 384),
+        (1600, 256, 160),
+        (576, 512, 288),
+        (520, 512, 272),
+        (40, 512, 48),
+    ],
+)
+def test_a_step_takes_a_number_of_queries_that_leaves_nothing_to_fill_up_where_there_is_one(num_queries, most, block):
+    assert block_of_queries(num_queries, most) == block
+
+
+def test_an_uneven_packing_is_refused_by_the_kernel_that_has_one_group_in_a_step():
+    packing, q = Packing(8, 40), draw(0, 1, 32, 384)
+    with pytest.raises(ValueError, match="all groups must hold the same number of heads"):
+        packed_attention(q, q, q, packing=packing, block_queries=32, interpret=True)
+
+
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_attentions_to_two_sets_of_keys_merge_into_the_attention_to_both(is_packed):
     heads, dim = 8, 40
-    packing = Packing(heads, dim)
+    packing = Packing(heads, dim, is_even=True)
     q, k, v = draw(0, 2, 32, 320), draw(1, 2, 154, 320), draw(2, 2, 154, 320)
 
     def attend(window: slice):
@@ -287,6 +320,25 @@ def test_a_group_norm_by_channel_gives_what_the_norm_gives():
     with selecting(Selection("tpu")):
         got = network(params, x)
     assert error(got, np.asarray(wanted)) < 1e-6
+
+
+@pytest.mark.parametrize("mean", [0, 3, 100])
+def test_a_layer_norm_in_one_look_gives_what_the_norm_gives_of_bfloat16(mean):
+    network = Network(lambda: LayerNorm(320))
+    params = {"weight": draw(0, 320), "bias": draw(1, 320)}
+    x = (3 * draw(2, 2, 7, 320) + mean).astype(jnp.bfloat16)
+    with selecting(Selection("tpu")):
+        got = network(params, x)
+    assert error(got.astype(jnp.float32), np.asarray(network(params, x.astype(jnp.float32)))) < 2**-7
+
+
+def test_in_float32_a_layer_norm_looks_twice_everywhere():
+    network = Network(lambda: LayerNorm(320))
+    params = {"weight": draw(0, 320), "bias": draw(1, 320)}
+    x = draw(2, 2, 7, 320) + 2**12  # float32 has half of the sum's bits left for the variance
+    with selecting(Selection("tpu")):
+        got = network(params, x)
+    np.testing.assert_array_equal(got, network(params, x))
 
 
 def test_a_gpu_gets_cudnns_attention_and_the_same_result(monkeypatch):

@@ -33,6 +33,14 @@ def test_the_compiler_makes_four_kernels_of_a_block_of_the_largest_image():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_v4_whose_vector_memory_holds_no_kernel_gets_layers_that_its_compiler_takes():
+    layers = [BLOCK, {"layer": "up_block", "tokens": 64 * 64, "features": 256}]
+    for found in compile_layers([{"topology": "v4:2x2x1", **layer} for layer in layers]):
+        assert found["kernels"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4"])
 def test_with_room_for_long_prompts_no_conditional_and_no_product_of_prompts_is_in_a_step(topology):
     blocks = [

@@ -70,6 +70,7 @@ def compile_layer(
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+    from sdtpu_worker.diffusion.sharding import platform_of
     from sdtpu_worker.models.attention import Attention
     from sdtpu_worker.models.autoencoder import UpBlock
     from sdtpu_worker.models.configs import read_autoencoder_config
@@ -96,7 +97,7 @@ def compile_layer(
     network = Network(make)
 
     def run(params: Any, x: jax.Array, context: Any, steps: jax.Array) -> jax.Array:
-        with selecting(Selection(devices[0].platform)):
+        with selecting(Selection(platform_of(devices[0]))):
             if is_up_block:
                 return network(params, Measured(x)).image
             if layer == "block":

@@ -14,7 +14,7 @@ from sdtpu_worker.models.feed_forward_kernel import gated_feed_forward
 
 def traced_kernels() -> dict[str, KernelWork]:
     """Return an attention to all windows of prompts and dense layers, by their keys."""
-    packing = Packing(5, 64)
+    packing = Packing(5, 64, is_even=True)
 
     def both(
         queries: jax.Array, keys: jax.Array, counts: jax.Array, x: jax.Array, row: jax.Array,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,7 @@ class Attention(nnx.Module):
         """
         choice, packing = self._choose(x, context)
         if choice.implementation is Implementation.PACKED:
-            return self._packed(x, context, counts, packing, choice)
+            return self._packed(x, context, counts, replace(packing, is_even=True), choice)
         width = self.to_k.weight.shape[1]
         keys, values = (
             project(context) if counts is None else _in_parts(project, context, width)
@@ -103,11 +104,13 @@ class Attention(nnx.Module):
         """Do what `beside_shortcut` does by one kernel, and a product for keys and values before it."""
         num_keys: int | jax.Array
         if context is None:
+            if packing.ones_lane is None:  # of many keys the sums of weights are dear, and a lane of ones has them made
+                packing = replace(packing, is_even=True)
             both = _fill(self._own_keys_values(x, norm, packing), LANES)
             keys, values, num_keys = both, both, x.shape[1]
         else:
             keys, values, num_keys = self._keys_values(context, counts, packing)
-        back, block = self.to_out[0], _block(x.shape[1], choice.block_queries)
+        back, block = self.to_out[0], block_of_queries(x.shape[1], choice.block_queries)
         return fused_attention(
             _fill(x, block),
             norm.weight[...],
@@ -154,7 +157,7 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Do the same with packed heads: projections from packed weights, without a transposition in between."""
         num_queries, groups = x.shape[1], packing.groups
-        block = _block(num_queries, choice.block_queries)
+        block = block_of_queries(num_queries, choice.block_queries)
         attend = partial(
             packed_attention, packing=packing, block_queries=block, interpret=current_selection().interpret
         )
@@ -169,8 +172,16 @@ class Attention(nnx.Module):
         return _project_back(y, self.to_out[0], packing)[:, :num_queries]
 
 
-def _block(num_queries: int, most: int) -> int:
-    """Return how many queries a step of the kernel takes: as few steps as the most allow, and little to fill up."""
+def block_of_queries(num_queries: int, most: int) -> int:
+    """Return how many queries a step of the kernel takes.
+
+    Args:
+        num_queries: of a row; filled up to whole steps where the result does not divide them.
+        most: of a step. A number that divides the queries, down to half of it, is preferred to the fewest steps.
+    """
+    dividing = [size for size in range(_SUBLANES, most + 1, _SUBLANES) if num_queries % size == 0]
+    if dividing and 2 * dividing[-1] >= min(most, num_queries):
+        return dividing[-1]
     steps = -(-num_queries // most)
     return -(-num_queries // (steps * _SUBLANES)) * _SUBLANES
 

@@ -1,7 +1,7 @@
 """Attention on a TPU as one kernel: scores stay in the chip's vector memory, and no array is transposed.
 
 A TPU computes in rows of 128 lanes, and its matrix unit multiplies tiles of 128 × 128. Heads of 40 or 64 are therefore
-*packed*: as many as fit lie beside each other in 128 lanes, a *group*; lanes that are left over are zeros. The packed
+*packed*: several lie beside each other in 128 lanes, a *group*; lanes that are left over are zeros. The packed
 layout costs nothing: the projections write it by themselves, from weights whose columns are packed (`pack`), and the
 projection after the attention reads it with packed rows. Within a group a head is singled out by zeros in the lanes of
 the others, so that no lane ever moves.
@@ -38,15 +38,18 @@ class Packing:
     Attributes:
         heads: of the layer.
         dim: of a head.
+        is_even: all groups hold the same number of heads; otherwise each as many as fit, and the last one what is left.
     """
 
     heads: int
     dim: int
+    is_even: bool = False
 
     @property
     def heads_per_group(self) -> int:
         """How many heads lie in one group."""
-        return max(1, LANES // self.dim)
+        most = max(1, LANES // self.dim)
+        return max(count for count in range(1, most + 1) if self.heads % count == 0) if self.is_even else most
 
     @property
     def lanes(self) -> int:
@@ -55,7 +58,7 @@ class Packing:
 
     @property
     def groups(self) -> int:
-        """How many groups there are; the last one may hold fewer heads than the others."""
+        """How many groups there are."""
         return -(-self.heads // self.heads_per_group)
 
     @property
@@ -117,7 +120,7 @@ def packed_attention(
         keys: `(B, Lk, …)`, likewise from `offsets[1]` groups on. May be the same array as the queries.
         values: `(B, Lk, …)`, likewise from `offsets[2]` groups on, with `Packing.ones` added unless `num_keys` is an
             array.
-        packing: of the heads.
+        packing: of the heads; an even one.
         offsets: in groups.
         num_keys: how many of the keys count; the rest is there to fill the tiles. Of each row, `(B,) int32`, then Lk
             need not fill tiles; or of all, then it does. None for all keys.
@@ -130,11 +133,14 @@ def packed_attention(
         `(B, Lq, width) float32`, in each lane that of its head, to combine attentions to several sets of keys.
 
     Raises:
-        ValueError: the blocks do not divide the queries; a kernel would leave the rest as it was, without a word.
+        ValueError: the blocks do not divide the queries; a kernel would leave the rest as it was, without a word. Or
+            the packing is not even; a kernel would need code for both kinds of groups.
     """
     batch, num_queries, _ = queries.shape
     if num_queries % block_queries:
         raise ValueError(f"block_queries must divide the {num_queries} queries, got {block_queries}")
+    if packing.heads_of_last != packing.heads_per_group:
+        raise ValueError(f"all groups must hold the same number of heads, got {packing}")
     lanes, key_rows, counts = packing.lanes, keys.shape[1], list[jax.Array]()
     if num_keys is None or isinstance(num_keys, int):
         kernel = partial(_kernel, packing=packing, num_keys=num_keys or key_rows)
@@ -176,25 +182,18 @@ def packed_attention(
 
 def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, *out_refs: Any, packing: Packing, num_keys: int) -> None:
     """Attend with a block of queries of one group to all keys of the group."""
-    _attend(q_ref[0], k_ref[0], v_ref[0], out_refs, packing, num_keys, _is_last(packing))
+    _attend(q_ref[0], k_ref[0], v_ref[0], out_refs, packing, num_keys)
 
 
 def _kernel_by_row(counts: Any, q_ref: Any, k_ref: Any, v_ref: Any, *out_refs: Any, packing: Packing) -> None:
     """Attend with a block of queries of one group to the keys that count in its row."""
-    count, is_last = counts[pl.program_id(0)], _is_last(packing)
+    count = counts[pl.program_id(0)]
 
     def attend(key_rows: int) -> None:
         values = counting_values(v_ref[0, :key_rows], count, packing)
-        _attend(q_ref[0], k_ref[0, :key_rows], values, out_refs, packing, count, is_last)
+        _attend(q_ref[0], k_ref[0, :key_rows], values, out_refs, packing, count)
 
     by_count(count, k_ref.shape[1], attend)
-
-
-def _is_last(packing: Packing) -> jax.Array | None:
-    """Return whether a step of the kernel has the last group; None where that one has as many heads as the others."""
-    if packing.heads_of_last == packing.heads_per_group:
-        return None
-    return pl.program_id(1) == packing.groups - 1
 
 
 def _attend(
@@ -204,7 +203,6 @@ def _attend(
     out_refs: tuple[Any, ...],
     packing: Packing,
     num_keys: int | jax.Array,
-    is_last: jax.Array | None,
 ) -> None:
     """Write the attention of the heads of a group, and where it is wanted the logarithm of the sums.
 
@@ -212,16 +210,9 @@ def _attend(
     while it still weighs those of the head before, which a v5e rewards with a fifth of the time.
     """
 
-    def attend(heads: int) -> None:
-        found = attend_group(q, k, v, packing, num_keys, heads, len(out_refs))
-        for ref, each in zip(out_refs, found, strict=True):
-            ref[0] = each.astype(ref.dtype)
-
-    if is_last is None:
-        attend(packing.heads_per_group)
-    else:
-        heads = packing.heads_of_last, packing.heads_per_group
-        jax.lax.cond(is_last, *(partial(attend, count) for count in heads))
+    found = attend_group(q, k, v, packing, num_keys, packing.heads_per_group, len(out_refs))
+    for ref, each in zip(out_refs, found, strict=True):
+        ref[0] = each.astype(ref.dtype)
 
 
 def whole_tiles(num_keys: int) -> int:

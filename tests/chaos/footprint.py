@@ -41,7 +41,7 @@ def footprint(worker: WorkerProcess, client: redis.Redis) -> Footprint:
     )
 
 
-def settled(worker: WorkerProcess, client: redis.Redis, like: Footprint, timeout_s: float = 15) -> Footprint:
+def settled(worker: WorkerProcess, client: redis.Redis, like: Footprint, timeout_s: float = 30) -> Footprint:
     """Measure a worker when all but its memory is as before, or when the time is over."""
     deadline = time.monotonic() + timeout_s
     while (now := footprint(worker, client)).rest != like.rest and time.monotonic() < deadline:
@@ -70,13 +70,13 @@ def difference(before: Footprint, after: Footprint) -> str:
     )
 
 
-def pool_stats(app: Any, timeout_s: float = 20) -> dict[str, Any]:
+def pool_stats(app: Any, timeout_s: float = 60) -> dict[str, Any]:
     """Return what the only worker says of its pool."""
     answers = wait_until(app.control.inspect(timeout=2, limit=1).stats, "the worker to answer", timeout_s)
     return next(iter(answers.values()))["pool"]["sdtpu"]
 
 
-def assert_nothing_left(app: Any, client: redis.Redis, timeout_s: float = 10) -> None:
+def assert_nothing_left(app: Any, client: redis.Redis, timeout_s: float = 60) -> None:
     """Assert that no job has left anything in Redis or in the worker."""
     wait_until_no_key_is_left(client, timeout_s)
     wait_until(lambda: pool_stats(app)["deliveries"]["held"] == 0, "the worker to hold nothing", timeout_s)

@@ -113,7 +113,7 @@ def test_hostile_messages_end_in_typed_errors_and_good_jobs_beside_them_do_not_n
         if not isinstance(error, allowed):
             wrong.append((task_id, classes, result.state, error))
     assert wrong == []
-    after = settled(worker, client, before, 5)
+    after = settled(worker, client, before)
     assert_as_before(before, after)
     grown_kib = after.memory_kib - before.memory_kib
     assert grown_kib < 49_152
@@ -175,7 +175,7 @@ def test_any_bytes_at_all_are_put_aside_or_run(hostile_worker, long, capsys):
     wait_until(lambda: sum(dead_counts(client).values()) == before + sent, "all to be put aside", 120)
     assert_nothing_left(app, client)
     assert worker.is_running
-    assert generate.delay("x", seed=1, num_inference_steps=2).get(timeout=20)["seed"] == 1
+    assert generate.delay("x", seed=1, num_inference_steps=2).get(timeout=60)["seed"] == 1
     with capsys.disabled():
         print(f"\nraw bytes: {sent:,} messages made by Hypothesis, all put aside and counted")
 
@@ -193,13 +193,13 @@ def test_hostile_control_messages_cost_neither_the_worker_nor_a_job(hostile_work
             good.add(i, 20, stamped_headers=["user"], user="alice")
     good.wait(60)
     app.control.time_limit("sdtpu.generate", soft=None, hard=None)
-    assert len(app.control.ping(timeout=10, limit=1)) == 1
+    assert len(app.control.ping(timeout=60, limit=1)) == 1
     elapsed_s = time.monotonic() - started
     assert worker.is_running
     assert (good.errors, good.wrong_pictures()) == ({}, [])
     assert worker.text().count("Connection to broker lost") == connections_lost
     assert_nothing_left(app, client)
-    after = settled(worker, client, before, 5)
+    after = settled(worker, client, before)
     assert_as_before(before, after)
     with capsys.disabled():
         print(

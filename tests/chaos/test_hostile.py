@@ -27,7 +27,7 @@ from sdtpu_worker.errors import InvalidMessage
 from sdtpu_worker.operations.prompt_guard import NOT_LOGGED
 from sdtpu_worker.testing.processes import private_redis
 from tests.chaos.fleet import Fleet, Ledger
-from tests.chaos.footprint import assert_as_before, assert_nothing_left, difference, footprint, pool_stats, settled
+from tests.chaos.footprint import assert_nothing_left, difference, footprint, is_as_before, pool_stats, settled
 from tests.chaos.hostile_control import hostile_control_messages
 from tests.support.clients import client_app
 from tests.support.hostile import MAX_BYTES, REQUEST, Draft, hostile_messages
@@ -114,7 +114,7 @@ def test_hostile_messages_end_in_typed_errors_and_good_jobs_beside_them_do_not_n
             wrong.append((task_id, classes, result.state, error))
     assert wrong == []
     after = settled(worker, client, before)
-    assert_as_before(before, after)
+    assert is_as_before(before, after), (before, after)
     grown_kib = after.memory_kib - before.memory_kib
     assert grown_kib < 49_152
     with capsys.disabled():
@@ -200,7 +200,7 @@ def test_hostile_control_messages_cost_neither_the_worker_nor_a_job(hostile_work
     assert worker.text().count("Connection to broker lost") == connections_lost
     assert_nothing_left(app, client)
     after = settled(worker, client, before)
-    assert_as_before(before, after)
+    assert is_as_before(before, after), (before, after)
     with capsys.disabled():
         print(
             f"\nhostile control: {len(messages):,} messages of {len(set(messages)):,} kinds in {elapsed_s:.0f} s beside"

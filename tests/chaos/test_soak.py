@@ -37,11 +37,11 @@ from sdtpu_worker.testing.fake_engine import FakeEngine, FakeJob
 from sdtpu_worker.testing.processes import private_redis
 from tests.chaos.fleet import Fleet, Ledger
 from tests.chaos.footprint import (
-    assert_as_before,
     assert_nothing_left,
     difference,
     drop_connections,
     footprint,
+    is_as_before,
     pool_stats,
     settled,
 )
@@ -228,12 +228,12 @@ def test_mixed_load_leaves_nothing_behind(start, long, capsys):
         time.sleep(0.05)
     mix.ledger.wait(120)
     use_every_thread(app, client)
-    after = settled(worker, client, before)
+    after = settled(worker, client, before, slots=8)
     slope, grown_kib = slope_per_minute(samples), samples[-1][1] - samples[0][1]
     loop = pool_stats(app)["loop"]
     assert (mix.wrong_ends(), mix.ledger.wrong_pictures()) == ([], [])
     assert worker.is_running
-    assert_as_before(before, after, slots=8)
+    assert is_as_before(before, after, slots=8), (before, after)
     assert loop["retried"]
     assert_nothing_left(app, client)
     assert grown_kib < (4_096 if long else 8_192)

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 
 HEART, STAR = "a red heart on a white background", "a yellow star on a purple background"
 RUNNING, DONE = re.compile(r"\d+ %"), re.compile("drawn in ")
+CANCEL_ALL = "document.querySelectorAll('[data-does=cancel]:not([hidden])').forEach(each => each.click())"
 LONG = "1000"
 """Steps of a job that ends after ten seconds or more, long after a page has shown its slot."""
 FORMING = "500"
@@ -222,7 +223,7 @@ def test_many_jobs_share_one_stream_and_say_their_place_in_the_queue(door, visit
     wait_until(lambda: places() == set(range(1, 8)), lambda: f"a place for each: {places()}")
     assert open_streams(visitor) == 1
     visitor.check(state="queue")
-    visitor.page.evaluate("document.querySelectorAll('[data-does=cancel]:not([hidden])').forEach(each => each.click())")
+    visitor.page.evaluate(CANCEL_ALL)
     expect(cards).to_have_count(0)
     expect(visitor.page.locator("#occupancy")).to_have_text("0 of 4 slots busy", timeout=WAIT_MS)
 
@@ -269,3 +270,5 @@ def test_pictures_form_beside_those_that_are_done(door, visit):
         wait_for(forming.last, re.compile("[7-9]. %"))
         visitor.page.screenshot(path=f"{SCREENSHOTS}/page.jpg", full_page=True, type="jpeg", quality=85)
     visitor.check(state="forming-beside-done")
+    visitor.page.evaluate(CANCEL_ALL)
+    expect(visitor.page.locator(".card:is([data-status=queued], [data-status=running])")).to_have_count(0)

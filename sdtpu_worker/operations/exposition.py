@@ -27,9 +27,10 @@ def expose_worker(figures: Figures, accept: str = "") -> tuple[str, bytes]:
     Returns:
         `(content type, text)`.
     """
+    values = figures.read()  # before the histograms: a job's end is counted after its times (`job_record.count_end`)
     histograms = {name: histogram.read() for name, histogram in figures.histograms.items()}
     wanted = (metric for metric in METRICS.values() if metric.source is not Source.QUEUES)
-    return _encode(wanted, figures.read(), histograms, accept, of_this_process=True)
+    return _encode(wanted, values, histograms, accept, of_this_process=True)
 
 
 def expose_queues(values: Readings, accept: str = "") -> tuple[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,6 +17,9 @@ from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+_SERVER_PORTS = 20_000, 32_768
+"""Below the ports that Linux, and other systems, give to connections (`net.ipv4.ip_local_port_range`)."""
 
 
 class StartFailed(RuntimeError):
@@ -53,10 +57,15 @@ def _redis_server_package() -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that no process uses at the moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """Return a TCP port of the loopback interface that no process uses at the moment.
+
+    Connections get their ports from above that range, so none takes the port before its server does.
+    """
+    while True:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            port = random.SystemRandom().randrange(*_SERVER_PORTS)
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager
@@ -70,7 +79,7 @@ def private_redis(*options: str) -> Iterator[str]:
         The URL of the Redis.
 
     Raises:
-        StartFailed: no redis-server was found, or it did not answer within ten seconds.
+        StartFailed: no redis-server was found, or it did not answer within half a minute.
     """
     import redis
 
@@ -86,7 +95,7 @@ def private_redis(*options: str) -> Iterator[str]:
         raise StartFailed(f"redis-server did not start: {(Path(folder) / 'redis.log').read_text()[-500:]}")
 
 
-def _answers(process: subprocess.Popen[bytes], client: Any, timeout_s: float = 10) -> bool:
+def _answers(process: subprocess.Popen[bytes], client: Any, timeout_s: float = 30) -> bool:
     """Wait for a Redis to answer; return False when its process ends or the time is over."""
     from redis.exceptions import RedisError
 

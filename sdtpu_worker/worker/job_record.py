@@ -154,10 +154,7 @@ def log_end(record: JobRecord) -> None:
 
 
 def count_end(record: JobRecord, figures: Figures) -> None:
-    """Add a job that has left this worker to the figures."""
-    figures.count("sdtpu_requests_total", record.outcome, record.reason)
-    if record.came_from:
-        figures.count("sdtpu_requests_total", "redelivered", record.came_from)
+    """Add a job that has left this worker to the figures; its end comes last, so what is counted has its times too."""
     if record.started_at is not None:
         figures.observe("sdtpu_request_queue_time_seconds", record.queued_s(0.0))
     if record.finished is not None:
@@ -167,3 +164,6 @@ def count_end(record: JobRecord, figures: Figures) -> None:
     for name, (started_at, ended_at) in record.stages.items():
         if name in _OF_HOST:
             figures.observe(_OF_HOST[name], ended_at - started_at)
+    if record.came_from:
+        figures.count("sdtpu_requests_total", "redelivered", record.came_from)
+    figures.count("sdtpu_requests_total", record.outcome, record.reason)

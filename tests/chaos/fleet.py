@@ -39,7 +39,7 @@ class WorkerProcess:
     def kill(self) -> None:
         """End it with SIGKILL."""
         self.process.kill()
-        self.process.wait(20)
+        self.process.wait(60)
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -180,7 +180,7 @@ def keys_left(client: Any) -> list[str]:
     )
 
 
-def wait_until_no_key_is_left(client: Any, timeout_s: float = 20) -> None:
+def wait_until_no_key_is_left(client: Any, timeout_s: float = 60) -> None:
     """Wait until no job has anything in Redis; say what it is that stays."""
     wait_until(lambda: not keys_left(client), lambda: f"no key of a job to be left: {keys_left(client)}", timeout_s)
 

@@ -10,9 +10,10 @@ from sdtpu_worker.operations.health_http import ask_health
 
 
 class Sample(NamedTuple):
-    """When it was asked (monotonic), and the verdicts; None when nobody answered."""
+    """When it was asked and had answered (monotonic), and the verdicts; None when nobody answered."""
 
     at: float
+    until: float
     live: bool | None
     ready: bool | None
 
@@ -33,11 +34,12 @@ class HealthLog:
 
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
-        self._thread.join(10)
+        self._thread.join(60)
 
     def between(self, begin: float, end: float) -> list[Sample]:
-        """Return what was asked in this time, without the time when nobody answered."""
-        return [sample for sample in self.samples if begin <= sample.at <= end and sample.live is not None]
+        """Return what was asked and answered in this time, without the time when nobody answered."""
+        asked = [sample for sample in self.samples if begin <= sample.at and sample.until <= end]
+        return [sample for sample in asked if sample.live is not None]
 
     def silent(self) -> int:
         """Return how often nobody answered after the first answer."""
@@ -47,10 +49,11 @@ class HealthLog:
     def _run(self) -> None:
         while not self._stop.wait(self.EVERY_S):
             at = time.monotonic()
-            self.samples.append(Sample(at, self._ask("/livez"), self._ask("/readyz")))
+            live, ready = self._ask("/livez"), self._ask("/readyz")
+            self.samples.append(Sample(at, time.monotonic(), live, ready))
 
     def _ask(self, path: str) -> bool | None:
         try:
-            return ask_health(self.address, path, 2.0)[0]
+            return ask_health(self.address, path, 30.0)[0]
         except ConnectionError:
             return None

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sdtpu_worker.testing.processes import StartFailed
-from tests.chaos.servers import steady_port
+from sdtpu_worker.testing.processes import StartFailed, free_port
 
 
 class FlakyProxy:
@@ -29,7 +28,7 @@ class FlakyProxy:
 
     def __init__(self, redis_url: str) -> None:
         parts = urlsplit(redis_url)
-        self.port, self._target = steady_port(), parts.port
+        self.port, self._target = free_port(), parts.port
         self.url = parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{self.port}")).geturl()
         self._delay_s = 0.0
         self._ssl: ssl.SSLContext | None = None
@@ -70,7 +69,7 @@ class FlakyProxy:
         self._delay_s = seconds
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
     async def _listen(self) -> None:
         if self._server is None:

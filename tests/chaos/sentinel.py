@@ -98,9 +98,9 @@ class SentinelCluster:
         """Return a client of whichever server is the master; close it."""
         addresses = [("127.0.0.1", server.port) for server in self.sentinels]
         secret = {"password": self.sentinel_password} if self.sentinel_password else {}
-        sentinel = Sentinel(addresses, sentinel_kwargs={"socket_timeout": 2, **secret})
+        sentinel = Sentinel(addresses, sentinel_kwargs={"socket_timeout": 10, **secret})
         return sentinel.master_for(
-            self.master_name, **{"password": self.password or None, "socket_timeout": 2, "retry": None, **options}
+            self.master_name, **{"password": self.password or None, "socket_timeout": 10, "retry": None, **options}
         )
 
     def kill_master(self) -> RedisServer:
@@ -109,7 +109,7 @@ class SentinelCluster:
         self._killed.kill()
         return self._killed
 
-    def wait_for_failover(self, timeout_s: float = 30) -> RedisServer:
+    def wait_for_failover(self, timeout_s: float = 60) -> RedisServer:
         """Wait until every sentinel names the other server, and that one is a master; return it."""
         (heir,) = (server for server in self.servers if server is not self._killed)
         with contextlib.closing(heir.client()) as client:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -15,19 +13,10 @@ from typing import Any
 
 import redis
 
-from sdtpu_worker.testing.processes import StartFailed, find_redis_server, running
+from sdtpu_worker.testing.processes import StartFailed, find_redis_server, free_port, running
 from tests.support.waiting import wait_until
 
 Options = Mapping[str, str | list[str]]
-
-
-def steady_port() -> int:
-    """Return a free port below those that outgoing connections get, so that none has it while its server is down."""
-    while True:
-        port = random.randint(12_000, 32_000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
 
 
 class RedisServer:
@@ -40,7 +29,7 @@ class RedisServer:
     """
 
     def __init__(self, options: Options | None = None, login: str = "", mode: tuple[str, ...] = ()) -> None:
-        self.port = steady_port()
+        self.port = free_port()
         self.options: dict[str, str | list[str]] = {
             "port": str(self.port),
             "bind": "127.0.0.1",
@@ -68,8 +57,8 @@ class RedisServer:
         return self._process is not None and self._process.poll() is None
 
     def client(self, **options: Any) -> redis.Redis:
-        """Return a client that gives up after two seconds and does not try again; close it."""
-        return redis.Redis.from_url(self.url, **{"socket_timeout": 2, "retry": None, **options})
+        """Return a client that gives up after ten seconds and does not try again; close it."""
+        return redis.Redis.from_url(self.url, **{"socket_timeout": 10, "retry": None, **options})
 
     def __enter__(self) -> RedisServer:
         self.folder = Path(self._folder.enter_context(tempfile.TemporaryDirectory(prefix="sdtpu-chaos-")))

@@ -24,7 +24,7 @@ def test_jobs_of_a_backup_are_all_done_after_it_is_put_back(tmp_path: Path) -> N
     with RedisServer() as server, client_app(server.url), Fleet(server.url, tmp_path, **WORKER) as fleet:
         worker, ledger = fleet.start("a"), Ledger()
         ledger.add(1, 5)
-        ledger.wait(30)
+        ledger.wait(60)
         for seed in range(2, 8):
             ledger.add(seed, 300)
         with server.client() as client:

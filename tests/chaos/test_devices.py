@@ -62,16 +62,16 @@ def test_the_jobs_of_a_hung_device_are_done_by_another_worker_and_its_own_ends_i
         wait_until(lambda path=path: not is_well(port, path), f"{path} to turn")
     turned_s = time.monotonic() - began
     fleet.launch("healthy", SDTPU_FAKE_ACCIDENTS="off")
-    ledger.wait(30)
+    ledger.wait(90)
     done_s = time.monotonic() - began
     assert not ledger.errors
     assert not ledger.wrong_pictures()
     began = time.monotonic()
-    code = hung.stop(20)
+    code = hung.stop(60)
     stopped_s = time.monotonic() - began
     wait_until_no_key_is_left(client)
     assert "the devices make no progress" in hung.text()
-    assert stopped_s < 12
+    assert stopped_s < 30
     print(
         f"\nhung device: /livez and /readyz are 503 after {turned_s:.1f} s, all 10 jobs done after {done_s:.1f} s;"
         f" on SIGTERM it ends in {stopped_s:.1f} s with code {code}"
@@ -85,10 +85,10 @@ def test_a_worker_that_loses_its_devices_exits_with_75_and_the_next_one_does_all
     for seed in range(10):
         ledger.add(seed, STEPS, "lose" if seed == 2 else "x")
     began = time.monotonic()
-    assert lost.process.wait(20) == EX_ENGINE_LOST
+    assert lost.process.wait(60) == EX_ENGINE_LOST
     ended_s = time.monotonic() - began
     fleet.launch("next", SDTPU_FAKE_ACCIDENTS="off")
-    ledger.wait(30)
+    ledger.wait(90)
     assert not ledger.errors
     assert not ledger.wrong_pictures()
     wait_until_no_key_is_left(client)

@@ -12,7 +12,7 @@ from tests.chaos.servers import RedisServer
 from tests.support.clients import client_app
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 SETTINGS = {"SDTPU_CPU_DEVICES": "2", "SDTPU_SLOTS_PER_DEVICE": "1"}
 
@@ -29,9 +29,9 @@ def test_an_expired_job_keeps_nothing_waiting_while_the_result_backend_is_away(t
         results.kill()
         expired = app.send_task("sdtpu.generate", ["x"], queue="sdtpu", expires=-1)
         others = [app.send_task("sdtpu.generate", ["x"], {"seed": seed}, queue="sdtpu") for seed in range(2)]
-        wait_until(lambda: all(f"[{job.id}] received" in worker.text() for job in others), "the jobs behind", 20)
+        wait_until(lambda: all(f"[{job.id}] received" in worker.text() for job in others), "the jobs behind")
         assert "Connection to broker lost" not in worker.text()
         results.start()
         for job, end in ((expired, b"REVOKED"), (others[0], b"SUCCESS"), (others[1], b"SUCCESS")):
             key = f"celery-task-meta-{job.id}"
-            wait_until(lambda key=key, end=end: end in (client.get(key) or b""), f"{end!r}", 30)
+            wait_until(lambda key=key, end=end: end in (client.get(key) or b""), f"{end!r}")

@@ -11,7 +11,7 @@ from tests.chaos.fleet import Fleet, Ledger, wait_until_no_key_is_left
 from tests.chaos.servers import RedisServer
 from tests.support.clients import client_app
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 SETTINGS = {"SDTPU_LEASE_S": "3", "SDTPU_FAKE_STEP_MS": "5"}
 
@@ -26,11 +26,11 @@ def test_after_a_failover_jobs_are_claimed_renewed_and_acknowledged_on_the_same_
     ):
         worker = fleet.start("worker")
         first.kill()
-        wait_for_line(worker.process, worker.log, f"Connected to redis://:**@127.0.0.1:{second.port}", 30)
+        wait_for_line(worker.process, worker.log, f"Connected to redis://:**@127.0.0.1:{second.port}", 60)
         first.start()
         ledger = Ledger()
         ledger.add(1, 10)
-        ledger.wait(30)
+        ledger.wait(60)
         wait_until_no_key_is_left(client)
         slow = ledger.add(2, 1000)  # longer than its lease
         ledger.wait(60)

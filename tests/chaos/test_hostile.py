@@ -27,7 +27,7 @@ from sdtpu_worker.errors import InvalidMessage
 from sdtpu_worker.operations.prompt_guard import NOT_LOGGED
 from sdtpu_worker.testing.processes import private_redis
 from tests.chaos.fleet import Fleet, Ledger
-from tests.chaos.footprint import assert_as_before, assert_nothing_left, difference, footprint, pool_stats, settled
+from tests.chaos.footprint import assert_nothing_left, difference, footprint, is_as_before, pool_stats, settled
 from tests.chaos.hostile_control import hostile_control_messages
 from tests.support.clients import client_app
 from tests.support.hostile import MAX_BYTES, REQUEST, Draft, hostile_messages
@@ -113,8 +113,8 @@ def test_hostile_messages_end_in_typed_errors_and_good_jobs_beside_them_do_not_n
         if not isinstance(error, allowed):
             wrong.append((task_id, classes, result.state, error))
     assert wrong == []
-    after = settled(worker, client, before, 5)
-    assert_as_before(before, after)
+    after = settled(worker, client, before)
+    assert is_as_before(before, after), (before, after)
     grown_kib = after.memory_kib - before.memory_kib
     assert grown_kib < 49_152
     with capsys.disabled():
@@ -175,7 +175,7 @@ def test_any_bytes_at_all_are_put_aside_or_run(hostile_worker, long, capsys):
     wait_until(lambda: sum(dead_counts(client).values()) == before + sent, "all to be put aside", 120)
     assert_nothing_left(app, client)
     assert worker.is_running
-    assert generate.delay("x", seed=1, num_inference_steps=2).get(timeout=20)["seed"] == 1
+    assert generate.delay("x", seed=1, num_inference_steps=2).get(timeout=60)["seed"] == 1
     with capsys.disabled():
         print(f"\nraw bytes: {sent:,} messages made by Hypothesis, all put aside and counted")
 
@@ -193,14 +193,14 @@ def test_hostile_control_messages_cost_neither_the_worker_nor_a_job(hostile_work
             good.add(i, 20, stamped_headers=["user"], user="alice")
     good.wait(60)
     app.control.time_limit("sdtpu.generate", soft=None, hard=None)
-    assert len(app.control.ping(timeout=10, limit=1)) == 1
+    assert len(app.control.ping(timeout=60, limit=1)) == 1
     elapsed_s = time.monotonic() - started
     assert worker.is_running
     assert (good.errors, good.wrong_pictures()) == ({}, [])
     assert worker.text().count("Connection to broker lost") == connections_lost
     assert_nothing_left(app, client)
-    after = settled(worker, client, before, 5)
-    assert_as_before(before, after)
+    after = settled(worker, client, before)
+    assert is_as_before(before, after), (before, after)
     with capsys.disabled():
         print(
             f"\nhostile control: {len(messages):,} messages of {len(set(messages)):,} kinds in {elapsed_s:.0f} s beside"

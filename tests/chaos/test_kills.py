@@ -31,7 +31,7 @@ SETTINGS = {
     "SDTPU_CPU_DEVICES": "2",
     "SDTPU_SLOTS_PER_DEVICE": "4",
     "SDTPU_FAKE_STEP_MS": "0.2",
-    "SDTPU_LEASE_S": "2",
+    "SDTPU_LEASE_S": "5",
     "SDTPU_MAX_DELIVERIES": "1000",
 }
 

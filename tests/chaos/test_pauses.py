@@ -38,7 +38,7 @@ def test_the_first_worker_to_wake_takes_no_job_from_those_that_slept_as_long(tmp
     ):
         for name in ("a", "b"):
             fleet.launch(name)
-        wait_until(lambda: all(" ready." in worker.text() for worker in fleet.workers), "the workers", 60)
+        wait_until(lambda: all(" ready." in worker.text() for worker in fleet.workers), "the workers", 120)
         time.sleep(1.3 * LEASE_S)  # each worker has known Redis for a lease: it may sweep
         for seed in range(24):
             ledger.add(seed, 50)
@@ -49,7 +49,7 @@ def test_the_first_worker_to_wake_takes_no_job_from_those_that_slept_as_long(tmp
         for worker in fleet.workers:
             worker.send(signal.SIGCONT)
             time.sleep(0.3 * LEASE_S)
-        ledger.wait(60)
+        ledger.wait(90)
         wait_until_no_key_is_left(client)
         assert not ledger.errors
         assert not ledger.wrong_pictures()

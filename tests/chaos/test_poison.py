@@ -32,7 +32,7 @@ SETTINGS = {
     "SDTPU_SLOTS_PER_DEVICE": "4",
     "SDTPU_FAKE_STEP_MS": "2",
     "SDTPU_TICK_S": "0.05",
-    "SDTPU_LEASE_S": "1",
+    "SDTPU_LEASE_S": "4",
     "SDTPU_MAX_DELIVERIES": "3",
 }
 JOBS = 100
@@ -85,7 +85,7 @@ def test_a_job_that_ends_its_worker_fails_after_three_of_them_and_alone(jobs, pr
             if not worker.is_running:
                 workers[i] = fleet.launch(worker.name)
 
-    error = jobs.only_error(90, supervise)
+    error = jobs.only_error(180, supervise)
     assert isinstance(error, DeliveryLimitExceeded)
     wait_until(lambda: sum(not worker.is_running for worker in fleet.workers) >= 3, "the third to end")
     dead = [worker for worker in fleet.workers if not worker.is_running]
@@ -99,7 +99,7 @@ def test_a_job_that_breaks_the_device_program_fails_alone_and_no_worker_dies(job
     jobs, fleet = jobs
     jobs.add(prompt, 31)
     worker = fleet.launch("a")
-    error = jobs.only_error(60)
+    error = jobs.only_error(90)
     assert isinstance(error, GenerationFailed)
     assert cause in str(error)
     assert worker.is_running

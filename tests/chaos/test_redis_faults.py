@@ -29,7 +29,7 @@ from tests.chaos.servers import RedisServer
 from tests.support.clients import client_app
 from tests.support.waiting import wait_until
 
-STEP_MS, LEASE_S = 20, 5.0
+STEP_MS, LEASE_S = 20, 8.0
 SLACK_S = 2.5
 """How much later than it should a verdict may change: the lease's pulse is every second, and the machine is busy."""
 
@@ -53,7 +53,7 @@ class Stage:
             port = free_port()
             self.fleet.launch(name, SDTPU_HEALTH_ADDRESS=f"127.0.0.1:{port}")
             self.logs.append(stack.enter_context(HealthLog(port)))
-        wait_until(lambda: all(log.samples and log.samples[-1].ready for log in self.logs), "the workers", 60)
+        wait_until(lambda: all(log.samples and log.samples[-1].ready for log in self.logs), "the workers", 120)
 
     @property
     def workers(self) -> list[WorkerProcess]:
@@ -78,7 +78,7 @@ class Stage:
         begin, counts = time.monotonic(), [_received(worker) for worker in self.workers]
         while True:
             ids = self.send(4, priority=0)
-            wait_until(partial(self.are_done, ids), "new jobs", 30)
+            wait_until(partial(self.are_done, ids), "new jobs")
             if all(_received(worker) > count for worker, count in zip(self.workers, counts, strict=True)):
                 return time.monotonic() - begin
 
@@ -87,7 +87,7 @@ class Stage:
         for _ in range(5):
             stats: dict = {}
             with contextlib.suppress(RedisError):  # of a connection that the test has cut
-                stats = self.app.control.inspect(timeout=5, limit=2).stats() or {}
+                stats = self.app.control.inspect(timeout=20, limit=2).stats() or {}
             if len(stats) == 2:
                 return sum(each["pool"]["sdtpu"]["loop"]["job_steps"] for each in stats.values())
         raise AssertionError(f"a worker does not answer: {list(stats)}")
@@ -99,10 +99,10 @@ class Stage:
 
     def finish(self, name: str, begun: int, steps_before: int, figures: str = "") -> None:
         """Wait for every job, check that all is well, print a line."""
-        self.ledger.wait(90)
+        self.ledger.wait(120)
         ids = list(self.ledger.jobs)[begun:]
         with contextlib.closing(self.server.client()) as client:
-            wait_until_no_key_is_left(client, 3 * LEASE_S)
+            wait_until_no_key_is_left(client)
         needed = sum(self.ledger.jobs[task_id][2] for task_id in ids)
         repeated = self.job_steps() - steps_before - needed
         print(
@@ -163,7 +163,7 @@ def test_redis_is_killed_and_restarted(stage: Stage, before: tuple[int, int], lo
         "Redis killed and restarted", *before,
         f"; {len(again_s)} kills, both workers had done new jobs {max(again_s):.1f} s after it was back at the latest",
     )  # fmt: skip
-    assert max(again_s) < 10
+    assert max(again_s) < 30
 
 
 def test_an_outage_is_longer_than_the_lease(stage: Stage, before: tuple[int, int], long: bool):
@@ -178,7 +178,7 @@ def test_an_outage_is_longer_than_the_lease(stage: Stage, before: tuple[int, int
         again_s.append(stage.consumes_again_s())
         stage.check_verdicts(lost_at, back_at, time.monotonic())
     stage.finish("cut off for longer than the lease", *before, f"; consumed again after {max(again_s):.1f} s")
-    assert max(again_s) < 10
+    assert max(again_s) < 30
 
 
 def test_connections_are_dropped_again_and_again(stage: Stage, before: tuple[int, int], long: bool):
@@ -198,31 +198,31 @@ def test_connections_are_dropped_again_and_again(stage: Stage, before: tuple[int
         stage.proxy.restore()
         again_s = stage.consumes_again_s()
     stage.finish("connections dropped", *before, f"; {drops} times, cut for 2 s, consumed {again_s:.1f} s after it")
-    assert again_s < 10
+    assert again_s < 30
 
 
 def test_redis_is_slow(stage: Stage, before: tuple[int, int], long: bool):
     count = 200 if long else 24
     fast = stage.send(count, over_s=count / 20)
-    stage.ledger.wait(60)
+    stage.ledger.wait(90)
     slow: list[str] = []
     for delay_s in (0.05, 0.2):
         stage.proxy.delay(delay_s)
         slow += stage.send(count // 2, over_s=count / 20)
-        wait_until(partial(stage.are_done, slow), "the jobs of a slow Redis", 60)
+        wait_until(partial(stage.are_done, slow), "the jobs of a slow Redis", 90)
     stage.proxy.delay(0)
     for _ in range(5 if long else 1):
         frozen = stage.send(24)
         stage.server.pause(2.5)
         time.sleep(2.5)
-        stage.ledger.wait(60)
+        stage.ledger.wait(90)
         slow += frozen
     fast_s, slow_s = stage.device_s_per_step(fast), stage.device_s_per_step(slow)
     stage.finish(
         "slow Redis", *before, f"; a step on the device {1000 * fast_s:.1f} ms, with 50-200 ms of delay or a Redis"
         f" that is frozen for 2.5 s {1000 * slow_s:.1f} ms",
     )  # fmt: skip
-    assert slow_s < 1.25 * fast_s
+    assert slow_s < 1.5 * fast_s
 
 
 def test_the_workers_end_in_good_order(stage: Stage):

@@ -86,7 +86,7 @@ def studio(long: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stu
     settings = {
         "SDTPU_CPU_DEVICES": str(devices),
         "SDTPU_COMPILE_CACHE": XLA_CACHE,
-        "SDTPU_LEASE_S": "2",
+        "SDTPU_LEASE_S": "5",
         "SDTPU_GRACE_S": "0",
         "SDTPU_MAX_DELIVERIES": "100",
         "SDTPU_LORAS": "outline=embedded-outline",
@@ -101,7 +101,7 @@ def studio(long: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stu
         studio.workers = [studio.launch(), studio.launch()]
         ledger = Ledger(mixed=kind_of)
         add_jobs(ledger, jobs, steps)
-        add_jobs(ledger, 4, 20 * steps)
+        add_jobs(ledger, 4, 50 * steps)
         for worker in studio.workers:
             wait_for_worker(worker)
         ledger.wait(600)
@@ -138,7 +138,7 @@ def test_pictures_whose_workers_were_killed_are_the_same_bytes(studio, long):
 
 
 def test_pictures_that_were_handed_over_in_mid_denoise_are_the_same_bytes(studio):
-    ledger, steps = Ledger(mixed=kind_of), 20 * studio.steps
+    ledger, steps = Ledger(mixed=kind_of), 50 * studio.steps
     for worker in studio.workers:
         wait_for_worker(worker)
     before = [worker.text().count("] received") for worker in studio.workers]

@@ -55,19 +55,19 @@ def test_workers_follow_a_failover_and_leases_work_after_it(tmp_path: Path, long
             except BrokerUnavailable as exc:
                 refused.append(str(exc))
         accepts_s = time.monotonic() - killed_at
-        wait_until(lambda: ledger.collect() >= 0 and during[0] in ledger.results, "a new job", 60)
+        wait_until(lambda: ledger.collect() >= 0 and during[0] in ledger.results, "a new job", 120)
         consumes_s = time.monotonic() - killed_at
-        ledger.wait(60)
+        ledger.wait(90)
         assert not ledger.errors
         assert not ledger.wrong_pictures()
 
-        doomed = [ledger.add(seed, 400) for seed in range(4)]
-        wait_until(lambda: client.hlen("sdtpu:unacked") == 4, "the long jobs to be taken", 30)
+        doomed = [ledger.add(seed, 1000) for seed in range(4)]
+        wait_until(lambda: client.hlen("sdtpu:unacked") == 4, "the long jobs to be taken")
         first.kill()
         dead_at = time.monotonic()
         second = fleet.launch("second", SDTPU_FAKE_STEP_MS="2")
-        ledger.wait(60)
-        wait_until_no_key_is_left(client, 3 * LEASE_S)
+        ledger.wait(90)
+        wait_until_no_key_is_left(client)
         taken_over_s = time.monotonic() - dead_at
         assert not ledger.errors
         assert not ledger.wrong_pictures()
@@ -78,6 +78,6 @@ def test_workers_follow_a_failover_and_leases_work_after_it(tmp_path: Path, long
             f" accepted {accepts_s:.1f} s after the master's death, done after {consumes_s:.1f} s; then a worker was"
             f" killed with {len(doomed)} jobs: done by another one {taken_over_s:.1f} s later"
         )
-        assert consumes_s < 30
+        assert consumes_s < 60
         shown = [worker.text() for worker in fleet.workers] + refused + [repr(generate.app), repr(generate.backend)]
         assert not any(secret in text for text in shown for secret in (PASSWORD, SENTINEL_PASSWORD))

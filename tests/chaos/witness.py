@@ -38,7 +38,7 @@ class Witness:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._closing.set()
-        self._thread.join(10)
+        self._thread.join(60)
         self._pubsub.close()
         self._client.close()
 

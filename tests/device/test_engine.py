@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import random
+import time
 import weakref
 from collections import Counter
 from collections.abc import Collection
@@ -105,7 +106,7 @@ def test_five_hundred_mixed_jobs_trace_and_compile_nothing(any_engine):
         loop.submit(any_engine.prepare(str(i), request), Terms(priority=9 - i // 60)) for i, request in enumerate(jobs)
     ]
     for submission in submissions:
-        assert submission.future.result(60).pixels.shape == (*lane, 3)
+        assert submission.future.result(120).pixels.shape == (*lane, 3)
     loop.close()
     assert any_engine.traces_since_ready == before
     assert loop.stats.preemptions > 0
@@ -314,7 +315,7 @@ def test_a_device_that_breaks_while_it_serves_costs_no_image_and_no_other_device
     loop.start()
     submissions = [loop.submit(engine.prepare(str(i), request)) for i, request in enumerate(requests)]
     for submission, pixels in zip(submissions, wanted, strict=True):
-        np.testing.assert_array_equal(submission.future.result(60).pixels, pixels)
+        np.testing.assert_array_equal(submission.future.result(120).pixels, pixels)
     assert loop.stats.lost_devices == [sick]
     loop.close()
     assert engine.traces_since_ready == traces
@@ -369,7 +370,7 @@ def test_lost_devices_and_memory_that_is_full_are_told_from_what_another_try_may
 
 
 @pytest.mark.parametrize("any_engine", [(3, "float32", False), (2, "bfloat16", False)], indirect=True, ids=["3", "2"])
-def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engine):
+def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engine, monkeypatch):
     costs = {lane: TickCosts(any_engine.info.num_devices, Cost(0.01)) for lane in any_engine.info.resolutions}
     requests = [
         dataclasses.replace(request, num_inference_steps=40)
@@ -385,12 +386,21 @@ def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engin
         snapshots = snapshots or [None] * len(jobs)
         return [loop.submit(job, snapshot=state) for job, state in zip(jobs, snapshots, strict=True)], loop
 
-    submissions, loop = run()
-    wait_until(lambda: sum(submission.progress.current > 0 for submission in submissions) >= any_engine.info.num_slots)
-    loop.drain(0)
-    ends = [submission.future.exception(30) for submission in submissions]
-    steps = loop.stats.job_steps
-    loop.close()
+    execute = Engine.execute
+
+    def execute_slowly(*args: Any) -> Any:
+        time.sleep(0.1)
+        return execute(*args)
+
+    with monkeypatch.context() as patch:  # the jobs last while the loop is told to drain
+        patch.setattr(Engine, "execute", execute_slowly)
+        submissions, loop = run()
+        num_slots = any_engine.info.num_slots
+        wait_until(lambda: sum(submission.progress.current > 0 for submission in submissions) >= num_slots)
+        loop.drain(0)
+        ends = [submission.future.exception(120) for submission in submissions]
+        steps = loop.stats.job_steps
+        loop.close()
     assert all(isinstance(end, JobHandedOver) for end in ends)
     states = [
         end.snapshot and any_engine.read_snapshot(end.snapshot.to_bytes(), submission.job)
@@ -400,7 +410,7 @@ def test_a_loop_that_drains_brings_the_state_of_every_slot_bit_for_bit(any_engin
     any_engine.recover()
     submissions, loop = run(states)
     for submission, image in zip(submissions, wanted, strict=True):
-        np.testing.assert_array_equal(submission.future.result(30).pixels, image.pixels)
+        np.testing.assert_array_equal(submission.future.result(120).pixels, image.pixels)
     loop.close()
     total = sum(submission.job.num_steps for submission in submissions)
     assert steps + loop.stats.job_steps == total, "no step was lost or repeated"

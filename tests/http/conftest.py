@@ -14,7 +14,8 @@ from tests.support.paths import ROOT
 
 __all__ = ["app", "app_conf", "redis_url"]
 
-STEP_MS = 10
+STEP_MS = 20
+"""A job of 250 steps takes five seconds: its states can be seen on a busy machine too."""
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +26,7 @@ def worker(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 "SDTPU_PREVIEW_EVERY": "2", "SDTPU_PROGRESS_S": "0.05", "SDTPU_TICK_S": "0.02"}  # fmt: skip
     command = worker_command("tests.http.preview_worker", "-n", "worker@http")
     with running(command, log, env=worker_env(redis_url, **settings), cwd=ROOT) as process:
-        wait_for_line(process, log, " ready.", 60)
+        wait_for_line(process, log, " ready.", 120)
         yield
 
 

@@ -50,8 +50,8 @@ def start_door(
     log = folder / "door.log"
     command = [sys.executable, "-c", RUN_SDTPU, "serve", *(["-A", app] if app else []), "--address", address]
     with running(command, log, env=worker_env(redis_url, **settings), cwd=ROOT) as process:
-        line = wait_for_line(process, log, "door: http://", 60)
-        wait_for_line(process, log, "Application startup complete", 30)
+        line = wait_for_line(process, log, "door: http://", 120)
+        wait_for_line(process, log, "Application startup complete", 60)
         found = re.search(r"door: (http://\S+),", line)
         assert found is not None, line
         yield DoorProcess(found[1], process, log)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -33,7 +34,7 @@ class Shell:
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         with self.start(*arguments) as process:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=120)
         return process.returncode, out, err
 
 
@@ -93,13 +94,14 @@ def test_status_and_cancel_are_about_any_job(shell):
 
 @pytest.mark.usefixtures("worker")
 def test_ctrl_c_cancels_what_is_not_done(shell, app):
-    with shell.start("generate", "a fox", "--steps", "1000", "--json") as process:
-        (job,) = wait_until(
-            lambda: [job for jobs in (app.control.inspect(timeout=1).active() or {}).values() for job in jobs],
-            "the job to be in the worker",
-        )
+    def jobs_of(prompt: str) -> list[Any]:  # of an earlier test's the worker may still have some
+        active = app.control.inspect(timeout=5, limit=1).active() or {}
+        return [job for jobs in active.values() for job in jobs if prompt in str(job["args"])]
+
+    with shell.start("generate", "a fox that nobody waits for", "--steps", "1000", "--json") as process:
+        (job,) = wait_until(lambda: jobs_of("a fox that nobody waits for"), "the job to be in the worker")
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "cancelled" in err
     assert app.AsyncResult(job["id"]).state == "REVOKED"
@@ -115,7 +117,7 @@ def test_queue_says_what_waits_and_for_how_long(redis_url, tmp_path):
         assert found["hosts"] == []
         assert "no host takes jobs" in shell.run("queue")[1]
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
 
 
 @pytest.mark.usefixtures("worker")

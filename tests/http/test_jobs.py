@@ -46,7 +46,7 @@ def test_a_job_is_accepted_at_once_and_succeeds_later(client):
 
 
 def test_a_running_job_shows_its_progress(client):
-    job = enqueue(client, num_inference_steps=200)
+    job = enqueue(client, num_inference_steps=250)
     seen = []
     with client.stream("GET", job["links"]["events"]) as answer:
         for event in read_events(answer.iter_lines()):
@@ -72,13 +72,13 @@ def test_a_large_seed_is_there_as_text_too(client):
 
 
 def test_prefer_wait_answers_with_the_end_if_it_comes_in_time(client):
-    answer = client.post("/v1/jobs", json={"prompt": "a fox", "num_inference_steps": 2}, headers={"Prefer": "wait=20"})
+    answer = client.post("/v1/jobs", json={"prompt": "a fox", "num_inference_steps": 2}, headers={"Prefer": "wait=60"})
     assert (answer.status_code, answer.json()["status"]) == (200, "succeeded")
-    assert answer.headers["preference-applied"] == "wait=20"
+    assert answer.headers["preference-applied"] == "wait=60"
     began = time.monotonic()
-    late = client.post("/v1/jobs", json={"prompt": "a fox", "num_inference_steps": 900}, headers={"Prefer": "wait=1"})
-    assert (late.status_code, late.json()["status"]) == (202, "running")
-    assert 0.9 < time.monotonic() - began < 6
+    late = client.post("/v1/jobs", json={"prompt": "a fox", "num_inference_steps": 1000}, headers={"Prefer": "wait=5"})
+    assert (late.status_code, late.json()["status"]) == (202, "running"), "the wait is over long before the job"
+    assert time.monotonic() - began > 4.9
     client.delete(f"/v1/jobs/{late.json()['id']}")
 
 
@@ -139,10 +139,8 @@ def test_what_the_door_keeps_of_a_job_ends_with_its_result(client, redis_url):
     keys = [f"sdtpu:http:job:{job['id']}", f"sdtpu:http:once::{hashlib.sha256(b'kept').hexdigest()}",
             "sdtpu:http:jobs:", f"celery-task-meta-{job['id']}"]  # fmt: skip
     with Redis.from_url(redis_url) as redis:
-        record, once, listed, result = (redis.ttl(key) for key in keys)
-        assert 86_000 < record <= result <= 86_400
-        assert once > 86_000
-        assert listed > 86_000
+        left_s = {key: redis.ttl(key) for key in keys}
+        assert all(86_000 < each <= 86_400 for each in left_s.values()), left_s
         redis.delete(keys[0])
     assert client.get(f"/v1/jobs/{job['id']}").status_code == 404
 
@@ -198,7 +196,7 @@ def test_a_picture_that_is_not_there_yet_is_a_conflict(client):
 
 
 def test_events_come_in_order_and_end_with_the_job(client):
-    job = enqueue(client, seed=5, num_inference_steps=60)
+    job = enqueue(client, seed=5, num_inference_steps=250)
     with client.stream("GET", job["links"]["events"]) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         events = list(read_events(answer.iter_lines()))
@@ -214,7 +212,7 @@ def test_events_come_in_order_and_end_with_the_job(client):
 
 
 def test_a_client_that_comes_back_gets_what_it_has_not_seen(client):
-    job = enqueue(client, num_inference_steps=100)
+    job = enqueue(client, num_inference_steps=250)
     last = None
     with client.stream("GET", job["links"]["events"]) as answer:
         for event in read_events(answer.iter_lines()):
@@ -309,7 +307,7 @@ def test_a_job_in_the_queue_says_how_many_are_ahead_and_when_its_picture_will_be
         assert client.get(alone["links"]["self"]).json()["wait"] == {"ahead": 0, "eta_s": None}, "no worker is there"
         second = client.post("/v1/jobs", json={"prompt": "a fox"}).json()
         with Redis.from_url(redis_url) as redis:
-            publish_load(redis, "waits", load)
+            publish_load(redis, "waits", load, ttl_s=600)
 
         def known_wait() -> dict | None:  # Redis is looked at once a second
             wait = client.get(second["links"]["self"]).json()["wait"]
@@ -324,7 +322,7 @@ def test_a_job_in_the_queue_says_how_many_are_ahead_and_when_its_picture_will_be
 def test_a_deadline_that_cannot_be_kept_is_refused(redis_url, tmp_path):
     load = WorkerLoad("busy", 1, {}, mean_job_s=100.0, held={6: 3}, next_free_s=100.0)
     with Redis.from_url(redis_url) as redis:
-        publish_load(redis, "busy", load, ttl_s=60)
+        publish_load(redis, "busy", load, ttl_s=600)
     with start_door(redis_url, tmp_path, SDTPU_QUEUE="busy") as door, door.client() as client:
         answer = client.post("/v1/jobs", json={"prompt": "a fox", "expires": 1})
     assert (answer.status_code, answer.json()["code"]) == (503, "DeadlineUnreachable")

@@ -89,9 +89,9 @@ def test_states_come_over_every_kind_of_connection(server, tmp_path):
         door = create_app(app).state.door
         await door.jobs.ping()
         async with door.jobs.watch("a-job") as watch:
-            assert (await watch.next_state(10)).status == "queued"
+            assert (await watch.next_state(60)).status == "queued"
             await asyncio.to_thread(app.backend.store_result, "a-job", {}, "STARTED")
-            assert (await watch.next_state(10)).status == "running"
+            assert (await watch.next_state(60)).status == "running"
         await door.close()
 
     with server(tmp_path) as url:

@@ -96,6 +96,6 @@ def test_progress_shows_the_picture_as_it_forms_and_interrupt_ends_it(door, clie
         assert shown_count(base64.b64decode(progress["current_image"])) > expected_count(5, 0)
     finally:
         client.post("/sdapi/v1/interrupt")
-        thread.join(20)
+        thread.join(60)
     assert answers[0].status_code == 410
     assert answers[0].json()["code"] == "JobCancelled"

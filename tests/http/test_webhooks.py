@@ -91,7 +91,7 @@ def test_another_door_takes_over_from_one_that_has_died(redis_url, tmp_path, app
             body = {"prompt": "a fox", "webhook": f"{receiver.origin}/done"}
             job = client.post("/v1/jobs", json=body).json()
             door.process.kill()
-            door.process.wait(10)
+            door.process.wait(60)
         redis.zadd(webhooks.HOOKS, {job["id"]: 0})  # as if the lease had expired
         app.backend.store_result(job["id"], RuntimeError("no"), "FAILURE")
         with start_door(redis_url, tmp_path / "second", **settings):

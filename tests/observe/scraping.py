@@ -46,7 +46,7 @@ def address_of(log: Path) -> str:
 def get(url: str, accept: str = "") -> tuple[str, str]:
     """Return the content type and the text of a page."""
     request = urllib.request.Request(url, headers={"Accept": accept} if accept else {})
-    with _NO_PROXY.open(request, timeout=10) as answer:
+    with _NO_PROXY.open(request, timeout=30) as answer:
         return answer.headers["Content-Type"], answer.read().decode()
 
 

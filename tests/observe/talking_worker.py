@@ -30,7 +30,7 @@ class TalkingPool(FakeDevicePool):
     @staticmethod
     def make_engine(config: Config, on_phase: Callable[[str], None]) -> TalkingEngine:
         """Make the engine at once."""
-        return TalkingEngine(config.cpu_devices, int(config.slots_per_device), 0.001)
+        return TalkingEngine(config.cpu_devices, int(config.slots_per_device), 0.01)
 
 
 app.conf.worker_pool = "tests.observe.talking_worker:TalkingPool"

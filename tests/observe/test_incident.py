@@ -30,7 +30,7 @@ SETTINGS = {
     "SDTPU_STALL_S": "1",
 }  # fmt: skip
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 
 def hurried_rules() -> dict[str, Any]:
@@ -58,11 +58,11 @@ def watched(fleet: Fleet, redis_url: str, names: list[str], **settings: str) -> 
     code, log = "from sdtpu_worker.cli import sdtpu; sdtpu()", fleet.folder / "queues.log"
     command = [sys.executable, "-c", code, "metrics", "-A", "sdtpu_worker.app", "--listen", "127.0.0.1:0"]
     with running(command, log, env=worker_env(redis_url)) as process:
-        queues = re.search(r"http://([\d.:]+)/", wait_for_line(process, log, "metrics: ", 30))[1]
+        queues = re.search(r"http://([\d.:]+)/", wait_for_line(process, log, "metrics: ", 60))[1]
         workers = [address_of(fleet.start(name, **settings).log).removeprefix("http://") for name in names]
         jobs = {"sdtpu-workers": workers, "sdtpu-queues": [queues]}
         with running_prometheus(fleet.folder / "prometheus", jobs, hurried_rules()) as prometheus:
-            wait_until(lambda: len(prometheus.query("sdtpu_worker_ready == 1")) == len(names), "all to be scraped", 40)
+            wait_until(lambda: len(prometheus.query("sdtpu_worker_ready == 1")) == len(names), "all to be scraped")
             yield prometheus
 
 
@@ -74,16 +74,16 @@ def wait_for(prometheus: Prometheus, *alerts: str) -> None:
         seen.update(prometheus.firing())
         return seen >= set(alerts)
 
-    wait_until(have_fired, lambda: f"{set(alerts) - seen}; these fired: {seen}", 60)
+    wait_until(have_fired, lambda: f"{set(alerts) - seen}; these fired: {seen}", 90)
 
 
 def test_a_quiet_worker_raises_no_alarm(tmp_path):
     with private_redis() as url, client_app(url), Fleet(url, tmp_path, **SETTINGS) as fleet:
         with watched(fleet, url, ["a"]) as prometheus:
             job = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 300})
-            job.get(timeout=30)
+            job.get(timeout=60)
             wait_until(lambda: prometheus.query("sdtpu_images_total == 1"), "the image to be counted")
-            assert prometheus.firing() == set()
+            wait_until(lambda: prometheus.firing() == set(), prometheus.firing)  # of a machine that stood still, too
 
 
 def test_a_hung_device_and_the_worker_that_is_killed_for_it(tmp_path):
@@ -92,11 +92,11 @@ def test_a_hung_device_and_the_worker_that_is_killed_for_it(tmp_path):
         with watched(fleet, url, ["a", "b"]) as prometheus:
             generate.apply_async(("hang",), {"seed": 1, "num_inference_steps": 50})
             wait_for(prometheus, "SdtpuDeviceHangs", "SdtpuLeasesNotRenewed")
-            assert prometheus.query("sdtpu_worker_live == 0")  # what the panel "Live and ready" shows
+            wait_until(lambda: prometheus.query("sdtpu_worker_live == 0"))  # what the panel "Live and ready" shows
             hung = [worker for worker in fleet.workers if "make no progress" in worker.text()]
             for worker in hung:
                 worker.kill()
-            wait_until(lambda: all(w in hung or "redelivered" in w.text() for w in fleet.workers), "a sweep", 30)
+            wait_until(lambda: all(w in hung or "redelivered" in w.text() for w in fleet.workers), "a sweep")
             for worker in fleet.workers:
                 if worker.is_running:
                     worker.kill()
@@ -104,7 +104,7 @@ def test_a_hung_device_and_the_worker_that_is_killed_for_it(tmp_path):
                 client.delete("sdtpu:load:sdtpu")  # which would expire by itself
             generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 5})
             wait_for(prometheus, "SdtpuNoWorkerConsumes")
-            assert prometheus.query("max(sdtpu_workers) == 0")
+            wait_until(lambda: prometheus.query("max(sdtpu_workers) == 0"))
 
 
 def test_a_worker_that_dies_with_jobs_in_hand(tmp_path):
@@ -117,7 +117,8 @@ def test_a_worker_that_dies_with_jobs_in_hand(tmp_path):
         with watched(fleet, url, ["second"]) as prometheus:
             first.kill()
             wait_for(prometheus, "SdtpuWorkersDie")
-            assert prometheus.query('sdtpu_requests_total{outcome="redelivered", reason="died"} > 0')
+            died = 'sdtpu_requests_total{outcome="redelivered", reason="died"} > 0'
+            wait_until(lambda: prometheus.query(died), "the worker's own figure")
 
 
 def test_a_redis_that_fills_up(tmp_path):
@@ -129,5 +130,6 @@ def test_a_redis_that_fills_up(tmp_path):
                         break
                     client.set(f"other:{number}", b"x" * 100_000)
             wait_for(prometheus, "SdtpuRedisMemory")
-            used, limit = (prometheus.query(f'sdtpu_redis_memory_bytes{{kind="{kind}"}}') for kind in ("used", "limit"))
+            figures = [f'sdtpu_redis_memory_bytes{{kind="{kind}"}}' for kind in ("used", "limit")]
+            used, limit = (wait_until(lambda figure=figure: prometheus.query(figure), figure) for figure in figures)
             assert float(used[0]["value"][1]) > 0.8 * float(limit[0]["value"][1]) > 0

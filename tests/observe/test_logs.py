@@ -22,7 +22,7 @@ from tests.support.waiting import wait_until
 
 SECRET = "a prompt that nobody else may read"
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def run_jobs(worker: WorkerProcess) -> tuple[str, str]:
     """Have a job succeed and one fail; return their ids when the worker has stopped."""
     ledger = Ledger()
     done, failed = ledger.add(1, 12, SECRET), ledger.add(2, 12, "raise")
-    ledger.wait(30)
+    ledger.wait(60)
     assert worker.stop() == 0
     return done, failed
 
@@ -70,7 +70,7 @@ def test_a_job_whose_message_is_dead_lettered_has_its_line_too(fleet, app):
     worker = fleet.start("a")
     job = app.send_task("no.such", (SECRET,), queue="sdtpu", headers={SENT_AT_HEADER: time.time() - 60})
     wait_until(lambda: f"task {job.id} refused (NotRegistered): waited" in worker.text(), worker.text)
-    assert re.search(rf"task {job.id} refused \(NotRegistered\): waited 6\d\.\d\d s, had no slot", worker.text())
+    assert re.search(rf"task {job.id} refused \(NotRegistered\): waited [67]\d\.\d\d s, had no slot", worker.text())
     assert re.search(rf"in the queue sdtpu was dead-lettered \(task {job.id}\): task must be one of", worker.text())
     redis.Redis.from_url(fleet.redis_url).lpush("sdtpu", b"no message")
     wait_until(lambda: "in the queue sdtpu was dead-lettered (no usable id): " in worker.text(), worker.text)
@@ -128,7 +128,7 @@ def test_what_a_worker_says_before_its_log_is_set_up_and_past_it_is_json_too(fle
     worker = fleet.start("a", SDTPU_LOG_FORMAT="json", PYTHONPATH=f"{tmp_path}:{ROOT}")
     worker.send(signal.SIGINT)
     worker.send(signal.SIGQUIT)
-    assert worker.process.wait(30) == 0
+    assert worker.process.wait(60) == 0
     lines = [(line["logger"], line["message"]) for line in objects(worker)]
     assert ["as of a worker that runs as root" in text for name, text in lines if name == "py.warnings"].count(
         True
@@ -149,7 +149,7 @@ def test_what_a_worker_says_before_its_log_is_set_up_and_past_it_is_json_too(fle
 )
 def test_the_reason_of_a_start_that_fails_is_a_json_line(fleet, setting, message):
     worker = fleet.launch("a", SDTPU_LOG_FORMAT="json", **{setting: "nonesuch://x"})
-    assert worker.process.wait(30) == 1
+    assert worker.process.wait(60) == 1
     last = objects(worker)[-1]
     assert last["level"] == "CRITICAL"
     assert last["message"].startswith(message)
@@ -161,7 +161,7 @@ def test_json_lines_of_celery_about_a_job_name_it_too(fleet, app):
     wait_until(lambda: generate.AsyncResult(running).state != "PENDING", "the job to run")
     app.control.revoke(running, terminate=True)
     first, second = (generate.apply_async((SECRET,), {"seed": 1, "num_inference_steps": 3}).id for _ in range(2))
-    Ledger({first: (generate.AsyncResult(first), 1, 3), second: (generate.AsyncResult(second), 1, 3)}).wait(30)
+    Ledger({first: (generate.AsyncResult(first), 1, 3), second: (generate.AsyncResult(second), 1, 3)}).wait(60)
     app.control.revoke(first)
     app.control.revoke([first, second])
     wait_until(lambda: worker.text().count("Tasks flagged as revoked") == 2, worker.text)
@@ -188,7 +188,7 @@ def test_a_json_line_names_no_task_for_a_uuid_within_a_name(capsys):
 
 def test_a_value_that_is_no_format_ends_the_start_with_one_line(fleet):
     worker = fleet.launch("a", SDTPU_LOG_FORMAT="xml")
-    worker.process.wait(30)
+    worker.process.wait(60)
     assert "SDTPU_LOG_FORMAT must be one of text, json, got 'xml'" in worker.text()
 
 

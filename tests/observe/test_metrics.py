@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import signal
 import time
-import urllib.error
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -21,7 +21,7 @@ from tests.support.waiting import wait_until
 ANY_PORT = {"SDTPU_HEALTH_ADDRESS": "127.0.0.1:0", "SDTPU_LEASE_S": "3"}
 OF_ANOTHER_TIME = {"sdtpu_oldest_request_seconds"}  # no job waits in Redis while nothing is in the way
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def shared(tmp_path_factory) -> Iterator[tuple[str, WorkerProcess]]:
     """Give a worker for tests that count what they add; its Redis is of its own."""
     with private_redis() as url:
         folder = tmp_path_factory.mktemp("shared")
-        with Fleet(url, folder, SDTPU_CPU_DEVICES="1", SDTPU_FAKE_STEP_MS="5", **ANY_PORT) as fleet:
+        with Fleet(url, folder, SDTPU_CPU_DEVICES="1", SDTPU_FAKE_STEP_MS="20", **ANY_PORT) as fleet:
             yield url, fleet.start("shared")
 
 
@@ -68,9 +68,9 @@ def added(worker: WorkerProcess, act: Callable[[], object], jobs: int = 1) -> di
     return {key: n - then.get(key, 0) for key, n in now.items() if n != then.get(key, 0)}
 
 
-def occupy(seconds: float = 1.0) -> str:
+def occupy(seconds: float) -> str:
     """Have a job of this length take the only slot of the shared worker; return its id."""
-    job = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": round(seconds / 0.005)})
+    job = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": round(seconds / 0.02)})
     wait_until(lambda: job.backend.get_task_meta(job.id, cache=False)["status"] == "STARTED")
     time.sleep(0.1)
     return job.id
@@ -80,7 +80,8 @@ def test_every_documented_figure_is_exported_and_every_exported_one_is_documente
     worker, ledger = fleet.start("a"), Ledger()
     for seed in range(4):
         ledger.add(seed, 10)
-    ledger.wait(30)
+    ledger.wait(60)
+    wait_until(lambda: ends_of(scrape(worker)) == 4)
     wait_until(lambda: scrape(worker).by_label("sdtpu_requests_waiting"), "the worker to look at its queues")
     page = scrape(worker)
     wanted = {m.name: m for m in METRICS.values() if m.source is not Source.QUEUES}
@@ -97,7 +98,7 @@ def test_the_figures_of_jobs_that_succeed_are_true(fleet, app):
     worker, ledger = fleet.start("a"), Ledger()
     for seed in range(10):
         ledger.add(seed, 20)
-    ledger.wait(30)
+    ledger.wait(60)
     wait_until(lambda: ends_of(scrape(worker)) == 10)
     page = scrape(worker)
     assert counts_of(page) == {("succeeded", ""): 10}
@@ -120,7 +121,7 @@ def test_the_figures_of_jobs_that_succeed_are_true(fleet, app):
 
 
 def test_a_batch_at_work_shows_in_slots_and_queues(fleet, app):
-    worker = fleet.start("a")
+    worker = fleet.start("a", SDTPU_FAKE_STEP_MS="50", SDTPU_LEASE_S="60")
     for seed in range(8):
         generate.apply_async(("x",), {"seed": seed, "num_inference_steps": 1000}, priority=3)
     wait_until(lambda: scrape(worker).value("sdtpu_requests_waiting", queue="sdtpu", priority="3") == 4, "four to wait")
@@ -131,11 +132,12 @@ def test_a_batch_at_work_shows_in_slots_and_queues(fleet, app):
     assert page.value("sdtpu_deliveries_held") == 4
     assert page.value("sdtpu_requests_waiting", queue="sdtpu", priority="3") == 4
     assert page.value("sdtpu_requests_waiting", queue="sdtpu.t0", priority="3") == 0
-    ticks = page.value("sdtpu_tick_occupancy_ratio_count")
-    assert ticks - 0.5 <= page.value("sdtpu_tick_occupancy_ratio_sum") <= ticks  # the first job may have been alone
+    ticks, occupancy = "sdtpu_tick_occupancy_ratio_count", "sdtpu_tick_occupancy_ratio_sum"
+    later = wait_until(lambda: found if (found := scrape(worker)).value(ticks) > page.value(ticks) else None)
+    assert later.value(occupancy) - page.value(occupancy) == later.value(ticks) - page.value(ticks), "all are full"
     assert page.value("sdtpu_padding_steps_total") == 0
     assert page.value("sdtpu_device_memory_bytes", device="1", kind="used") == 1
-    assert 0 <= page.value("sdtpu_lease_age_seconds") < page.value("sdtpu_lease_seconds") == 3
+    assert 0 <= page.value("sdtpu_lease_age_seconds") < page.value("sdtpu_lease_seconds") == 60
 
 
 def test_an_image_that_the_devices_cannot_make_is_counted_by_its_error(worker):
@@ -164,7 +166,7 @@ def test_a_wrong_parameter_and_a_message_that_is_none_are_refused(worker, shared
 
 
 def test_a_job_that_is_revoked_is_counted_where_it_was(worker):
-    running = occupy(5)
+    running = occupy(20)
     waiting = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 5})
     wait_until(lambda: scrape(worker).value("sdtpu_requests_pending") == 1)
 
@@ -178,7 +180,7 @@ def test_a_job_that_is_revoked_is_counted_where_it_was(worker):
 
 def test_a_job_that_had_no_slot_in_time_is_expired(worker):
     def enqueue() -> None:
-        occupy(2.5)
+        occupy(6)
         kwargs = {"seed": 1, "num_inference_steps": 5}  # by its name, the task is not refused where it is sent
         generate.app.send_task("sdtpu.generate", ("x",), kwargs, queue="sdtpu", expires=0.6)
 
@@ -187,7 +189,7 @@ def test_a_job_that_had_no_slot_in_time_is_expired(worker):
 
 def test_an_urgent_job_preempts_and_the_other_one_resumes(worker):
     def enqueue() -> None:
-        occupy(2.5)
+        occupy(6)
         generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 5}, priority=0)
 
     assert added(worker, enqueue, jobs=2) == {("succeeded", ""): 2, ("preempted", ""): 1, ("resumed", ""): 1}
@@ -203,7 +205,7 @@ def test_a_job_that_celery_sends_again_is_counted_as_retried(redis_url, tmp_path
 
 
 def test_jobs_of_a_worker_that_stops_are_handed_over_and_resumed(fleet, app):
-    first, ledger = fleet.start("a", SDTPU_GRACE_S="2"), Ledger()
+    first, ledger = fleet.start("a", SDTPU_GRACE_S="5", SDTPU_FAKE_STEP_MS="20"), Ledger()
     for seed in range(2):
         ledger.add(seed, 1000)
     wait_until(lambda: scrape(first).value("sdtpu_steps_total") > 20)
@@ -212,15 +214,15 @@ def test_jobs_of_a_worker_that_stops_are_handed_over_and_resumed(fleet, app):
     while first.is_running:
         try:
             seen.append(scrape(first))
-        except (OSError, urllib.error.URLError):
+        except (OSError, http.client.HTTPException):
             break
         time.sleep(0.02)
     assert seen[0].value("sdtpu_worker_live") == 1
     assert seen[-1].value("sdtpu_worker_ready") == 0
-    first.process.wait(20)
+    first.process.wait(60)
     assert first.text().count(" handed_over (stopping): waited") == 2
     second = fleet.start("b")
-    ledger.wait(30)
+    ledger.wait(60)
     assert not ledger.wrong_pictures()
     wait_until(lambda: ends_of(scrape(second)) == 2)
     assert counts_of(scrape(second)) == {
@@ -236,7 +238,7 @@ def test_jobs_of_a_worker_that_was_killed_are_counted_as_redelivered(fleet, app)
     wait_until(lambda: scrape(first).value("sdtpu_requests_pending") == 1)
     second = fleet.start("b")
     first.kill()
-    ledger.wait(40)
+    ledger.wait(90)
     wait_until(lambda: ends_of(scrape(second)) == 3)
     page = scrape(second)
     assert counts_of(page) == {

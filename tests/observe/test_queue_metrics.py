@@ -88,11 +88,11 @@ def test_the_age_of_the_oldest_counts_from_when_it_was_sent_or_due(read, app, re
     now = time.time()
     generate.apply_async(("a",), headers={"sdtpu_sent_at": now - 100})
     generate.apply_async(("b",), headers={"sdtpu_sent_at": now - 200}, priority=9)
-    assert read().value("sdtpu_oldest_request_seconds", queue="sdtpu") == pytest.approx(200, abs=5)
+    assert read().value("sdtpu_oldest_request_seconds", queue="sdtpu") == pytest.approx(200, abs=50)
     redis.flushdb()
-    due = datetime.now(UTC) - timedelta(seconds=30)
+    due = datetime.now(UTC) - timedelta(seconds=300)
     generate.apply_async(("a",), headers={"sdtpu_sent_at": now - 3600}, eta=due)
-    assert read().value("sdtpu_oldest_request_seconds", queue="sdtpu") == pytest.approx(30, abs=5)
+    assert read().value("sdtpu_oldest_request_seconds", queue="sdtpu") == pytest.approx(300, abs=50)
 
 
 def test_a_job_of_a_client_that_sends_no_time_has_no_age_whatever_its_prompt_says(read, app):
@@ -146,13 +146,13 @@ def test_the_figures_are_served_until_the_command_is_stopped(redis_url, app, red
     code = "from sdtpu_worker.cli import sdtpu; sdtpu()"
     command = [sys.executable, "-c", code, "metrics", "-A", APP, "--listen", "127.0.0.1:0"]
     with running(command, log, env=worker_env(redis_url)) as process:
-        line = wait_for_line(process, log, "metrics: ", 30)
+        line = wait_for_line(process, log, "metrics: ", 60)
         url = re.search(r"http://\S+", line)[0]
         assert sum(Page(get(url)[1]).by_label("sdtpu_requests_waiting").values()) == 0
         generate.delay("a fox")
         assert sum(Page(get(url)[1]).by_label("sdtpu_requests_waiting").values()) == 1
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_broker_that_is_away_and_an_address_that_is_none_are_clear_errors(monkeypatch):

@@ -25,7 +25,7 @@ from tests.support.waiting import wait_until
 SECRET = "a prompt that nobody else may read"
 OF_A_JOB = ["prepare", "wait", "insert", "denoise", "decode", "check safety", "encode", "store"]
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 class Web:
@@ -95,7 +95,7 @@ def test_the_web_request_the_task_and_our_spans_are_one_trace(fleet, app, web, t
     worker, ledger = fleet.start("a"), Ledger()
     with web.request() as trace_id:
         task_id = ledger.add(7, 40, SECRET)
-    ledger.wait(30)
+    ledger.wait(60)
     spans = stop(worker, tmp_path).of_trace(trace_id)
     published, request = web.spans
     assert (published.name, request.name) == ("apply_async/sdtpu.generate", "POST /images")
@@ -112,7 +112,8 @@ def test_the_web_request_the_task_and_our_spans_are_one_trace(fleet, app, web, t
         assert at(task["start_time"]) <= at(span["start_time"]) <= at(span["end_time"]) <= at(task["end_time"]), name
     lengths = {name: at(span["end_time"]) - at(span["start_time"]) for name, span in spans.items()}
     assert lengths["denoise"] >= 40 * 0.005 * 0.8
-    assert 0.003 < lengths["insert"] < 0.05 > lengths["decode"] > 0.003
+    assert min(lengths["insert"], lengths["decode"]) > 0.003
+    assert max(lengths["insert"], lengths["decode"]) < lengths["denoise"]
 
     facts = task["attributes"]
     assert facts["messaging.message.id"] == task_id
@@ -130,15 +131,15 @@ def test_each_tick_has_its_batch_and_links_to_its_jobs(fleet, app, web, tmp_path
     traces = []
     for seed in range(2):
         with web.request() as trace_id:
-            ledger.add(seed, 200)
+            ledger.add(seed, 600)
             traces.append(trace_id)
-    ledger.wait(30)
+    ledger.wait(60)
     found = stop(worker, tmp_path)
     for trace_id in traces:
         events = found.of_trace(trace_id)["denoise"]["events"]
         steps = [event["attributes"]["sdtpu.steps_done"] for event in events]
         assert steps == sorted(steps)
-        assert steps[-1] == 200
+        assert steps[-1] == 600
         assert {event["attributes"]["sdtpu.slots"] for event in events} == {2}
         assert 2 in {event["attributes"]["sdtpu.slots_busy"] for event in events}
     ticks = found.ticks()
@@ -153,7 +154,7 @@ def test_prompts_are_in_the_trace_only_where_the_log_may_have_them(fleet, app, w
     worker, ledger = fleet.start("a", SDTPU_LOG_PROMPTS="on"), Ledger()
     with web.request() as trace_id:
         ledger.add(1, 5, SECRET)
-    ledger.wait(30)
+    ledger.wait(60)
     task = stop(worker, tmp_path).of_trace(trace_id)["run/sdtpu.generate"]
     assert json.loads(task["attributes"]["gen_ai.input.messages"]) == [
         {"role": "user", "parts": [{"type": "text", "content": SECRET}]}
@@ -164,7 +165,7 @@ def test_a_job_that_fails_and_one_that_is_revoked_say_so(fleet, app, web, tmp_pa
     worker, ledger = fleet.start("a"), Ledger()
     with web.request() as failed:
         ledger.add(1, 20, "raise")
-    ledger.wait(30)
+    ledger.wait(60)
     with web.request() as revoked:
         job = generate.apply_async(("x",), {"seed": 1, "num_inference_steps": 1000})
     wait_until(lambda: job.backend.get_task_meta(job.id, cache=False)["status"] == "STARTED")
@@ -183,20 +184,20 @@ def test_a_job_that_fails_and_one_that_is_revoked_say_so(fleet, app, web, tmp_pa
 def test_a_job_that_is_handed_over_stays_in_its_trace(fleet, app, web, tmp_path):
     first, ledger = fleet.start("a", SDTPU_GRACE_S="0", SPANS_FILE=str(tmp_path / "first")), Ledger()
     with web.request() as trace_id:
-        task_id = ledger.add(1, 600)
+        task_id = ledger.add(1, 1000)
     wait_until(lambda: f"{task_id}] received" in first.text())
     job = app.AsyncResult(task_id)
     wait_until(lambda: job.backend.get_task_meta(task_id, cache=False)["status"] == "STARTED")
     assert first.stop() == 0
     second = fleet.start("b")
-    ledger.wait(30)
+    ledger.wait(60)
     left = Traces(tmp_path / "first").of_trace(trace_id)
     done = stop(second, tmp_path).of_trace(trace_id)
     last = left["denoise" if "denoise" in left else "wait"]
     assert last["attributes"]["sdtpu.left_by"] == "JobHandedOver"
     assert "store" not in left
     assert {"wait", "denoise", "decode", "store"} <= set(done)
-    assert done["denoise"]["attributes"]["sdtpu.steps_done"] == 600
+    assert done["denoise"]["attributes"]["sdtpu.steps_done"] == 1000
 
 
 def test_where_nobody_traces_nothing_is_kept_and_no_sdk_is_loaded():
@@ -208,7 +209,7 @@ with tracing.stage("store"):
     tracing.follow("a-task")
 print(type(tracing).__name__, tracing.is_following, [name for name in sys.modules if "opentelemetry.sdk" in name])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "SpanTracing False []\n"
 
 
@@ -220,5 +221,5 @@ from sdtpu_worker.operations.find_tracing import find_tracing
 import sdtpu_worker.worker.services
 print(type(find_tracing("1", False)).__name__, [name for name in sys.modules if name.startswith("opentelemetry.")])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "NoTracing []\n"

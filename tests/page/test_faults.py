@@ -37,7 +37,7 @@ def counting_worker(redis_url: str, folder: Path, step_ms: int = 20) -> Iterator
     log = folder / "worker.log"
     command = worker_command("tests.http.preview_worker", "-n", "worker@page")
     with running(command, log, env=worker_env(redis_url, **settings), cwd=ROOT) as process:
-        wait_for_line(process, log, " ready.", 60)
+        wait_for_line(process, log, " ready.", 120)
         yield
 
 

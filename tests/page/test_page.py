@@ -13,15 +13,17 @@ from playwright.sync_api import expect
 
 from tests.http.doors import start_door
 from tests.page.browser import SCREENSHOTS, WAIT_MS
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 
 HEART, STAR = "a red heart on a white background", "a yellow star on a purple background"
 RUNNING, DONE = re.compile(r"\d+ %"), re.compile("drawn in ")
+CANCEL_ALL = "document.querySelectorAll('[data-does=cancel]:not([hidden])').forEach(each => each.click())"
 LONG = "1000"
-"""Steps of a job that does not end by itself in a test's time."""
+"""Steps of a job that ends after ten seconds or more, long after a page has shown its slot."""
 FORMING = "500"
-"""Steps of a job that ends, but not before a page has shown its slot, which takes two seconds."""
+"""Steps of a job that ends, but not before a page has shown that it runs."""
 
 
 def wait_for(card, text):
@@ -32,8 +34,8 @@ def test_a_picture_forms_from_the_click_to_the_download(door, visit):
     visitor = visit(door.url)
     visitor.wait_until_live()
     visitor.check(state="first-visit")
-    card = visitor.make(HEART, num_inference_steps=FORMING, seed="7")
-    expect(card).to_be_visible(timeout=1000)
+    card = visitor.make(HEART, num_inference_steps=LONG, seed="7")
+    expect(card).to_be_visible()
     wait_for(card, RUNNING)
     expect(card.locator("img.picture")).to_have_attribute("src", re.compile("^data:image/png"), timeout=WAIT_MS)
     before = card.locator("progress").evaluate("bar => bar.value")
@@ -43,7 +45,7 @@ def test_a_picture_forms_from_the_click_to_the_download(door, visit):
     assert card.locator("progress").evaluate("bar => bar.value") > before
     wait_for(card, DONE)
     expect(card.locator("img.picture.done")).to_be_visible()
-    expect(card.locator(".settings")).to_have_text(f"64 × 64 · {FORMING} steps · dpmsolver++ · guidance 7.5 · seed 7")
+    expect(card.locator(".settings")).to_have_text(f"64 × 64 · {LONG} steps · dpmsolver++ · guidance 7.5 · seed 7")
     expect(visitor.page.locator("#announcer")).to_have_text(f"Done: {HEART}")
     with visitor.page.expect_download() as download:
         card.get_by_text("Download").click()
@@ -214,10 +216,14 @@ def test_many_jobs_share_one_stream_and_say_their_place_in_the_queue(door, visit
     expect(ahead).to_have_count(8, timeout=WAIT_MS)  # four have slots, four are next for one
     expect(visitor.page.locator(".state", has_text="next for a slot")).to_have_count(4)
     expect(visitor.page.locator("#occupancy")).to_have_text("4 of 4 slots busy · 8 waiting")
-    assert {int(text.split()[0]) for text in ahead.all_text_contents() if text[0].isdigit()} == set(range(1, 8))
+
+    def places() -> set[int]:
+        return {int(text.split()[0]) for text in ahead.all_text_contents() if text[0].isdigit()}
+
+    wait_until(lambda: places() == set(range(1, 8)), lambda: f"a place for each: {places()}")
     assert open_streams(visitor) == 1
     visitor.check(state="queue")
-    visitor.page.evaluate("document.querySelectorAll('[data-does=cancel]:not([hidden])').forEach(each => each.click())")
+    visitor.page.evaluate(CANCEL_ALL)
     expect(cards).to_have_count(0)
     expect(visitor.page.locator("#occupancy")).to_have_text("0 of 4 slots busy", timeout=WAIT_MS)
 
@@ -260,7 +266,9 @@ def test_pictures_form_beside_those_that_are_done(door, visit):
     visitor.page.fill("#prompt", "a white ring at the bottom of a blue background")
     forming = visitor.page.locator(".card[data-status=running]", has=visitor.page.locator("img[src^=data]"))
     expect(forming).to_have_count(4, timeout=WAIT_MS)
-    wait_for(forming.last, re.compile("[7-9]. %"))
     if SCREENSHOTS:
+        wait_for(forming.last, re.compile("[7-9]. %"))
         visitor.page.screenshot(path=f"{SCREENSHOTS}/page.jpg", full_page=True, type="jpeg", quality=85)
     visitor.check(state="forming-beside-done")
+    visitor.page.evaluate(CANCEL_ALL)
+    expect(visitor.page.locator(".card:is([data-status=queued], [data-status=running])")).to_have_count(0)

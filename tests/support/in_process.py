@@ -218,7 +218,7 @@ class InProcessWorker:
     def wait_for_slot(self, request: DeviceRequest) -> None:
         """Wait until a job's first steps are done."""
         loop = self.pool.services.serving.loop
-        wait_until(lambda: (job := loop._jobs._jobs.get(request.id)) and job.steps_done, lambda: "no slot", 20)
+        wait_until(lambda: (job := loop._jobs._jobs.get(request.id)) and job.steps_done, lambda: "no slot")
 
     def meta(self, request: DeviceRequest) -> dict[str, Any]:
         """Return what the result backend has of a job."""

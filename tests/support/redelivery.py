@@ -12,7 +12,7 @@ from typing import Any
 from tests.support.in_process import Broker, backend_app, in_process_worker
 
 STEPS = 1000
-"""Two seconds on the first worker, whose job must not be done before it is handed over."""
+"""Ten seconds on the first worker, whose job must not be done before it is handed over."""
 
 
 def follow_a_job(backend: str, **conf: Any) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def follow_a_job(backend: str, **conf: Any) -> dict[str, Any]:
     broker = Broker()
     with backend_app(backend, sdtpu_progress_s=0.01, **conf) as app:
         options = {"reply_to": app.thread_oid}  # as a client of rpc:// sends it
-        with in_process_worker(app, broker) as first:
+        with in_process_worker(app, broker, step_s=0.01) as first:
             request = first.take(steps=STEPS, **options)
             first.wait_for_slot(request)
             first.pool.hand_over()

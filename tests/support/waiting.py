@@ -15,7 +15,7 @@ Answer = TypeVar("Answer")
 def wait_until(
     condition: Callable[..., Answer],
     what: str | Callable[[], object] = "the condition to hold",
-    timeout_s: float = 20.0,
+    timeout_s: float = 60.0,
 ) -> Answer:
     """Wait until a condition holds; an error of Redis counts as "not yet".
 

@@ -15,7 +15,7 @@ from sdtpu_worker.errors import EngineUnavailable
 from tests.support.in_process import InProcessWorker, backend_app, in_process_worker
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def do_as_main_thread(act: Callable[[], Any]) -> Any:
     done: list[Any] = []
     thread = threading.Thread(target=lambda: done.append(act()), daemon=True)
     thread.start()
-    thread.join(5)
+    thread.join(30)
     assert done, "the main thread waits for the result backend, so the worker answers nobody"
     return done[0]
 

@@ -15,11 +15,13 @@ from sdtpu_worker.aggregator.costs import Cost, TickCosts
 from sdtpu_worker.aggregator.plan import Phase, Place, Plan
 from sdtpu_worker.device_loop.submission import Finished
 from sdtpu_worker.errors import GenerationFailed, InvalidRequest
+from sdtpu_worker.operations.exposition import expose_worker
 from sdtpu_worker.operations.figures import MOST_SERIES, Figures, Histogram
 from sdtpu_worker.operations.metric_table import METRICS, OUTCOMES, Kind
 from sdtpu_worker.worker.job_ends import JobLeft, end_of
 from sdtpu_worker.worker.job_record import JobRecord, count_end, log_end
 from sdtpu_worker.worker.tick_meter import TickMeter
+from tests.observe.scraping import Page
 
 LANE = (64, 64)
 
@@ -121,12 +123,17 @@ def test_an_end_has_a_name_and_a_reason(result, end):
     assert end[0] in OUTCOMES
 
 
-def test_a_record_counts_what_the_job_came_to():
-    figures, record = Figures(), JobRecord("a-task", received_at=100.0, waited_before_s=2.0)
+def make_record() -> JobRecord:
+    record = JobRecord("a-task", received_at=100.0, waited_before_s=2.0)
     record.finished = Finished(None, 1, 0, 3, started_at=101.0, finished_at=105.0)
     record.stages = {"prepare": (100.0, 100.5), "check safety": (105.0, 105.1), "store": (105.1, 105.4)}
     record.stored_at, record.outcome, record.came_from = 106.0, "succeeded", "died"
-    count_end(record, figures)
+    return record
+
+
+def test_a_record_counts_what_the_job_came_to():
+    figures = Figures()
+    count_end(make_record(), figures)
     assert counts_of(figures) == {("succeeded", ""): 1, ("redelivered", "died"): 1}
     sums = {name: each.read().total for name, each in figures.histograms.items() if sum(each.read().counts)}
     assert sums == pytest.approx(
@@ -138,6 +145,39 @@ def test_a_record_counts_what_the_job_came_to():
             "sdtpu_store_seconds": 0.3,
         }
     )
+
+
+def test_a_page_that_counts_a_job_as_ended_has_its_times_too():
+    """It had the end without them when it was read in between."""
+    pages: list[Page] = []
+
+    class Scraped(Figures):
+        """Is read at every step of a job's end, and a job ends while it is read."""
+
+        def count(self, name: str, *labels: str, by: int = 1) -> None:
+            super().count(name, *labels, by=by)
+            self.scrape()
+
+        def observe(self, name: str, value: float) -> None:
+            super().observe(name, value)
+            self.scrape()
+
+        def scrape(self) -> None:
+            pages.append(Page(expose_worker(self)[1].decode()))
+
+    class Ending(Figures):
+        def read(self) -> Any:
+            count_end(make_record(), self)
+            return super().read()
+
+    count_end(make_record(), Scraped())
+    pages.append(Page(expose_worker(Ending())[1].decode()))
+    ended = [page for page in pages if page.value("sdtpu_requests_total", outcome="succeeded", reason="")]
+    assert ended
+    for page in ended:
+        assert page.value("sdtpu_requests_total", outcome="redelivered", reason="died") == 1
+        for name in ("request_queue_time", "request_inference_time", "e2e_request_latency", "prepare", "store"):
+            assert page.value(f"sdtpu_{name}_seconds_count") == 1, name
 
 
 def test_a_job_that_was_revoked_in_its_slot_says_how_far_it_was(caplog):

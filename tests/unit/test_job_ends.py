@@ -13,12 +13,12 @@ from celery import signals
 from sdtpu_worker import StorageError
 from tests.support.in_process import InProcessWorker, backend_app, in_process_worker
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
 def worker() -> Iterator[InProcessWorker]:
-    with backend_app("cache+memory://") as app, in_process_worker(app) as worker:
+    with backend_app("cache+memory://") as app, in_process_worker(app, step_s=0.005) as worker:
         yield worker
 
 

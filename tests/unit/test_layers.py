@@ -24,7 +24,7 @@ def loaded(code: str, *names: str) -> list[str]:
     report = (
         f"\nimport sys\nprint([name for name in {names} if any((m + '.').startswith(name + '.') for m in sys.modules)])"
     )
-    run = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return eval(run.stdout.splitlines()[-1])
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from sdtpu_worker.testing import processes
-from sdtpu_worker.testing.processes import StartFailed, find_redis_server, running
+from sdtpu_worker.testing.processes import StartFailed, find_redis_server, free_port, running
 
 
 @pytest.fixture
@@ -53,6 +54,11 @@ def test_a_redis_server_on_the_path_comes_before_the_bundled_one(monkeypatch, tm
     server.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_redis_server() == str(server)
+
+
+def test_a_free_port_is_none_that_a_connection_could_take_before_its_server():
+    first, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert all(1024 < free_port() < first for _ in range(100))
 
 
 def test_a_ctrl_c_while_a_process_starts_ends_it(monkeypatch, tmp_path):

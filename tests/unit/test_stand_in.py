@@ -107,11 +107,12 @@ def test_a_job_that_is_held_shows_the_progress_that_the_test_gives_it(app, worke
 
 
 def test_a_slow_job_grows_and_ends_when_it_is_looked_at(worker):
-    worker.slow_next(0.2)
+    worker.slow_next(600)
     job = generate.delay("a fox")
     assert job.state == "PROGRESS"
     assert 0 <= job.info["percent"] < 100
-    assert job.get(timeout=10, interval=0.05)["prompt"] == "a fox"
+    worker.jobs[0].take(0.2)
+    assert job.get(timeout=60, interval=0.05)["prompt"] == "a fox"
 
 
 @pytest.mark.parametrize("revoke", [lambda app, job: job.revoke(), lambda app, job: cancel_job(app, job.id),
@@ -143,7 +144,7 @@ def test_a_job_may_start_from_a_picture(worker):
 
 
 def test_several_pictures_are_a_group(worker):
-    results = generate_many("a fox", 3, seed=5).get(timeout=10)
+    results = generate_many("a fox", 3, seed=5).get(timeout=60)
     assert [result["seed"] for result in results] == [5, 6, 7]
 
 
@@ -205,7 +206,7 @@ def test_what_follows_a_job_runs_when_it_ends(app, worker):
     for job in worker.jobs[:2]:
         job.finish()
     worker.jobs[2].fail(GenerationFailed("the device failed"))
-    assert chained.get(timeout=5) == "A FOX"
+    assert chained.get(timeout=60) == "A FOX"
     assert seen == ["a bear", failing.id]
     assert linked.state == "SUCCESS"
     assert not app.conf.task_always_eager

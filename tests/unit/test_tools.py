@@ -15,7 +15,7 @@ KINDS_OF_CHANGE = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Securi
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([ROOT / "scripts" / "check", *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([ROOT / "scripts" / "check", *arguments], capture_output=True, text=True, timeout=120)
 
 
 def names_of_checks() -> list[str]:

@@ -186,7 +186,7 @@ def test_an_image_reaches_the_storage_by_way_of_an_ordinary_worker(app, worker):
         "/v1/jobs", {"prompt": "a fox", "num_inference_steps": 2}, content_type="application/json"
     )
     failed = images().generate("nan", num_inference_steps=2)
-    with logging_kept(), start_worker(app, perform_ping_check=False, shutdown_timeout=30, queues=["website"]):
+    with logging_kept(), start_worker(app, perform_ping_check=False, shutdown_timeout=60, queues=["website"]):
         rows = [images().get(task_id=task_id) for task_id in (made.json()["id"], failed.task_id)]
 
         def are_done() -> bool:
@@ -194,7 +194,7 @@ def test_an_image_reaches_the_storage_by_way_of_an_ordinary_worker(app, worker):
                 row.refresh_from_db()
             return all(row.has_ended for row in rows)
 
-        wait_until(are_done, "both rows to be filled", 30)
+        wait_until(are_done, "both rows to be filled")
     assert [row.status for row in rows] == ["succeeded", "failed"]
     assert rows[0].image.read().startswith(b"\x89PNG")
 
@@ -375,7 +375,7 @@ def test_under_asgi_more_streams_are_open_than_there_are_threads_for_them(app, s
 
 
 def test_a_stream_of_a_wsgi_server_frees_its_thread_after_a_while(app, stand_in):
-    app.conf.sdtpu_web_stream_s = 1
+    app.conf.sdtpu_web_stream_s = 4
     stand_in.holds_jobs = True
     row = images().generate("a fox", owner="ann")
     ann = client(headers={"X-User": "ann"})

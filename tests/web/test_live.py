@@ -53,7 +53,11 @@ def events_of(front: Front, ids: list[str], last: str = "") -> Generator[Event, 
 
 
 def test_the_capabilities_say_what_may_be_asked_for(front):
-    found = front.get("/v1/jobs/capabilities").json()
+    def served() -> Any:  # a worker publishes what it serves a moment after it is ready
+        found = front.get("/v1/jobs/capabilities").json()
+        return found if found["workers"] else None
+
+    found = wait_until(served, "the worker's report")
     assert (found["workers"], found["sizes"]) == (1, [{"height": 8, "width": 8}])
     assert found["steps"] == {"minimum": 1, "maximum": 1000, "default": 50}
     assert found["priorities"] == {"most_urgent": 0, "least_urgent": 9}

@@ -52,7 +52,7 @@ def kind(request: pytest.FixtureRequest, redis_url: str, django_project: Path, f
     with running(
         worker_command(WORKERS[name], "-n", f"{name}@elsewhere"), log, env=worker_env(redis_url, **settings), cwd=ROOT
     ) as process:
-        wait_for_line(process, log, " ready.", 60)
+        wait_for_line(process, log, " ready.", 120)
         yield name
 
 
@@ -98,18 +98,18 @@ def enqueue(front: Front, **parameters: Any) -> dict[str, Any]:
 
 
 def test_a_job_shows_its_progress_and_gives_its_picture(front):
-    job = enqueue(front, seed=7, num_inference_steps=100)
+    job = enqueue(front, seed=7, num_inference_steps=250)
     with front.stream(f"/v1/jobs/{job['id']}/events", {}) as parts:
         events = list(read_events(b"".join(parts).decode().splitlines()))
     assert {"progress", "preview"} <= {event.name for event in events}
     assert events[-1].name == "done"
     assert front.get(f"/v1/jobs/{job['id']}").json()["status"] == "succeeded"
-    assert shown_count(front.get(f"/v1/jobs/{job['id']}/image").body) == expected_count(7, 100)
+    assert shown_count(front.get(f"/v1/jobs/{job['id']}/image").body) == expected_count(7, 250)
     assert job["id"] in [each["id"] for each in front.get("/v1/jobs").json()["jobs"]]
 
 
 def test_a_request_can_wait_for_its_picture(front):
-    reply = front.post({"prompt": "a fox", "num_inference_steps": 2}, Prefer="wait=20")
+    reply = front.post({"prompt": "a fox", "num_inference_steps": 2}, Prefer="wait=60")
     assert (reply.status, reply.json()["status"]) == (200, "succeeded")
 
 
@@ -187,7 +187,7 @@ def watch_with(read: Callable[..., Any], count: int) -> list[list[JobState]]:
         seen = []
         async with feed.watch("job") as watch:
             while not seen or not seen[-1].has_ended:
-                seen.append(await watch.next_state(5))
+                seen.append(await watch.next_state(60))
         return seen
 
     async def run() -> list[list[JobState]]:

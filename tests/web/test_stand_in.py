@@ -34,7 +34,7 @@ def site(worker):
 
 def test_a_job_goes_from_the_request_to_the_picture(site):
     visitor = site.test_client()
-    answer = visitor.post("/v1/jobs", json={"prompt": "a fox", "seed": 7}, headers={"Prefer": "wait=5"})
+    answer = visitor.post("/v1/jobs", json={"prompt": "a fox", "seed": 7}, headers={"Prefer": "wait=60"})
     assert (answer.status_code, answer.json["status"]) == (200, "succeeded")
     assert visitor.get(answer.json["links"]["image"]).data.startswith(b"\x89PNG")
     assert [job["id"] for job in visitor.get("/v1/jobs").json["jobs"]] == [answer.json["id"]]
@@ -64,12 +64,15 @@ def test_progress_previews_cancel_and_failures_are_those_of_the_test(site, worke
 
 def test_events_of_a_slow_job_come_until_it_is_done(site, worker):
     visitor = site.test_client()
-    worker.slow_next(0.3)
+    worker.slow_next(600)
     place = visitor.post("/v1/jobs", json={"prompt": "a fox"}).json["links"]["self"]
-    with visitor.get(f"{place}/events") as answer:
-        events = list(read_events(answer.get_data(as_text=True).splitlines()))
-    assert {event.name for event in events} == {"progress", "done"}
-    assert events[-1].data["status"] == "succeeded"
+    with visitor.get(f"{place}/events", buffered=False) as answer:
+        events = read_events(line for part in answer.iter_encoded() for line in part.decode().splitlines())
+        assert next(events).name == "progress"
+        worker.jobs[0].take(0.3)
+        rest = list(events)
+    assert {event.name for event in rest} <= {"progress", "done"}
+    assert rest[-1].data["status"] == "succeeded"
 
 
 def test_without_a_secret_key_it_is_said_what_to_do(worker, caplog):

@@ -34,7 +34,7 @@ site = Flask(__name__)
 site.register_blueprint(create_blueprint(app, owner=lambda: "ann"))
 
 def ask():
-    answer = site.test_client().post("/v1/jobs", json={"prompt": "a fox"}, headers={"Prefer": "wait=5"})
+    answer = site.test_client().post("/v1/jobs", json={"prompt": "a fox"}, headers={"Prefer": "wait=60"})
     assert answer.json["status"] == "succeeded", answer.json
 
 with stand_in_worker(app):
@@ -110,14 +110,14 @@ def test_a_stream_that_outlives_its_front_ends(site, worker, blueprint):
 def test_a_request_that_would_wait_is_answered_at_once_where_no_place_is_left(site, worker):
     worker.app.conf.sdtpu_web_max_streams = 1
     with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(post, site, Prefer="wait=30")
+        waiting = thread.submit(post, site, Prefer="wait=60")
         wait_until(lambda: len(worker.jobs) == 1, "the first job to be sent")
         began = time.monotonic()
-        second = post(site, Prefer="wait=30")
-        assert time.monotonic() - began < 15
+        second = post(site, Prefer="wait=60")
+        assert time.monotonic() - began < 30
         assert (second.status_code, "Preference-Applied" in second.headers) == (202, False)
         worker.jobs[0].finish()
-        assert waiting.result(20).json["status"] == "succeeded"
+        assert waiting.result(60).json["status"] == "succeeded"
     worker.jobs[1].finish()
     third = post(site, Prefer="wait=1")
     assert third.headers["Preference-Applied"] == "wait=1"
@@ -165,5 +165,5 @@ def test_a_front_that_was_closed_opens_again(site, worker, blueprint):
 
 def test_a_process_that_was_forked_has_an_event_loop_of_its_own():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60, check=False)  # fmt: skip
+                          timeout=120, check=False)  # fmt: skip
     assert done.stdout.strip() == "all answered", done.stderr

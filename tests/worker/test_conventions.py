@@ -155,7 +155,7 @@ def test_delay_on_commit_waits_for_djangos_transaction(tmp_path):
         "with stand_in():\n"
         "    generate.delay_on_commit('a cat')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["before", "SUCCESS", "SUCCESS", "SUCCESS"]
 
@@ -190,9 +190,9 @@ def test_celerys_worker_for_tests_takes_jobs_and_what_comes_next(app):
     def sheet(results: list[dict[str, Any]]) -> list[str]:
         return [result["prompt"] for result in results]
 
-    with logging_kept(), stand_in(), start_worker(app, perform_ping_check=False, shutdown_timeout=30):
-        assert generate.delay("a fox").get(timeout=20)["model"] == "stand-in"
-        assert chain(generate.s("a fox"), publish.s()).delay().get(timeout=20) == "a fox"
-        images = group(generate.s("a fox"), generate.s("a bear")).delay().get(timeout=20)
+    with logging_kept(), stand_in(), start_worker(app, perform_ping_check=False, shutdown_timeout=60):
+        assert generate.delay("a fox").get(timeout=60)["model"] == "stand-in"
+        assert chain(generate.s("a fox"), publish.s()).delay().get(timeout=60) == "a fox"
+        images = group(generate.s("a fox"), generate.s("a bear")).delay().get(timeout=60)
         assert [open_image(image).size for image in images] == [(64, 64)] * 2
-        assert chord([generate.s("a"), generate.s("b")])(sheet.s()).get(timeout=30) == ["a", "b"]
+        assert chord([generate.s("a"), generate.s("b")])(sheet.s()).get(timeout=60) == ["a", "b"]

@@ -65,7 +65,7 @@ print(json.dumps({"answers": answers, "own_app": apps == [celery_app.main], "jax
 APPS = {"flask": (FLASK, ROOT), "django": (DJANGO, ROOT / "examples" / "django_project")}
 FORM = "application/x-www-form-urlencoded"
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 each_framework = pytest.mark.parametrize("framework", APPS)
 
 
@@ -94,7 +94,7 @@ def visit(tmp_path: Path) -> Any:
             cwd=folder,
             env=worker_env(redis_url, DJANGO_DATA_DIR=str(tmp_path)),
             text=True,
-            timeout=50,
+            timeout=150,
         )
         assert run.returncode == 0, run.stderr
         seen = json.loads(run.stdout.splitlines()[-1])

@@ -15,7 +15,7 @@ from sdtpu_worker.errors import EngineUnavailable, StorageError
 from tests.support.in_process import Broker, InProcessWorker, backend_app, in_process_worker
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 EXPIRED: dict[str, Any] = {"redelivered": True, "steps": 1000, "expires": -1}
 
@@ -45,7 +45,7 @@ def hand_over(worker: InProcessWorker, request: Any) -> None:
 
 def test_a_rolling_restart_drops_no_job_that_had_its_slot_in_time(app):
     broker = Broker()
-    with in_process_worker(app, broker) as first:
+    with in_process_worker(app, broker, step_s=0.01) as first:
         request = first.take(steps=1000, expires=60)
         first.wait_for_slot(request)
         hand_over(first, request)
@@ -74,7 +74,7 @@ def test_a_job_whose_worker_died_with_it_on_its_devices_does_not_expire(app):
 
 def test_a_job_that_was_handed_over_without_a_slot_expires(app):
     broker = Broker()
-    with in_process_worker(app, broker) as first:
+    with in_process_worker(app, broker, step_s=0.01) as first:
         ahead = [first.take(steps=1000) for _ in range(2)]
         first.wait_for_slot(ahead[1])
         request = first.take(steps=1000, expires=60)
@@ -112,7 +112,7 @@ def test_a_job_whose_image_a_stopping_worker_cannot_store_does_not_expire_elsewh
 def test_a_job_that_is_tried_again_after_a_failure_of_the_devices_does_not_expire(app):
     with in_process_worker(app) as worker:
         worker.engine.gate, worker.engine.fail_late_at = threading.Event(), (0,)
-        request = worker.take(expires=1.5)
+        request = worker.take(expires=5)
         wait_until(lambda: request.id in worker.engine.inserted)
         wait_until_expired(request)
         worker.engine.gate.set()

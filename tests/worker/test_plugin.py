@@ -16,7 +16,7 @@ def run_worker(tmp_path: Path, *options: str, app: str = "sdtpu_worker.app", **s
     env = worker_env(f"redis://127.0.0.1:{free_port()}/0", SDTPU_PLATFORM="cpu", SDTPU_CPU_DEVICES="1")
     env = {**env, **settings, "PYTHONPATH": f"{tmp_path}:{env['PYTHONPATH']}"}
     done = subprocess.run(
-        worker_command(app, *options), env=env, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False
+        worker_command(app, *options), env=env, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -141,6 +141,6 @@ def test_a_redis_that_grants_too_few_connections_is_refused_at_the_start(tmp_pat
 
 def test_celerys_own_command_line_has_our_commands():
     done = subprocess.run(
-        [sys.executable, "-m", "celery", "sdtpu", "settings"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "celery", "sdtpu", "settings"], capture_output=True, text=True, timeout=120, check=False
     )
     assert "sdtpu_platform  (default: auto; environment: SDTPU_PLATFORM)" in done.stdout, done.stderr

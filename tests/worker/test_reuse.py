@@ -41,7 +41,7 @@ def figures(log) -> Any:
     address = re.search(r"http://[\d.:]+", log.read_text())[0]
 
     def read(name: str) -> float:
-        page = httpx.get(f"{address}/metrics").text
+        page = httpx.get(f"{address}/metrics", timeout=30).text
         return float(re.search(rf"^{re.escape(name)} (\S+)$", page, re.MULTILINE)[1])
 
     return read

@@ -15,7 +15,7 @@ from sdtpu_worker.config import read_config
 from tests.support.logs import logging_kept
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.mark.parametrize("namespace", ["", "CELERY"])
@@ -38,15 +38,15 @@ def test_no_password_of_an_url_is_where_celery_shows_settings(tmp_path, namespac
     report = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "shop", "report"],
         capture_output=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        text=True, timeout=60,
+        text=True, timeout=120,
     )  # fmt: skip
     assert report.returncode == 0, report.stderr
     app = install(Celery("shop", set_as_current=False))
     app.config_from_object({**names, f"{prefix}broker_url".upper() if prefix else "broker_url": "memory://"},
                            namespace=namespace)  # fmt: skip
     app.conf.update(result_backend="cache+memory://", task_default_queue="q", worker_hijack_root_logger=False)
-    with logging_kept(), start_worker(app, pool="solo", perform_ping_check=False, queues=["q"], shutdown_timeout=20):
-        (conf,) = app.control.inspect(timeout=5, limit=1).conf().values()
+    with logging_kept(), start_worker(app, pool="solo", perform_ping_check=False, queues=["q"], shutdown_timeout=60):
+        (conf,) = app.control.inspect(timeout=30, limit=1).conf().values()
     for shown in (report.stdout, repr(conf), app.conf.humanize(), repr(app.conf.copy().table())):
         assert "hunter2" not in shown
         assert "rediss://me:**@h/0" in shown

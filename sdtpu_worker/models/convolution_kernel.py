@@ -19,10 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sdtpu_worker.models.kernel_cost import kernel_cost
+from sdtpu_worker.models.projection_kernel import dot
 from sdtpu_worker.models.sums_kernel import add_up
 from sdtpu_worker.models.vector_memory import vector_memory
-
-_dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
 class Block(NamedTuple):
@@ -183,10 +182,10 @@ def _kernel(plan: _Plan, x_ref: Any, above_ref: Any, below_ref: Any, taps_ref: A
     if plan.doubles:
         total, squares = _double(plan, shifted, folded[0], bias_ref[0], out_ref)
     else:
-        y = bias_ref[0] + sum(_dot(_rows(shifted, x, y, plan.rows), taps_ref[y, x]) for y in range(3) for x in range(3))
+        y = bias_ref[0] + sum(dot(_rows(shifted, x, y, plan.rows), taps_ref[y, x]) for y in range(3) for x in range(3))
         if plan.shortcut:
             beside = shortcut[0][0].reshape(-1, shortcut[0].shape[-1])
-            y += _dot(beside, shortcut[1][...]) if plan.shortcut == "product" else beside.astype(jnp.float32)
+            y += dot(beside, shortcut[1][...]) if plan.shortcut == "product" else beside.astype(jnp.float32)
         out_ref[0] = y.astype(plan.dtype).reshape(out_ref.shape[1:])
         total, squares = _sums(y)
     found = jnp.concatenate([total, squares])
@@ -217,7 +216,7 @@ def _double(plan: _Plan, shifted: Any, taps: Any, bias: jax.Array, out_ref: Any)
         pair = []
         for right in range(2):
             y = bias + sum(
-                _dot(_rows(shifted, right + q, down + p, plan.rows), taps[down, right, p, q])
+                dot(_rows(shifted, right + q, down + p, plan.rows), taps[down, right, p, q])
                 for p in range(2)
                 for q in range(2)
             )
